@@ -1,0 +1,53 @@
+// One style of check, shared by the op files: torch's exception type, and a message that names the argument, what
+// was given and what was expected.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+
+#include "options.h"
+
+namespace fusedloss {
+
+// std::nullopt for a dtype that no kernel takes.
+inline std::optional<DType> kernel_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
+inline DType check_dtype(const char* op, const char* name, const at::Tensor& tensor) {
+  const auto dtype = kernel_dtype(tensor.scalar_type());
+  TORCH_CHECK_NOT_IMPLEMENTED(dtype.has_value(), op, ": ", name,
+                              " must be float32, float64, bfloat16 or float16, got ", tensor.scalar_type());
+  return *dtype;
+}
+
+inline void check_same_device(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& input) {
+  TORCH_CHECK(tensor.device() == input.device(), op, ": ", name, " must be on the device of input, ", input.device(),
+              ", got ", tensor.device());
+}
+
+inline Reduction check_reduction(const char* op, int64_t reduction) {
+  TORCH_CHECK_VALUE(reduction >= 0 && reduction <= 2, op, ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ",
+                    reduction);
+  return static_cast<Reduction>(reduction);
+}
+
+// The type sums, maxima and exponentials are computed in.
+inline at::ScalarType statistics_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+}  // namespace fusedloss

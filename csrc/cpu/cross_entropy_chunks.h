@@ -1,0 +1,66 @@
+// How cross entropy is cut for threads, and what each chunk leaves for the reduction.
+#pragma once
+
+#include <algorithm>
+
+#include "options.h"
+
+namespace fusedloss::cpu {
+
+// How the target distribution q of a row is given; see formulas/cross_entropy.h.
+enum class Target {
+  kOneClass,    // a class index: q is 0 but for one class
+  kSmoothed,    // a class index and label smoothing
+  kProbability  // a probability for every class
+};
+
+inline Target target_kind(const CrossEntropyOptions& o) {
+  if (o.target_probability != nullptr) return Target::kProbability;
+  return o.label_smoothing > 0 ? Target::kSmoothed : Target::kOneClass;
+}
+
+// Either a row's classes lie side by side ("rows"), or the rows themselves do ("columns"): [outer, classes, inner]
+// with inner stride 1, as in (N, C, d1, …).
+inline bool in_rows(const CrossEntropyOptions& o) {
+  return o.logits_strides.classes == 1;
+}
+
+// Elements of a chunk, roughly: what a thread should have to do before it is worth waking.
+constexpr int64_t kChunkElements = 32768;
+// Rows of a chunk of columns: a kilobyte of each class, and statistics that stay in L1.
+constexpr int64_t kTile = 256;
+
+struct ChunkRange {
+  int64_t outer;  // columns only
+  int64_t begin, end;  // rows: row numbers; columns: positions along inner
+};
+
+inline int64_t rows_per_chunk(const CrossEntropyOptions& o) {
+  return std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, o.classes));
+}
+
+inline int64_t tiles_per_outer(const CrossEntropyOptions& o) {
+  return (o.inner + kTile - 1) / kTile;
+}
+
+inline int64_t chunk_count(const CrossEntropyOptions& o) {
+  if (!in_rows(o)) return o.outer * tiles_per_outer(o);
+  return (o.rows() + rows_per_chunk(o) - 1) / rows_per_chunk(o);
+}
+
+inline ChunkRange chunk_range(const CrossEntropyOptions& o, int64_t chunk) {
+  if (in_rows(o)) {
+    const int64_t begin = chunk * rows_per_chunk(o);
+    return {0, begin, std::min(begin + rows_per_chunk(o), o.rows())};
+  }
+  const int64_t tiles = tiles_per_outer(o), begin = chunk % tiles * kTile;
+  return {chunk / tiles, begin, std::min(begin + kTile, o.inner)};
+}
+
+struct ChunkResult {
+  double loss;
+  double weight;
+  int64_t bad_row;  // the first row whose target is out of range, or -1
+};
+
+}  // namespace fusedloss::cpu

@@ -1,0 +1,147 @@
+// Cross entropy where neighbouring rows lie side by side, as in (N, C, d1, …): a vector holds one class of
+// neighbouring rows, so that loads stay contiguous without a transposed copy. Included inside the namespace of each
+// instruction set, so without include guard.
+
+// Classes that are swept twice while L1 still holds this many of each of a tile's rows.
+constexpr int64_t kColumnBlock = 16;
+
+// Up to kTile neighbouring rows, and within them groups of as many as a vector holds.
+template <typename T>
+struct Tile {
+  int64_t row;    // the first one's number
+  int n;          // how many
+  const T* x;     // [classes, n], classes logits_strides.classes apart
+  const T* t;     // [classes, n], classes target_strides.classes apart; probabilities only
+  T* grad;        // [classes, n], classes grad_strides.classes apart; backward only
+
+  Tile(const Problem<T>& p, ChunkRange range)
+      : row(range.outer * p.o.inner + range.begin),
+        n(int(range.end - range.begin)),
+        x(p.logits + range.outer * p.o.logits_strides.outer + range.begin),
+        t(p.probability ? p.probability + range.outer * p.o.target_strides.outer + range.begin : nullptr),
+        grad(p.o.grad_logits
+                 ? static_cast<T*>(p.o.grad_logits) + range.outer * p.o.grad_strides.outer + range.begin
+                 : nullptr) {}
+};
+
+// q of class c for the group that starts at column i, without the target class's own part.
+template <bool kWhole, typename T, Target kTarget>
+FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V column_coefficients(const Problem<T>& p, const Tile<T>& tile,
+                                                                    int64_t c, int i) {
+  using V = typename Simd<Statistic<T>>::V;
+  if constexpr (kTarget == Target::kSmoothed) {
+    return V{} + p.smoothing.uniform * p.weight_of(c);
+  } else if constexpr (kTarget == Target::kProbability) {
+    const V t = load_lanes<kWhole>(tile.t + c * p.o.target_strides.classes + i, tile.n - i);
+    return probability_coefficient(t, V{} + p.weight_of(c), p.smoothing);
+  } else {
+    return V{};
+  }
+}
+
+template <bool kWhole, typename T, Target kTarget>
+FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_group(const Problem<T>& p, const Tile<T>& tile,
+                                                                      int64_t begin, int64_t end, int i) {
+  using V = typename Simd<Statistic<T>>::V;
+  const int64_t stride = p.o.logits_strides.classes;
+  auto s = empty_row_state<V>();
+  for (int64_t c = begin; c < end; ++c) {
+    const V v = load_lanes<kWhole>(tile.x + c * stride + i, tile.n - i);
+    s.max = v > s.max ? v : s.max;
+  }
+  const V relative_to = shift(s.max);
+  for (int64_t c = begin; c < end; ++c) {
+    const V d = load_lanes<kWhole>(tile.x + c * stride + i, tile.n - i) - relative_to;
+    s.sum += math::exp(d);
+    if constexpr (kTarget != Target::kOneClass) {
+      const V q = column_coefficients<kWhole, T, kTarget>(p, tile, c, i);
+      s.dot += q * d;
+      s.mass += q;
+    }
+  }
+  return s;
+}
+
+template <typename T, Target kTarget>
+void forward_columns(const Problem<T>& p, ChunkRange range, ChunkResult& chunk) {
+  using A = Statistic<T>;
+  using V = typename Simd<A>::V;
+  constexpr int kLanes = kLanesOf<T>;
+  const Tile<T> tile(p, range);
+  RowState<V> state[kTile / kLanes];
+  for (auto& s : state) s = empty_row_state<V>();
+  for (int64_t c = 0; c < p.o.classes; c += kColumnBlock) {
+    const int64_t end = std::min(c + kColumnBlock, p.o.classes);
+    int i = 0;
+    for (; i + kLanes <= tile.n; i += kLanes)
+      state[i / kLanes] = merge(state[i / kLanes], sweep_group<true, T, kTarget>(p, tile, c, end, i));
+    if (i < tile.n)
+      state[i / kLanes] = merge(state[i / kLanes], sweep_group<false, T, kTarget>(p, tile, c, end, i));
+  }
+  for (int i = 0; i < tile.n; ++i) {
+    const RowState<V>& s = state[i / kLanes];
+    const int lane = i % kLanes;
+    if (kTarget != Target::kProbability && !p.counts(tile.row + i)) {
+      skip_row(p, tile.row + i, chunk);
+    } else {
+      const RowState<A> row = {s.max[lane], s.sum[lane], s.dot[lane], s.mass[lane]};
+      finish_row<T, kTarget>(p, tile.row + i, tile.x + i, row, chunk);
+    }
+  }
+}
+
+// What the gradient needs of each row of a tile.
+template <typename A>
+struct TileGradient {
+  A g[kTile], mass[kTile];
+  A counts[kTile];  // 0 for a row whose gradient is 0 whatever its logits are, NaN included; else 1
+};
+
+template <bool kWhole, typename T, Target kTarget>
+FUSEDLOSS_INLINE void gradient_group(const Problem<T>& p, const Tile<T>& tile, const TileGradient<Statistic<T>>& rows,
+                                     int64_t c, int i) {
+  using V = typename Simd<Statistic<T>>::V;
+  const int n = tile.n - i;
+  const V x = load_lanes<kWhole>(tile.x + c * p.o.logits_strides.classes + i, n);
+  const V max = load_lanes<kWhole>(p.row_max + tile.row + i, n);
+  const V logsum = load_lanes<kWhole>(p.row_logsum + tile.row + i, n);
+  const V q = column_coefficients<kWhole, T, kTarget>(p, tile, c, i);
+  V grad = load(rows.g + i) * (load(rows.mass + i) * math::exp(x - max - logsum) - q);
+  grad = load(rows.counts + i) == V{} ? V{} : grad;
+  store_lanes<kWhole>(tile.grad + c * p.o.grad_strides.classes + i, grad, n);
+}
+
+// d loss/dx_c = mass * p_c - q_c, times the row's grad_output.
+template <typename T, Target kTarget>
+void backward_columns(const Problem<T>& p, ChunkRange range) {
+  using A = Statistic<T>;
+  using V = typename Simd<A>::V;
+  constexpr int kLanes = kLanesOf<T>;
+  const Tile<T> tile(p, range);
+  TileGradient<A> rows = {};
+  for (int i = 0; i < tile.n; ++i) {
+    const int64_t row = tile.row + i;
+    rows.g[i] = upstream<T>(p.o, row);
+    rows.counts[i] = kTarget == Target::kProbability || p.counts(row);
+    if (kTarget != Target::kProbability && rows.counts[i] != 0)
+      rows.mass[i] = index_mass(p.weight_of(p.o.target_index[row]), p.weight_sum, p.smoothing);
+  }
+  if constexpr (kTarget == Target::kProbability) {
+    for (int64_t c = 0; c < p.o.classes; ++c)
+      for (int i = 0; i < tile.n; i += kLanes) {
+        const V q = i + kLanes <= tile.n ? column_coefficients<true, T, kTarget>(p, tile, c, i)
+                                         : column_coefficients<false, T, kTarget>(p, tile, c, i);
+        store(rows.mass + i, load(rows.mass + i) + q);
+      }
+  }
+  for (int64_t c = 0; c < p.o.classes; ++c) {
+    int i = 0;
+    for (; i + kLanes <= tile.n; i += kLanes) gradient_group<true, T, kTarget>(p, tile, rows, c, i);
+    if (i < tile.n) gradient_group<false, T, kTarget>(p, tile, rows, c, i);
+  }
+  if constexpr (kTarget != Target::kProbability) {
+    for (int i = 0; i < tile.n; ++i)
+      if (rows.counts[i] != 0)
+        finish_gradient<T, kTarget>(p, tile.row + i, tile.x + i, tile.grad + i, rows.mass[i], rows.g[i]);
+  }
+}

@@ -1,0 +1,81 @@
+// The kernels of one instruction set, and the choice among them. Included by cpu/instruction_sets.h, so without
+// include guard.
+
+namespace fusedloss::cpu::FUSEDLOSS_ISA {
+namespace {
+
+#include "cpu/vec.h"
+#include "formulas/cross_entropy.h"
+#include "cpu/cross_entropy_problem.h"
+#include "cpu/cross_entropy_rows.h"
+#include "cpu/cross_entropy_columns.h"
+
+template <typename T, Target kTarget>
+void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
+  const Problem<T> p(o);
+  for (int64_t k = begin; k < end; ++k) {
+    ChunkResult result = {0, 0, -1};
+    if (in_rows(o)) {
+      forward_rows<T, kTarget>(p, chunk_range(o, k), result);
+    } else {
+      forward_columns<T, kTarget>(p, chunk_range(o, k), result);
+    }
+    static_cast<ChunkResult*>(o.scratch)[k] = result;
+  }
+}
+
+template <typename T, Target kTarget>
+void backward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
+  const Problem<T> p(o);
+  for (int64_t k = begin; k < end; ++k) {
+    if (in_rows(o)) {
+      backward_rows<T, kTarget>(p, chunk_range(o, k));
+    } else {
+      backward_columns<T, kTarget>(p, chunk_range(o, k));
+    }
+  }
+}
+
+template <typename T>
+void forward(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
+  switch (target_kind(o)) {
+    case Target::kOneClass:
+      return forward_chunks<T, Target::kOneClass>(o, begin, end);
+    case Target::kSmoothed:
+      return forward_chunks<T, Target::kSmoothed>(o, begin, end);
+    case Target::kProbability:
+      return forward_chunks<T, Target::kProbability>(o, begin, end);
+  }
+}
+
+template <typename T>
+void backward(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
+  switch (target_kind(o)) {
+    case Target::kOneClass:
+      return backward_chunks<T, Target::kOneClass>(o, begin, end);
+    case Target::kSmoothed:
+      return backward_chunks<T, Target::kSmoothed>(o, begin, end);
+    case Target::kProbability:
+      return backward_chunks<T, Target::kProbability>(o, begin, end);
+  }
+}
+
+// The chunks' sums in their order, in double; rounded once.
+template <typename T>
+int64_t finish(const CrossEntropyOptions& o) {
+  ChunkResult total = {0, 0, -1};
+  const int64_t chunks = chunk_count(o);
+  for (int64_t k = 0; k < chunks; ++k) {
+    const ChunkResult& chunk = static_cast<const ChunkResult*>(o.scratch)[k];
+    total.loss += chunk.loss;
+    total.weight += chunk.weight;
+    if (total.bad_row < 0) total.bad_row = chunk.bad_row;
+  }
+  *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(total.weight);
+  if (o.reduction == Reduction::kMean) write_loss<T>(o, 0, Statistic<T>(total.loss / total.weight));
+  if (o.reduction == Reduction::kSum) write_loss<T>(o, 0, Statistic<T>(total.loss));
+  return total.bad_row;
+}
+
+}  // namespace
+}  // namespace fusedloss::cpu::FUSEDLOSS_ISA

@@ -1,0 +1,101 @@
+// What every row of one call shares, typed, and the end of a row: statistics in, loss out. Included inside the
+// namespace of each instruction set, so without include guard.
+
+template <typename T>
+struct Problem {
+  using A = Statistic<T>;
+
+  const CrossEntropyOptions& o;
+  const T* logits;       // [outer, classes, inner]
+  const T* probability;  // [outer, classes, inner]
+  const A* weight;       // [classes]
+  A weight_sum;
+  Smoothing<A> smoothing;
+  A* row_max;     // [rows]
+  A* row_logsum;  // [rows]
+
+  explicit Problem(const CrossEntropyOptions& options)
+      : o(options),
+        logits(static_cast<const T*>(options.logits)),
+        probability(static_cast<const T*>(options.target_probability)),
+        weight(static_cast<const A*>(options.weight)),
+        weight_sum(options.weight_sum ? *static_cast<const A*>(options.weight_sum) : A(options.classes)),
+        smoothing(make_smoothing<A>(options.label_smoothing, options.classes)),
+        row_max(static_cast<A*>(options.row_max)),
+        row_logsum(static_cast<A*>(options.row_logsum)) {}
+
+  FUSEDLOSS_INLINE int64_t offset(const Strides& strides, int64_t row) const {
+    return o.inner == 1 ? row * strides.outer : row / o.inner * strides.outer + row % o.inner * strides.inner;
+  }
+  FUSEDLOSS_INLINE A weight_of(int64_t c) const { return weight ? weight[c] : A(1); }
+  FUSEDLOSS_INLINE bool in_range(int64_t target) const { return target >= 0 && target < o.classes; }
+
+  // Has the row a target class? Not if it is ignored, nor if its class does not exist.
+  FUSEDLOSS_INLINE bool counts(int64_t row) const {
+    const int64_t y = o.target_index[row];
+    return y != o.ignore_index && in_range(y);
+  }
+};
+
+// One value of loss or grad_output, which are of dtype T or of the statistics' type.
+template <typename T>
+FUSEDLOSS_INLINE void write_loss(const CrossEntropyOptions& o, int64_t i, Statistic<T> value) {
+  if (o.loss_dtype == o.dtype) {
+    store_one(static_cast<T*>(o.loss) + i, value);
+  } else {
+    static_cast<Statistic<T>*>(o.loss)[i] = value;
+  }
+}
+
+// What a row's gradient is multiplied by.
+template <typename T>
+FUSEDLOSS_INLINE Statistic<T> upstream(const CrossEntropyOptions& o, int64_t row) {
+  using A = Statistic<T>;
+  const int64_t i = row * o.grad_output_stride;
+  const A g = o.loss_dtype == o.dtype ? load_one(static_cast<const T*>(o.grad_output) + i)
+                                      : static_cast<const A*>(o.grad_output)[i];
+  return o.reduction == Reduction::kMean ? g / *static_cast<const A*>(o.total_weight) : g;
+}
+
+// A row that adds nothing: its target is ignored or does not exist.
+template <typename T>
+FUSEDLOSS_INLINE void skip_row(const Problem<T>& p, int64_t row, ChunkResult& chunk) {
+  p.row_max[row] = p.row_logsum[row] = 0;
+  if (p.o.target_index[row] != p.o.ignore_index && chunk.bad_row < 0) chunk.bad_row = row;
+  if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, 0);
+}
+
+// x: the row's first class, its classes p.o.logits_strides.classes apart.
+template <typename T, Target kTarget>
+FUSEDLOSS_INLINE void finish_row(const Problem<T>& p, int64_t row, const T* x, RowState<Statistic<T>> state,
+                                 ChunkResult& chunk) {
+  using A = Statistic<T>;
+  const A logsum = std::log(state.sum);
+  A loss = 0, weight = 1;
+  if constexpr (kTarget != Target::kOneClass) loss = expected_negative_log_likelihood(state, logsum);
+  if constexpr (kTarget != Target::kProbability) {
+    const int64_t y = p.o.target_index[row];
+    weight = p.weight_of(y);
+    const A x_y = load_one(x + y * p.o.logits_strides.classes);
+    loss += p.smoothing.kept * weight * negative_log_likelihood(x_y, state.max, logsum);
+  }
+  p.row_max[row] = state.max;
+  p.row_logsum[row] = logsum;
+  if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, loss);
+  chunk.loss += loss;
+  chunk.weight += weight;
+}
+
+// The target class's own part of the gradient, which the sweep over all classes left out: it wrote
+// grad_output * (mass * p_c - q_c) with q_c short of kept * w_y at c = y.
+template <typename T, Target kTarget>
+FUSEDLOSS_INLINE void finish_gradient(const Problem<T>& p, int64_t row, const T* x, T* grad, Statistic<T> mass,
+                                      Statistic<T> g) {
+  using A = Statistic<T>;
+  const int64_t y = p.o.target_index[row];
+  const A w_y = p.weight_of(y);
+  const A q_y = kTarget == Target::kSmoothed ? (p.smoothing.kept + p.smoothing.uniform) * w_y : w_y;
+  const A x_y = load_one(x + y * p.o.logits_strides.classes);
+  const A p_y = math::exp(x_y - p.row_max[row] - p.row_logsum[row]);
+  store_one(grad + y * p.o.grad_strides.classes, logit_gradient(p_y, q_y, mass, g));
+}

@@ -1,0 +1,51 @@
+#include "cpu/instruction_set.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
+
+namespace fusedloss::cpu {
+namespace {
+
+InstructionSet best_of_machine() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return InstructionSet::kAvx512;
+  if (avx2) return InstructionSet::kAvx2;
+#endif
+  return InstructionSet::kPortable;
+}
+
+InstructionSet choose() {
+  const InstructionSet best = best_of_machine();
+  const char* wanted = std::getenv("FUSEDLOSS_CPU_CAPABILITY");
+  if (wanted == nullptr) return best;
+  if (std::string_view(wanted) == "portable") return InstructionSet::kPortable;
+  if (std::string_view(wanted) == "avx2") return std::min(best, InstructionSet::kAvx2);
+  return best;
+}
+
+}  // namespace
+
+InstructionSet instruction_set() {
+  static const InstructionSet chosen = choose();
+  return chosen;
+}
+
+const char* instruction_set_name() {
+  switch (instruction_set()) {
+    case InstructionSet::kAvx512:
+      return "avx512";
+    case InstructionSet::kAvx2:
+      return "avx2";
+    case InstructionSet::kPortable:
+      break;
+  }
+  return "portable";
+}
+
+}  // namespace fusedloss::cpu

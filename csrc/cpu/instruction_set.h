@@ -1,0 +1,30 @@
+// Which of the compiled instruction sets this machine runs.
+#pragma once
+
+namespace fusedloss::cpu {
+
+enum class InstructionSet { kPortable, kAvx2, kAvx512 };
+
+// The best one this machine has; the environment variable FUSEDLOSS_CPU_CAPABILITY = portable | avx2 | avx512,
+// read once, lowers it.
+InstructionSet instruction_set();
+
+const char* instruction_set_name();
+
+}  // namespace fusedloss::cpu
+
+// Calls `portable::call`, `avx2::call` or `avx512::call`; `call` holds the arguments.
+#if defined(__x86_64__)
+#define FUSEDLOSS_ON_THIS_MACHINE(...)                           \
+  switch (::fusedloss::cpu::instruction_set()) {                 \
+    case ::fusedloss::cpu::InstructionSet::kAvx512:              \
+      return avx512::__VA_ARGS__;                                \
+    case ::fusedloss::cpu::InstructionSet::kAvx2:                \
+      return avx2::__VA_ARGS__;                                  \
+    case ::fusedloss::cpu::InstructionSet::kPortable:            \
+      break;                                                     \
+  }                                                              \
+  return portable::__VA_ARGS__
+#else
+#define FUSEDLOSS_ON_THIS_MACHINE(...) return portable::__VA_ARGS__
+#endif

@@ -1,0 +1,34 @@
+// Pointwise losses on the CPU: cpu/pointwise_kernels.h, compiled for each instruction set, and the choice of one.
+
+#include "cpu/pointwise_cpu.h"
+
+#include <algorithm>
+
+#include "cpu/dispatch_dtype.h"
+
+#define FUSEDLOSS_KERNELS "cpu/pointwise_kernels.h"
+#include "cpu/instruction_sets.h"
+
+namespace fusedloss::cpu {
+
+int64_t pointwise_chunks(const PointwiseOptions& o) {
+  return (o.numel + kPointwiseChunk - 1) / kPointwiseChunk;
+}
+
+int64_t pointwise_scratch_bytes(const PointwiseOptions& o) {
+  return pointwise_chunks(o) * int64_t(sizeof(double));
+}
+
+void pointwise_forward(const PointwiseOptions& o, int64_t begin, int64_t end) {
+  FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(mse_forward<T>(o, begin, end)));
+}
+
+void pointwise_finish(const PointwiseOptions& o) {
+  FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(finish<T>(o)));
+}
+
+void pointwise_backward(const PointwiseOptions& o, int64_t begin, int64_t end) {
+  FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(mse_backward<T>(o, begin, end)));
+}
+
+}  // namespace fusedloss::cpu

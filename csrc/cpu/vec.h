@@ -1,0 +1,288 @@
+// Vectors of one instruction set, by the compilers' own vector extension: loads that widen to the statistics' type,
+// stores that round once, exp. Included inside the namespace of each instruction set, so without include guard.
+
+template <typename A>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  static constexpr int kLanes = FUSEDLOSS_VECTOR_BYTES / 4;
+  typedef float V __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES)));
+  typedef uint32_t U __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES)));
+  typedef uint16_t H __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES / 2)));  // 16-bit elements as stored
+};
+
+template <>
+struct Simd<double> {
+  static constexpr int kLanes = FUSEDLOSS_VECTOR_BYTES / 8;
+  typedef double V __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES)));
+};
+
+using FloatV = Simd<float>::V;
+using FloatI = Simd<float>::I;
+using FloatU = Simd<float>::U;
+using FloatH = Simd<float>::H;
+using DoubleV = Simd<double>::V;
+using DoubleI = Simd<double>::I;
+
+// How many T a vector of T's statistics' type holds.
+template <typename T>
+constexpr int kLanesOf = Simd<Statistic<T>>::kLanes;
+
+// ---- 16-bit floats to float and back, round to nearest even ----
+
+FUSEDLOSS_INLINE FloatV widen(FloatH bits, bfloat16) {
+  return (FloatV)(__builtin_convertvector(bits, FloatU) << 16);
+}
+
+FUSEDLOSS_INLINE FloatH narrow(FloatV v, bfloat16) {
+  const FloatU bits = (FloatU)v;
+  const FloatU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const FloatU nan = FloatU{} + 0x7fc0u;
+  return __builtin_convertvector(v == v ? rounded : nan, FloatH);
+}
+
+#if FUSEDLOSS_VECTOR_BYTES == 64
+FUSEDLOSS_INLINE FloatV widen(FloatH bits, float16) {
+  return (FloatV)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);  // g++ 12 warns of the unmasked ones
+}
+FUSEDLOSS_INLINE FloatH narrow(FloatV v, float16) {
+  return (FloatH)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif FUSEDLOSS_VECTOR_BYTES == 32
+FUSEDLOSS_INLINE FloatV widen(FloatH bits, float16) {
+  return (FloatV)_mm256_cvtph_ps((__m128i)bits);
+}
+FUSEDLOSS_INLINE FloatH narrow(FloatV v, float16) {
+  return (FloatH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+FUSEDLOSS_INLINE FloatV widen(FloatH bits, float16) {
+  const FloatU half = __builtin_convertvector(bits, FloatU);
+  const FloatU sign = (half & 0x8000u) << 16;
+  // Exponent and fraction in place are the value times 2^-112, subnormals included.
+  const FloatU magnitude = (FloatU)((FloatV)((half & 0x7fffu) << 13) * 0x1p112f);
+  const FloatU infinite = (half & 0x7c00u) == 0x7c00u ? FloatU{} + 0x7f800000u : FloatU{};
+  return (FloatV)(sign | magnitude | infinite);
+}
+FUSEDLOSS_INLINE FloatH narrow(FloatV v, float16) {
+  const FloatU bits = (FloatU)v;
+  const FloatU sign = (bits >> 16) & 0x8000u;
+  const FloatU magnitude = bits & 0x7fffffffu;
+  // Normal halves: rebias the exponent by 127 - 15 and round the 13 bits that go.
+  const FloatU normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal halves: adding 0.5 leaves their bits, rounded by the addition, in the sum's fraction.
+  const FloatU subnormal = (FloatU)((FloatV)magnitude + 0.5f) - 0x3f000000u;
+  FloatU half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= (143u << 23) ? FloatU{} + 0x7c00u : half;
+  half = v == v ? half : FloatU{} + 0x7e00u;
+  return __builtin_convertvector(half | sign, FloatH);
+}
+#endif
+
+// ---- loads and stores ----
+
+FUSEDLOSS_INLINE FloatV load(const float* p) {
+  FloatV v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FUSEDLOSS_INLINE DoubleV load(const double* p) {
+  DoubleV v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename Half>
+FUSEDLOSS_INLINE FloatV load(const Half* p) {
+  FloatH bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return widen(bits, Half{});
+}
+
+FUSEDLOSS_INLINE void store(float* p, FloatV v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+FUSEDLOSS_INLINE void store(double* p, DoubleV v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+template <typename Half>
+FUSEDLOSS_INLINE void store(Half* p, FloatV v) {
+  const FloatH bits = narrow(v, Half{});
+  __builtin_memcpy(p, &bits, sizeof bits);
+}
+
+// Lanes n and up are all ones.
+FUSEDLOSS_INLINE FloatI lanes_from(int n, float) {
+  FloatI index;
+  for (int lane = 0; lane < Simd<float>::kLanes; ++lane) index[lane] = lane;
+  return index >= n;
+}
+FUSEDLOSS_INLINE DoubleI lanes_from(int n, double) {
+  DoubleI index;
+  for (int lane = 0; lane < Simd<double>::kLanes; ++lane) index[lane] = lane;
+  return index >= int64_t(n);
+}
+
+// The first n < lanes elements, and no byte beyond them; the other lanes are 0.
+template <typename T>
+FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V load_first(const T* p, int n) {
+#if FUSEDLOSS_VECTOR_BYTES == 64
+  const __mmask16 mask = __mmask16((1u << n) - 1u);
+  if constexpr (std::is_same_v<T, double>) {
+    return (DoubleV)_mm512_maskz_loadu_pd(__mmask8(mask), p);
+  } else if constexpr (std::is_same_v<T, float>) {
+    return (FloatV)_mm512_maskz_loadu_ps(mask, p);
+  } else {
+    return widen((FloatH)_mm256_maskz_loadu_epi16(mask, p), T{});
+  }
+#else
+  T buffer[kLanesOf<T>] = {};
+  for (int lane = 0; lane < n; ++lane) buffer[lane] = p[lane];
+  return load(buffer);
+#endif
+}
+
+template <typename T>
+FUSEDLOSS_INLINE void store_first(T* p, typename Simd<Statistic<T>>::V v, int n) {
+#if FUSEDLOSS_VECTOR_BYTES == 64
+  const __mmask16 mask = __mmask16((1u << n) - 1u);
+  if constexpr (std::is_same_v<T, double>) {
+    _mm512_mask_storeu_pd(p, __mmask8(mask), (__m512d)v);
+  } else if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  } else {
+    _mm256_mask_storeu_epi16(p, mask, (__m256i)narrow(v, T{}));
+  }
+#else
+  T buffer[kLanesOf<T>];
+  store(buffer, v);
+  for (int lane = 0; lane < n; ++lane) p[lane] = buffer[lane];
+#endif
+}
+
+// kWhole: a vector's worth, n being ignored; else the first n.
+template <bool kWhole, typename T>
+FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V load_lanes(const T* p, int n) {
+  if constexpr (kWhole) {
+    return load(p);
+  } else {
+    return load_first(p, n);
+  }
+}
+template <bool kWhole, typename T>
+FUSEDLOSS_INLINE void store_lanes(T* p, typename Simd<Statistic<T>>::V v, int n) {
+  if constexpr (kWhole) {
+    store(p, v);
+  } else {
+    store_first(p, v, n);
+  }
+}
+
+// A single element, by way of a vector, so that it is rounded as its neighbours are.
+template <typename T>
+FUSEDLOSS_INLINE Statistic<T> load_one(const T* p) {
+  if constexpr (std::is_same_v<T, Statistic<T>>) {
+    return *p;
+  } else {
+    return load_first(p, 1)[0];
+  }
+}
+template <typename T>
+FUSEDLOSS_INLINE void store_one(T* p, Statistic<T> value) {
+  if constexpr (std::is_same_v<T, Statistic<T>>) {
+    *p = value;
+  } else {
+    store_first(p, typename Simd<Statistic<T>>::V{} + value, 1);
+  }
+}
+
+// ---- sums and maxima over the lanes, always in the same order ----
+
+template <typename A>
+FUSEDLOSS_INLINE A sum_of_lanes(typename Simd<A>::V v) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  A lane[kLanes];
+  __builtin_memcpy(lane, &v, sizeof v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+template <typename A>
+FUSEDLOSS_INLINE A max_of_lanes(typename Simd<A>::V v) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  A lane[kLanes];
+  __builtin_memcpy(lane, &v, sizeof v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+  return lane[0];
+}
+
+// ---- exp, for arguments up to a little above 0 ----
+//
+// exp(x) = 2^n exp(r) with n = round(x / ln 2), |r| <= ln 2 / 2; exp(r) = 1 + r + r^2 q(r), q fitted at Chebyshev
+// nodes to a relative error of exp of 8e-9 (float) and 1.3e-17 (double). Below kLowest the result is 0, as it is
+// for -inf; NaN stays NaN.
+
+namespace math {
+
+FUSEDLOSS_INLINE float exp(float x) {
+  return std::exp(x);
+}
+FUSEDLOSS_INLINE double exp(double x) {
+  return std::exp(x);
+}
+
+FUSEDLOSS_INLINE FloatV exp(FloatV x) {
+  constexpr float kLowest = -110.f;
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the sum
+  x = x < kLowest ? FloatV{} + kLowest : x;
+  const FloatV shifted = x * 1.44269504f + kRound;
+  const FloatV n = shifted - kRound;
+  const FloatV r = (x - n * 0.693145752f) - n * 1.42860682e-6f;
+  FloatV q = FloatV{} + 1.39263256e-3f;
+  q = q * r + 8.36329275e-3f;
+  q = q * r + 4.16665538e-2f;
+  q = q * r + 1.66665763e-1f;
+  q = q * r + 0.5f;
+  const FloatV exp_r = (q * (r * r) + r) + 1.f;
+#if FUSEDLOSS_VECTOR_BYTES == 64
+  return (FloatV)_mm512_maskz_scalef_ps(0xffff, (__m512)exp_r, (__m512)n);
+#else
+  // 2^n in two factors: a subnormal result has no single one.
+  const FloatI exponent = (FloatI)shifted - (FloatI)(FloatV{} + kRound);
+  const FloatI half = exponent >> 1;
+  return exp_r * (FloatV)((half + 127) << 23) * (FloatV)((exponent - half + 127) << 23);
+#endif
+}
+
+FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
+  constexpr double kLowest = -760.;
+  constexpr double kRound = 0x1.8p52;
+  x = x < kLowest ? DoubleV{} + kLowest : x;
+  const DoubleV shifted = x * 1.4426950408889634 + kRound;
+  const DoubleV n = shifted - kRound;
+  const DoubleV r = (x - n * 0x1.62e42feep-1) - n * 1.9082149292705877e-10;
+  DoubleV q = DoubleV{} + 2.5100395159429243e-08;
+  q = q * r + 2.7620101012097998e-07;
+  q = q * r + 2.7557268439678002e-06;
+  q = q * r + 2.4801521269532122e-05;
+  q = q * r + 1.9841269863066696e-04;
+  q = q * r + 1.3888888917230724e-03;
+  q = q * r + 8.3333333333300598e-03;
+  q = q * r + 4.1666666666624094e-02;
+  q = q * r + 1.6666666666666669e-01;
+  q = q * r + 5.0000000000000011e-01;
+  const DoubleV exp_r = (q * (r * r) + r) + 1.;
+#if FUSEDLOSS_VECTOR_BYTES == 64
+  return (DoubleV)_mm512_maskz_scalef_pd(0xff, (__m512d)exp_r, (__m512d)n);
+#else
+  const DoubleI exponent = (DoubleI)shifted - (DoubleI)(DoubleV{} + kRound);
+  const DoubleI half = exponent >> 1;
+  return exp_r * (DoubleV)((half + 1023) << 52) * (DoubleV)((exponent - half + 1023) << 52);
+#endif
+}
+
+}  // namespace math

@@ -1,0 +1,236 @@
+// Cross entropy between torch and the kernels: checks the arguments, allocates, fills the options, picks the device.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "checks.h"
+#include "cpu/cross_entropy_cpu.h"
+#include "ops.h"
+#include "plain.h"
+#include "row_layout.h"
+#include "run.h"
+#ifdef FUSEDLOSS_WITH_CUDA
+#include "cuda/cross_entropy_cuda.h"
+#endif
+
+namespace fusedloss {
+namespace {
+
+constexpr const char* kOp = "cross_entropy";
+
+bool has_probabilities(const at::Tensor& input, const at::Tensor& target) {
+  return input.sizes() == target.sizes();
+}
+
+void check_probabilities(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index) {
+  TORCH_CHECK(at::isFloatingType(target.scalar_type()), kOp, ": target has the shape of input, ", input.sizes(),
+              ", so it must hold class probabilities of a floating point type, got ", target.scalar_type(),
+              "; class indices have the shape of input without its class dimension");
+  TORCH_CHECK(ignore_index < 0, kOp, ": ignore_index must be negative where target holds class probabilities, got ",
+              ignore_index);
+}
+
+void check_class_indices(const at::Tensor& input, const at::Tensor& target) {
+  c10::SmallVector<int64_t, 8> expected(input.sizes().begin(), input.sizes().end());
+  expected.erase(expected.begin() + (input.dim() == 1 ? 0 : 1));
+  const bool right = target.sizes() == c10::IntArrayRef(expected);
+  // torch raises ValueError for a batch of another size, RuntimeError for every other shape.
+  const bool batch = input.dim() == 1 ? target.dim() != 1 : target.dim() > 0 && target.size(0) == input.size(0);
+  TORCH_CHECK_VALUE(right || batch, kOp, ": target must have the batch size of input, expected shape ",
+                    c10::IntArrayRef(expected), " for input of shape ", input.sizes(), ", got ", target.sizes());
+  TORCH_CHECK(right, kOp, ": target must have shape ", c10::IntArrayRef(expected), " for input of shape ",
+              input.sizes(), ", got ", target.sizes());
+  TORCH_CHECK(at::isIntegralType(target.scalar_type(), /*includeBool=*/false), kOp,
+              ": target must hold class indices of an integer type (int64), got ", target.scalar_type());
+}
+
+void check_weight_dtype(const at::Tensor& input, const at::Tensor& weight) {
+  // Under autocast torch casts both to float32.
+  TORCH_CHECK(weight.scalar_type() == input.scalar_type() ||
+                  (autocast_to_float32(input) && kernel_dtype(weight.scalar_type()).has_value() &&
+                   weight.scalar_type() != at::kDouble),
+              kOp, ": weight must have the dtype of input, ", input.scalar_type(), ", got ", weight.scalar_type());
+}
+
+// The options of one call, and the tensors whose memory they point to.
+struct Call {
+  CrossEntropyOptions o = {};
+  Layout layout = Layout::kRows;
+  at::Tensor input, target, weight, weight_sum;
+
+  Call(const at::Tensor& input_, const at::Tensor& target_, const OptionalTensor& weight_, int64_t reduction,
+       int64_t ignore_index, double label_smoothing) {
+    o.dtype = check_dtype(kOp, "input", input_);
+    o.reduction = check_reduction(kOp, reduction);
+    o.ignore_index = ignore_index;
+    check_same_device(kOp, "target", target_, input_);
+    const bool probabilities = has_probabilities(input_, target_);
+    if (probabilities) {
+      check_probabilities(input_, target_, ignore_index);
+    } else {
+      check_class_indices(input_, target_);
+    }
+    TORCH_CHECK(!(label_smoothing > 1), kOp, ": label_smoothing must be between 0.0 and 1.0, got ", label_smoothing);
+    o.label_smoothing = label_smoothing > 0 ? label_smoothing : 0;  // torch takes negative and NaN for none
+
+    const RowSizes sizes = row_sizes(input_);
+    const auto found = layout_of(input_, sizes);
+    input = found.has_value() ? input_ : input_.contiguous();
+    layout = found.has_value() ? *found : *layout_of(input, sizes);
+    o.logits = input.const_data_ptr();
+    o.logits_strides = kernel_strides(input, layout);
+    o.outer = sizes.outer;
+    o.classes = sizes.classes;
+    o.inner = sizes.inner;
+    if (layout == Layout::kSwapped) std::swap(o.outer, o.inner);
+
+    if (probabilities) {
+      target = in_layout(target_, sizes, layout);
+      o.target_probability = target.const_data_ptr();
+      o.target_strides = kernel_strides(target, layout);
+    } else {
+      target = target_.to(at::kLong).contiguous();
+      o.target_index = target.const_data_ptr<int64_t>();
+    }
+    if (weight_.has_value()) take_weight(*weight_);
+  }
+
+  void take_weight(const at::Tensor& given) {
+    TORCH_CHECK(given.dim() == 1 && given.numel() == o.classes, kOp,
+                ": weight must be 1-D with one element for each of the ", o.classes, " classes, got shape ",
+                given.sizes());
+    check_same_device(kOp, "weight", given, input);
+    weight = given.to(statistics_type(input.scalar_type())).contiguous();
+    o.weight = weight.const_data_ptr();
+    if (o.label_smoothing > 0) {
+      weight_sum = weight.sum();
+      o.weight_sum = weight_sum.const_data_ptr();
+    }
+  }
+
+  at::TensorOptions statistics_options() const {
+    return input.options().dtype(statistics_type(input.scalar_type()));
+  }
+
+  // [2 * rows + 1]
+  void take_statistics(const at::Tensor& statistics) {
+    auto* p = static_cast<char*>(statistics.data_ptr());
+    o.row_max = p;
+    o.row_logsum = p + o.rows() * int64_t(statistics.element_size());
+    o.total_weight = p + 2 * o.rows() * int64_t(statistics.element_size());
+  }
+};
+
+// "row 5, target[1, 2]", from a row's number.
+std::string describe_row(const at::Tensor& target, int64_t row) {
+  std::string index;
+  for (int64_t d = target.dim() - 1, rest = row; d >= 0; --d) {
+    index = std::to_string(rest % target.size(d)) + (index.empty() ? "" : ", ") + index;
+    rest /= target.size(d);
+  }
+  return index.empty() ? "target" : "target[" + index + "]";
+}
+
+void forward_on_cpu(Call& call) {
+  CrossEntropyOptions& o = call.o;
+  const cpu::CrossEntropyWork work = cpu::cross_entropy_work(o);
+  const at::Tensor scratch = at::empty({cpu::cross_entropy_scratch_bytes(o)}, at::kByte);
+  o.scratch = scratch.data_ptr();
+  run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_forward(o, begin, end); });
+  const int64_t bad = cpu::cross_entropy_finish(o);
+  TORCH_CHECK_INDEX(bad < 0, kOp, ": ", describe_row(call.target, bad), " is ", o.target_index[bad],
+                    ", expected a class index in [0, ", o.classes, ") or ignore_index ", o.ignore_index);
+}
+
+}  // namespace
+
+bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight) {
+  if (!is_plain(input) || !is_plain(target) || (weight.has_value() && !is_plain(*weight))) return false;
+#ifndef FUSEDLOSS_WITH_CUDA
+  if (input.is_cuda()) return false;
+#endif
+  if (input.dim() == 0 || row_sizes(input).classes == 0) return false;
+  if (weight.has_value() && weight->requires_grad()) return false;  // torch differentiates, or refuses
+  if (input.dim() == 1 && target.dim() == 1 && target.numel() == 1 && input.numel() != 1) return false;
+  if (has_probabilities(input, target) && at::isFloatingType(target.scalar_type())) {
+    // No kernel for the gradient of target, nor for mixed types, which torch promotes.
+    if (target.requires_grad() || target.scalar_type() != input.scalar_type()) return false;
+    if (weight.has_value() && weight->scalar_type() != input.scalar_type()) return false;
+  }
+  return true;
+}
+
+std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
+                                                         const OptionalTensor& weight, int64_t reduction,
+                                                         int64_t ignore_index, double label_smoothing) {
+  Call call(input, target, weight, reduction, ignore_index, label_smoothing);
+  CrossEntropyOptions& o = call.o;
+  if (weight.has_value()) check_weight_dtype(input, *weight);
+  const auto statistics = at::empty({2 * o.rows() + 1}, call.statistics_options());
+  call.take_statistics(statistics);
+
+  const auto loss_type = autocast_to_float32(input) ? at::kFloat : input.scalar_type();
+  o.loss_dtype = *kernel_dtype(loss_type);
+  c10::SmallVector<int64_t, 8> loss_sizes;
+  if (o.reduction == Reduction::kNone) {
+    loss_sizes.append(input.sizes().begin(), input.sizes().end());
+    loss_sizes.erase(loss_sizes.begin() + (input.dim() == 1 ? 0 : 1));
+  }
+  const auto loss = at::empty(loss_sizes, input.options().dtype(loss_type));
+  o.loss = loss.data_ptr();
+
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (input.is_cuda()) {
+    const auto scratch = at::empty({cuda::cross_entropy_scratch_bytes(o)}, input.options().dtype(at::kByte));
+    o.scratch = scratch.data_ptr();
+    run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::cross_entropy_forward(o, stream); });
+    return {loss, statistics};
+  }
+#endif
+  forward_on_cpu(call);
+  return {loss, statistics};
+}
+
+at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
+                                  const OptionalTensor& weight, const at::Tensor& statistics, int64_t reduction,
+                                  int64_t ignore_index, double label_smoothing) {
+  Call call(input, target, weight, reduction, ignore_index, label_smoothing);
+  CrossEntropyOptions& o = call.o;
+  TORCH_CHECK(statistics.numel() == 2 * o.rows() + 1 &&
+                  statistics.scalar_type() == statistics_type(input.scalar_type()),
+              kOp, ": statistics must be those of this input's forward pass");
+  call.take_statistics(statistics);
+
+  check_same_device(kOp, "grad_output", grad_output, input);
+  const bool per_row = o.reduction == Reduction::kNone;
+  TORCH_CHECK(grad_output.numel() == (per_row ? o.rows() : 1), kOp, ": grad_output must have the shape of the loss, ",
+              per_row ? target.sizes() : c10::IntArrayRef(), ", got ", grad_output.sizes());
+  o.loss_dtype = check_dtype(kOp, "grad_output", grad_output);
+  // A sum of losses sends back one value, expanded.
+  const bool one_value = !per_row || std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
+                                                 [](int64_t stride) { return stride == 0; });
+  const at::Tensor upstream = one_value ? grad_output : grad_output.contiguous();
+  o.grad_output = upstream.const_data_ptr();
+  o.grad_output_stride = one_value ? 0 : 1;
+
+  const auto grad = empty_in_layout(call.input, call.layout);
+  o.grad_logits = grad.data_ptr();
+  o.grad_strides = kernel_strides(grad, call.layout);
+
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (input.is_cuda()) {
+    run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::cross_entropy_backward(o, stream); });
+    return grad;
+  }
+#endif
+  const cpu::CrossEntropyWork work = cpu::cross_entropy_work(o);
+  run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_backward(o, begin, end); });
+  return grad;
+}
+
+}  // namespace fusedloss

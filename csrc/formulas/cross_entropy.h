@@ -1,0 +1,96 @@
+// Cross entropy as arithmetic on scalars, for both devices.
+//
+// With logits x, m = max(x), logsum = log(sum(exp(x - m))), softmax p = exp(x - m - logsum), and a target
+// distribution q over the classes (weights and smoothing folded in):
+//
+//   loss       = sum_c q_c * (logsum - (x_c - m)) = mass * logsum - dot
+//   d loss/dx_c = mass * p_c - q_c                   where mass = sum(q), dot = sum(q * (x - m))
+//
+// A class-index target y with weights w and smoothing e has q_c = (1 - e) w_y [c = y] + (e / C) w_c; class
+// probabilities t have q_c = w_c ((1 - e) t_c + e / C).
+//
+// m and logsum stay apart: their sum in float32 would lose three digits at logits of 1e4.
+//
+// This file has no include guard and includes nothing: the CPU build compiles it once in the namespace of each
+// instruction set. The includer defines FUSEDLOSS_INLINE and provides exp and log in `math`.
+
+// What a sweep over some of a row's classes knows; `dot` and `mass` are used only where q is not a single class.
+// V is a scalar, or a vector whose lanes are rows of their own; hence conditions are masks, joined by |.
+template <typename V>
+struct RowState {
+  V max;   // -inf before the first class, or where all classes are masked
+  V sum;   // sum(exp(x - shift(max)))
+  V dot;   // sum(q * (x - shift(max)))
+  V mass;  // sum(q)
+};
+
+template <typename V>
+FUSEDLOSS_INLINE RowState<V> empty_row_state() {
+  return {V{} - INFINITY, V{}, V{}, V{}};
+}
+
+// Exponents are taken relative to the maximum, or to 0 while every class seen is -inf: -inf - -inf is NaN.
+template <typename V>
+FUSEDLOSS_INLINE V shift(V max) {
+  return max == V{} - INFINITY ? V{} : max;
+}
+
+// The same sums relative to a maximum that is at least as large.
+template <typename V>
+FUSEDLOSS_INLINE RowState<V> rescale(RowState<V> s, V max) {
+  // A sum whose classes are all -inf is 0, or NaN where a NaN was among them; it needs no factor.
+  const V factor = (s.max == V{} - INFINITY) | (s.max == max) ? V{} + 1 : math::exp(s.max - max);
+  // NaN would come of 0 * inf, were the shift of an empty state taken.
+  const V moved = s.mass == V{} ? V{} : s.mass * (shift(s.max) - shift(max));
+  return {max, s.sum * factor, s.dot + moved, s.mass};
+}
+
+template <typename V>
+FUSEDLOSS_INLINE RowState<V> merge(RowState<V> a, RowState<V> b) {
+  const V max = a.max > b.max ? a.max : b.max;
+  a = rescale(a, max);
+  b = rescale(b, max);
+  return {max, a.sum + b.sum, a.dot + b.dot, a.mass + b.mass};
+}
+
+// What each row of one call shares.
+template <typename A>
+struct Smoothing {
+  A kept;     // 1 - e: how much of the target stays
+  A uniform;  // e / C: what every class receives
+};
+
+template <typename A>
+FUSEDLOSS_INLINE Smoothing<A> make_smoothing(double label_smoothing, int64_t classes) {
+  return {A(1.0 - label_smoothing), A(label_smoothing / double(classes))};
+}
+
+// -log p_y for the class with logit x.
+template <typename A>
+FUSEDLOSS_INLINE A negative_log_likelihood(A x, A max, A logsum) {
+  return logsum - (x - max);
+}
+
+// sum_c q_c (-log p_c) from a finished sweep.
+template <typename A>
+FUSEDLOSS_INLINE A expected_negative_log_likelihood(RowState<A> s, A logsum) {
+  return s.mass * logsum - s.dot;
+}
+
+// q_c of a probability target; V is a scalar or a vector of A.
+template <typename V, typename A>
+FUSEDLOSS_INLINE V probability_coefficient(V t, V w, Smoothing<A> s) {
+  return w * (s.kept * t + s.uniform);
+}
+
+// sum(q) of a class-index target whose class has weight w_y.
+template <typename A>
+FUSEDLOSS_INLINE A index_mass(A w_y, A weight_sum, Smoothing<A> s) {
+  return s.kept * w_y + s.uniform * weight_sum;
+}
+
+// grad_output * d loss/dx_c.
+template <typename V, typename A>
+FUSEDLOSS_INLINE V logit_gradient(V p, V q, A mass, A grad_output) {
+  return grad_output * (mass * p - q);
+}

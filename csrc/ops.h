@@ -1,0 +1,36 @@
+// The functions that bindings.cpp exposes.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace fusedloss {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Do the fused kernels compute this call, and its gradients? If not, torch's own function must. Arguments that torch
+// would refuse are covered: the forward pass refuses them with a message of its own.
+bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight);
+bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target);
+
+// -> (loss, statistics). `statistics` is 1-D: row_max, row_logsum, the mean's denominator.
+std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
+                                                         const OptionalTensor& weight, int64_t reduction,
+                                                         int64_t ignore_index, double label_smoothing);
+
+// -> d loss/d input, times grad_output.
+at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
+                                  const OptionalTensor& weight, const at::Tensor& statistics, int64_t reduction,
+                                  int64_t ignore_index, double label_smoothing);
+
+// input and target have one shape; broadcasting is the caller's.
+at::Tensor mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction);
+
+// -> the gradients of input and target, times grad_output; undefined where not wanted.
+std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                                     const at::Tensor& target, int64_t reduction, bool want_input,
+                                                     bool want_target);
+
+}  // namespace fusedloss

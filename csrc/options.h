@@ -1,0 +1,73 @@
+// What a kernel is told: sizes, strides, pointers and choices, as plain structs.
+// No torch here: CPU kernels, CUDA kernels and the op files all include it.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedloss {
+
+enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// The numbers are torch's own (at::Reduction).
+enum class Reduction : int32_t { kNone = 0, kMean = 1, kSum = 2 };
+
+// Strides count elements, not bytes.
+struct Strides {
+  int64_t outer, classes, inner;
+};
+
+// Logits of shape (C), (N, C) or (N, C, d1, …) are seen as [outer, classes, inner]; a row is the classes of
+// one (outer, inner) position, row number outer * inner_size + inner. "Statistics' type" is float, and double
+// for kFloat64.
+struct CrossEntropyOptions {
+  DType dtype;       // of logits, target_probability and grad_logits
+  DType loss_dtype;  // of loss and grad_output: dtype or the statistics' type
+  Reduction reduction;
+  int64_t outer, classes, inner;
+  int64_t ignore_index;
+  double label_smoothing;  // 0 is none; in [0, 1]
+
+  const void* logits;  // [outer, classes, inner]
+  Strides logits_strides;
+  const int64_t* target_index;     // [outer, inner] contiguous; null for probabilities
+  const void* target_probability;  // [outer, classes, inner]; null for class indices
+  Strides target_strides;
+  const void* weight;      // [classes] contiguous, statistics' type; null is 1 for every class
+  const void* weight_sum;  // [1] statistics' type, the sum of weight; null where weight is null
+
+  // Written by the forward pass, read by the backward pass; all of the statistics' type.
+  void* row_max;       // [rows]
+  void* row_logsum;    // [rows]   log(sum(exp(logit - row_max)))
+  void* total_weight;  // [1]      what the mean divides by
+
+  void* loss;     // [rows] for kNone, else [1]
+  void* scratch;  // forward only; as many bytes as the launcher asks for, 16-byte aligned
+
+  const void* grad_output;     // [rows] for kNone, else [1]
+  int64_t grad_output_stride;  // 0 where one value serves all rows
+  void* grad_logits;           // [outer, classes, inner]
+  Strides grad_strides;
+
+  int64_t rows() const { return outer * inner; }
+};
+
+// A loss of one element each of input and target: MSE and its family.
+struct PointwiseOptions {
+  DType dtype;       // of input, target and their gradients
+  DType loss_dtype;  // of loss and grad_output: dtype or the statistics' type
+  Reduction reduction;
+  int64_t numel;
+
+  const void* input;   // [numel] contiguous
+  const void* target;  // [numel] contiguous
+
+  void* loss;     // [numel] for kNone, else [1]
+  void* scratch;  // forward only; as many bytes as the launcher asks for, 16-byte aligned
+
+  const void* grad_output;     // [numel] for kNone, else [1]
+  int64_t grad_output_stride;  // 0 where one value serves all elements
+  void* grad_input;            // [numel]; null where it is not wanted
+  void* grad_target;           // [numel]; null where it is not wanted
+};
+
+}  // namespace fusedloss

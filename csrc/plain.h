@@ -1,0 +1,32 @@
+// Is a tensor plain? Then the kernels may be called on its memory directly. Everything else (subclasses, functorch's
+// wrappers, fake and meta tensors, dispatch modes, tracing, other devices) goes through torch's own functions.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+namespace fusedloss {
+
+inline c10::DispatchKeySet active_keys(const at::Tensor& tensor) {
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  return (tensor.key_set() | local.included_) - local.excluded_;
+}
+
+inline bool is_plain(const at::Tensor& tensor) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kPlain({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU,
+                                        DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView,
+                                        DispatchKey::BackendSelect, DispatchKey::AutocastCPU,
+                                        DispatchKey::AutocastCUDA});
+  if (!tensor.defined() || (active_keys(tensor).raw_repr() & ~kPlain.raw_repr()) != 0) return false;
+  return !tensor._fw_grad(/*level=*/0).defined();  // forward-mode AD
+}
+
+// Would torch compute this tensor's loss in float32, for autocast?
+inline bool autocast_to_float32(const at::Tensor& tensor) {
+  if (tensor.scalar_type() == at::kDouble) return false;
+  const auto key = tensor.is_cuda() ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
+  return active_keys(tensor).has(key);
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,117 @@
+// Pointwise losses between torch and the kernels: checks the arguments, allocates, fills the options, picks the
+// device.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
+
+#include "checks.h"
+#include "cpu/pointwise_cpu.h"
+#include "ops.h"
+#include "plain.h"
+#include "run.h"
+#ifdef FUSEDLOSS_WITH_CUDA
+#include "cuda/pointwise_cuda.h"
+#endif
+
+namespace fusedloss {
+namespace {
+
+// The options of one call, and the tensors whose memory they point to. Elements are paired by their place in memory,
+// so input and target must be dense and in the same order; gradients and losses are laid out as they are.
+struct Call {
+  PointwiseOptions o = {};
+  at::Tensor input, target;
+
+  Call(const char* op, const at::Tensor& input_, const at::Tensor& target_, int64_t reduction) {
+    o.dtype = check_dtype(op, "input", input_);
+    o.reduction = check_reduction(op, reduction);
+    check_same_device(op, "target", target_, input_);
+    TORCH_CHECK(input_.sizes() == target_.sizes(), op, ": target must have the shape of input, ", input_.sizes(),
+                ", got ", target_.sizes());
+    TORCH_CHECK(input_.scalar_type() == target_.scalar_type(), op, ": target must have the dtype of input, ",
+                input_.scalar_type(), ", got ", target_.scalar_type());
+    const bool paired = input_.is_non_overlapping_and_dense() && input_.strides() == target_.strides();
+    input = paired ? input_ : input_.contiguous();
+    target = paired ? target_ : target_.contiguous();
+    o.numel = input.numel();
+    o.input = input.const_data_ptr();
+    o.target = target.const_data_ptr();
+  }
+};
+
+}  // namespace
+
+bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target) {
+  if (!is_plain(input) || !is_plain(target)) return false;
+#ifndef FUSEDLOSS_WITH_CUDA
+  if (input.is_cuda()) return false;
+#endif
+  return input.scalar_type() == target.scalar_type();  // torch promotes mixed types
+}
+
+at::Tensor mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction) {
+  constexpr const char* kOp = "mse_loss";
+  Call call(kOp, input, target, reduction);
+  PointwiseOptions& o = call.o;
+  const auto loss_options =
+      input.options().dtype(autocast_to_float32(input) ? at::kFloat : input.scalar_type());
+  const auto loss = o.reduction == Reduction::kNone ? at::empty_like(call.input, loss_options)
+                                                    : at::empty({}, loss_options);
+  o.loss = loss.data_ptr();
+  o.loss_dtype = *kernel_dtype(loss.scalar_type());
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (input.is_cuda()) {
+    const auto scratch = at::empty({cuda::pointwise_scratch_bytes(o)}, input.options().dtype(at::kByte));
+    o.scratch = scratch.data_ptr();
+    run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::pointwise_forward(o, stream); });
+    return loss;
+  }
+#endif
+  const auto scratch = at::empty({cpu::pointwise_scratch_bytes(o)}, at::kByte);
+  o.scratch = scratch.data_ptr();
+  run_on_cpu(cpu::pointwise_chunks(o), /*grain=*/1,
+             [&](int64_t begin, int64_t end) { cpu::pointwise_forward(o, begin, end); });
+  cpu::pointwise_finish(o);
+  return loss;
+}
+
+std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                                     const at::Tensor& target, int64_t reduction, bool want_input,
+                                                     bool want_target) {
+  constexpr const char* kOp = "mse_loss";
+  Call call(kOp, input, target, reduction);
+  PointwiseOptions& o = call.o;
+  check_same_device(kOp, "grad_output", grad_output, input);
+  const bool per_element = o.reduction == Reduction::kNone;
+  TORCH_CHECK(per_element ? grad_output.sizes() == input.sizes() : grad_output.numel() == 1, kOp,
+              ": grad_output must have the shape of the loss, got ", grad_output.sizes());
+  o.loss_dtype = check_dtype(kOp, "grad_output", grad_output);
+  // A sum of losses sends back one value, expanded.
+  const bool one_value = !per_element || std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
+                                                     [](int64_t stride) { return stride == 0; });
+  at::Tensor upstream = grad_output;
+  if (!one_value && grad_output.strides() != call.input.strides())
+    upstream = at::empty_like(call.input, grad_output.options()).copy_(grad_output);
+  o.grad_output = upstream.const_data_ptr();
+  o.grad_output_stride = one_value ? 0 : 1;
+
+  at::Tensor grad_input, grad_target;
+  if (want_input) grad_input = at::empty_like(call.input);
+  if (want_target) grad_target = at::empty_like(call.target);
+  o.grad_input = want_input ? grad_input.data_ptr() : nullptr;
+  o.grad_target = want_target ? grad_target.data_ptr() : nullptr;
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (input.is_cuda()) {
+    run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::pointwise_backward(o, stream); });
+    return {grad_input, grad_target};
+  }
+#endif
+  run_on_cpu(cpu::pointwise_chunks(o), /*grain=*/1,
+             [&](int64_t begin, int64_t end) { cpu::pointwise_backward(o, begin, end); });
+  return {grad_input, grad_target};
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,101 @@
+// A tensor of shape (C), (N, C) or (N, C, d1, …) seen as [outer, classes, inner], so that kernels know three strides
+// and no dimensions.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/util/SmallVector.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "options.h"
+
+namespace fusedloss {
+
+enum class Layout {
+  kRows,     // classes lie side by side
+  kColumns,  // inner positions do
+  kSwapped   // (N, C) stored as (C, N): columns too, once outer and inner change places
+};
+
+struct RowSizes {
+  int64_t outer = 1, classes = 1, inner = 1;
+};
+
+inline RowSizes row_sizes(const at::Tensor& t) {
+  RowSizes sizes;
+  if (t.dim() == 1) {
+    sizes.classes = t.size(0);
+  } else {
+    sizes.outer = t.size(0);
+    sizes.classes = t.size(1);
+    for (int64_t d = 2; d < t.dim(); ++d) sizes.inner *= t.size(d);
+  }
+  return sizes;
+}
+
+// The stride that serves all of d1, …, dK at once, if one does.
+inline std::optional<int64_t> inner_stride(const at::Tensor& t) {
+  int64_t stride = 0, size = 0;  // of the dimensions joined so far; size 0 is none yet
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (t.size(d) == 1) continue;
+    if (size == 0) {
+      stride = t.stride(d);
+      size = t.size(d);
+    } else if (t.stride(d) == stride * size) {
+      size *= t.size(d);
+    } else {
+      return std::nullopt;
+    }
+  }
+  return stride;
+}
+
+inline std::optional<Strides> row_strides(const at::Tensor& t) {
+  if (t.dim() == 1) return Strides{0, t.size(0) == 1 ? 1 : t.stride(0), 0};
+  const auto inner = inner_stride(t);
+  if (!inner.has_value()) return std::nullopt;
+  return Strides{t.size(0) == 1 ? 0 : t.stride(0), t.size(1) == 1 ? 1 : t.stride(1), *inner};
+}
+
+inline std::optional<Layout> layout_of(const at::Tensor& t, const RowSizes& sizes) {
+  const auto strides = row_strides(t);
+  if (!strides.has_value()) return std::nullopt;
+  if (strides->classes == 1) return Layout::kRows;
+  if (sizes.inner > 1) return strides->inner == 1 ? std::optional(Layout::kColumns) : std::nullopt;
+  return sizes.outer > 1 && strides->outer == 1 ? std::optional(Layout::kSwapped) : std::nullopt;
+}
+
+// Uninitialised, of t's shape and dtype, dense, in the given layout.
+inline at::Tensor empty_in_layout(const at::Tensor& t, Layout layout) {
+  c10::SmallVector<int64_t, 8> order;  // dimensions, the one with stride 1 first
+  if (layout == Layout::kSwapped) {
+    order = {0, 1};
+  } else {
+    for (int64_t d = t.dim() - 1; d >= 0; --d)
+      if (layout == Layout::kColumns || t.dim() == 1 || d != 1) order.push_back(d);
+    if (layout == Layout::kRows && t.dim() > 1) order.insert(order.begin(), 1);
+  }
+  c10::SmallVector<int64_t, 8> strides(t.dim());
+  int64_t stride = 1;
+  for (const int64_t d : order) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(1, t.size(d));
+  }
+  return at::empty_strided(t.sizes(), strides, t.options());
+}
+
+// t itself where it has the layout, else a copy that has.
+inline at::Tensor in_layout(const at::Tensor& t, const RowSizes& sizes, Layout layout) {
+  if (layout_of(t, sizes) == layout) return t;
+  return empty_in_layout(t, layout).copy_(t);
+}
+
+// The strides that the kernels are told.
+inline Strides kernel_strides(const at::Tensor& t, Layout layout) {
+  const Strides s = *row_strides(t);
+  return layout == Layout::kSwapped ? Strides{0, s.classes, s.outer} : s;
+}
+
+}  // namespace fusedloss

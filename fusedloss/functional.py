@@ -1,0 +1,137 @@
+"""The losses as functions, with the signatures of `torch.nn.functional`.
+
+A call that the kernels cover goes to them. Any other (a tensor subclass, a device without kernels, torch.compile,
+functorch, forward-mode AD, …) goes to torch's own function, so that it gives what torch gives.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+from torch.overrides import has_torch_function_variadic
+
+from . import _backend, autograd
+
+
+def _needs_torch(*tensors: object) -> bool:
+    """Must these go to torch before the kernels may even look at them?"""
+    return (
+        torch.compiler.is_compiling()
+        or has_torch_function_variadic(*tensors)
+        or not all(isinstance(tensor, Tensor) for tensor in tensors)
+    )
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Cross entropy between logits and targets, `torch.nn.functional.cross_entropy`, fused.
+
+    With logits :math:`x`, :math:`m = \max_c x_c`, :math:`\ell = \log \sum_c e^{x_c - m}`, a row of weights :math:`w`
+    and smoothing :math:`\epsilon`, each row's loss is
+
+    .. math::
+        \sum_c q_c \, (\ell - (x_c - m)), \qquad
+        q_c = (1 - \epsilon) \, w_y [c = y] + \tfrac{\epsilon}{C} \, w_c
+        \quad\text{or}\quad q_c = w_c \, ((1 - \epsilon) \, t_c + \tfrac{\epsilon}{C})
+
+    for a class index :math:`y` or class probabilities :math:`t`; its gradient is
+    :math:`p_c \sum_k q_k - q_c` with the softmax :math:`p_c = e^{x_c - m - \ell}`. 'mean' divides the sum of the rows
+    by :math:`\sum w_y` over the rows kept, and for probabilities by the number of rows.
+
+    Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2015, for the smoothing; the
+    one-pass softmax is Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+
+    Args:
+        input: logits of shape (C), (N, C) or (N, C, d1, …, dK); float32, float64, bfloat16 or float16.
+        target: class indices of shape (), (N) or (N, d1, …, dK), of any integer type; or class probabilities of
+            input's shape and dtype.
+        weight: one weight for each class, shape (C), of input's dtype.
+        size_average, reduce: deprecated; they override reduction.
+        ignore_index: class index whose rows add nothing. Default -100.
+        reduction: 'none', 'mean' or 'sum'. Default 'mean'.
+        label_smoothing: :math:`\epsilon` in [0, 1]. Default 0.
+
+    Returns:
+        A scalar of input's dtype, or with 'none' one loss a row, in the shape of class-index targets. Under autocast
+        float32, as torch's.
+
+    Raises:
+        IndexError: a class index is neither in [0, C) nor ignore_index (CPU; on CUDA a device-side assertion fails).
+        ValueError: the batch sizes differ, or reduction is unknown.
+        RuntimeError: another shape, dtype or device is wrong.
+        NotImplementedError: input is not of one of the four types.
+    """
+    tensors = (input, target) if weight is None else (input, target, weight)
+    if _needs_torch(*tensors) or not _backend.extension().cross_entropy_covers(input, target, weight):
+        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    return autograd.cross_entropy(
+        input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
+    )
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Mean squared error, `torch.nn.functional.mse_loss`, fused.
+
+    Each element's loss is :math:`(x - t)^2`, its gradient :math:`2 (x - t)` for input and the negative for target;
+    'mean' divides the sum by the number of elements.
+
+    Args:
+        input: any shape; float32, float64, bfloat16 or float16.
+        target: the shape of input; another that broadcasts with it works, with torch's warning.
+        size_average, reduce: deprecated; they override reduction.
+        reduction: 'none', 'mean' or 'sum'. Default 'mean'.
+        weight: the shape of input; computed by torch's own function.
+
+    Returns:
+        A scalar of input's dtype, or with 'none' one loss an element, in the broadcast shape. Under autocast float32,
+        as torch's.
+
+    Raises:
+        ValueError: reduction is unknown.
+        RuntimeError: the shapes do not broadcast, or the devices differ.
+        NotImplementedError: the dtype is none that squared errors are computed in.
+    """
+    if weight is not None:
+        return F.mse_loss(input, target, size_average, reduce, reduction, weight)
+    if _needs_torch(input, target) or not _backend.extension().mse_loss_covers(input, target):
+        return F.mse_loss(input, target, size_average, reduce, reduction)
+    if input.shape != target.shape:
+        warnings.warn(
+            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+            "This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=2,
+        )
+        input, target = _broadcast(input, target)
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    return autograd.mse_loss(input, target, _reduction.get_enum(reduction))
+
+
+def _broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return torch.broadcast_tensors(input, target)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"mse_loss: target of shape {list(target.shape)} must have, or broadcast with, the shape of input, "
+            f"{list(input.shape)}: {error}"
+        ) from None

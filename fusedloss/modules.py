@@ -1,0 +1,53 @@
+"""The losses as modules: torch's own classes, with `forward` computed by the fused kernels."""
+
+from torch import Tensor, nn
+
+from . import functional
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """`torch.nn.CrossEntropyLoss`, fused. The arguments, shapes and results are torch's.
+
+    Args:
+        weight: one weight for each class, shape (C).
+        size_average, reduce: deprecated, see `reduction`.
+        ignore_index: class index that adds nothing to the loss nor the gradient. Default -100.
+        reduction: 'none', 'mean' or 'sum'. Default 'mean'.
+        label_smoothing: how much of each target is spread evenly over the classes, in [0, 1]. Default 0.
+
+    Shape:
+        - input: logits, (C), (N, C) or (N, C, d1, …, dK); float32, float64, bfloat16 or float16.
+        - target: class indices, () or (N) or (N, d1, …, dK); or class probabilities, of input's shape and dtype.
+        - output: a scalar, or the shape of class-index targets for reduction 'none'.
+
+    The formula is in `fusedloss.functional.cross_entropy`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class MSELoss(nn.MSELoss):
+    """`torch.nn.MSELoss`, fused. The arguments, shapes and results are torch's.
+
+    Args:
+        size_average, reduce: deprecated, see `reduction`.
+        reduction: 'none', 'mean' or 'sum'. Default 'mean'.
+
+    Shape:
+        - input: any shape; float32, float64, bfloat16 or float16.
+        - target: the shape of input; another that broadcasts with it works, with torch's warning.
+        - output: a scalar, or the broadcast shape for reduction 'none'.
+
+    The formula is in `fusedloss.functional.mse_loss`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.mse_loss(input, target, reduction=self.reduction)
