@@ -61,7 +61,7 @@ void check_weight_dtype(const at::Tensor& input, const at::Tensor& weight) {
 struct Call {
   CrossEntropyOptions o = {};
   Layout layout = Layout::kRows;
-  at::Tensor input, target, weight, weight_sum;
+  at::Tensor input, target, weight;
 
   Call(const at::Tensor& input_, const at::Tensor& target_, const OptionalTensor& weight_, int64_t reduction,
        int64_t ignore_index, double label_smoothing) {
@@ -107,26 +107,21 @@ struct Call {
     check_same_device(kOp, "weight", given, input);
     weight = given.to(statistics_type(input.scalar_type())).contiguous();
     o.weight = weight.const_data_ptr();
-    if (o.label_smoothing > 0) {
-      weight_sum = weight.sum();
-      o.weight_sum = weight_sum.const_data_ptr();
-    }
   }
 
-  at::TensorOptions statistics_options() const {
-    return input.options().dtype(statistics_type(input.scalar_type()));
-  }
+  int64_t statistics_numel() const { return 2 * o.rows() + 2; }
 
-  // [2 * rows + 1]
   void take_statistics(const at::Tensor& statistics) {
-    auto* p = static_cast<char*>(statistics.data_ptr());
-    o.row_max = p;
-    o.row_logsum = p + o.rows() * int64_t(statistics.element_size());
-    o.total_weight = p + 2 * o.rows() * int64_t(statistics.element_size());
+    const auto at = [&](int64_t i) { return static_cast<char*>(statistics.data_ptr()) + i * statistics.element_size(); };
+    o.row_max = at(0);
+    o.row_logsum = at(o.rows());
+    o.total_weight = at(2 * o.rows());
+    const bool sums_weights = weight.defined() && o.label_smoothing > 0 && o.target_index != nullptr;
+    o.weight_sum = sums_weights ? at(2 * o.rows() + 1) : nullptr;
   }
 };
 
-// "row 5, target[1, 2]", from a row's number.
+// "target[1, 2]", from a row's number.
 std::string describe_row(const at::Tensor& target, int64_t row) {
   std::string index;
   for (int64_t d = target.dim() - 1, rest = row; d >= 0; --d) {
@@ -141,6 +136,7 @@ void forward_on_cpu(Call& call) {
   const cpu::CrossEntropyWork work = cpu::cross_entropy_work(o);
   const at::Tensor scratch = at::empty({cpu::cross_entropy_scratch_bytes(o)}, at::kByte);
   o.scratch = scratch.data_ptr();
+  if (o.weight_sum != nullptr) cpu::cross_entropy_weight_sum(o);
   run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_forward(o, begin, end); });
   const int64_t bad = cpu::cross_entropy_finish(o);
   TORCH_CHECK_INDEX(bad < 0, kOp, ": ", describe_row(call.target, bad), " is ", o.target_index[bad],
@@ -171,7 +167,8 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input
   Call call(input, target, weight, reduction, ignore_index, label_smoothing);
   CrossEntropyOptions& o = call.o;
   if (weight.has_value()) check_weight_dtype(input, *weight);
-  const auto statistics = at::empty({2 * o.rows() + 1}, call.statistics_options());
+  const auto statistics =
+      at::empty({call.statistics_numel()}, input.options().dtype(statistics_type(input.scalar_type())));
   call.take_statistics(statistics);
 
   const auto loss_type = autocast_to_float32(input) ? at::kFloat : input.scalar_type();
@@ -188,6 +185,10 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input
   if (input.is_cuda()) {
     const auto scratch = at::empty({cuda::cross_entropy_scratch_bytes(o)}, input.options().dtype(at::kByte));
     o.scratch = scratch.data_ptr();
+    if (o.weight_sum != nullptr) {
+      auto weight_sum = statistics.slice(0, statistics.numel() - 1);
+      at::sum_out(weight_sum, call.weight, at::IntArrayRef{0}, /*keepdim=*/true);
+    }
     run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::cross_entropy_forward(o, stream); });
     return {loss, statistics};
   }
@@ -201,7 +202,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
                                   int64_t ignore_index, double label_smoothing) {
   Call call(input, target, weight, reduction, ignore_index, label_smoothing);
   CrossEntropyOptions& o = call.o;
-  TORCH_CHECK(statistics.numel() == 2 * o.rows() + 1 &&
+  TORCH_CHECK(statistics.numel() == call.statistics_numel() &&
                   statistics.scalar_type() == statistics_type(input.scalar_type()),
               kOp, ": statistics must be those of this input's forward pass");
   call.take_statistics(statistics);

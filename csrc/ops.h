@@ -15,7 +15,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight);
 bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target);
 
-// -> (loss, statistics). `statistics` is 1-D: row_max, row_logsum, the mean's denominator.
+// -> (loss, statistics). `statistics` is 1-D and for the backward pass: row_max, row_logsum, the mean's denominator,
+// the sum of weight.
 std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
                                                          const OptionalTensor& weight, int64_t reduction,
                                                          int64_t ignore_index, double label_smoothing);

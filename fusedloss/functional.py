@@ -76,9 +76,7 @@ def cross_entropy(
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    return autograd.cross_entropy(
-        input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
-    )
+    return autograd.cross_entropy(input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing)
 
 
 def mse_loss(

@@ -21,7 +21,8 @@ def cross_entropy(
     classes = classes_last.shape[-1]
     rows = classes_last.reshape(-1, classes)
     weights = torch.ones(classes, dtype=torch.float64, device=input.device) if weight is None else weight.double()
-    log_p = rows - torch.logsumexp(rows, dim=1, keepdim=True)
+    relative = rows - rows.detach().amax(dim=1, keepdim=True)  # exact near the maximum, however large that is
+    log_p = relative - relative.exp().sum(dim=1, keepdim=True).log()
     if target.is_floating_point() and target.shape == input.shape:
         probabilities = target.double() if target.dim() == 1 else target.double().movedim(1, -1)
         q = (1 - label_smoothing) * probabilities.reshape(-1, classes) + label_smoothing / classes

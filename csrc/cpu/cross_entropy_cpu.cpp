@@ -21,6 +21,10 @@ int64_t cross_entropy_scratch_bytes(const CrossEntropyOptions& o) {
   return chunk_count(o) * int64_t(sizeof(ChunkResult));
 }
 
+void cross_entropy_weight_sum(const CrossEntropyOptions& o) {
+  FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(weight_sum<Statistic<T>>(o)));
+}
+
 void cross_entropy_forward(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(forward<T>(o, begin, end)));
 }

@@ -16,6 +16,9 @@ CrossEntropyWork cross_entropy_work(const CrossEntropyOptions& options);
 // Bytes that options.scratch must have for the forward pass.
 int64_t cross_entropy_scratch_bytes(const CrossEntropyOptions& options);
 
+// Writes options.weight_sum: always in the same order, which torch's own sum is not.
+void cross_entropy_weight_sum(const CrossEntropyOptions& options);
+
 // Forward: every chunk once, from any thread; then cross_entropy_finish, which reduces what the chunks left in
 // scratch and returns the first row whose target is out of range, or -1.
 void cross_entropy_forward(const CrossEntropyOptions& options, int64_t begin_chunk, int64_t end_chunk);

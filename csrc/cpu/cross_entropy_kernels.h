@@ -60,6 +60,17 @@ void backward(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   }
 }
 
+template <typename A>
+void weight_sum(const CrossEntropyOptions& o) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  const A* weight = static_cast<const A*>(o.weight);
+  typename Simd<A>::V sum = {};
+  int64_t c = 0;
+  for (; c + kLanes <= o.classes; c += kLanes) sum += load(weight + c);
+  if (c < o.classes) sum += load_first(weight + c, int(o.classes - c));
+  *static_cast<A*>(o.weight_sum) = sum_of_lanes<A>(sum);
+}
+
 // The chunks' sums in their order, in double; rounded once.
 template <typename T>
 int64_t finish(const CrossEntropyOptions& o) {

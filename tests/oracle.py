@@ -1,0 +1,38 @@
+"""How results are judged: against the float64 reference, by a bound that a single rounding at the end can meet."""
+
+import torch
+from torch import Tensor
+
+# Relative error of the computation itself, in the statistics' type. Its sums run over up to a few thousand terms, and
+# exp(x - max - logsum) has the error of its argument, about 1e-6 in float32.
+COMPUTED = {torch.float32: 3e-6, torch.float64: 3e-14, torch.bfloat16: 3e-6, torch.float16: 3e-6}
+# Half a unit in the last place of the result: of a normal number at most this part of it, of a subnormal one this much.
+ROUNDED = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+SMALLEST = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 0.0, torch.float16: 2**-25}
+
+
+def assert_exact(actual: Tensor, expected: Tensor, scale: float | None = None, what: str = "result") -> None:
+    """`actual` is `expected` (float64) up to one rounding, and the computation's error relative to `scale`.
+
+    The scale is the size of the terms that were added up, at least the largest result.
+    """
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return
+    got, want = actual.detach().double(), expected.detach().double()
+    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places than expected"
+    finite = want.isfinite()
+    overflow = want.abs() > torch.finfo(actual.dtype).max
+    exact = ~finite | overflow
+    assert torch.equal(got[exact & ~want.isnan()].sign(), want[exact & ~want.isnan()].sign()), f"{what}: infinities"
+    got, want = got[~exact], want[~exact]
+    if got.numel() == 0:
+        return
+    scale = max(scale or 0.0, want.abs().max().item())
+    allowed = ROUNDED[actual.dtype] * want.abs() * 1.001 + SMALLEST[actual.dtype] + COMPUTED[actual.dtype] * scale
+    excess = (got - want).abs() - allowed
+    worst = int(excess.argmax())
+    assert excess[worst] <= 0, (
+        f"{what}: {got[worst].item()!r}, expected {want[worst].item()!r}, "
+        f"error {(got - want)[worst].item():.3e}, allowed {allowed[worst].item():.3e}"
+    )

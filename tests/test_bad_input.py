@@ -1,0 +1,121 @@
+"""Bad input raises what torch raises, with a message that names the argument, what was given and what was expected."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fusedloss.functional as fused
+
+
+def x(*shape, **options):
+    return torch.randn(shape, **options)
+
+
+def i(*shape, **options):
+    return torch.zeros(shape, dtype=torch.int64, **options)
+
+
+# arguments, options, what the message must say
+CROSS_ENTROPY = {
+    "batch": ((x(4, 3), i(5)), {}, ["target", r"\[4\]", r"\[5\]"]),
+    "no batch": ((x(4, 3), i()), {}, ["target", r"\[4\]", r"\[\]"]),
+    "one dimension too many": ((x(4, 3), i(4, 1)), {}, ["target", r"\[4\]", r"\[4, 1\]"]),
+    "1-D logits": ((x(3), i(2)), {}, ["target", r"\[\]", r"\[2\]"]),
+    "spatial size": ((x(4, 3, 5), i(4, 6)), {}, ["target", r"\[4, 5\]", r"\[4, 6\]"]),
+    "spatial batch": ((x(4, 3, 5), i(3, 5)), {}, ["target", r"\[4, 5\]", r"\[3, 5\]"]),
+    "spatial dimensions": ((x(4, 3, 5, 2), i(4, 5)), {}, ["target", r"\[4, 5, 2\]", r"\[4, 5\]"]),
+    "spatial size, smoothed": ((x(4, 3, 5), i(4, 6)), {"label_smoothing": 0.1}, ["target", r"\[4, 5\]", r"\[4, 6\]"]),
+    "5-D": ((x(4, 3, 5, 2, 2), i(4, 5, 2, 3)), {}, ["target", r"\[4, 5, 2, 2\]", r"\[4, 5, 2, 3\]"]),
+    "float indices": ((x(4, 3), x(4)), {}, ["target", "integer", "Float"]),
+    "bool indices": ((x(4, 3), i(4).bool()), {}, ["target", "integer", "Bool"]),
+    "integer probabilities": ((x(4, 3), i(4, 3)), {}, ["target", "floating", "Long"]),
+    "integer logits": ((i(4, 3), i(4)), {}, ["input", "float32", "Long"]),
+    "complex logits": ((x(4, 3).to(torch.complex64), i(4)), {}, ["input", "float32", "ComplexFloat"]),
+    "float8 logits": ((x(4, 3).to(torch.float8_e4m3fn), i(4)), {}, ["input", "float32", "Float8"]),
+    "weight size": ((x(4, 3), i(4), torch.ones(2)), {}, ["weight", "3 classes", r"\[2\]"]),
+    "weight dimensions": ((x(4, 3), i(4), torch.ones(3, 1)), {}, ["weight", "3 classes", r"\[3, 1\]"]),
+    "weight dtype": ((x(4, 3), i(4), torch.ones(3).double()), {}, ["weight", "Float", "Double"]),
+    "weight size, probabilities": ((x(4, 3), x(4, 3), torch.ones(2)), {}, ["weight", "3 classes", r"\[2\]"]),
+    "smoothing": ((x(4, 3), i(4)), {"label_smoothing": 1.5}, ["label_smoothing", "1.0", "1.5"]),
+    "ignore_index, probabilities": ((x(4, 3), x(4, 3)), {"ignore_index": 1}, ["ignore_index", "negative", "1"]),
+    "class too large": ((x(4, 3), i(4) + 3), {}, [r"target\[0\] is 3", r"\[0, 3\)"]),
+    "class negative": ((x(4, 3), i(4) - 1), {}, [r"target\[0\] is -1", r"\[0, 3\)"]),
+    "class far out": ((x(4, 3), i(4) + 2**62), {}, [str(2**62)]),
+    "class far out, smoothed": ((x(4, 3), i(4) - 2**62), {"label_smoothing": 0.1}, [str(-(2**62))]),
+    "class too large, columns": ((x(2, 3, 300), i(2, 300) + 5), {}, [r"target\[0, 0\] is 5", r"\[0, 3\)"]),
+    "class too large, 1-D": ((x(3), i() + 7), {}, ["target is 7", r"\[0, 3\)"]),
+    "reduction": ((x(4, 3), i(4)), {"reduction": "average"}, ["average", "reduction"]),
+    "ignore_index type": ((x(4, 3), i(4)), {"ignore_index": 1.5}, []),
+    "smoothing type": ((x(4, 3), i(4)), {"label_smoothing": "a"}, []),
+    "input type": (([[1.0, 2.0]], i(1)), {}, ["input"]),
+    "target type": ((x(4, 3), None), {}, ["target"]),
+    "no dimensions": ((torch.tensor(1.0), torch.tensor(1.0)), {}, []),
+    "no classes": ((x(2, 0), i(2)), {}, []),
+    "differentiable weight": ((x(4, 3), i(4), torch.ones(3, requires_grad=True)), {}, ["weight"]),
+    "target device": ((x(4, 3), i(4, device="meta")), {}, []),
+}
+
+MSE = {
+    "shapes": ((x(3), x(2)), {}, ["target", r"\[2\]", r"\[3\]"]),
+    "integers": ((i(3), i(3)), {}, ["input", "float32", "Long"]),
+    "complex": ((x(3).to(torch.complex64),) * 2, {}, ["input", "float32", "ComplexFloat"]),
+    "reduction": ((x(3), x(3)), {"reduction": "average"}, ["average", "reduction"]),
+    "target device": ((x(3), x(3, device="meta")), {}, []),
+    "input type": (([1.0], x(1)), {}, []),
+}
+
+
+def check(ours, torchs, arguments, options, says):
+    with pytest.raises(Exception) as expected:
+        torchs(*arguments, **options)
+    with pytest.raises(expected.type) as raised:
+        ours(*arguments, **options)
+    assert raised.type is expected.type
+    for part in says:
+        raised.match(part)
+
+
+@pytest.mark.parametrize("case", CROSS_ENTROPY)
+def test_cross_entropy(case):
+    check(fused.cross_entropy, F.cross_entropy, *CROSS_ENTROPY[case])
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("case", MSE)
+def test_mse_loss(case):
+    check(fused.mse_loss, F.mse_loss, *MSE[case])
+
+
+def test_the_first_bad_row_is_named():
+    target = torch.randint(0, 50, (700, 3))
+    target[400, 1], target[600, 2] = 50, -3
+    logits = torch.randn(700, 50, 3)
+    with pytest.raises(IndexError, match=r"target\[400, 1\] is 50, expected a class index in \[0, 50\)"):
+        fused.cross_entropy(logits, target)
+    with pytest.raises(IndexError, match=r"target\[400, 1\] is 50"):
+        fused.cross_entropy(logits.movedim(1, -1).contiguous().movedim(-1, 1), target)
+
+
+def test_nothing_is_lost_by_an_error():
+    logits = torch.randn(4, 3, requires_grad=True)
+    before = logits.detach().clone()
+    with pytest.raises(IndexError):
+        fused.cross_entropy(logits, i(4) + 3)
+    assert torch.equal(logits.detach(), before) and logits.grad is None
+    fused.cross_entropy(logits, i(4)).backward()
+
+
+@pytest.mark.parametrize("value", [-0.5, float("nan")])
+def test_torch_takes_a_negative_smoothing_for_none(value):
+    logits, target = x(4, 3), torch.tensor([0, 2, 1, 1])
+    assert torch.equal(fused.cross_entropy(logits, target, label_smoothing=value), fused.cross_entropy(logits, target))
+
+
+@pytest.mark.gpu
+def test_mismatched_devices():
+    with pytest.raises(RuntimeError, match="target must be on the device of input"):
+        fused.cross_entropy(x(4, 3, device="cuda"), i(4))
+    with pytest.raises(RuntimeError, match="weight must be on the device of input"):
+        fused.cross_entropy(x(4, 3, device="cuda"), i(4, device="cuda"), torch.ones(3))
+    with pytest.raises(RuntimeError, match="target must be on the device of input"):
+        fused.mse_loss(x(4, 3, device="cuda"), x(4, 3))

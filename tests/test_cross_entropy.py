@@ -1,0 +1,317 @@
+"""Cross entropy, values and gradients, against the float64 reference and against torch's own loss."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import assert_exact
+from torch import Tensor
+
+import fusedloss.functional as fused
+from fusedloss import reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Odd sizes; one class, one row; just below, at and above a vector (16), a block (2048) and a tile (256).
+SHAPES = [
+    (5,), (1,), (1, 1), (7, 1), (1, 7), (3, 10), (33, 15), (5, 16), (5, 17), (2, 2047), (2, 2049), (3, 4097),
+    (2, 3, 5), (1, 10, 255), (2, 5, 256), (1, 21, 257), (2, 33, 3), (2, 4, 3, 5), (1, 3, 2, 2, 7), (3, 1, 4),
+]  # fmt: skip
+OPTIONS = list(itertools.product((False, True), (0.0, 0.1, 1.0)))
+
+
+def class_dim(shape: tuple[int, ...]) -> int:
+    return 0 if len(shape) == 1 else 1
+
+
+def random_logits(shape: tuple[int, ...], dtype: torch.dtype, device: str, scale: float = 3.0) -> Tensor:
+    return (torch.randn(shape, dtype=torch.float64) * scale).to(device, dtype)
+
+
+def random_indices(shape: tuple[int, ...], device: str, ignore_index: int = -100) -> Tensor:
+    rows = tuple(size for d, size in enumerate(shape) if d != class_dim(shape))
+    target = torch.randint(0, shape[class_dim(shape)], rows)
+    if target.numel() > 1:  # some rows are ignored, never all
+        ignored = torch.rand(rows) < 0.3
+        ignored.view(-1)[torch.randint(target.numel(), ())] = False
+        target[ignored] = ignore_index
+    return target.to(device)
+
+
+def random_probabilities(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).softmax(class_dim(shape)).to(device, dtype)
+
+
+def check(input: Tensor, target: Tensor, **options) -> None:
+    """The fused loss and its gradient, for a random grad_output, are those of the reference, and torch's in form."""
+    ours = input.detach().requires_grad_()
+    exact = input.detach().double().requires_grad_()
+    loss = fused.cross_entropy(ours, target, **options)
+    expected = reference.cross_entropy(exact, target, **options)
+    torchs = F.cross_entropy(input.detach(), target, **options)
+    assert (loss.dtype, loss.shape, loss.device) == (torchs.dtype, torchs.shape, torchs.device)
+    # Loss and gradient are differences, with errors relative to what is subtracted: for a row its largest weight, and
+    # that times grad_output.
+    rows = input.numel() // input.shape[class_dim(tuple(input.shape))]
+    largest = 1.0 if options.get("weight") is None else options["weight"].abs().max().item()
+    assert_exact(loss, expected, scale=largest * (rows if options["reduction"] == "sum" else 1), what="loss")
+
+    grad_output = torch.randn(loss.shape, dtype=torch.float64).to(loss)
+    loss.backward(grad_output)
+    expected.backward(grad_output.double())
+    assert ours.grad is not None and exact.grad is not None
+    assert ours.grad.dtype == input.dtype
+    terms = largest * grad_output.abs().max().item() / (rows if options["reduction"] == "mean" else 1)
+    assert_exact(ours.grad, exact.grad, scale=terms, what="gradient")
+    # Computed without autograd, the loss is the same, bit for bit.
+    assert torch.equal(loss.detach(), fused.cross_entropy(input.detach(), target, **options)) or loss.isnan().any()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_class_indices(shape, dtype, reduction, device):
+    for weighted, label_smoothing in OPTIONS:
+        weight = (torch.rand(shape[class_dim(shape)]) + 0.1).to(device, dtype) if weighted else None
+        check(
+            random_logits(shape, dtype, device),
+            random_indices(shape, device),
+            weight=weight,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_class_probabilities(shape, dtype, reduction, device):
+    for weighted, label_smoothing in OPTIONS:
+        weight = (torch.rand(shape[class_dim(shape)]) + 0.1).to(device, dtype) if weighted else None
+        check(
+            random_logits(shape, dtype, device),
+            random_probabilities(shape, dtype, device),
+            weight=weight,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+
+
+LAYOUTS = {
+    "every second class": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2],
+    "every second row": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], 1).flatten(0, 1)[::2],
+    "transposed": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "classes last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "classes reversed in memory order": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "odd storage offset": lambda x: torch.cat([x.new_full((3,), torch.nan), x.flatten()])[3:].view(x.shape),
+    "one row expanded": lambda x: x[:1].expand(x.shape),
+    "one class expanded": lambda x: x[:, :1].expand(x.shape),
+    "padded rows": lambda x: F.pad(x, (1, 2), value=torch.nan)[..., 1:-2],
+}
+
+
+@pytest.mark.parametrize("shape", [(6, 37), (3, 5, 34), (2, 7, 6, 10)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_and_offsets(layout, shape, device):
+    for dtype in DTYPES:
+        input = LAYOUTS[layout](random_logits(shape, dtype, device))
+        assert input.shape == shape
+        for target in (
+            random_indices(shape, device),
+            random_probabilities(shape, dtype, device),
+            LAYOUTS[layout](random_probabilities(shape, dtype, device)),
+        ):
+            check(input, target, reduction="mean", label_smoothing=0.1)
+            check(input, target, reduction="none")
+
+
+def test_strided_targets_and_weights(device):
+    input = random_logits((4, 6, 5), torch.float32, device)
+    target = random_indices((4, 6, 5), device)
+    strided = torch.stack([target, torch.full_like(target, 10**9)], -1)[..., 0]
+    weight = torch.stack([torch.rand(6), torch.full((6,), torch.nan)], -1).to(device)[:, 0]
+    assert not strided.is_contiguous() and not weight.is_contiguous()
+    check(input, strided, weight=weight, reduction="mean")
+    check(input, strided, weight=weight, reduction="none", label_smoothing=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("center", [1e4, -1e4])
+def test_large_logits_keep_their_digits(dtype, center, device):
+    """One float32 lse would lose three digits here."""
+    for shape in [(8, 50), (3, 20, 40)]:
+        input = random_logits(shape, dtype, device, scale=2.0) + center
+        check(input, random_indices(shape, device), reduction="none")
+        check(input, random_indices(shape, device), reduction="none", label_smoothing=0.1)
+        check(input, random_probabilities(shape, dtype, device), reduction="none")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_range_of_logits(dtype, device):
+    """Probabilities that underflow, gradients down to subnormals."""
+    input = torch.linspace(-120, 0, 4 * 1000, dtype=torch.float64).view(4, 1000).flip(0).to(device, dtype)
+    check(input, random_indices((4, 1000), device), reduction="sum")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_integer_dtypes_of_targets(dtype, device):
+    input = random_logits((9, 7), torch.float32, device)
+    target = torch.randint(0, 7, (9,), device=device)
+    expected = F.cross_entropy(input, target)
+    torch.testing.assert_close(fused.cross_entropy(input, target.to(dtype)), expected)
+
+
+@pytest.mark.parametrize("ignore_index", [0, 2, -1, 255, -(2**40)])
+def test_ignore_index(ignore_index, device):
+    for shape in [(40, 5), (2, 5, 33)]:
+        input = random_logits(shape, torch.float32, device)
+        target = random_indices(shape, device, ignore_index)
+        check(input, target, ignore_index=ignore_index, reduction="mean")
+        check(input, target, ignore_index=ignore_index, reduction="none", label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_all_targets_ignored(reduction, label_smoothing, device):
+    for shape in [(4, 5), (2, 5, 3)]:
+        input = random_logits(shape, torch.float32, device).requires_grad_()
+        target = torch.full((shape[0], *shape[2:]), -100, device=device)
+        options = {"reduction": reduction, "label_smoothing": label_smoothing}
+        loss = fused.cross_entropy(input, target, **options)
+        torch.testing.assert_close(loss, F.cross_entropy(input, target, **options), equal_nan=True)
+        loss.backward(torch.randn_like(loss))
+        assert torch.equal(input.grad, torch.zeros_like(input))
+
+
+def test_an_ignored_row_may_hold_anything(device):
+    """Better than torch, whose gradient is NaN there."""
+    for shape in [(3, 20), (3, 20, 5)]:
+        clean = random_logits(shape, torch.float32, device)
+        target = random_indices(shape, device)
+        target[1] = -100
+        target[0], target[2] = 3, 4
+        dirty = clean.clone()
+        dirty[1] = torch.nan
+        dirty[1, 0] = torch.inf
+        grads = []
+        for input in (clean, dirty):
+            leaf = input.requires_grad_()
+            loss = fused.cross_entropy(leaf, target)
+            loss.backward()
+            grads.append((loss.detach(), leaf.grad))
+        assert torch.equal(grads[0][0], grads[1][0])
+        assert torch.equal(grads[0][1], grads[1][1])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0)], ids=str)
+def test_empty_batches(shape, reduction, device):
+    input = torch.randn(shape, device=device)
+    rows = (shape[0], *shape[2:])
+    for target in (torch.zeros(rows, dtype=torch.int64, device=device), torch.rand(shape, device=device)):
+        ours, torchs = input.clone().requires_grad_(), input.clone().requires_grad_()
+        loss = fused.cross_entropy(ours, target, reduction=reduction)
+        expected = F.cross_entropy(torchs, target, reduction=reduction)
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+        loss.backward(torch.ones_like(loss))
+        assert ours.grad.shape == shape
+
+
+def masked_logits(device: str) -> Tensor:
+    """Masks of every kind that a row can have, over more than one block of classes."""
+    x = torch.randn(7, 5000, device=device) * 3
+    x[0, :4096] = -torch.inf  # whole leading blocks
+    x[1, 1:] = -torch.inf  # all but one class
+    x[2, ::2] = -torch.inf
+    x[3, 2048:] = -torch.inf
+    x[4, :] = -torch.inf  # everything
+    x[5, 17] = torch.nan
+    x[6, 4500] = torch.inf
+    return x
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_masked_and_non_finite_logits(columns, label_smoothing, device):
+    x = masked_logits(device)
+    target = torch.tensor([4999, 0, 1, 0, 3, 4, 5], device=device)
+    if columns:
+        x, target = x.t().contiguous().unsqueeze(0), target.unsqueeze(0)
+    ours, torchs = x.clone().requires_grad_(), x.double().requires_grad_()
+    options = {"reduction": "none", "label_smoothing": label_smoothing}
+    loss, expected = fused.cross_entropy(ours, target, **options), F.cross_entropy(torchs, target, **options)
+    assert_exact(loss, expected, what="loss")
+    loss.sum().backward()
+    expected.sum().backward()
+    assert_exact(ours.grad, torchs.grad, what="gradient")
+
+
+def test_masked_logits_with_probabilities(device):
+    x = masked_logits(device)
+    target = torch.rand_like(x)
+    target[3, 2048:] = 0  # 0 * -inf is NaN, as torch's
+    ours, torchs = x.clone().requires_grad_(), x.double().requires_grad_()
+    loss = fused.cross_entropy(ours, target, reduction="none")
+    expected = F.cross_entropy(torchs, target.double(), reduction="none")
+    assert_exact(loss, expected, what="loss")
+    loss.sum().backward()
+    expected.sum().backward()
+    assert_exact(ours.grad, torchs.grad, what="gradient")
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_gradient_of_expanded_grad_output(layout, device):
+    """loss.sum() sends back one value, expanded; a slice of a larger tensor sends back strides."""
+    shape = (6, 11) if layout == "rows" else (2, 11, 3)
+    input, target = random_logits(shape, torch.float32, device), random_indices(shape, device)
+    grads = []
+    for scale in (lambda loss: loss.sum(), lambda loss: (loss * torch.ones_like(loss)).sum()):
+        leaf = input.clone().requires_grad_()
+        scale(fused.cross_entropy(leaf, target, reduction="none")).backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+    leaf = input.clone().requires_grad_()
+    loss = fused.cross_entropy(leaf, target, reduction="none")
+    strided = torch.randn(*loss.shape, 2, device=device)[..., 0]
+    loss.backward(strided)
+    exact = input.double().requires_grad_()
+    reference.cross_entropy(exact, target, reduction="none").backward(strided.double())
+    assert_exact(leaf.grad, exact.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_gives_float32(dtype, device):
+    input = random_logits((8, 12), dtype, device).requires_grad_()
+    target = random_indices((8, 12), device)
+    for weight in (None, torch.rand(12, device=device)):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = fused.cross_entropy(input, target, weight)
+            expected = F.cross_entropy(input, target, weight)
+        assert loss.dtype == expected.dtype == torch.float32
+        torch.testing.assert_close(loss, expected)
+        (grad,) = torch.autograd.grad(loss, input)
+        (torchs,) = torch.autograd.grad(expected, input)
+        torch.testing.assert_close(grad, torchs)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple),
+    dtype=st.sampled_from(DTYPES),
+    probabilities=st.booleans(),
+    weighted=st.booleans(),
+    label_smoothing=st.floats(0, 1),
+    reduction=st.sampled_from(["none", "mean", "sum"]),
+    order=st.randoms(use_true_random=False),
+)
+def test_any_call(shape, dtype, probabilities, weighted, label_smoothing, reduction, order):
+    """Random shapes with their dimensions in any order in memory."""
+    permutation = list(range(len(shape)))
+    order.shuffle(permutation)
+    inverse = [permutation.index(d) for d in range(len(shape))]
+    input = random_logits(shape, dtype, "cpu").permute(permutation).contiguous().permute(inverse)
+    target = random_probabilities(shape, dtype, "cpu") if probabilities else random_indices(shape, "cpu")
+    weight = (torch.rand(shape[class_dim(shape)]) + 0.1).to(dtype) if weighted else None
+    check(input, target, weight=weight, reduction=reduction, label_smoothing=label_smoothing)

@@ -1,0 +1,98 @@
+"""Results are bitwise the same from run to run, for any number of threads; and right on every instruction set."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fusedloss.functional as fused
+from fusedloss import _backend
+
+CASES = [
+    ((1, 200_000), False),  # one row
+    ((700, 1000), False),
+    ((4097, 33), True),
+    ((2, 21, 3000), False),  # columns
+    ((3, 700, 150), True),
+]
+
+
+def results(shape, probabilities, dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    input = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    if probabilities:
+        target = torch.rand(shape, generator=generator).to(dtype)
+    else:
+        target = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator)
+    weight = torch.rand(shape[1], generator=generator).to(dtype)
+    found = []
+    for options in ({}, {"weight": weight, "label_smoothing": 0.1}, {"reduction": "sum"}):
+        loss = fused.cross_entropy(input, target, **options)
+        found += [loss.detach(), *torch.autograd.grad(loss, input)]
+    other = torch.randn(shape, generator=generator).to(dtype)
+    loss = fused.mse_loss(input, other)
+    return [*found, loss.detach(), *torch.autograd.grad(loss, input)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "probabilities"), CASES, ids=str)
+def test_threads_do_not_change_a_bit(shape, probabilities, dtype):
+    before = torch.get_num_threads()
+    try:
+        by_threads = []
+        for threads in (1, 2, 3, 7, 2):
+            torch.set_num_threads(threads)
+            by_threads.append(results(shape, probabilities, dtype))
+    finally:
+        torch.set_num_threads(before)
+    for other in by_threads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(by_threads[0], other, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shape", "probabilities"), CASES, ids=str)
+def test_runs_on_a_gpu_do_not_differ(shape, probabilities):
+    generator = torch.Generator("cuda").manual_seed(7)
+    input = torch.randn(shape, generator=generator, device="cuda").requires_grad_()
+    target = torch.rand(shape, generator=generator, device="cuda")
+    first, *others = ((loss := fused.cross_entropy(input, target), *torch.autograd.grad(loss, input)) for _ in range(3))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+BEST = ["portable", "avx2", "avx512"]
+
+KERNEL_TESTS = [
+    "tests/test_cross_entropy.py::test_class_indices",
+    "tests/test_cross_entropy.py::test_class_probabilities",
+    "tests/test_cross_entropy.py::test_wide_range_of_logits",
+    "tests/test_cross_entropy.py::test_masked_and_non_finite_logits",
+    "tests/test_mse_loss.py::test_values_and_gradients",
+    "tests/test_bounds.py",
+]
+
+
+@pytest.mark.parametrize("capability", BEST)
+def test_each_instruction_set(capability, request):
+    """The kernels' tests once more, in a process that is told to use a lesser instruction set."""
+    machine = _backend.extension().cpu_capability()
+    if BEST.index(capability) > BEST.index(machine):
+        pytest.skip(f"this machine has {machine}")
+    if os.environ.get("FUSEDLOSS_CPU_CAPABILITY"):
+        pytest.skip("FUSEDLOSS_CPU_CAPABILITY is set: this is the process that was told")
+    if capability == machine:
+        pytest.skip("every other test runs on it")
+    environment = {**os.environ, "FUSEDLOSS_CPU_CAPABILITY": capability}
+    code = "import fusedloss._backend as b; print(b.extension().cpu_capability())"
+    root = request.config.rootpath
+    seen = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True, check=True
+    )
+    assert seen.stdout.strip() == capability
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *KERNEL_TESTS], env=environment, cwd=root, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
