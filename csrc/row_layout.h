@@ -53,6 +53,7 @@ inline std::optional<int64_t> inner_stride(const at::Tensor& t) {
 }
 
 inline std::optional<Strides> row_strides(const at::Tensor& t) {
+  if (t.numel() == 0) return Strides{0, 1, 0};  // whatever it says, it has no elements to be apart
   if (t.dim() == 1) return Strides{0, t.size(0) == 1 ? 1 : t.stride(0), 0};
   const auto inner = inner_stride(t);
   if (!inner.has_value()) return std::nullopt;

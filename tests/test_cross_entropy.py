@@ -219,6 +219,15 @@ def test_empty_batches(shape, reduction, device):
         assert ours.grad.shape == shape
 
 
+def test_empty_batches_of_any_stride(device):
+    for shape, strides in [((0, 3), (7, 5)), ((2, 3, 0, 4), (1, 2, 9, 3))]:
+        input = torch.empty_strided(shape, strides, device=device).requires_grad_()
+        target = torch.zeros((shape[0], *shape[2:]), dtype=torch.int64, device=device)
+        loss = fused.cross_entropy(input, target, reduction="sum")
+        loss.backward()
+        assert loss.item() == 0 and input.grad.shape == shape
+
+
 def masked_logits(device: str) -> Tensor:
     """Masks of every kind that a row can have, over more than one block of classes."""
     x = torch.randn(7, 5000, device=device) * 3
