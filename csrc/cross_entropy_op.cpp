@@ -134,8 +134,8 @@ std::string describe_row(const at::Tensor& target, int64_t row) {
 void forward_on_cpu(Call& call) {
   CrossEntropyOptions& o = call.o;
   const cpu::CrossEntropyWork work = cpu::cross_entropy_work(o);
-  const at::Tensor scratch = at::empty({cpu::cross_entropy_scratch_bytes(o)}, at::kByte);
-  o.scratch = scratch.data_ptr();
+  const HostScratch scratch(cpu::cross_entropy_scratch_bytes(o));
+  o.scratch = scratch.data();
   if (o.weight_sum != nullptr) cpu::cross_entropy_weight_sum(o);
   run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_forward(o, begin, end); });
   const int64_t bad = cpu::cross_entropy_finish(o);

@@ -1,4 +1,4 @@
-// The functions that bindings.cpp exposes.
+// The functions of the op layer: what bindings.cpp exposes, and below them what autograd.cpp calls.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,8 +10,14 @@ namespace fusedloss {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// Do the fused kernels compute this call, and its gradients? If not, torch's own function must. Arguments that torch
-// would refuse are covered: the forward pass refuses them with a message of its own.
+// The losses, with autograd; nothing where the kernels do not cover the call, which then is torch's own function's.
+// `reduction` is torch's number for it. input and target of mse_loss have one shape; broadcasting is the caller's.
+OptionalTensor cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                             int64_t reduction, int64_t ignore_index, double label_smoothing);
+OptionalTensor mse_loss(const at::Tensor& input, const at::Tensor& target, int64_t reduction);
+
+// Do the kernels compute this call and its gradients? Arguments that torch would refuse are covered: the forward pass
+// refuses them with a message of its own.
 bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight);
 bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target);
 
@@ -26,7 +32,6 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
                                   const OptionalTensor& weight, const at::Tensor& statistics, int64_t reduction,
                                   int64_t ignore_index, double label_smoothing);
 
-// input and target have one shape; broadcasting is the caller's.
 at::Tensor mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction);
 
 // -> the gradients of input and target, times grad_output; undefined where not wanted.

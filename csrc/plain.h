@@ -18,7 +18,7 @@ inline bool is_plain(const at::Tensor& tensor) {
                                         DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView,
                                         DispatchKey::BackendSelect, DispatchKey::AutocastCPU,
                                         DispatchKey::AutocastCUDA});
-  if (!tensor.defined() || (active_keys(tensor).raw_repr() & ~kPlain.raw_repr()) != 0) return false;
+  if (!tensor.defined() || !kPlain.has_all(active_keys(tensor))) return false;
   return !tensor._fw_grad(/*level=*/0).defined();  // forward-mode AD
 }
 

@@ -70,8 +70,8 @@ at::Tensor mse_loss_forward(const at::Tensor& input, const at::Tensor& target, i
     return loss;
   }
 #endif
-  const auto scratch = at::empty({cpu::pointwise_scratch_bytes(o)}, at::kByte);
-  o.scratch = scratch.data_ptr();
+  const HostScratch scratch(cpu::pointwise_scratch_bytes(o));
+  o.scratch = scratch.data();
   run_on_cpu(cpu::pointwise_chunks(o), /*grain=*/1,
              [&](int64_t begin, int64_t end) { cpu::pointwise_forward(o, begin, end); });
   cpu::pointwise_finish(o);

@@ -6,12 +6,25 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <cstddef>
+#include <memory>
+
 #ifdef FUSEDLOSS_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 
 namespace fusedloss {
+
+// Memory for one call on the CPU. Not a tensor: that costs ten times as much, which small losses would notice.
+class HostScratch {
+ public:
+  explicit HostScratch(int64_t bytes) : memory_(new std::max_align_t[size_t(bytes) / sizeof(std::max_align_t) + 1]) {}
+  void* data() const { return memory_.get(); }
+
+ private:
+  std::unique_ptr<std::max_align_t[]> memory_;
+};
 
 // kernel(begin_chunk, end_chunk), over all chunks.
 template <typename Kernel>

@@ -12,15 +12,17 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.overrides import has_torch_function_variadic
 
-from . import _backend, autograd
+from . import _backend
 
 
-def _needs_torch(*tensors: object) -> bool:
+def _needs_torch(input: object, target: object, weight: object = None) -> bool:
     """Must these go to torch before the kernels may even look at them?"""
     return (
         torch.compiler.is_compiling()
-        or has_torch_function_variadic(*tensors)
-        or not all(isinstance(tensor, Tensor) for tensor in tensors)
+        or has_torch_function_variadic(input, target, weight)
+        or not isinstance(input, Tensor)
+        or not isinstance(target, Tensor)
+        or not (weight is None or isinstance(weight, Tensor))
     )
 
 
@@ -71,12 +73,17 @@ def cross_entropy(
         RuntimeError: another shape, dtype or device is wrong.
         NotImplementedError: input is not of one of the four types.
     """
-    tensors = (input, target) if weight is None else (input, target, weight)
-    if _needs_torch(*tensors) or not _backend.extension().cross_entropy_covers(input, target, weight):
-        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    return autograd.cross_entropy(input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing)
+    if not _needs_torch(input, target, weight):
+        loss = _backend.extension().cross_entropy(
+            input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
+        )
+        if loss is not None:
+            return loss
+    return F.cross_entropy(
+        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
 
 
 def mse_loss(
@@ -108,10 +115,8 @@ def mse_loss(
         RuntimeError: the shapes do not broadcast, or the devices differ.
         NotImplementedError: the dtype is none that squared errors are computed in.
     """
-    if weight is not None:
+    if weight is not None or _needs_torch(input, target):
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)
-    if _needs_torch(input, target) or not _backend.extension().mse_loss_covers(input, target):
-        return F.mse_loss(input, target, size_average, reduce, reduction)
     if input.shape != target.shape:
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
@@ -122,7 +127,8 @@ def mse_loss(
         input, target = _broadcast(input, target)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    return autograd.mse_loss(input, target, _reduction.get_enum(reduction))
+    loss = _backend.extension().mse_loss(input, target, _reduction.get_enum(reduction))
+    return F.mse_loss(input, target, reduction=reduction) if loss is None else loss
 
 
 def _broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -177,4 +177,4 @@ def test_tensor_subclasses_are_preserved(ours, torchs, device):
     torch.testing.assert_close(loss.as_subclass(torch.Tensor), torchs(input, target))
     # nn.Parameter is a plain tensor.
     parameter = torch.nn.Parameter(input)
-    assert ours(parameter, target).grad_fn.name() in ("CrossEntropyBackward", "MSELossBackward")
+    assert "fusedloss" in ours(parameter, target).grad_fn.name()

@@ -185,6 +185,21 @@ def test_all_targets_ignored(reduction, label_smoothing, device):
         assert torch.equal(input.grad, torch.zeros_like(input))
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_targets_without_weight(label_smoothing, device):
+    """The mean over a total weight of 0."""
+    target = torch.tensor([1, 1, -100], device=device)
+    for weight in (torch.zeros(3, device=device), torch.tensor([1.0, 0.0, 2.0], device=device)):
+        results = []
+        for loss_function in (fused.cross_entropy, F.cross_entropy):
+            input = torch.arange(9.0, device=device).view(3, 3).requires_grad_()
+            loss = loss_function(input, target, weight, label_smoothing=label_smoothing)
+            loss.backward()
+            results.append((loss.detach(), input.grad[:2]))
+        for ours, torchs in zip(*results, strict=True):
+            assert torch.equal(ours.isnan(), torchs.isnan()) and ours.isnan().all()
+
+
 def test_an_ignored_row_may_hold_anything(device):
     """Better than torch, whose gradient is NaN there."""
     for shape in [(3, 20), (3, 20, 5)]:

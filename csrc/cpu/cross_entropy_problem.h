@@ -54,7 +54,7 @@ FUSEDLOSS_INLINE Statistic<T> upstream(const CrossEntropyOptions& o, int64_t row
   const int64_t i = row * o.grad_output_stride;
   const A g = o.loss_dtype == o.dtype ? load_one(static_cast<const T*>(o.grad_output) + i)
                                       : static_cast<const A*>(o.grad_output)[i];
-  return o.reduction == Reduction::kMean ? g / *static_cast<const A*>(o.total_weight) : g;
+  return o.reduction == Reduction::kMean ? divide_by_total_weight(g, *static_cast<const A*>(o.total_weight)) : g;
 }
 
 // A row that adds nothing: its target is ignored or does not exist.

@@ -39,7 +39,7 @@ FUSEDLOSS_INLINE V shift(V max) {
 template <typename V>
 FUSEDLOSS_INLINE RowState<V> rescale(RowState<V> s, V max) {
   // A sum whose classes are all -inf is 0, or NaN where a NaN was among them; it needs no factor.
-  const V factor = (s.max == V{} - INFINITY) | (s.max == max) ? V{} + 1 : math::exp(s.max - max);
+  const V factor = ((s.max == V{} - INFINITY) | (s.max == max)) ? V{} + 1 : math::exp(s.max - max);
   // NaN would come of 0 * inf, were the shift of an empty state taken.
   const V moved = s.mass == V{} ? V{} : s.mass * (shift(s.max) - shift(max));
   return {max, s.sum * factor, s.dot + moved, s.mass};
@@ -93,4 +93,11 @@ FUSEDLOSS_INLINE A index_mass(A w_y, A weight_sum, Smoothing<A> s) {
 template <typename V, typename A>
 FUSEDLOSS_INLINE V logit_gradient(V p, V q, A mass, A grad_output) {
   return grad_output * (mass * p - q);
+}
+
+// What the mean makes of a sum or of a grad_output. Where nothing was kept it is NaN, not infinity: torch divides the
+// target's part, 0, as well.
+template <typename A>
+FUSEDLOSS_INLINE A divide_by_total_weight(A value, A total_weight) {
+  return total_weight == A(0) ? A(NAN) : value / total_weight;
 }

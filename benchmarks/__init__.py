@@ -1,0 +1,6 @@
+"""One command, one table: `python -m benchmarks` times fusedloss against torch's own losses.
+
+The way through it: `__main__` reads the arguments, `cases` says what is measured and how many bytes must move,
+`contenders` builds what is timed, `measure` verifies and times one case (with `timing`, `memory` and `contention`),
+`report` draws the table and the JSON, `machine` says where the figures came from. `demo` is the newcomer's first run.
+"""

@@ -1,0 +1,93 @@
+"""`python -m benchmarks`: fusedloss's losses against torch's, in one table."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from . import machine, report
+from .arguments import Size, names_among, sizes, sizes_text
+from .cases import DTYPES, LOSSES, Case, all_cases
+from .contenders import CONTENDERS, warm_up
+from .measure import measure_all
+from .timing import Effort
+
+SIZES: list[Size] = [(128, 10), (4096, 1000), (65536, 100), (1024, 32000)]
+QUICK_SIZES: list[Size] = [(128, 10), (2048, 1000), (512, 16384)]
+DEFAULT_DTYPES = ["float32", "bfloat16"]
+EFFORT = Effort()
+QUICK_EFFORT = Effort(min_rounds=7, max_rounds=51, seconds=0.3)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    cases = all_cases(options.loss, options.sizes, options.dtype, options.device)
+    description = machine.describe()
+    console = Console(soft_wrap=True)
+    warm_up(options.device)
+    results = measure_all(
+        [(case, contenders_of(case, options)) for case in cases],
+        QUICK_EFFORT if options.quick else EFFORT,
+        Console(stderr=True),
+    )
+    names = [name for name in CONTENDERS if any(name in result.measurements for result in results)]
+    console.print(machine.summary(description))
+    report.print_results(console, results, names, options.device)
+    console.print(report.legend(options.device), highlight=False)
+    if options.quick and "compile" in names:
+        console.print("--quick times torch.compile forward+backward only; without --quick it stands in every row.")
+    if options.json:
+        options.json.write_text(json.dumps(report.as_json(results, description), indent=1) + "\n")
+        console.print(f"Figures written to {options.json}", markup=False)
+    console.print(report.verdict(results))
+
+
+def contenders_of(case: Case, options: argparse.Namespace) -> list[str]:
+    """Compiling takes seconds a case, so --quick pays for it only in the pass that training runs."""
+    no_compile = options.no_compile or (options.quick and case.step == "forward")
+    return [name for name in CONTENDERS if not (name == "compile" and no_compile)]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Time fusedloss's losses against torch's, eager and compiled, and print one table.",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype",
+        type=names_among(DTYPES),
+        action="extend",
+        help=f"comma-separated or repeated, of {', '.join(DTYPES)}; default: {','.join(DEFAULT_DTYPES)}",
+    )
+    parser.add_argument(
+        "--sizes",
+        type=sizes,
+        action="extend",
+        help="rows x classes, comma-separated or repeated, such as 128x10,4096x1000; MSE takes two tensors of that "
+        f"shape; default: {sizes_text(SIZES)}, with --quick {sizes_text(QUICK_SIZES)}",
+    )
+    parser.add_argument(
+        "--loss",
+        type=names_among(LOSSES),
+        action="extend",
+        help=f"comma-separated or repeated, of {', '.join(LOSSES)}; default: both",
+    )
+    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: under 90 s on two cores")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes seconds a case")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure, and the machine, to FILE")
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch sees none")
+    if options.json and not options.json.resolve().parent.is_dir():
+        parser.error(f"--json {options.json}: the directory {options.json.resolve().parent} does not exist")
+    options.sizes = options.sizes or (QUICK_SIZES if options.quick else SIZES)
+    options.dtype = options.dtype or DEFAULT_DTYPES
+    options.loss = options.loss or list(LOSSES)
+    return options
+
+
+if __name__ == "__main__":
+    main()

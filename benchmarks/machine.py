@@ -1,0 +1,91 @@
+"""Where figures came from. A time without its machine, its torch and its commit is not evidence."""
+
+import os
+import platform
+import shlex
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fusedloss
+
+from .contention import usable_cores
+
+ROOT = Path(__file__).resolve().parent.parent
+THP = Path("/sys/kernel/mm/transparent_hugepage")
+
+
+def describe() -> dict[str, Any]:
+    """Everything that a reader needs to judge, or repeat, a run; nothing that names the host or its user."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": {
+            "cpu": cpu_model(),
+            "cores": len(usable_cores()),
+            "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "os": platform.platform(),
+        },
+        "software": {
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "fusedloss": getattr(fusedloss, "__version__", None),
+            "python": platform.python_version(),
+            "compiler": first_line(*shlex.split(os.environ.get("CXX", "c++")), "--version"),
+        },
+        # Fresh memory is where much of a large case's time goes; how it is mapped decides how much.
+        "memory_mapping": {
+            "thp_enabled": read_line(THP / "enabled"),
+            "thp_defrag": read_line(THP / "defrag"),
+            "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE"),
+        },
+    }
+
+
+def summary(description: dict[str, Any]) -> str:
+    """The one line that stands above the table."""
+    machine, software = description["machine"], description["software"]
+    where = machine["gpu"] or machine["cpu"]
+    return f"{where} · {machine['threads']} threads · torch {software['torch']} · Python {software['python']}"
+
+
+def commit() -> dict[str, Any]:
+    """The commit, and whether files differ from it; both None outside a git checkout."""
+    head = first_line("git", "-C", str(ROOT), "rev-parse", "--verify", "HEAD")
+    changes = run("git", "-C", str(ROOT), "status", "--porcelain")
+    return {"hash": head, "dirty": None if changes is None else bool(changes)}
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def run(*command: str) -> str | None:
+    """What the command printed, or None if it failed or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def first_line(*command: str) -> str | None:
+    lines = (run(*command) or "").splitlines()
+    return lines[0] if lines else None
+
+
+def read_line(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None

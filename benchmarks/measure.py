@@ -1,0 +1,148 @@
+"""One case from start to end: build the contenders, verify them, weigh their memory, time them side by side."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from .cases import Case, bytes_moved, make_inputs
+from .contenders import CONTENDERS, EAGER_MODULES, Loss, make_step
+from .contention import start_watch
+from .memory import peak_extra_bytes
+from .timing import Effort, Step, Times, interleave, timer_for
+
+MAX_COPIES = 64
+# Of the loss, and of the largest entry of the gradient. Wide: the tests are the judge, this only keeps wrong kernels
+# out of a table of speeds.
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A contender's figures in one case, or the reason why it has none."""
+
+    times: Times | None = None
+    peak_extra_bytes: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    case: Case
+    measurements: dict[str, Measurement] = field(default_factory=dict)
+    others_share: float | None = None  # of the cores, used by other programs while the case was timed
+
+    def median(self, name: str) -> float | None:
+        measurement = self.measurements.get(name)
+        return measurement.times.median if measurement and measurement.times else None
+
+    def ratio(self, name: str, to: str = "eager") -> float | None:
+        """How many times faster `name` is than `to`: above 1 is ahead."""
+        mine, theirs = self.median(name), self.median(to)
+        return theirs / mine if mine and theirs else None
+
+    def gb_per_s(self, name: str) -> float | None:
+        median = self.median(name)
+        return bytes_moved(self.case) / median / 1e9 if median else None
+
+
+def measure_all(plan: Iterable[tuple[Case, list[str]]], effort: Effort, progress_console: Console) -> list[CaseResult]:
+    """Every case of the plan with its contenders, under a progress bar where there is a terminal to draw it."""
+    plan = list(plan)
+    results = []
+    with progress_bar(progress_console) as progress:
+        task = progress.add_task("", total=len(plan))
+        for case, names in plan:
+            progress.update(task, description=str(case), refresh=True)
+            results.append(measure_case(case, names, effort))
+            progress.advance(task)
+    return results
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Progress]:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    # Refreshed by hand, between cases: a thread that redraws the bar would take a core from the kernels.
+    with Progress(
+        *columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal
+    ) as progress:
+        yield progress
+
+
+def measure_case(case: Case, names: list[str], effort: Effort) -> CaseResult:
+    """A contender that fails, or is wrong, gets a note instead of figures and stops nobody else."""
+    try:
+        inputs = [make_inputs(case, seed) for seed in range(copies(case))]
+        reference = reference_results(case, *inputs[0])
+    except RuntimeError as error:  # no memory for a case of this size
+        return CaseResult(case, {name: Measurement(note=first_line(error)) for name in names})
+    steps: dict[str, Step] = {}
+    notes: dict[str, str] = {}
+    for name in names:
+        try:
+            loss = CONTENDERS[name](case)
+            steps[name] = make_step(loss, case, inputs)
+            notes[name] = disagreement(loss, case, inputs[0], reference)
+            steps[name]()  # compiles what is compiled at first use
+        except Exception as error:  # a compiler can raise anything
+            notes[name] = first_line(error)
+    del reference
+    sound = {name: step for name, step in steps.items() if not notes[name]}
+    peaks = {name: peak_extra_bytes(step, case.device) for name, step in sound.items()}
+    others_share = start_watch()
+    times = interleave(sound, timer_for(case.device), effort)
+    measurements = {name: Measurement(times.get(name), peaks.get(name), notes[name]) for name in names}
+    return CaseResult(case, measurements, others_share())
+
+
+def copies(case: Case) -> int:
+    """On CUDA, as many inputs as it takes for the second-level cache to have lost one before its next turn."""
+    if case.device != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(case.device).L2_cache_size
+    logits, target = make_inputs(case)
+    return min(MAX_COPIES, math.ceil(2 * cache / (logits.nbytes + target.nbytes)) + 1)
+
+
+def reference_results(case: Case, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Torch's loss and gradient in float64."""
+    exact_target = target.double() if target.is_floating_point() else target
+    return loss_and_gradient(EAGER_MODULES[case.loss](), case, logits.detach().double().requires_grad_(), exact_target)
+
+
+def loss_and_gradient(loss: Loss, case: Case, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What one step computes, by the same path as the timed step, so that nothing else gets compiled for it."""
+    if case.step == "forward":
+        with torch.no_grad():
+            return loss(logits, target), None
+    value = loss(logits, target)
+    value.backward()
+    gradient, logits.grad = logits.grad, None
+    return value.detach(), gradient
+
+
+def disagreement(loss: Loss, case: Case, inputs: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor | None]) -> str:
+    """Why the results are wrong, or nothing."""
+    for what, mine, exact in zip(("loss", "gradient"), loss_and_gradient(loss, case, *inputs), reference, strict=True):
+        if exact is None:
+            continue
+        if mine is None:
+            return f"no {what}"
+        error = (mine.double() - exact).abs().max().item()
+        scale = exact.abs().max().item()
+        # The gradient of a large mean lies among float16's subnormal numbers: one step of those is no error.
+        limits = torch.finfo(case.torch_dtype)
+        allowed = TOLERANCE[case.dtype] * scale + limits.tiny * limits.eps
+        if not error <= allowed:
+            return f"wrong {what}: off by {error:.2g} where the largest entry is {scale:.2g}"
+    return ""
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:120] if text else ''}".rstrip(": ")

@@ -1,0 +1,176 @@
+"""What a run leaves behind: one table for people, one JSON file for programs."""
+
+import statistics
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .cases import BYTES_FORMULA, PASSES, bytes_moved
+from .contention import WORTH_A_NOTE
+from .measure import CaseResult, Measurement
+from .memory import METHOD
+
+SCHEMA = 1
+NOTHING = "-"
+
+
+def table(results: list[CaseResult], names: list[str], device: str) -> Table:
+    """One row a case, one column of milliseconds a contender; ratios above 1 are green."""
+    rivals = [name for name in names if name != "fusedloss"]
+    drawn = Table(title=f"Losses on {device}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("loss", "rows x classes", "dtype", "pass"):
+        drawn.add_column(column, no_wrap=True)
+    for name in names:
+        drawn.add_column(f"{name}\nms", justify="right", no_wrap=True)
+    for name in rivals:
+        drawn.add_column(f"vs\n{name}", justify="right", no_wrap=True)
+    drawn.add_column("fusedloss\nGB/s", justify="right", no_wrap=True)
+    for name in names:
+        drawn.add_column(f"{name}\npeak", justify="right", no_wrap=True)
+    for result, following in zip(results, [*results[1:], None], strict=True):
+        case = result.case
+        drawn.add_row(
+            case.loss,
+            f"{case.rows}x{case.classes}",
+            case.dtype,
+            case.step.replace("forward", "fwd").replace("backward", "bwd"),
+            *(milliseconds(result.measurements.get(name)) for name in names),
+            *(ratio(result.ratio("fusedloss", to=name)) for name in rivals),
+            number(result.gb_per_s("fusedloss")),
+            *(size(result.measurements.get(name)) for name in names),
+            end_section=following is not None
+            and (case.loss, case.dtype) != (following.case.loss, following.case.dtype),
+        )
+    return drawn
+
+
+def print_results(console: Console, results: list[CaseResult], names: list[str], device: str) -> None:
+    """The table and what could not be measured."""
+    drawn = table(results, names, device)
+    # Where the terminal, or the 80 columns that rich gives a file, are too narrow, folded lines beat cut figures.
+    needed = console.measure(drawn, options=console.options.update(width=1000)).maximum
+    console.width = max(console.width, needed)
+    console.print(drawn)
+    for note in notes(results) + unrest(results):
+        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+
+
+def legend(device: str) -> str:
+    """What each column is, and how it was measured."""
+    return (
+        "ms: median and half the interquartile range in percent, all contenders interleaved on the same inputs, every "
+        "gradient new; fwd runs under no_grad, fwd+bwd frees the gradient.\n"
+        "vs: how many times faster fusedloss is; above 1 it is ahead.\n"
+        f"{BYTES_FORMULA}. A contender's own GB/s are in the JSON.\n"
+        f"peak: extra memory of a call, its results included, from {METHOD[device]}."
+    )
+
+
+def milliseconds(measurement: Measurement | None) -> Text:
+    """The note's place is below the table: here it would tear the column apart."""
+    if measurement is None:
+        return Text(NOTHING, style="dim")
+    if measurement.times is None:
+        return Text("see note", style="yellow")
+    first, third = measurement.times.quartiles
+    text = Text(f"{measurement.times.median * 1e3:.4g}")
+    return text.append(f" ±{(third - first) / 2 / measurement.times.median:.0%}", style="dim")
+
+
+def ratio(value: float | None) -> Text:
+    if value is None:
+        return Text(NOTHING, style="dim")
+    return Text(f"{value:.2f}x", style="bold green" if value > 1 else "bold red")
+
+
+def number(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3g}"
+
+
+def size(measurement: Measurement | None) -> str:
+    """Bytes in the unit that keeps them short: 1 KiB is 1024 bytes."""
+    if measurement is None or measurement.peak_extra_bytes is None:
+        return NOTHING
+    value = float(measurement.peak_extra_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"
+
+
+def notes(results: list[CaseResult]) -> list[str]:
+    """What went wrong, one line each."""
+    return [
+        f"{result.case}: {name}: {measurement.note}"
+        for result in results
+        for name, measurement in result.measurements.items()
+        if measurement.note
+    ]
+
+
+def unrest(results: list[CaseResult]) -> list[str]:
+    """A line, where other programs ran meanwhile, that says how much to trust the times."""
+    shares = [result.others_share for result in results if result.others_share is not None]
+    if not shares or max(shares) <= WORTH_A_NOTE:
+        return []
+    return [
+        f"other programs had {statistics.mean(shares):.0%} of the cores during the timing, {max(shares):.0%} in the "
+        "worst case: the times are too long and unsteady; run it again on a quiet machine"
+    ]
+
+
+def verdict(results: list[CaseResult]) -> str:
+    """A case in which fusedloss has no figures counts as one in which it is not ahead."""
+
+    def score(step: str) -> str:
+        ratios = [result.ratio("fusedloss") for result in results if step in ("", result.case.step)]
+        return f"{sum(value is not None and value > 1 for value in ratios)} of {len(ratios)}"
+
+    steps = [step for step in PASSES if any(result.case.step == step for result in results)]
+    each = ", ".join(f"{step} {score(step)}" for step in steps)
+    return f"fusedloss ahead of eager in {score('')} rows ({each})"
+
+
+def as_json(results: list[CaseResult], description: dict[str, Any]) -> dict[str, Any]:
+    """The machine, the method and every figure, one entry per case and contender."""
+    return {
+        "schema": SCHEMA,
+        **description,
+        "method": {
+            "times": "seconds of one call; one sample a round; contenders interleaved in rotating order",
+            "bytes": BYTES_FORMULA,
+            "peak_extra_bytes": METHOD,
+        },
+        "figures": [
+            figure(result, name, measurement) for result in results for name, measurement in result.measurements.items()
+        ],
+    }
+
+
+def figure(result: CaseResult, name: str, measurement: Measurement) -> dict[str, Any]:
+    case, times = result.case, measurement.times
+    first, third = times.quartiles if times else (None, None)
+    return {
+        "loss": case.loss,
+        "rows": case.rows,
+        "classes": case.classes,
+        "dtype": case.dtype,
+        "pass": case.step,
+        "device": case.device,
+        "contender": name,
+        "median_s": times.median if times else None,
+        "first_quartile_s": first,
+        "third_quartile_s": third,
+        "samples_s": times.samples if times else [],
+        "calls_per_sample": times.calls if times else None,
+        "times_faster_than_eager": result.ratio(name),
+        "bytes_moved": bytes_moved(case),
+        "gb_per_s": result.gb_per_s(name),
+        "others_share_of_cores": result.others_share,
+        "peak_extra_bytes": measurement.peak_extra_bytes,
+        "note": measurement.note,
+    }

@@ -1,0 +1,109 @@
+"""Interleaved timing: in every round each contender runs once, so that a busy moment of the machine hits them all."""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+Step = Callable[[], None]
+Timer = Callable[[Step, int], float]
+WARM_UP_CALLS = 3
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure a case: rounds until `seconds` are spent, but never fewer or more than the bounds."""
+
+    min_rounds: int = 9
+    max_rounds: int = 101
+    seconds: float = 2.0
+    batch_seconds: float = 2e-3  # what the fastest contender's share of a round lasts: far above a clock's step
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call, one sample a round, each the mean of `calls` calls."""
+
+    samples: list[float]
+    calls: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.samples) < 2:
+            return self.samples[0], self.samples[0]
+        first, _, third = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return first, third
+
+
+def cpu_timer(step: Step, calls: int) -> float:
+    """Seconds per call by the clock on the wall."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) / calls
+
+
+def cuda_timer(step: Step, calls: int) -> float:
+    """Seconds per call between two events of the stream; launches that the GPU waits for are part of it."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def timer_for(device: str) -> Timer:
+    return cuda_timer if device == "cuda" else cpu_timer
+
+
+def rotations(names: list[str]) -> Iterator[list[str]]:
+    """The order of each round: everyone goes first, second, … equally often, so no one owns the warm cache."""
+    first = 0
+    while True:
+        yield names[first:] + names[:first]
+        first = (first + 1) % len(names)
+
+
+def interleave(steps: Mapping[str, Step], timer: Timer, effort: Effort) -> dict[str, Times]:
+    """Time all steps side by side; each must have been called before, so that nothing compiles in here."""
+    if not steps:
+        return {}
+    for step in steps.values():
+        timer(step, WARM_UP_CALLS)
+    fastest = min(timer(step, WARM_UP_CALLS) for step in steps.values())
+    calls = max(1, math.ceil(effort.batch_seconds / max(fastest, 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    deadline = time.perf_counter() + effort.seconds
+    with no_garbage_collection():
+        for done, order in enumerate(rotations(list(steps))):
+            late = time.perf_counter() >= deadline
+            if done >= effort.max_rounds or (done >= effort.min_rounds and late):
+                break
+            for name in order:
+                samples[name].append(timer(steps[name], calls))
+    return {name: Times(values, calls) for name, values in samples.items()}
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """A collection in the middle of a sample would be charged to whoever runs then."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,0 +1,16 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "options.h"
+
+namespace fusedloss::cuda {
+
+// Bytes that options.scratch must have for the forward pass.
+int64_t cross_entropy_scratch_bytes(const CrossEntropyOptions& options);
+
+// Each launches on `stream` and returns the first error; no launch synchronises with the host.
+cudaError_t cross_entropy_forward(const CrossEntropyOptions& options, cudaStream_t stream);
+cudaError_t cross_entropy_backward(const CrossEntropyOptions& options, cudaStream_t stream);
+
+}  // namespace fusedloss::cuda

@@ -1,0 +1,155 @@
+// Losses of one element each of input and target, on the GPU; a loss is a formula, such as SquaredError.
+//
+// Both passes do so little arithmetic that memory bandwidth decides: 16-byte accesses, several in flight in each
+// thread, and every tensor is read or written once.
+#include "cuda/pointwise_cuda.h"
+
+#include "cuda/reduce.cuh"
+#include "cuda/vec.cuh"
+
+namespace fusedloss::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kPacks = 4;  // of input and of target, that a thread loads before it computes
+
+// Loads kPacks units of input and target, `step` apart, and gives f the first element of each and its values.
+template <int kWidth, typename T, typename F>
+__device__ __forceinline__ void for_each_pair(const PointwiseOptions& o, const Split<T, int64_t>& elements, F f) {
+  const int64_t units = elements.template units<kWidth>(), step = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < units; unit += kPacks * step) {
+    Pack<T, kWidth> x[kPacks], t[kPacks];
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      if (unit + k * step >= units) continue;
+      const int64_t first = elements.template first<kWidth>(unit + k * step);
+      x[k] = load<kWidth>(static_cast<const T*>(o.input) + first);
+      t[k] = load<kWidth>(static_cast<const T*>(o.target) + first);
+    }
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k)
+      if (unit + k * step < units) f(elements.template first<kWidth>(unit + k * step), x[k], t[k]);
+  }
+}
+
+// Which elements to take 16 bytes at a time: `losses` (loss or grad_output) matters where it has an element for each.
+template <typename T>
+__device__ __forceinline__ Split<T, int64_t> split_elements(const PointwiseOptions& o, const void* losses) {
+  const T* input = static_cast<const T*>(o.input);
+  const T* target = static_cast<const T*>(o.target);
+  const T* grad_input = static_cast<const T*>(o.grad_input);
+  const T* grad_target = static_cast<const T*>(o.grad_target);
+  return o.loss_dtype == o.dtype
+             ? split(o.numel, input, target, grad_input, grad_target, static_cast<const T*>(losses))
+             : split(o.numel, input, target, grad_input, grad_target, static_cast<const Statistic<T>*>(losses));
+}
+
+// A thread's sum where there is a reduction; else writes the losses.
+template <int kWidth, typename Formula, typename T>
+__device__ __forceinline__ Statistic<T> forward_share(const PointwiseOptions& o, const Split<T, int64_t>& elements) {
+  Statistic<T> sum = 0;
+  for_each_pair<kWidth>(o, elements, [&](int64_t i, const Pack<T, kWidth>& x, const Pack<T, kWidth>& t) {
+    Statistic<T> losses[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) losses[j] = Formula::value(x[j], t[j]);
+    if (o.reduction == Reduction::kNone) {
+      store_loss<T>(o.loss, o.loss_dtype != o.dtype, i, losses);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sum += losses[j];
+    }
+  });
+  return sum;
+}
+
+template <typename Formula, typename T>
+__global__ void __launch_bounds__(kThreads) forward(const PointwiseOptions o) {
+  const auto elements = split_elements<T>(o, o.reduction == Reduction::kNone ? o.loss : nullptr);
+  Statistic<T> sum = forward_share<kVector<T>, Formula>(o, elements);
+  sum += forward_share<1, Formula>(o, elements);
+  if (o.reduction == Reduction::kNone) return;
+  const double of_block = block_sum(double(sum));
+  if (threadIdx.x == 0) static_cast<double*>(o.scratch)[blockIdx.x] = of_block;
+}
+
+// One block: the blocks' sums in a fixed order, and the mean's division.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) finish(const PointwiseOptions o, int blocks) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += static_cast<const double*>(o.scratch)[i];
+  sum = block_sum(sum);
+  if (threadIdx.x != 0) return;
+  const double loss[1] = {o.reduction == Reduction::kMean ? sum / double(o.numel) : sum};
+  store_loss<T>(o.loss, o.loss_dtype != o.dtype, 0, loss);
+}
+
+// d loss/d input = derivative(x, t) and d loss/d target = -derivative(x, t), times grad_output, which the mean
+// divides by numel.
+template <int kWidth, typename Formula, typename T>
+__device__ __forceinline__ void backward_share(const PointwiseOptions& o, const Split<T, int64_t>& elements) {
+  const bool wide = o.loss_dtype != o.dtype, one_for_all = o.grad_output_stride == 0;
+  Statistic<T> common[1];
+  load_loss<T>(o.grad_output, wide, 0, common);
+  if (o.reduction == Reduction::kMean) common[0] /= Statistic<T>(o.numel);
+  for_each_pair<kWidth>(o, elements, [&](int64_t i, const Pack<T, kWidth>& x, const Pack<T, kWidth>& t) {
+    Statistic<T> grad[kWidth];
+    if (!one_for_all) load_loss<T>(o.grad_output, wide, i, grad);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) grad[j] = (one_for_all ? common[0] : grad[j]) * Formula::derivative(x[j], t[j]);
+    if (o.grad_input != nullptr) store_values(static_cast<T*>(o.grad_input) + i, grad);
+    if (o.grad_target == nullptr) return;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) grad[j] = -grad[j];
+    store_values(static_cast<T*>(o.grad_target) + i, grad);
+  });
+}
+
+template <typename Formula, typename T>
+__global__ void __launch_bounds__(kThreads) backward(const PointwiseOptions o) {
+  const auto elements = split_elements<T>(o, o.grad_output_stride != 0 ? o.grad_output : nullptr);
+  backward_share<kVector<T>, Formula>(o, elements);
+  backward_share<1, Formula>(o, elements);
+}
+
+unsigned grid_of(const PointwiseOptions& o) {
+  const int64_t vector = o.dtype == DType::kFloat64 ? 2 : o.dtype == DType::kFloat32 ? 4 : 8;
+  return grid_size(o.numel, kThreads * kPacks * vector);
+}
+
+template <typename Formula>
+cudaError_t launch_forward(const PointwiseOptions& o, cudaStream_t stream) {
+  return on_dtype(o.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (o.numel > 0) {
+      const cudaError_t error = launch(forward<Formula, T>, grid_of(o), kThreads, stream, o);
+      if (error != cudaSuccess) return error;
+    }
+    if (o.reduction == Reduction::kNone) return cudaSuccess;
+    return launch(finish<T>, 1, kThreads, stream, o, int(grid_of(o)));
+  });
+}
+
+template <typename Formula>
+cudaError_t launch_backward(const PointwiseOptions& o, cudaStream_t stream) {
+  if (o.numel == 0) return cudaSuccess;
+  return on_dtype(o.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return launch(backward<Formula, T>, grid_of(o), kThreads, stream, o);
+  });
+}
+
+}  // namespace
+
+int64_t pointwise_scratch_bytes(const PointwiseOptions& o) {
+  return o.reduction == Reduction::kNone ? 0 : int64_t(grid_of(o)) * int64_t(sizeof(double));
+}
+
+cudaError_t pointwise_forward(const PointwiseOptions& o, cudaStream_t stream) {
+  return launch_forward<SquaredError>(o, stream);
+}
+
+cudaError_t pointwise_backward(const PointwiseOptions& o, cudaStream_t stream) {
+  return launch_backward<SquaredError>(o, stream);
+}
+
+}  // namespace fusedloss::cuda

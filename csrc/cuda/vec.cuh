@@ -1,0 +1,177 @@
+// Memory access, 16 bytes at a time where alignment allows, and the conversion between a stored type T and the type
+// that is computed in.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/launch.cuh"
+
+namespace fusedloss::cuda {
+
+// What statistics, losses and gradients of T are computed in.
+template <typename T>
+using Statistic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+// Rounds once, also from double to 16 bits.
+template <typename T, typename A>
+__device__ __forceinline__ T narrow(A x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if constexpr (std::is_same_v<A, double>) return __double2bfloat16(x);
+    else return __float2bfloat16(x);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (std::is_same_v<A, double>) return __double2half(x);
+    else return __float2half(x);
+  } else {
+    return T(x);
+  }
+}
+
+// How many T one instruction loads.
+template <typename T>
+constexpr int kVector = 16 / sizeof(T);
+
+// Neighbouring elements as loaded: kVector<T> of them, or one. They stay in 32-bit words until they are computed with:
+// halves that were taken apart sooner would wait for their load before the next load is issued.
+template <typename T, int kWidth>
+struct Pack {
+  static_assert(kWidth == kVector<T>);
+  uint32_t words[4];
+
+  __device__ __forceinline__ Statistic<T> operator[](int i) const {
+    if constexpr (sizeof(T) == 8) return as<double>(words[2 * i] | uint64_t(words[2 * i + 1]) << 32);
+    else if constexpr (sizeof(T) == 4) return as<float>(words[i]);
+    else if constexpr (std::is_same_v<T, __half>) return widen(__half(__half_raw{half_word(i)}));
+    else return as<float>(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+  }
+
+ private:
+  template <typename To, typename From>
+  static __device__ __forceinline__ To as(From bits) {
+    static_assert(sizeof(To) == sizeof(From));
+    To value;
+    memcpy(&value, &bits, sizeof(To));
+    return value;
+  }
+  __device__ __forceinline__ uint16_t half_word(int i) const { return uint16_t(words[i / 2] >> i % 2 * 16); }
+};
+
+template <typename T>
+struct Pack<T, 1> {
+  T element;
+
+  __device__ __forceinline__ Statistic<T> operator[](int) const { return widen(element); }
+};
+
+template <int kWidth, typename T>
+__device__ __forceinline__ Pack<T, kWidth> load(const T* p) {
+  Pack<T, kWidth> pack;
+  if constexpr (kWidth == 1) {
+    pack.element = *p;
+  } else {
+    const uint4 words = *reinterpret_cast<const uint4*>(p);
+    pack.words[0] = words.x;
+    pack.words[1] = words.y;
+    pack.words[2] = words.z;
+    pack.words[3] = words.w;
+  }
+  return pack;
+}
+
+// In plain C++ the compiler stores some vectors in four pieces.
+__device__ __forceinline__ void store_vector(void* p, uint4 v) {
+#if FUSEDLOSS_CUDA_ARCH
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(p) = v;
+#endif
+}
+
+// [size] contiguous elements as single ones up to the first 16-byte boundary, then vectors, then single ones again.
+// Loops take them in units of kWidth: all vectors with kWidth = kVector<T>, all single elements with kWidth = 1.
+// Index is int32_t where sizes allow: in 64 bits, addresses cost a sweep as much as its arithmetic.
+template <typename T, typename Index>
+struct Split {
+  Index size, head, vectors;
+
+  template <int kWidth>
+  __device__ __forceinline__ Index units() const {
+    return kWidth == 1 ? size - vectors * kVector<T> : vectors;
+  }
+  // The first element of a unit.
+  template <int kWidth>
+  __device__ __forceinline__ Index first(Index unit) const {
+    if constexpr (kWidth == 1) return unit < head ? unit : unit + vectors * kVector<T>;
+    else return head + unit * kWidth;
+  }
+};
+
+template <typename T, typename Index>
+__device__ __forceinline__ Split<T, Index> only_single(Index size) {
+  return {size, 0, 0};
+}
+
+// Vectors must be aligned in `p` and in `others` too, which have as many elements (or are null); else there are none.
+template <typename T, typename Index, typename... Others>
+__device__ __forceinline__ Split<T, Index> split(Index size, const T* p, const Others*... others) {
+  const Index to_boundary = Index(-reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
+  const Index head = to_boundary < size ? to_boundary : size;
+  const bool aligned = ((others == nullptr || reinterpret_cast<uintptr_t>(others + head) % 16 == 0) && ...);
+  return aligned ? Split<T, Index>{size, head, (size - head) / kVector<T>} : only_single<T>(size);
+}
+
+// One thread's part of a row that several threads share: every step-th unit.
+template <typename T>
+struct Share : Split<T, int> {
+  int thread, step;
+};
+
+// Computed values of kWidth elements from p on: one, or one or two vectors.
+template <int kWidth, typename T, typename A>
+__device__ __forceinline__ void load_values(const T* p, A (&values)[kWidth]) {
+  constexpr int kPiece = kWidth == 1 ? 1 : kVector<T>;
+#pragma unroll
+  for (int i = 0; i < kWidth; i += kPiece) {
+    const auto pack = load<kPiece>(p + i);
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) values[i + j] = pack[j];
+  }
+}
+
+template <int kWidth, typename T, typename A>
+__device__ __forceinline__ void store_values(T* p, const A (&values)[kWidth]) {
+  constexpr int kPiece = kWidth == 1 ? 1 : kVector<T>;
+#pragma unroll
+  for (int i = 0; i < kWidth; i += kPiece) {
+    alignas(16) T piece[kPiece];
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) piece[j] = narrow<T>(values[i + j]);
+    if constexpr (kPiece == 1) p[i] = piece[0];
+    else store_vector(p + i, *reinterpret_cast<const uint4*>(piece));
+  }
+}
+
+// The same for loss and grad_output, which hold T or, if wide, its statistics' type.
+template <typename T, int kWidth>
+__device__ __forceinline__ void load_loss(const void* losses, bool wide, int64_t i, Statistic<T> (&values)[kWidth]) {
+  if (wide) load_values(static_cast<const Statistic<T>*>(losses) + i, values);
+  else load_values(static_cast<const T*>(losses) + i, values);
+}
+
+// A is double for the sum of many rows or elements, which so is rounded once.
+template <typename T, int kWidth, typename A>
+__device__ __forceinline__ void store_loss(void* losses, bool wide, int64_t i, const A (&values)[kWidth]) {
+  if (wide) store_values(static_cast<Statistic<T>*>(losses) + i, values);
+  else store_values(static_cast<T*>(losses) + i, values);
+}
+
+}  // namespace fusedloss::cuda

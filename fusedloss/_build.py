@@ -1,0 +1,352 @@
+"""The one list of sources and flags: setup.py builds `fusedloss._C` from it, the JIT its cached module.
+
+setup.py loads this file by its path, before the package or torch can be imported. So it imports nothing of the package,
+and torch only inside the functions that need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+MINIMUM_TORCH = "2.6.0"  # the lowest one really built with and tested; pyproject.toml names the same
+ARCHITECTURES = (80, 90, 100, 120)  # compiled for where no GPU says what it is: Ampere, Hopper, Blackwell
+DEFAULT_TOOLKIT = Path("/usr/local/cuda")
+CUDA_MACRO = "FUSEDLOSS_WITH_CUDA"
+
+
+class BuildError(RuntimeError):
+    """Something the build needs is missing. The message is one sentence that says what, and how to get it."""
+
+
+# ---- sources -------------------------------------------------------------------------------------------------------
+
+
+def csrc_directory() -> Path:
+    """Where the C++ and CUDA sources are: inside an installed package, beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "csrc", package.parent / "csrc"):
+        if (candidate / "bindings.cpp").is_file():
+            return candidate
+    raise BuildError(f"the C++ sources are missing: there is no csrc/bindings.cpp in {package} or {package.parent}")
+
+
+def source_files(csrc: Path, cuda: bool) -> list[Path]:
+    """Every file that is compiled; sorted, so that two machines build, link and hash in the same order. The kernels,
+    which take longest, come first: then no core is left waiting for one that started last."""
+    patterns = [*(["cuda/*.cu"] if cuda else []), "cpu/*.cpp", "*.cpp"]
+    return [path for pattern in patterns for path in sorted(csrc.glob(pattern))]
+
+
+def header_files(csrc: Path) -> list[Path]:
+    """Every file that a source may include."""
+    return sorted(path for path in csrc.rglob("*") if path.suffix in (".h", ".cuh"))
+
+
+# ---- what the machine has ------------------------------------------------------------------------------------------
+
+
+def check_platform() -> None:
+    if not sys.platform.startswith("linux"):
+        raise BuildError(f"only Linux, with g++ or clang, is supported, and this is {sys.platform}")
+
+
+def check_python_headers() -> None:
+    include = sysconfig.get_path("include")
+    if not (Path(include) / "Python.h").is_file():
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise BuildError(
+            f"the headers of Python {version} are missing, there is no Python.h in {include}; "
+            f"install them (Debian, Ubuntu: apt install python{version}-dev)"
+        )
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: "2.13.0+cpu" is (2, 13, 0)."""
+    return tuple(int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", version)[0]))
+
+
+def import_torch() -> ModuleType:
+    try:
+        import torch
+    except Exception as error:  # a torch with a missing library raises OSError
+        raise BuildError(
+            f"torch cannot be imported ({_first_line(error)}); install torch>={MINIMUM_TORCH} first and build against "
+            "it with: pip install --no-build-isolation ..."
+        ) from None
+    if release(torch.__version__) < release(MINIMUM_TORCH):
+        raise BuildError(f"torch {torch.__version__} is too old, {MINIMUM_TORCH} or newer is needed")
+    return torch
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _output(command: Sequence[str | Path]) -> str | None:
+    """What a tool prints, on either stream; None if it cannot be run or fails."""
+    try:
+        done = subprocess.run(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+
+
+@dataclass(frozen=True)
+class Compiler:
+    command: str  # as the environment variable CXX takes it
+    path: str
+    version: str
+    openmp: bool
+
+    @property
+    def is_clang(self) -> bool:
+        return "clang" in self.version
+
+
+def find_compiler() -> Compiler:
+    """The compiler in CXX; else the first of c++, g++ and clang++."""
+    chosen = os.environ.get("CXX")
+    for command in [chosen] if chosen else ["c++", "g++", "clang++"]:
+        path = shutil.which(shlex.split(command)[0])
+        version = (_output([*shlex.split(command), "--version"]) or "").partition("\n")[0] if path else ""
+        if path and version:
+            # g++ always comes with its OpenMP; clang's is a package of its own.
+            openmp = "clang" not in version or _links_openmp(command)
+            return Compiler(command, os.path.realpath(path), version, openmp)
+    what = f"CXX={chosen} cannot be run" if chosen else "neither c++, g++ nor clang++ is on the PATH"
+    raise BuildError(f"there is no C++ compiler: {what}; install one (Debian, Ubuntu: apt install g++)")
+
+
+def _links_openmp(command: str) -> bool:
+    program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }\n"
+    arguments = [*shlex.split(command), "-x", "c++", "-", "-fopenmp", "-o", os.devnull]
+    return subprocess.run(arguments, input=program.encode(), capture_output=True).returncode == 0
+
+
+def find_ninja() -> str | None:
+    """The folder that holds ninja. The one pip installed is not on the PATH when .venv/bin/python runs unactivated."""
+    for folder in (None, sysconfig.get_path("scripts")):
+        ninja = shutil.which("ninja", path=folder)
+        if ninja:
+            return str(Path(ninja).parent)
+    return None
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    home: Path
+    version: str  # "13.0"
+
+    @property
+    def nvcc(self) -> Path:
+        return self.home / "bin" / "nvcc"
+
+    def supported(self) -> list[int]:
+        """The virtual architectures that this nvcc compiles for: 80 is compute_80."""
+        listed = _output([self.nvcc, "--list-gpu-arch"]) or ""
+        return sorted(int(number) for number in re.findall(r"compute_(\d+)\b", listed))
+
+
+def find_toolkit() -> Toolkit | None:
+    """The CUDA toolkit. torch takes the folder two above the nvcc on the PATH, which is wrong where that is a wrapper
+    script; nvcc itself knows where it lives."""
+    for home in _toolkit_candidates():
+        version = re.search(r"release (\d+\.\d+)", _output([home / "bin" / "nvcc", "--version"]) or "")
+        if version and (home / "include" / "cuda_runtime.h").is_file():
+            return Toolkit(home, version.group(1))
+    return None
+
+
+def _toolkit_candidates() -> Iterator[Path]:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            yield Path(os.environ[variable])
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        top = re.search(r"^#\$ TOP=(.+)$", _output([nvcc, "--dryrun", "x.cu"]) or "", re.MULTILINE)
+        if top:
+            yield Path(os.path.realpath(top.group(1).strip()))
+        yield Path(os.path.realpath(nvcc)).parent.parent
+        yield Path(nvcc).parent.parent
+    yield DEFAULT_TOOLKIT
+
+
+def gpu_capabilities(torch: ModuleType) -> list[int]:
+    """The compute capabilities of the GPUs here: 90 is 9.0. Asked of nvidia-smi first, because torch would create a
+    CUDA context, which costs time and forbids a later fork."""
+    listed = _output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]) or ""
+    found = re.findall(r"^(\d+)\.(\d)$", listed, re.MULTILINE)
+    if not found and torch.version.cuda and torch.cuda.is_available():
+        found = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    return sorted({int(major) * 10 + int(minor) for major, minor in found})
+
+
+def architecture_flags(supported: Sequence[int], capabilities: Sequence[int]) -> list[str]:
+    """nvcc's -gencode flags: for the GPUs that are here, else for ARCHITECTURES as far as this nvcc knows them, with
+    PTX of the newest for GPUs still to come. Empty where it can compile for none of them."""
+    native = [number for number in capabilities or ARCHITECTURES if number in supported]
+    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in native]
+    newest = max(supported, default=0)
+    if not capabilities and native:
+        flags.append(f"-gencode=arch=compute_{native[-1]},code=compute_{native[-1]}")
+    elif any(capability > newest for capability in capabilities) and newest:
+        flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    return flags
+
+
+def _resolve_cuda(torch: ModuleType, needs_gpu: bool) -> tuple[Toolkit | None, list[str], str]:
+    """The toolkit and the architecture flags; or None and the reason for which CUDA is left out."""
+    if torch.version.cuda is None:
+        return None, [], "this torch is a build without CUDA"
+    toolkit = find_toolkit()
+    if toolkit is None:
+        return None, [], f"no toolkit with nvcc is found by CUDA_HOME, CUDA_PATH, the PATH or in {DEFAULT_TOOLKIT}"
+    if release(toolkit.version)[0] != release(torch.version.cuda)[0]:
+        return None, [], f"nvcc is of CUDA {toolkit.version}, but this torch is built for CUDA {torch.version.cuda}"
+    capabilities = gpu_capabilities(torch)
+    if needs_gpu and not capabilities:
+        return None, [], "there is no GPU on this machine"
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return toolkit, [], ""  # the user's choice, which torch turns into flags
+    flags = architecture_flags(toolkit.supported(), capabilities)
+    if not flags:
+        wanted = ", ".join(f"{number / 10:.1f}" for number in capabilities or ARCHITECTURES)
+        return None, [], f"nvcc of CUDA {toolkit.version} does not compile for compute capability {wanted}"
+    return toolkit, flags, ""
+
+
+def cuda_setting() -> bool | None:
+    """FUSEDLOSS_CUDA: True or False where it forces, None where it is not set."""
+    value = os.environ.get("FUSEDLOSS_CUDA", "")
+    if value not in ("", "0", "1"):
+        raise BuildError(f"FUSEDLOSS_CUDA is {value!r}, expected 0 or 1")
+    return None if value == "" else value == "1"
+
+
+def info_file(library: Path) -> Path:
+    return library.with_suffix(".json")
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides what a build makes."""
+
+    csrc: Path
+    sources: list[Path]
+    cxx_flags: list[str]
+    nvcc_flags: list[str]
+    link_flags: list[str]
+    compiler: Compiler
+    toolkit: Toolkit | None
+    torch_version: str
+    left_out: str  # what is not built, and why; "" if nothing is left out
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.toolkit else "cpu"
+
+    def summary(self) -> str:
+        devices = f"CPU and CUDA {self.toolkit.version}" if self.toolkit else "CPU only"
+        return f"for torch {self.torch_version}, {devices}" + (f"; left out {self.left_out}" if self.left_out else "")
+
+    def write_info(self, library: Path) -> None:
+        """Leave beside a finished build what it was built for: a build that no longer loads cannot be asked."""
+        info = {"torch": self.torch_version, "device": self.device, "summary": self.summary()}
+        info_file(library).write_text(json.dumps(info, indent=1) + "\n")
+
+    @contextlib.contextmanager
+    def environment(self) -> Iterator[ModuleType]:
+        """torch.utils.cpp_extension, told of this plan's compiler, toolkit and ninja. All is put back afterwards."""
+        changes = {"CXX": self.compiler.command}
+        ninja = find_ninja()
+        if ninja:
+            changes["PATH"] = os.environ.get("PATH", "") + os.pathsep + ninja
+        before = {name: os.environ.get(name) for name in changes}
+        cpp_extension = _import_cpp_extension()
+        home = cpp_extension.CUDA_HOME
+        os.environ.update(changes)
+        if self.toolkit:
+            cpp_extension.CUDA_HOME = str(self.toolkit.home)
+        try:
+            yield cpp_extension
+        finally:
+            cpp_extension.CUDA_HOME = home
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def _import_cpp_extension() -> ModuleType:
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    disabled, logger.disabled = logger.disabled, True  # it warns of a CUDA_HOME that the plan is about to replace
+    try:
+        from torch.utils import cpp_extension
+    finally:
+        logger.disabled = disabled
+    return cpp_extension
+
+
+def make_plan(csrc: Path | None = None, cuda: bool | None = None, needs_gpu: bool = False) -> Plan:
+    """Look at the machine and decide. `cuda` forces CUDA (an error where something is missing) or forbids it; None
+    leaves it to FUSEDLOSS_CUDA, else to what is found. `needs_gpu` leaves CUDA out where no GPU is there to run it."""
+    check_platform()
+    torch = import_torch()
+    check_python_headers()
+    compiler = find_compiler()
+    cuda = cuda_setting() if cuda is None else cuda
+    csrc = csrc or csrc_directory()
+    left_out = []
+
+    toolkit, architectures, reason = None, [], "it was not asked for"
+    if cuda is not False:
+        toolkit, architectures, reason = _resolve_cuda(torch, needs_gpu and not cuda)
+    if cuda and toolkit is None:
+        raise BuildError(f"CUDA was asked for, but {reason} (torch {torch.__version__})")
+    if toolkit is None:
+        left_out.append(f"CUDA: {reason}")
+
+    # Kernels say themselves what is a vector: -O3 makes them no faster, and their compile a third longer.
+    cxx_flags = ["-O2", "-g0", "-Wall", "-fvisibility=hidden"]
+    link_flags = []
+    if "OpenMP" in torch.__config__.parallel_info():
+        # Without it at::parallel_for is silently serial. With g++ no OpenMP library is linked: the symbols are found in
+        # the one that torch brings along, and so there is one pool of threads, torch's.
+        if compiler.openmp:
+            cxx_flags.append("-fopenmp")
+            link_flags += ["-fopenmp"] if compiler.is_clang else []
+        else:
+            left_out.append("threads: this clang has no OpenMP (Debian, Ubuntu: apt install libomp-dev)")
+    if toolkit:
+        cxx_flags.append(f"-D{CUDA_MACRO}")
+    nvcc_flags = ["-O3", f"-D{CUDA_MACRO}", "-Xcompiler", "-fvisibility=hidden", *architectures] if toolkit else []
+    sources = source_files(csrc, cuda=toolkit is not None)
+    version = torch.__version__
+    return Plan(csrc, sources, cxx_flags, nvcc_flags, link_flags, compiler, toolkit, str(version), "; ".join(left_out))

@@ -1,0 +1,389 @@
+"""The benchmark's method: what it counts, in which order it times, what it refuses to time, what it writes down."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from benchmarks import __main__ as command
+from benchmarks import contenders, contention, measure, report
+from benchmarks.arguments import sizes
+from benchmarks.cases import Case, all_cases, bytes_moved, make_inputs
+from benchmarks.measure import CaseResult, Measurement, measure_case
+from benchmarks.memory import peak_extra_bytes
+from benchmarks.timing import Effort, Times, interleave
+
+BRIEF = Effort(min_rounds=3, max_rounds=3, seconds=0, batch_seconds=0)
+TINY = ["--sizes", "4x3", "--no-compile"]
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "EFFORT", BRIEF)
+    monkeypatch.setattr(command, "QUICK_EFFORT", BRIEF)
+
+
+# What is counted ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "dtype", "step", "expected"),
+    [
+        ("cross_entropy", "float32", "forward", 6 * 5 * 4 + 6 * 8),
+        ("cross_entropy", "float32", "forward+backward", 2 * 6 * 5 * 4 + 6 * 8),
+        ("cross_entropy", "bfloat16", "forward+backward", 2 * 6 * 5 * 2 + 6 * 8),
+        ("mse", "float64", "forward", 2 * 6 * 5 * 8),
+        ("mse", "float16", "forward+backward", 3 * 6 * 5 * 2),
+    ],
+)
+def test_bytes_that_must_move(loss: str, dtype: str, step: str, expected: int) -> None:
+    assert bytes_moved(Case(loss, 6, 5, dtype, step)) == expected
+
+
+def test_bytes_are_those_of_the_tensors_that_are_timed() -> None:
+    for case in all_cases(["cross_entropy", "mse"], [(7, 3)], ["float32", "bfloat16"], "cpu"):
+        logits, target = make_inputs(case)
+        gradient = logits.nbytes if case.step == "forward+backward" else 0
+        assert bytes_moved(case) == logits.nbytes + target.nbytes + gradient
+
+
+def test_inputs_are_random_leaves_of_the_dtype() -> None:
+    for case in all_cases(["cross_entropy", "mse"], [(50, 20)], ["float32", "float16"], "cpu"):
+        logits, _ = make_inputs(case)
+        assert logits.is_leaf and logits.requires_grad and logits.dtype == case.torch_dtype
+        assert 0.9 < logits.detach().float().std().item() < 1.1
+        assert not torch.equal(logits, make_inputs(case, seed=1)[0])
+
+
+def test_peak_memory_is_exact() -> None:
+    def two_at_a_time() -> None:
+        first = torch.empty(1000)  # 4,000 bytes
+        second = torch.empty(500)  # 2,000 beside them: the peak
+        del first, second
+        torch.empty(250)
+
+    before = torch.empty(10_000)  # not the step's, and freed in none of its calls
+    assert peak_extra_bytes(two_at_a_time, "cpu") == 6000
+    del before
+
+
+def test_peak_memory_of_a_backward_holds_the_gradient() -> None:
+    logits = torch.randn(64, 32, requires_grad=True)
+
+    def step() -> None:
+        logits.sum().backward()
+        logits.grad = None
+
+    scalars = 1024
+    assert logits.nbytes <= peak_extra_bytes(step, "cpu") < logits.nbytes + scalars
+
+
+# In which order it is timed -------------------------------------------------------------------------------------------
+
+
+def test_rounds_interleave_and_rotate() -> None:
+    called: list[str] = []
+    steps = {name: (lambda name=name: called.append(name)) for name in "abc"}
+
+    def timer(step, calls: int) -> float:
+        step()
+        return 1.0
+
+    effort = Effort(min_rounds=4, max_rounds=4, seconds=0)
+    times = interleave(steps, timer, effort)
+    warm_up = 2 * len(steps)
+    assert "".join(called[warm_up:]) == "abc" + "bca" + "cab" + "abc"
+    assert {name: len(times[name].samples) for name in steps} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_small_steps_are_called_often_and_all_equally() -> None:
+    cost = {"slow": 1e-2, "fast": 1e-4}
+    asked: dict[str, int] = {}
+
+    def timer(step, calls: int) -> float:
+        asked[step.__name__] = calls
+        return cost[step.__name__]
+
+    def slow() -> None: ...
+    def fast() -> None: ...
+
+    times = interleave({"slow": slow, "fast": fast}, timer, Effort(2, 2, seconds=0, batch_seconds=2e-3))
+    assert asked == {"slow": 20, "fast": 20}
+    assert times["fast"].calls == 20
+    assert times["slow"].median == 1e-2
+
+
+def test_rounds_end_at_the_upper_bound_however_much_time_is_left() -> None:
+    times = interleave({"a": lambda: None}, lambda step, calls: 1.0, Effort(2, 5, seconds=3600))
+    assert len(times["a"].samples) == 5
+
+
+def test_quartiles() -> None:
+    times = Times([5.0, 1.0, 3.0, 2.0, 4.0], calls=1)
+    assert times.median == 3.0
+    assert times.quartiles == (2.0, 4.0)
+    assert Times([7.0], calls=1).quartiles == (7.0, 7.0)
+
+
+def test_a_step_leaves_no_gradient_and_takes_turns() -> None:
+    seen = []
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        assert logits.grad is None
+        seen.append((logits, torch.is_grad_enabled()))
+        return nn.functional.cross_entropy(logits, target)
+
+    for step, grad_enabled in (("forward", False), ("forward+backward", True)):
+        case = Case("cross_entropy", 4, 3, "float32", step)
+        inputs = [make_inputs(case, seed) for seed in range(2)]
+        call = contenders.make_step(loss, case, inputs)
+        seen.clear()
+        for _ in range(4):
+            call()
+        assert all(logits.grad is None for logits, _ in inputs)
+        assert [enabled for _, enabled in seen] == [grad_enabled] * 4
+        first, second, third, fourth = (logits for logits, _ in seen)
+        assert first is third and second is fourth and first is not second
+
+
+# What it refuses to time ----------------------------------------------------------------------------------------------
+
+
+class OffByALittle(nn.CrossEntropyLoss):
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return super().forward(logits, target) * 1.01
+
+
+class WrongGradient(nn.CrossEntropyLoss):
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        value = super().forward(logits, target)
+        return value.detach() + 1.01 * (value - value.detach())
+
+
+class Broken(nn.CrossEntropyLoss):
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("no kernel\nfor this")
+
+
+@pytest.mark.parametrize(
+    ("module", "note"),
+    [
+        (OffByALittle, "wrong loss: off by"),
+        (WrongGradient, "wrong gradient: off by"),
+        (Broken, "NotImplementedError: no kernel"),
+    ],
+)
+def test_a_wrong_or_failing_contender_has_a_note_and_no_figures(
+    module: type[nn.Module], note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(measure.CONTENDERS, "fusedloss", lambda case: module())
+    case = Case("cross_entropy", 8, 5, "float32", "forward+backward")
+    result = measure_case(case, ["eager", "fusedloss"], BRIEF)
+    assert result.measurements["fusedloss"].note.startswith(note)
+    assert "\n" not in result.measurements["fusedloss"].note
+    assert result.measurements["fusedloss"].times is None
+    assert result.ratio("fusedloss") is None
+    assert result.median("eager") is not None
+    assert report.verdict([result]).startswith("fusedloss ahead of eager in 0 of 1 rows")
+    assert report.notes([result]) == [
+        f"cross_entropy 8x5 float32 forward+backward: fusedloss: {result.measurements['fusedloss'].note}"
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_torch_and_fusedloss_pass_the_check_in_every_dtype(dtype: str) -> None:
+    for case in all_cases(["cross_entropy", "mse"], [(128, 10), (512, 1000)], [dtype], "cpu"):
+        result = measure_case(case, ["eager", "fusedloss"], Effort(1, 1, seconds=0, batch_seconds=0))
+        assert [measurement.note for measurement in result.measurements.values()] == ["", ""]
+
+
+def test_a_compiler_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*_: object, **__: object) -> None:
+        raise RuntimeError("no working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    result = measure_case(Case("mse", 4, 3, "float32", "forward"), ["eager", "compile", "fusedloss"], BRIEF)
+    assert result.measurements["compile"].note == "RuntimeError: no working C++ compiler found"
+    assert result.ratio("fusedloss") is not None
+
+
+# How quiet the machine was --------------------------------------------------------------------------------------------
+
+
+def test_other_programs_are_told_from_our_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, others = iter([0.0, 10.0]), iter([100.0, 104.0])
+    monkeypatch.setattr(contention.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(contention, "core_seconds_of_others", lambda: next(others))
+    monkeypatch.setattr(contention, "usable_cores", lambda: {0, 1})
+    assert contention.start_watch()() == pytest.approx(0.2)  # 4 of the 2 x 10 seconds
+
+
+def test_own_work_is_not_counted_as_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_core = "cpu  9 9 9 9 9 9 9 9\ncpu0 100 10 200 5000 60 3 4 1000 0 0\ncpu1 9 9 9 9 9 9 9 9\n"
+    monkeypatch.setattr(contention.Path, "read_text", lambda self: one_core)
+    monkeypatch.setattr(contention, "usable_cores", lambda: {0})
+    monkeypatch.setattr(contention.os, "times", lambda: SimpleNamespace(user=1.0, system=2.0))
+    monkeypatch.setattr(contention.os, "sysconf", lambda name: 100)
+    # All but idle (5000) and iowait (60) is 1317 ticks of a hundredth of a second.
+    assert contention.core_seconds_of_others() == pytest.approx(13.17 - 3)
+
+
+def test_a_busy_machine_is_a_note() -> None:
+    case = Case("mse", 4, 3, "float32", "forward")
+    assert report.unrest([CaseResult(case, others_share=0.05), CaseResult(case, others_share=None)]) == []
+    (note,) = report.unrest([CaseResult(case, others_share=0.05), CaseResult(case, others_share=0.35)])
+    assert note.startswith("other programs had 20% of the cores during the timing, 35% in the worst case")
+
+
+# What it prints and writes --------------------------------------------------------------------------------------------
+
+
+def result_with(eager: float, fused: float | None) -> CaseResult:
+    def measurement(seconds: float | None) -> Measurement:
+        return Measurement(Times([seconds], 1) if seconds else None, 0)
+
+    case = Case("cross_entropy", 1000, 1000, "float32", "forward")
+    return CaseResult(case, {"eager": measurement(eager), "fusedloss": measurement(fused)})
+
+
+def test_ratio_and_bandwidth() -> None:
+    result = result_with(eager=4e-3, fused=1e-3)
+    assert result.ratio("fusedloss") == 4.0
+    assert result.gb_per_s("fusedloss") == pytest.approx(4.008)  # 4,008,000 bytes in a millisecond
+
+
+def test_ratios_are_green_ahead_and_red_behind() -> None:
+    assert "green" in str(report.ratio(1.01).style)
+    assert "red" in str(report.ratio(0.99).style)
+
+
+def test_verdict_counts_rows_ahead() -> None:
+    results = [result_with(2e-3, 1e-3), result_with(1e-3, 2e-3), result_with(1e-3, None)]
+    assert report.verdict(results) == "fusedloss ahead of eager in 1 of 3 rows (forward 1 of 3)"
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**31, "2 GiB")])
+def test_size_is_readable(count: int, text: str) -> None:
+    assert report.size(Measurement(peak_extra_bytes=count)) == text
+
+
+@pytest.mark.usefixtures("brief")
+def test_table_is_whole_in_a_narrow_place(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    command.main([*TINY, "--dtype", "bfloat16"])
+    printed, errors = capsys.readouterr()
+    for loss in ("cross_entropy", "mse"):
+        for step in ("fwd", "fwd+bwd"):
+            assert re.search(rf"{loss} +4x3 +bfloat16 +{re.escape(step)} +\d.* B +\d+ B *$", printed, re.MULTILINE)
+    assert "…" not in printed
+    assert re.fullmatch(r"fusedloss ahead of eager in \d of 4 rows \(.*\)", printed.strip().splitlines()[-1])
+    assert errors == "", "no progress bar outside a terminal"
+
+
+@pytest.mark.usefixtures("brief")
+def test_json_holds_every_figure_and_where_it_came_from(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    command.main([*TINY, "--json", str(path)])
+    written = json.loads(path.read_text())
+    assert written["schema"] == report.SCHEMA
+    assert written["date"].endswith("+00:00")
+    assert set(written["commit"]) == {"hash", "dirty"}
+    assert set(written["machine"]) == {
+        "cpu", "cpu_capability", "cores", "threads", "memory_bytes", "gpu", "os",
+    }  # fmt: skip
+    assert written["machine"]["memory_bytes"] > 2**20
+    assert set(written["software"]) == {"torch", "cuda", "fusedloss", "python", "compiler"}
+    assert written["software"]["torch"] == torch.__version__
+    assert set(written["memory_mapping"]) == {"thp_enabled", "thp_defrag", "THP_MEM_ALLOC_ENABLE"}
+
+    figures = written["figures"]
+    keys = {(f["loss"], f["dtype"], f["pass"], f["contender"]) for f in figures}
+    assert len(keys) == len(figures) == 2 * 2 * 2 * 2  # losses, dtypes, passes, contenders
+    for figure in figures:
+        assert figure["note"] == ""
+        assert (figure["rows"], figure["classes"], figure["device"]) == (4, 3, "cpu")
+        assert len(figure["samples_s"]) == BRIEF.max_rounds
+        assert min(figure["samples_s"]) <= figure["first_quartile_s"] <= figure["median_s"]
+        assert figure["median_s"] <= figure["third_quartile_s"] <= max(figure["samples_s"])
+        assert figure["gb_per_s"] == pytest.approx(figure["bytes_moved"] / figure["median_s"] / 1e9)
+        assert figure["peak_extra_bytes"] > 0
+        if figure["contender"] == "eager":
+            assert figure["times_faster_than_eager"] == 1.0
+
+
+def test_quick_compiles_only_what_training_runs() -> None:
+    quick, full = command.parse(["--quick"]), command.parse([])
+    forward, both = (Case("mse", 128, 10, "float32", step) for step in ("forward", "forward+backward"))
+    assert command.contenders_of(forward, quick) == ["eager", "fusedloss"]
+    assert command.contenders_of(both, quick) == ["eager", "compile", "fusedloss"]
+    assert command.contenders_of(forward, full) == ["eager", "compile", "fusedloss"]
+    assert quick.sizes[0] == (128, 10) and quick.dtype == ["float32", "bfloat16"]
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+def test_sizes() -> None:
+    assert sizes("128x10, 4096X1000") == [(128, 10), (4096, 1000)]
+
+
+def test_lists_may_be_repeated_or_comma_separated() -> None:
+    options = command.parse(["--dtype", "float16,float64", "--dtype", "float32", "--loss", "mse"])
+    assert options.dtype == ["float16", "float64", "float32"]
+    assert options.loss == ["mse"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--sizes", "12"], "'12' is not a size: give rows x classes, such as 128x10"),
+        (["--sizes", "0x10"], "'0x10' is not a size"),
+        (["--sizes", "4x-3"], "'4x-3' is not a size"),
+        (["--sizes", "4x3x2"], "'4x3x2' is not a size"),
+        (["--dtype", "float8"], "'float8' is not one of float32, bfloat16, float16, float64"),
+        (["--loss", "l1"], "'l1' is not one of cross_entropy, mse"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--json", "/no/such/place/figures.json"], "the directory /no/such/place does not exist"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 2
+    assert complaint in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_cuda_without_a_gpu_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        command.main(["--device", "cuda"])
+    assert "--device cuda needs a GPU, and torch sees none" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("brief")
+def test_cuda_is_timed_by_events_on_rotating_inputs(tmp_path: Path) -> None:
+    assert measure.copies(Case("mse", 4, 3, "float32", "forward", "cuda")) > 1
+    path = tmp_path / "figures.json"
+    command.main([*TINY, "--device", "cuda", "--json", str(path)])
+    figures = json.loads(path.read_text())["figures"]
+    assert {figure["note"] for figure in figures} == {""}
+    assert all(figure["peak_extra_bytes"] > 0 and figure["median_s"] > 0 for figure in figures)
+
+
+def test_progress_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("mse", 4, 3, "float32", "forward")
+    for terminal in (True, False):
+        console = Console(force_terminal=terminal, record=True, width=100)
+        measure.measure_all([(case, ["eager"])], BRIEF, console)
+        assert ("mse 4x3 float32 forward" in console.export_text()) == terminal

@@ -1,0 +1,146 @@
+"""The source distribution and the two kinds of wheel: what they carry, and that they work away from the checkout."""
+
+import email
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fusedloss import _build
+from fusedloss._version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+LEFT_BEHIND = (".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_C.*")
+
+BACKEND = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+
+# The same sources would take a minute; that they compile by this route, `make test` has just shown.
+TINY = """
+#include <torch/csrc/utils/pybind.h>
+int value();
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) { module.def("value", &value); }
+"""
+
+EXAMPLE = """
+import torch
+import fusedloss
+
+torch.manual_seed(0)
+results = []
+for CrossEntropyLoss in (torch.nn.CrossEntropyLoss, fusedloss.CrossEntropyLoss):
+    logits = torch.tensor([[1.0, 2.0, 1.2], [1.5, 0.5, 2.1]], requires_grad=True)
+    loss = CrossEntropyLoss()(logits, torch.tensor([1, 2]))
+    loss.backward()
+    results.append((loss.detach(), logits.grad))
+torch.testing.assert_close(results[0], results[1])
+print(fusedloss.__file__)
+"""
+
+
+def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    variables = {name: value for name, value in os.environ.items() if name not in ("FUSEDLOSS_JIT", "PYTHONPATH")}
+    return subprocess.run(command, cwd=cwd, env=variables | environment, capture_output=True, text=True, timeout=600)
+
+
+def build(kind: str, source: Path, target: Path, **environment: str) -> Path:
+    """What pip does without isolation: call the backend, in the folder of the source."""
+    done = run([sys.executable, "-c", BACKEND, f"build_{kind}", str(target)], source, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """Made from a copy: a build leaves things behind, and the checkout may hold an extension that is in use."""
+    folder = tmp_path_factory.mktemp("sdist")
+    shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+    shutil.copytree(ROOT / ".ci", folder / "tree" / ".ci")
+    return build("sdist", folder / "tree", folder)
+
+
+@pytest.fixture
+def unpacked(sdist, tmp_path) -> Path:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path)
+    return tmp_path / f"fusedloss-{__version__}"
+
+
+def test_sdist_carries_all(sdist):
+    with tarfile.open(sdist) as archive:
+        carried = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = ["setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", ".ci/run", "README.md", "LICENSE"]
+    for folder in ("csrc", "fusedloss", "tests", "benchmarks", "notebooks"):
+        found = [
+            path for path in (ROOT / folder).rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".py", ".ipynb")
+        ]
+        wanted += [path.relative_to(ROOT).as_posix() for path in found if not path.match(".*/*")]
+    assert [name for name in wanted if name not in carried] == []
+    assert [name for name in carried if "__pycache__" in name or name.endswith((".so", ".o", ".pyc"))] == []
+
+
+def test_wheel_without_a_compiled_part(unpacked, tmp_path):
+    """It is the same for every Python and torch, carries the sources, and compiles at its first use, once."""
+    wheel = build("wheel", unpacked, tmp_path, FUSEDLOSS_JIT="1")
+    assert wheel.name == f"fusedloss-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        carried = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+        metadata = email.message_from_bytes(archive.read(f"fusedloss-{__version__}.dist-info/METADATA"))
+    csrc = _build.csrc_directory()
+    sources = [*_build.source_files(csrc, cuda=True), *_build.header_files(csrc)]
+    assert {f"fusedloss/csrc/{path.relative_to(csrc).as_posix()}" for path in sources} <= carried
+    assert not [name for name in carried if name.endswith(".so")]
+    assert not [name for name in carried if not name.startswith(("fusedloss/", "fusedloss-"))]
+    assert metadata["License-Expression"] == "BSD-3-Clause" and metadata["Requires-Python"] == ">=3.10"
+    assert f"torch>={_build.MINIMUM_TORCH}" in metadata.get_all("Requires-Dist")
+
+    variables = {"PYTHONPATH": str(tmp_path / "site"), "FUSEDLOSS_CACHE_DIR": str(tmp_path / "cache")}
+    for compiling in (1, 0):
+        done = run([sys.executable, "-c", EXAMPLE], tmp_path, **variables)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(str(tmp_path / "site"))
+        assert done.stderr.count("fusedloss: compiling ") == compiling
+
+
+def test_wheel_with_the_compiled_part(unpacked, tmp_path):
+    shutil.rmtree(unpacked / "csrc")
+    (unpacked / "csrc" / "cpu").mkdir(parents=True)
+    (unpacked / "csrc" / "bindings.cpp").write_text(TINY)
+    (unpacked / "csrc" / "cpu" / "value.cpp").write_text('#include "value.h"\nint value() { return VALUE; }\n')
+    (unpacked / "csrc" / "value.h").write_text("#define VALUE 7\n")
+    wheel = build("wheel", unpacked, tmp_path, FUSEDLOSS_CUDA="0")
+    assert f"-cp3{sys.version_info.minor}-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "from fusedloss import _backend; print(_backend.extension().value()); print(_backend.describe())"
+    done = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("7\nfusedloss: for torch ") and done.stdout.endswith("(prebuilt)\n")
+
+
+@pytest.mark.parametrize(
+    "environment, sentence",
+    [
+        ({"CXX": "/nonexistent/c++"}, "fusedloss: there is no C++ compiler: CXX=/nonexistent/c++ cannot be run"),
+        ({"FUSEDLOSS_CUDA": "maybe"}, "fusedloss: FUSEDLOSS_CUDA is 'maybe', expected 0 or 1"),
+        ({"PYTHONPATH": "without-torch"}, "fusedloss: torch cannot be imported (No module named 'torch'); install"),
+    ],
+)
+def test_build_that_cannot_be_says_why_in_a_sentence(unpacked, environment, sentence):
+    (unpacked / "without-torch").mkdir()
+    (unpacked / "without-torch" / "torch.py").write_text("raise ImportError(\"No module named 'torch'\")\n")
+    done = run([sys.executable, "setup.py", "build_ext"], unpacked, **environment)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith(sentence) and "Traceback" not in done.stderr
+
+
+def test_metadata_and_sdist_need_no_torch(unpacked, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError\n")
+    build("sdist", unpacked, tmp_path, PYTHONPATH=str(tmp_path))
+    done = run([sys.executable, "setup.py", "--version"], unpacked, PYTHONPATH=str(tmp_path))
+    assert done.stdout.splitlines()[-1] == __version__
