@@ -1,8 +1,6 @@
 // Cross entropy between torch and the kernels: checks the arguments, allocates, fills the options, picks the device.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
 
 #include <algorithm>
 #include <string>
@@ -15,6 +13,8 @@
 #include "row_layout.h"
 #include "run.h"
 #ifdef FUSEDLOSS_WITH_CUDA
+#include <ATen/ops/sum.h>
+
 #include "cuda/cross_entropy_cuda.h"
 #endif
 
@@ -168,7 +168,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input
   CrossEntropyOptions& o = call.o;
   if (weight.has_value()) check_weight_dtype(input, *weight);
   const auto statistics =
-      at::empty({call.statistics_numel()}, input.options().dtype(statistics_type(input.scalar_type())));
+      input.new_empty({call.statistics_numel()}, statistics_type(input.scalar_type()));
   call.take_statistics(statistics);
 
   const auto loss_type = autocast_to_float32(input) ? at::kFloat : input.scalar_type();
@@ -178,12 +178,12 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input
     loss_sizes.append(input.sizes().begin(), input.sizes().end());
     loss_sizes.erase(loss_sizes.begin() + (input.dim() == 1 ? 0 : 1));
   }
-  const auto loss = at::empty(loss_sizes, input.options().dtype(loss_type));
+  const auto loss = input.new_empty(loss_sizes, loss_type);
   o.loss = loss.data_ptr();
 
 #ifdef FUSEDLOSS_WITH_CUDA
   if (input.is_cuda()) {
-    const auto scratch = at::empty({cuda::cross_entropy_scratch_bytes(o)}, input.options().dtype(at::kByte));
+    const auto scratch = input.new_empty({cuda::cross_entropy_scratch_bytes(o)}, at::kByte);
     o.scratch = scratch.data_ptr();
     if (o.weight_sum != nullptr) {
       auto weight_sum = statistics.slice(0, statistics.numel() - 1);

@@ -2,8 +2,6 @@
 // device.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 
@@ -42,6 +40,11 @@ struct Call {
   }
 };
 
+// Uninitialised, elements at the same places in memory.
+at::Tensor empty_beside(const at::Tensor& t, at::ScalarType type) {
+  return t.new_empty_strided(t.sizes(), t.strides(), type);
+}
+
 }  // namespace
 
 bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target) {
@@ -56,15 +59,14 @@ at::Tensor mse_loss_forward(const at::Tensor& input, const at::Tensor& target, i
   constexpr const char* kOp = "mse_loss";
   Call call(kOp, input, target, reduction);
   PointwiseOptions& o = call.o;
-  const auto loss_options =
-      input.options().dtype(autocast_to_float32(input) ? at::kFloat : input.scalar_type());
-  const auto loss = o.reduction == Reduction::kNone ? at::empty_like(call.input, loss_options)
-                                                    : at::empty({}, loss_options);
+  const auto loss_type = autocast_to_float32(input) ? at::kFloat : input.scalar_type();
+  const auto loss = o.reduction == Reduction::kNone ? empty_beside(call.input, loss_type)
+                                                    : input.new_empty({}, loss_type);
   o.loss = loss.data_ptr();
   o.loss_dtype = *kernel_dtype(loss.scalar_type());
 #ifdef FUSEDLOSS_WITH_CUDA
   if (input.is_cuda()) {
-    const auto scratch = at::empty({cuda::pointwise_scratch_bytes(o)}, input.options().dtype(at::kByte));
+    const auto scratch = input.new_empty({cuda::pointwise_scratch_bytes(o)}, at::kByte);
     o.scratch = scratch.data_ptr();
     run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::pointwise_forward(o, stream); });
     return loss;
@@ -94,13 +96,13 @@ std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_outp
                                                      [](int64_t stride) { return stride == 0; });
   at::Tensor upstream = grad_output;
   if (!one_value && grad_output.strides() != call.input.strides())
-    upstream = at::empty_like(call.input, grad_output.options()).copy_(grad_output);
+    upstream = empty_beside(call.input, grad_output.scalar_type()).copy_(grad_output);
   o.grad_output = upstream.const_data_ptr();
   o.grad_output_stride = one_value ? 0 : 1;
 
   at::Tensor grad_input, grad_target;
-  if (want_input) grad_input = at::empty_like(call.input);
-  if (want_target) grad_target = at::empty_like(call.target);
+  if (want_input) grad_input = empty_beside(call.input, input.scalar_type());
+  if (want_target) grad_target = empty_beside(call.input, input.scalar_type());
   o.grad_input = want_input ? grad_input.data_ptr() : nullptr;
   o.grad_target = want_target ? grad_target.data_ptr() : nullptr;
 #ifdef FUSEDLOSS_WITH_CUDA

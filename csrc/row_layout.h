@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_strided.h>
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
@@ -84,7 +83,7 @@ inline at::Tensor empty_in_layout(const at::Tensor& t, Layout layout) {
     strides[d] = stride;
     stride *= std::max<int64_t>(1, t.size(d));
   }
-  return at::empty_strided(t.sizes(), strides, t.options());
+  return t.new_empty_strided(t.sizes(), strides);
 }
 
 // t itself where it has the layout, else a copy that has.
