@@ -50,4 +50,12 @@ inline at::ScalarType statistics_type(at::ScalarType type) {
   return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// The dtype of a loss or of grad_output: that of input, or under autocast the statistics'.
+inline DType check_loss_dtype(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& input) {
+  const auto expected = statistics_type(input.scalar_type());
+  TORCH_CHECK(tensor.scalar_type() == input.scalar_type() || tensor.scalar_type() == expected, op, ": ", name,
+              " must be ", input.scalar_type(), " or ", expected, ", got ", tensor.scalar_type());
+  return check_dtype(op, name, tensor);
+}
+
 }  // namespace fusedloss

@@ -211,7 +211,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
   const bool per_row = o.reduction == Reduction::kNone;
   TORCH_CHECK(grad_output.numel() == (per_row ? o.rows() : 1), kOp, ": grad_output must have the shape of the loss, ",
               per_row ? target.sizes() : c10::IntArrayRef(), ", got ", grad_output.sizes());
-  o.loss_dtype = check_dtype(kOp, "grad_output", grad_output);
+  o.loss_dtype = check_loss_dtype(kOp, "grad_output", grad_output, input);
   // A sum of losses sends back one value, expanded.
   const bool one_value = !per_row || std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
                                                  [](int64_t stride) { return stride == 0; });

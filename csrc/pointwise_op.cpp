@@ -90,7 +90,7 @@ std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_outp
   const bool per_element = o.reduction == Reduction::kNone;
   TORCH_CHECK(per_element ? grad_output.sizes() == input.sizes() : grad_output.numel() == 1, kOp,
               ": grad_output must have the shape of the loss, got ", grad_output.sizes());
-  o.loss_dtype = check_dtype(kOp, "grad_output", grad_output);
+  o.loss_dtype = check_loss_dtype(kOp, "grad_output", grad_output, input);
   // A sum of losses sends back one value, expanded.
   const bool one_value = !per_element || std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
                                                      [](int64_t stride) { return stride == 0; });

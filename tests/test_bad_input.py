@@ -105,6 +105,16 @@ def test_nothing_is_lost_by_an_error():
     fused.cross_entropy(logits, i(4)).backward()
 
 
+@pytest.mark.parametrize("loss", [fused.cross_entropy, fused.mse_loss])
+def test_a_hook_cannot_change_the_dtype_of_grad_output(loss):
+    """The kernels would read it as what it is not, and beyond its end."""
+    target = i(4) if loss is fused.cross_entropy else x(4, 3)
+    value = loss(x(4, 3, requires_grad=True), target)
+    value.register_hook(lambda grad: grad.to(torch.float16))
+    with pytest.raises(RuntimeError, match="grad_output must be Float|Half"):
+        value.backward()
+
+
 @pytest.mark.parametrize("value", [-0.5, float("nan")])
 def test_torch_takes_a_negative_smoothing_for_none(value):
     logits, target = x(4, 3), torch.tensor([0, 2, 1, 1])
