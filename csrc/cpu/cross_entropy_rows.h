@@ -44,22 +44,14 @@ FUSEDLOSS_INLINE Statistic<T> max_of_block(const T* x, int n) {
   using V = typename Simd<A>::V;
   constexpr int kLanes = kLanesOf<T>;
   V best[kUnroll];
-  for (int k = 0; k < kUnroll; ++k) best[k] = V{} - INFINITY;
+  FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) best[k] = V{} - INFINITY;
   int c = 0;
-  for (; c + kUnroll * kLanes <= n; c += kUnroll * kLanes)
-    for (int k = 0; k < kUnroll; ++k) {
-      const V v = load(x + c + k * kLanes);
-      best[k] = v > best[k] ? v : best[k];
-    }
-  for (; c + kLanes <= n; c += kLanes) {
-    const V v = load(x + c);
-    best[0] = v > best[0] ? v : best[0];
+  for (; c + kUnroll * kLanes <= n; c += kUnroll * kLanes) {
+    FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) best[k] = Larger::of(load(x + c + k * kLanes), best[k]);
   }
-  if (c < n) {
-    const V v = lanes_from(n - c, A{}) ? V{} - INFINITY : load_first(x + c, n - c);
-    best[0] = v > best[0] ? v : best[0];
-  }
-  for (int k = 1; k < kUnroll; ++k) best[0] = best[k] > best[0] ? best[k] : best[0];
+  for (; c + kLanes <= n; c += kLanes) best[0] = Larger::of(load(x + c), best[0]);
+  if (c < n) best[0] = Larger::of(lanes_from(n - c, A{}) ? V{} - INFINITY : load_first(x + c, n - c), best[0]);
+  FUSEDLOSS_UNROLL for (int k = 1; k < kUnroll; ++k) best[0] = Larger::of(best[k], best[0]);
   return max_of_lanes<A>(best[0]);
 }
 
@@ -88,13 +80,16 @@ FUSEDLOSS_INLINE RowState<Statistic<T>> sweep_block(const T* x, const RowCoeffic
   constexpr int kLanes = kLanesOf<T>;
   const A max = max_of_block(x + begin, n);
   const A relative_to = shift(max);
-  RowState<V> s[kUnroll] = {};
+  RowState<V> s[kUnroll];
+  FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) s[k] = empty_row_state<V>();
   int c = 0;
-  for (; c + kUnroll * kLanes <= n; c += kUnroll * kLanes)
-    for (int k = 0; k < kUnroll; ++k) add_classes<true>(s[k], x, q, begin + c + k * kLanes, kLanes, relative_to);
+  for (; c + kUnroll * kLanes <= n; c += kUnroll * kLanes) {
+    FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k)
+        add_classes<true>(s[k], x, q, begin + c + k * kLanes, kLanes, relative_to);
+  }
   for (; c + kLanes <= n; c += kLanes) add_classes<true>(s[0], x, q, begin + c, kLanes, relative_to);
   if (c < n) add_classes<false>(s[0], x, q, begin + c, n - c, relative_to);
-  for (int k = 1; k < kUnroll; ++k) {
+  FUSEDLOSS_UNROLL for (int k = 1; k < kUnroll; ++k) {
     s[0].sum += s[k].sum;
     s[0].dot += s[k].dot;
     s[0].mass += s[k].mass;

@@ -18,6 +18,12 @@
 #endif
 
 #define FUSEDLOSS_INLINE inline __attribute__((always_inline))
+// Accumulators in an array are kept in registers only where the loop over them is unrolled.
+#if defined(__clang__)
+#define FUSEDLOSS_UNROLL _Pragma("unroll")
+#else
+#define FUSEDLOSS_UNROLL _Pragma("GCC unroll 8")
+#endif
 
 #define FUSEDLOSS_ISA portable
 #define FUSEDLOSS_VECTOR_BYTES 16

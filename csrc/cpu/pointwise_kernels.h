@@ -38,8 +38,9 @@ FUSEDLOSS_INLINE Statistic<T> sum_block(const PointwiseOptions& o, int64_t begin
   constexpr int kLanes = kLanesOf<T>;
   V sum[kUnroll] = {};
   int i = 0;
-  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes)
-    for (int k = 0; k < kUnroll; ++k) sum[k] += loss_of<F, true, T>(o, begin + i + k * kLanes, kLanes);
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) sum[k] += loss_of<F, true, T>(o, begin + i + k * kLanes, kLanes);
+  }
   for (; i + kLanes <= n; i += kLanes) sum[0] += loss_of<F, true, T>(o, begin + i, kLanes);
   if (i < n) sum[0] += loss_of<F, false, T>(o, begin + i, n - i);
   return sum_of_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));

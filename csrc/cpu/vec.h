@@ -198,26 +198,47 @@ FUSEDLOSS_INLINE void store_one(T* p, Statistic<T> value) {
   }
 }
 
-// ---- sums and maxima over the lanes, always in the same order ----
+// ---- sums and maxima over the lanes, always in the same order: halves are folded until one lane is left ----
+
+struct Add {
+  template <typename V>
+  static FUSEDLOSS_INLINE V of(V a, V b) {
+    return a + b;
+  }
+};
+
+struct Larger {
+  template <typename V>
+  static FUSEDLOSS_INLINE V of(V a, V b) {
+    return a > b ? a : b;
+  }
+};
+
+template <typename A, int kLanes>
+struct Lanes {
+  typedef A V __attribute__((vector_size(kLanes * sizeof(A))));
+};
+
+template <typename Op, typename A, int kLanes>
+FUSEDLOSS_INLINE A fold(typename Lanes<A, kLanes>::V v) {
+  if constexpr (kLanes == 2) {
+    return Op::of(A(v[0]), A(v[1]));
+  } else {
+    typename Lanes<A, kLanes / 2>::V low, high;
+    __builtin_memcpy(&low, &v, sizeof low);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return fold<Op, A, kLanes / 2>(Op::of(low, high));
+  }
+}
 
 template <typename A>
 FUSEDLOSS_INLINE A sum_of_lanes(typename Simd<A>::V v) {
-  constexpr int kLanes = Simd<A>::kLanes;
-  A lane[kLanes];
-  __builtin_memcpy(lane, &v, sizeof v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+  return fold<Add, A, Simd<A>::kLanes>(v);
 }
 
 template <typename A>
 FUSEDLOSS_INLINE A max_of_lanes(typename Simd<A>::V v) {
-  constexpr int kLanes = Simd<A>::kLanes;
-  A lane[kLanes];
-  __builtin_memcpy(lane, &v, sizeof v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-  return lane[0];
+  return fold<Larger, A, Simd<A>::kLanes>(v);
 }
 
 // ---- exp, for arguments up to a little above 0 ----
