@@ -26,12 +26,25 @@ bool must_compose(const at::Tensor& grad_output) {
   return at::GradMode::is_enabled() || !is_plain(grad_output);
 }
 
-// The gradients of torch's loss, themselves differentiable where this backward pass has to be.
+// The gradients of loss(inputs...) by each of its inputs, themselves differentiable where this backward pass has to be.
+//
+// They are taken at views: the graph behind the inputs belongs to the pass that is under way. Taken at the inputs
+// themselves, they would run its hooks twice, and count twice what one input owes to another.
 template <typename Loss>
-variable_list composed_gradients(const variable_list& of, const at::Tensor& grad_output, Loss loss) {
+variable_list composed_gradients(const variable_list& inputs, const at::Tensor& grad_output, Loss loss) {
   const bool create_graph = at::GradMode::is_enabled();
   const at::AutoGradMode enable(true);
-  return torch::autograd::grad({loss()}, of, {grad_output}, /*retain_graph=*/create_graph, create_graph);
+  variable_list views, of;
+  for (const auto& input : inputs) {
+    views.push_back(input.view_as(input));
+    if (input.requires_grad()) of.push_back(views.back());
+  }
+  const variable_list found =
+      torch::autograd::grad({loss(views)}, of, {grad_output}, /*retain_graph=*/create_graph, create_graph);
+  variable_list grads;
+  auto next = found.begin();
+  for (const auto& input : inputs) grads.push_back(input.requires_grad() ? *next++ : at::Tensor());
+  return grads;
 }
 
 class CrossEntropy : public Function<CrossEntropy> {
@@ -60,8 +73,8 @@ class CrossEntropy : public Function<CrossEntropy> {
     at::Tensor grad;
     if (must_compose(grad_output)) {
       const auto dtype = grad_output.scalar_type();  // float32 where the forward pass ran under autocast
-      grad = composed_gradients({input}, grad_output, [&] {
-        return at::cross_entropy_loss(input.to(dtype), target.to(target.is_floating_point() ? dtype : at::kLong),
+      grad = composed_gradients({input}, grad_output, [&](const variable_list& views) {
+        return at::cross_entropy_loss(views[0].to(dtype), target.to(target.is_floating_point() ? dtype : at::kLong),
                                       weight ? OptionalTensor(weight->to(dtype)) : std::nullopt, reduction,
                                       ignore_index, label_smoothing);
       })[0];
@@ -86,21 +99,18 @@ class MSELoss : public Function<MSELoss> {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &input = saved[0], &target = saved[1], &grad_output = grad_outputs[0];
     const int64_t reduction = ctx->saved_data["reduction"].toInt();
-    const bool wants_input = ctx->needs_input_grad(0), wants_target = ctx->needs_input_grad(1);
 
     at::Tensor grad_input, grad_target;
     if (must_compose(grad_output)) {
-      variable_list of;
-      if (wants_input) of.push_back(input);
-      if (wants_target) of.push_back(target);
       const auto dtype = grad_output.scalar_type();
-      const variable_list grads = composed_gradients(
-          of, grad_output, [&] { return at::mse_loss(input.to(dtype), target.to(dtype), reduction); });
-      if (wants_input) grad_input = grads.front();
-      if (wants_target) grad_target = grads.back();
+      const auto grads = composed_gradients({input, target}, grad_output, [&](const variable_list& views) {
+        return at::mse_loss(views[0].to(dtype), views[1].to(dtype), reduction);
+      });
+      grad_input = grads[0];
+      grad_target = grads[1];
     } else {
-      std::tie(grad_input, grad_target) =
-          mse_loss_backward(grad_output, input, target, reduction, wants_input, wants_target);
+      std::tie(grad_input, grad_target) = mse_loss_backward(
+          grad_output, input, target, reduction, ctx->needs_input_grad(0), ctx->needs_input_grad(1));
     }
     return {grad_input, grad_target, at::Tensor()};
   }

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "options.h"
@@ -43,6 +44,12 @@ inline Reduction check_reduction(const char* op, int64_t reduction) {
   TORCH_CHECK_VALUE(reduction >= 0 && reduction <= 2, op, ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ",
                     reduction);
   return static_cast<Reduction>(reduction);
+}
+
+// Does one value serve everywhere? A sum of losses sends such a grad_output back, expanded.
+inline bool is_one_value(const at::Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return tensor.numel() > 0 && std::all_of(strides.begin(), strides.end(), [](int64_t stride) { return stride == 0; });
 }
 
 // The type sums, maxima and exponentials are computed in.

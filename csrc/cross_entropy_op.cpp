@@ -36,8 +36,7 @@ void check_probabilities(const at::Tensor& input, const at::Tensor& target, int6
 }
 
 void check_class_indices(const at::Tensor& input, const at::Tensor& target) {
-  c10::SmallVector<int64_t, 8> expected(input.sizes().begin(), input.sizes().end());
-  expected.erase(expected.begin() + (input.dim() == 1 ? 0 : 1));
+  const auto expected = sizes_of_rows(input);
   const bool right = target.sizes() == c10::IntArrayRef(expected);
   // torch raises ValueError for a batch of another size, RuntimeError for every other shape.
   const bool batch = input.dim() == 1 ? target.dim() != 1 : target.dim() > 0 && target.size(0) == input.size(0);
@@ -151,6 +150,7 @@ bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, con
   if (input.is_cuda()) return false;
 #endif
   if (input.dim() == 0 || row_sizes(input).classes == 0) return false;
+  if (!kernel_dtype(input.scalar_type()) && autocast_to_float32(input)) return false;  // float8, which it converts
   if (weight.has_value() && weight->requires_grad()) return false;  // torch differentiates, or refuses
   if (input.dim() == 1 && target.dim() == 1 && target.numel() == 1 && input.numel() != 1) return false;
   if (has_probabilities(input, target) && at::isFloatingType(target.scalar_type())) {
@@ -173,12 +173,8 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input
 
   const auto loss_type = autocast_to_float32(input) ? at::kFloat : input.scalar_type();
   o.loss_dtype = *kernel_dtype(loss_type);
-  c10::SmallVector<int64_t, 8> loss_sizes;
-  if (o.reduction == Reduction::kNone) {
-    loss_sizes.append(input.sizes().begin(), input.sizes().end());
-    loss_sizes.erase(loss_sizes.begin() + (input.dim() == 1 ? 0 : 1));
-  }
-  const auto loss = input.new_empty(loss_sizes, loss_type);
+  const auto loss = o.reduction == Reduction::kNone ? input.new_empty(sizes_of_rows(input), loss_type)
+                                                    : input.new_empty({}, loss_type);
   o.loss = loss.data_ptr();
 
 #ifdef FUSEDLOSS_WITH_CUDA
@@ -212,9 +208,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
   TORCH_CHECK(grad_output.numel() == (per_row ? o.rows() : 1), kOp, ": grad_output must have the shape of the loss, ",
               per_row ? target.sizes() : c10::IntArrayRef(), ", got ", grad_output.sizes());
   o.loss_dtype = check_loss_dtype(kOp, "grad_output", grad_output, input);
-  // A sum of losses sends back one value, expanded.
-  const bool one_value = !per_row || std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
-                                                 [](int64_t stride) { return stride == 0; });
+  const bool one_value = !per_row || is_one_value(grad_output);
   const at::Tensor upstream = one_value ? grad_output : grad_output.contiguous();
   o.grad_output = upstream.const_data_ptr();
   o.grad_output_stride = one_value ? 0 : 1;

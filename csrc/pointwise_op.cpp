@@ -3,8 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <algorithm>
-
 #include "checks.h"
 #include "cpu/pointwise_cpu.h"
 #include "ops.h"
@@ -16,6 +14,11 @@
 
 namespace fusedloss {
 namespace {
+
+// Uninitialised, elements at the same places in memory.
+at::Tensor empty_beside(const at::Tensor& t, at::ScalarType type) {
+  return t.new_empty_strided(t.sizes(), t.strides(), type);
+}
 
 // The options of one call, and the tensors whose memory they point to. Elements are paired by their place in memory,
 // so input and target must be dense and in the same order; gradients and losses are laid out as they are.
@@ -31,19 +34,13 @@ struct Call {
                 ", got ", target_.sizes());
     TORCH_CHECK(input_.scalar_type() == target_.scalar_type(), op, ": target must have the dtype of input, ",
                 input_.scalar_type(), ", got ", target_.scalar_type());
-    const bool paired = input_.is_non_overlapping_and_dense() && input_.strides() == target_.strides();
-    input = paired ? input_ : input_.contiguous();
-    target = paired ? target_ : target_.contiguous();
+    input = input_.is_non_overlapping_and_dense() ? input_ : input_.contiguous();
+    target = target_.strides() == input.strides() ? target_ : empty_beside(input, input.scalar_type()).copy_(target_);
     o.numel = input.numel();
     o.input = input.const_data_ptr();
     o.target = target.const_data_ptr();
   }
 };
-
-// Uninitialised, elements at the same places in memory.
-at::Tensor empty_beside(const at::Tensor& t, at::ScalarType type) {
-  return t.new_empty_strided(t.sizes(), t.strides(), type);
-}
 
 }  // namespace
 
@@ -52,6 +49,7 @@ bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target) {
 #ifndef FUSEDLOSS_WITH_CUDA
   if (input.is_cuda()) return false;
 #endif
+  if (!kernel_dtype(input.scalar_type()) && autocast_to_float32(input)) return false;  // float8, which it converts
   return input.scalar_type() == target.scalar_type();  // torch promotes mixed types
 }
 
@@ -91,9 +89,7 @@ std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_outp
   TORCH_CHECK(per_element ? grad_output.sizes() == input.sizes() : grad_output.numel() == 1, kOp,
               ": grad_output must have the shape of the loss, got ", grad_output.sizes());
   o.loss_dtype = check_loss_dtype(kOp, "grad_output", grad_output, input);
-  // A sum of losses sends back one value, expanded.
-  const bool one_value = !per_element || std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
-                                                     [](int64_t stride) { return stride == 0; });
+  const bool one_value = !per_element || is_one_value(grad_output);
   at::Tensor upstream = grad_output;
   if (!one_value && grad_output.strides() != call.input.strides())
     upstream = empty_beside(call.input, grad_output.scalar_type()).copy_(grad_output);

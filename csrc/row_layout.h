@@ -34,6 +34,13 @@ inline RowSizes row_sizes(const at::Tensor& t) {
   return sizes;
 }
 
+// The shape of one value a row: (), (N) or (N, d1, …).
+inline c10::SmallVector<int64_t, 8> sizes_of_rows(const at::Tensor& t) {
+  c10::SmallVector<int64_t, 8> sizes(t.sizes().begin(), t.sizes().end());
+  sizes.erase(sizes.begin() + (t.dim() == 1 ? 0 : 1));
+  return sizes;
+}
+
 // The stride that serves all of d1, …, dK at once, if one does.
 inline std::optional<int64_t> inner_stride(const at::Tensor& t) {
   int64_t stride = 0, size = 0;  // of the dimensions joined so far; size 0 is none yet

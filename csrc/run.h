@@ -29,6 +29,7 @@ class HostScratch {
 // kernel(begin_chunk, end_chunk), over all chunks.
 template <typename Kernel>
 void run_on_cpu(int64_t chunks, int64_t grain, Kernel kernel) {
+  if (chunks == 0) return;
   if (chunks <= grain) {
     kernel(0, chunks);  // not worth a second thread, nor the cost of asking for one
   } else {

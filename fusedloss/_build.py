@@ -325,7 +325,7 @@ def make_plan(csrc: Path | None = None, cuda: bool | None = None, needs_gpu: boo
     csrc = csrc or csrc_directory()
     left_out = []
 
-    toolkit, architectures, reason = None, [], "it was not asked for"
+    toolkit, architectures, reason = None, [], "FUSEDLOSS_CUDA=0 or cuda=False leaves it out"
     if cuda is not False:
         toolkit, architectures, reason = _resolve_cuda(torch, needs_gpu and not cuda)
     if cuda and toolkit is None:

@@ -9,21 +9,30 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import _reduction
-from torch.overrides import has_torch_function_variadic
+from torch.nn import Parameter, _reduction
+from torch.overrides import _get_current_function_mode_stack, has_torch_function_variadic
+from torch.utils._device import DeviceContext
 
 from . import _backend
 
 
 def _needs_torch(input: object, target: object, weight: object = None) -> bool:
-    """Must these go to torch before the kernels may even look at them?"""
+    """Must these go to torch before the kernels may even look at them, or be compiled to do so?"""
     return (
         torch.compiler.is_compiling()
-        or has_torch_function_variadic(input, target, weight)
+        or (has_torch_function_variadic(input, target, weight) and not _only_a_default_device(input, target, weight))
         or not isinstance(input, Tensor)
         or not isinstance(target, Tensor)
         or not (weight is None or isinstance(weight, Tensor))
+        or not (input.is_cpu or input.is_cuda)
     )
+
+
+def _only_a_default_device(*tensors: object) -> bool:
+    """A default device is a torch function mode, but one that means nothing to a loss."""
+    modes = _get_current_function_mode_stack()
+    plain = all(type(tensor) in (Tensor, Parameter, type(None)) for tensor in tensors)
+    return plain and all(isinstance(mode, DeviceContext) for mode in modes)
 
 
 def cross_entropy(

@@ -140,6 +140,41 @@ def test_second_order_training_step(ours, torchs, device):
     torch.testing.assert_close(*results)
 
 
+def test_second_derivative_where_the_target_depends_on_the_input(device):
+    """What lies behind the inputs is the outer pass's to walk, once."""
+    values = torch.randn(5, device=device)
+    for pair_of in (lambda x: (x, 2 * x), lambda x: (x * 3, x), lambda x: (x, x.sin())):
+        results = []
+        for loss in (fused.mse_loss, F.mse_loss):
+            x = values.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(loss(*pair_of(x)), x, create_graph=True)
+            results.append((grad.detach(), torch.autograd.grad(grad.pow(3).sum(), x)[0]))
+        for ours, torchs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize(("ours", "torchs"), LOSSES)
+def test_hooks_run_once_under_create_graph(ours, torchs, device):
+    input, target = pair(ours, device)
+    results = []
+    for loss in (ours, torchs):
+        x = input.clone().requires_grad_()
+        x.register_hook(lambda grad: grad * 2)
+        logits = x * 1
+        logits.retain_grad()
+        loss(logits, target).backward(create_graph=True)
+        results.append((x.grad.detach(), logits.grad.detach()))
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize(("ours", "torchs"), LOSSES)
+def test_a_default_device_changes_nothing(ours, torchs, device):
+    input, target = pair(ours, device)
+    with torch.device(device):
+        assert "fusedloss" in ours(input.requires_grad_(), target).grad_fn.name()
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(("ours", "torchs"), LOSSES)
 def test_compiles_without_a_graph_break(ours, torchs, backend, device):

@@ -62,6 +62,13 @@ def test_runs_on_a_gpu_do_not_differ(shape, probabilities):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_an_unknown_instruction_set_is_refused():
+    code = "import fusedloss._backend as b; b.extension().cpu_capability()"
+    environment = {**os.environ, "FUSEDLOSS_CPU_CAPABILITY": "sse"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "ValueError: FUSEDLOSS_CPU_CAPABILITY is 'sse', expected portable, avx2 or avx512" in run.stderr
+
+
 BEST = ["portable", "avx2", "avx512"]
 
 KERNEL_TESTS = [

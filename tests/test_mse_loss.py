@@ -97,6 +97,15 @@ def test_empty(reduction, device):
         assert ours.grad.shape == shape
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_empty_and_expanded(device):
+    input = torch.randn(1, device=device, requires_grad=True)
+    loss = fused.mse_loss(input, torch.randn(0, device=device), reduction="none")
+    loss.backward(torch.ones_like(loss))
+    assert loss.shape == (0,) and torch.equal(input.grad, torch.zeros_like(input))
+    fused.mse_loss(input.expand(0), torch.randn(0, device=device), reduction="sum").backward()
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_only_the_wanted_gradient(reduction, device):
     input, target = torch.randn(50, device=device), torch.randn(50, device=device)
@@ -112,11 +121,18 @@ def test_only_the_wanted_gradient(reduction, device):
 
 def test_strided_grad_output(device):
     input, target = torch.randn(6, 5, device=device), torch.randn(6, 5, device=device)
-    grad_output = torch.randn(5, 6, device=device).t()
-    ours, exact = input.clone().requires_grad_(), input.double().requires_grad_()
-    fused.mse_loss(ours, target, reduction="none").backward(grad_output)
-    reference.mse_loss(exact, target, reduction="none").backward(grad_output.double())
-    assert_exact(ours.grad, exact.grad)
+    for grad_output in (torch.randn(5, 6, device=device).t(), torch.randn(5, device=device).expand(6, 5)):
+        ours, exact = input.clone().requires_grad_(), input.double().requires_grad_()
+        fused.mse_loss(ours, target, reduction="none").backward(grad_output)
+        reference.mse_loss(exact, target, reduction="none").backward(grad_output.double())
+        assert_exact(ours.grad, exact.grad)
+
+
+def test_the_loss_is_laid_out_as_torchs(device):
+    input = torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
+    target = torch.randn(2, 3, 4, 5, device=device)
+    loss, expected = (f(input, target, reduction="none") for f in (fused.mse_loss, F.mse_loss))
+    assert loss.stride() == expected.stride() and torch.equal(loss, expected)
 
 
 def test_non_finite_values_pass_through(device):
@@ -130,13 +146,13 @@ def test_non_finite_values_pass_through(device):
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_autocast_gives_float32(dtype, device):
     input = torch.randn(40, device=device).to(dtype).requires_grad_()
     target = torch.randn(40, device=device).to(dtype)
     with torch.autocast(device, dtype=torch.bfloat16):
         loss, expected = fused.mse_loss(input, target), F.mse_loss(input, target)
-    assert loss.dtype == expected.dtype == torch.float32
+    assert loss.dtype == expected.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x, input)[0] for x in (loss, expected)))
 

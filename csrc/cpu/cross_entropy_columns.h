@@ -106,7 +106,7 @@ FUSEDLOSS_INLINE void gradient_group(const Problem<T>& p, const Tile<T>& tile, c
   const V max = load_lanes<kWhole>(p.row_max + tile.row + i, n);
   const V logsum = load_lanes<kWhole>(p.row_logsum + tile.row + i, n);
   const V q = column_coefficients<kWhole, T, kTarget>(p, tile, c, i);
-  V grad = load(rows.g + i) * (load(rows.mass + i) * math::exp(x - max - logsum) - q);
+  V grad = logit_gradient(math::exp(x - max - logsum), q, load(rows.mass + i), load(rows.g + i));
   grad = load(rows.counts + i) == V{} ? V{} : grad;
   store_lanes<kWhole>(tile.grad + c * p.o.grad_strides.classes + i, grad, n);
 }

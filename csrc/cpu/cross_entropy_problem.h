@@ -72,6 +72,8 @@ FUSEDLOSS_INLINE void finish_row(const Problem<T>& p, int64_t row, const T* x, R
   using A = Statistic<T>;
   const A logsum = std::log(state.sum);
   A loss = 0, weight = 1;
+  // Not rounded C times.
+  if constexpr (kTarget == Target::kSmoothed) state.mass = index_mass(A(0), p.weight_sum, p.smoothing);
   if constexpr (kTarget != Target::kOneClass) loss = expected_negative_log_likelihood(state, logsum);
   if constexpr (kTarget != Target::kProbability) {
     const int64_t y = p.o.target_index[row];

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <stdexcept>
+#include <string>
 #include <string_view>
 
 namespace fusedloss::cpu {
@@ -26,7 +28,9 @@ InstructionSet choose() {
   if (wanted == nullptr) return best;
   if (std::string_view(wanted) == "portable") return InstructionSet::kPortable;
   if (std::string_view(wanted) == "avx2") return std::min(best, InstructionSet::kAvx2);
-  return best;
+  if (std::string_view(wanted) == "avx512") return best;
+  throw std::invalid_argument(std::string("FUSEDLOSS_CPU_CAPABILITY is '") + wanted +
+                              "', expected portable, avx2 or avx512");
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
-// The 16-bit types as stored, and the type each dtype is computed in.
+// The 16-bit types as stored.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
+
+#include "statistic.h"
 
 namespace fusedloss::cpu {
 
@@ -13,9 +14,5 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
-
-// The statistics' type: every sum, maximum and exponential of a T is one of these.
-template <typename T>
-using Statistic = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 }  // namespace fusedloss::cpu

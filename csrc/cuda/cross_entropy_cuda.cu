@@ -291,7 +291,7 @@ __device__ __forceinline__ RowGradient<A> row_gradient(const Row<T, kSpread>& ro
           o.smoothing.kept * row.w_y};
 }
 
-// Writes a thread's share of the gradient. It may take the place of the logits: a tile is read before it is written.
+// Writes a thread's share of the gradient.
 template <int kWidth, typename T, bool kSpread, typename A>
 __device__ __forceinline__ void write_gradient(T* grad, const Row<T, kSpread>& row, const RowGradient<A>& of_row,
                                                const Share<T>& share) {

@@ -7,12 +7,9 @@
 #include <type_traits>
 
 #include "cuda/launch.cuh"
+#include "statistic.h"
 
 namespace fusedloss::cuda {
-
-// What statistics, losses and gradients of T are computed in.
-template <typename T>
-using Statistic = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }

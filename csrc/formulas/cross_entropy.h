@@ -95,8 +95,8 @@ FUSEDLOSS_INLINE V logit_gradient(V p, V q, A mass, A grad_output) {
   return grad_output * (mass * p - q);
 }
 
-// What the mean makes of a sum or of a grad_output. Where nothing was kept it is NaN, not infinity: torch divides the
-// target's part, 0, as well.
+// What the mean makes of a sum or of a grad_output. Divided by 0 it is NaN, not infinity: torch divides the part of the
+// target classes, 0 where none has a weight, by itself.
 template <typename A>
 FUSEDLOSS_INLINE A divide_by_total_weight(A value, A total_weight) {
   return total_weight == A(0) ? A(NAN) : value / total_weight;
