@@ -1,0 +1,167 @@
+// Lets g++ compile a .cu file for the CPU: CUDA's keywords, built-in variables and device functions, in terms of the
+// emulator's runtime. It is included before the first line of the .cu file, which is otherwise compiled as it stands.
+//
+// The types and the conversions of bfloat16 and float16 are the toolkit's own. Only what the project's kernels may
+// reasonably use stands here; a kernel that uses something else does not compile, and it is added then. Clusters and
+// dynamic shared memory are not emulated.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+// Code that works for the emulator, not for the kernel: its own loads and stores are not checked.
+#define EMULATOR_UNCHECKED __attribute__((no_sanitize("thread", "undefined")))
+
+// ---- Keywords
+
+#undef __shared__
+#undef __launch_bounds__
+#undef __device__
+#undef __host__
+#undef __global__
+#undef __forceinline__
+// One copy for each OS thread, of which there is one; that gives all shared memory of a library one known place: its
+// thread-local segment. Within a function thread_local implies static, as __shared__ does.
+#define __shared__ thread_local
+#define __launch_bounds__(...)
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+
+// ---- What runtime.cpp does
+
+enum WarpOp { kSyncWarp, kShuffle, kBallot };
+
+struct SourceLine {
+  const char* file;
+  int line;
+};
+// A default argument of this value names the line of the call.
+#define EMULATOR_CALLER SourceLine{__builtin_FILE(), __builtin_LINE()}
+
+extern "C" {
+// Constant during the life of a CUDA thread, so declared const: the compiler may keep them in registers. The scheduler
+// writes them whenever it switches threads, under their other names.
+extern const uint3 threadIdx __asm__("emulator_thread_idx"), blockIdx __asm__("emulator_block_idx");
+extern const dim3 blockDim __asm__("emulator_block_dim"), gridDim __asm__("emulator_grid_dim");
+
+// Which bug of planted_bugs.py is there; 0 is none.
+extern const int planted_bug __asm__("emulator_planted_bug");
+
+int emulator_block_barrier(int predicate, SourceLine caller);  // -> how many threads came with a predicate != 0
+uint64_t emulator_warp_op(WarpOp op, unsigned mask, uint64_t value, int source_lane, SourceLine caller);
+void emulator_fence();
+void emulator_before_atomic(void* p, int size);
+cudaError_t emulator_launch(dim3 grid, dim3 block, void (*thread)(void*), void* arguments, size_t size);
+}
+
+// ---- Launch
+
+// In place of kernel<<<grid, block, 0, stream>>>(arguments...).
+template <typename... Parameters, typename... Arguments>
+EMULATOR_UNCHECKED void launch_on_cpu(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                                      const Arguments&... values) {
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> arguments;
+  } call = {kernel, std::tuple<Parameters...>(values...)};
+  const auto thread = [](void* p) EMULATOR_UNCHECKED {
+    const Call* call = static_cast<Call*>(p);
+    std::apply(call->kernel, call->arguments);
+  };
+  emulator_launch(grid, block, thread, &call, sizeof call);
+}
+#define FUSEDLOSS_LAUNCH(kernel, grid, block, stream, ...) launch_on_cpu(kernel, grid, block, __VA_ARGS__)
+
+// ---- Barriers and warps
+
+constexpr int warpSize = 32;
+
+inline void __syncthreads(SourceLine caller = EMULATOR_CALLER) { emulator_block_barrier(0, caller); }
+inline int __syncthreads_count(int p, SourceLine caller = EMULATOR_CALLER) {
+  return emulator_block_barrier(p != 0, caller);
+}
+inline int __syncthreads_or(int p, SourceLine caller = EMULATOR_CALLER) {
+  return emulator_block_barrier(p != 0, caller) != 0;
+}
+inline int __syncthreads_and(int p, SourceLine caller = EMULATOR_CALLER) {
+  return emulator_block_barrier(p == 0, caller) == 0;
+}
+inline void __threadfence() { emulator_fence(); }
+
+inline int emulator_lane() {
+  return int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % warpSize;
+}
+
+template <typename T>
+EMULATOR_UNCHECKED T emulator_shuffle(unsigned mask, T value, int source_lane, SourceLine caller) {
+  static_assert(sizeof(T) <= 8, "the GPU shuffles at most 8 bytes");
+  uint64_t bits = 0;
+  __builtin_memcpy(&bits, &value, sizeof value);
+  bits = emulator_warp_op(kShuffle, mask, bits, source_lane, caller);
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// A lane whose source would lie outside of its group of `width` lanes keeps its own value.
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32, SourceLine caller = EMULATOR_CALLER) {
+  return emulator_shuffle(mask, value, (emulator_lane() & ~(width - 1)) | (lane & (width - 1)), caller);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, SourceLine caller = EMULATOR_CALLER) {
+  const int lane = emulator_lane(), source = lane ^ bits;
+  return emulator_shuffle(mask, value, source / width > lane / width ? lane : source, caller);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, SourceLine caller = EMULATOR_CALLER) {
+  const int lane = emulator_lane(), source = lane + int(delta);
+  return emulator_shuffle(mask, value, source / width != lane / width ? lane : source, caller);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, SourceLine caller = EMULATOR_CALLER) {
+  const int lane = emulator_lane(), source = lane - int(delta);
+  return emulator_shuffle(mask, value, source < (lane & ~(width - 1)) ? lane : source, caller);
+}
+inline void __syncwarp(unsigned mask = ~0u, SourceLine caller = EMULATOR_CALLER) {
+  emulator_warp_op(kSyncWarp, mask, 0, 0, caller);
+}
+inline unsigned __ballot_sync(unsigned mask, int p, SourceLine caller = EMULATOR_CALLER) {
+  return unsigned(emulator_warp_op(kBallot, mask, p != 0, 0, caller));
+}
+inline int __any_sync(unsigned mask, int p, SourceLine caller = EMULATOR_CALLER) {
+  return emulator_warp_op(kBallot, mask, p != 0, 0, caller) != 0;
+}
+inline int __all_sync(unsigned mask, int p, SourceLine caller = EMULATOR_CALLER) {
+  return emulator_warp_op(kBallot, mask, p == 0, 0, caller) == 0;
+}
+
+// ---- Atomics: no other thread runs in between, so plain code will do once the runtime has been told
+
+template <typename T, typename F>
+EMULATOR_UNCHECKED T emulator_atomic(T* p, F f) {
+  emulator_before_atomic(p, sizeof(T));
+  const T old = *p;
+  *p = f(old);
+  return old;
+}
+template <typename T>
+T atomicAdd(T* p, std::common_type_t<T> value) {
+  return emulator_atomic(p, [=](T old) { return T(old + value); });
+}
+template <typename T>
+T atomicExch(T* p, std::common_type_t<T> value) {
+  return emulator_atomic(p, [=](T) { return value; });
+}
+template <typename T>
+T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> value) {
+  return emulator_atomic(p, [=](T old) { return old == expected ? value : old; });
+}

@@ -1,0 +1,108 @@
+"""The emulated kernels and their memory, by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as csrc/options.h numbers them
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+INT, LONG, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+class Strides(ctypes.Structure):
+    _fields_ = [("outer", LONG), ("classes", LONG), ("inner", LONG)]
+
+
+class CrossEntropyOptions(ctypes.Structure):
+    _fields_ = [
+        *[("dtype", INT), ("loss_dtype", INT), ("reduction", INT)],
+        *[("outer", LONG), ("classes", LONG), ("inner", LONG)],
+        *[("ignore_index", LONG), ("label_smoothing", ctypes.c_double)],
+        *[("logits", POINTER), ("logits_strides", Strides)],
+        *[("target_index", POINTER), ("target_probability", POINTER), ("target_strides", Strides)],
+        *[("weight", POINTER), ("row_max", POINTER), ("row_logsum", POINTER)],
+        *[("total_weight", POINTER), ("weight_sum", POINTER)],
+        *[("loss", POINTER), ("scratch", POINTER)],
+        *[("grad_output", POINTER), ("grad_output_stride", LONG)],
+        *[("grad_logits", POINTER), ("grad_strides", Strides)],
+    ]
+
+
+class PointwiseOptions(ctypes.Structure):
+    _fields_ = [
+        *[("dtype", INT), ("loss_dtype", INT), ("reduction", INT), ("numel", LONG)],
+        *[("input", POINTER), ("target", POINTER), ("loss", POINTER), ("scratch", POINTER)],
+        *[("grad_output", POINTER), ("grad_output_stride", LONG)],
+        *[("grad_input", POINTER), ("grad_target", POINTER)],
+    ]
+
+
+class Emulator:
+    """A library of kernels. Use: `reset`, make buffers, call a launcher, look at the buffers and at `complaints`."""
+
+    def __init__(self, path: Path):
+        self.path, self.library = path, ctypes.CDLL(str(path))
+        self.library.emulator_message.restype = ctypes.c_char_p
+        self.library.emulator_bytes_not_written.restype = ctypes.c_uint64
+        self.library.emulator_bytes_not_written.argtypes = [POINTER]
+        for name in ("cross_entropy", "pointwise"):
+            getattr(self.library, f"{name}_scratch").restype = LONG
+        assert self.library.size_of_cross_entropy_options() == ctypes.sizeof(CrossEntropyOptions)
+        assert self.library.size_of_pointwise_options() == ctypes.sizeof(PointwiseOptions)
+        assert self.library.offset_of_weight_sum() == CrossEntropyOptions.weight_sum.offset
+        self._memory: list[Tensor] = []
+
+    def reset(self, seed: int = 0, preempt_every: int = 0, planted_bug: int = 0) -> None:
+        """Forget memory and complaints. The seed chooses the schedule; `preempt_every` how many accesses, about, a
+        thread does before another goes on (0 is until it waits)."""
+        self.library.emulator_forget_buffers()
+        self.library.emulator_forget_messages()
+        self.library.emulator_schedule(seed, preempt_every)
+        self.library.emulator_plant(planted_bug)
+        self._memory = []
+
+    def input(self, values: Tensor, name: str, offset: int = 0, read_only: bool = True) -> Tensor:
+        """A copy of the values in the kernels' memory, `offset` elements behind a multiple of 256 bytes."""
+        return self._allocate(values.numel(), values.dtype, name, offset, read_only, True).copy_(values.reshape(-1))
+
+    def output(self, numel: int, dtype: torch.dtype, name: str, offset: int = 0) -> Tensor:
+        """Memory that must be written before it is read."""
+        return self._allocate(numel, dtype, name, offset, False, False)
+
+    def _allocate(self, numel, dtype, name, offset, read_only, is_written) -> Tensor:
+        size = torch.empty((), dtype=dtype).element_size()
+        gap = 4096  # nobody's memory, on both sides
+        raw = torch.full((numel * size + offset * size + 2 * gap + 256,), 0xA5, dtype=torch.uint8)
+        start = -raw.data_ptr() % 256 + gap + offset * size
+        tensor = raw[start : start + numel * size].view(dtype)
+        begin, bytes_ = POINTER(raw.data_ptr() + start), ctypes.c_size_t(numel * size)
+        if numel > 0:
+            self.library.emulator_add_buffer(begin, bytes_, int(read_only), int(is_written), name.encode())
+        self._memory.append(raw)
+        return tensor
+
+    def bytes_not_written(self, output: Tensor) -> int:
+        return self.library.emulator_bytes_not_written(output.data_ptr()) if output.numel() else 0
+
+    def call(self, launcher: str, options: ctypes.Structure) -> int:
+        """-> the cudaError_t"""
+        return getattr(self.library, launcher)(ctypes.byref(options))
+
+    def complaints(self) -> list[str]:
+        """What the checks have found since `reset`, with source lines in the place of addresses."""
+        messages = [self.library.emulator_message(i).decode() for i in range(self.library.emulator_message_count())]
+        return [re.sub(r"@(0x[0-9a-f]+)", lambda match: self._source_line(match[1]), message) for message in messages]
+
+    def _source_line(self, address: str) -> str:
+        command = ["addr2line", "-i", "-s", "-e", str(self.path), address]
+        try:
+            lines = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
+        except OSError:  # no binutils
+            return address
+        return "[" + " in ".join(line for line in lines if line and "cuda_on_cpu.h" not in line) + "]"

@@ -1,0 +1,37 @@
+// The launchers, as functions that ctypes can call.
+#include <cstddef>
+
+#include "cuda/cross_entropy_cuda.h"
+#include "cuda/pointwise_cuda.h"
+#include "runtime.h"
+
+using namespace fusedloss;
+
+EMULATOR_EXPORT int64_t cross_entropy_scratch(const CrossEntropyOptions* o) {
+  return cuda::cross_entropy_scratch_bytes(*o);
+}
+EMULATOR_EXPORT int cross_entropy_forward(const CrossEntropyOptions* o) {
+  return cuda::cross_entropy_forward(*o, nullptr);
+}
+EMULATOR_EXPORT int cross_entropy_backward(const CrossEntropyOptions* o) {
+  return cuda::cross_entropy_backward(*o, nullptr);
+}
+EMULATOR_EXPORT int64_t pointwise_scratch(const PointwiseOptions* o) {
+  return cuda::pointwise_scratch_bytes(*o);
+}
+EMULATOR_EXPORT int pointwise_forward(const PointwiseOptions* o) {
+  return cuda::pointwise_forward(*o, nullptr);
+}
+EMULATOR_EXPORT int pointwise_backward(const PointwiseOptions* o) {
+  return cuda::pointwise_backward(*o, nullptr);
+}
+
+// Python declares the structs a second time; these tell it if they have changed.
+EMULATOR_EXPORT int64_t size_of_cross_entropy_options() { return sizeof(CrossEntropyOptions); }
+EMULATOR_EXPORT int64_t size_of_pointwise_options() { return sizeof(PointwiseOptions); }
+EMULATOR_EXPORT int64_t offset_of_weight_sum() { return offsetof(CrossEntropyOptions, weight_sum); }
+
+// Kernels know it as planted_bug.
+extern "C" int emulator_planted_bug;
+int emulator_planted_bug = 0;
+EMULATOR_EXPORT void emulator_plant(int bug) { emulator_planted_bug = bug; }

@@ -1,0 +1,208 @@
+// Every load and store of a kernel is checked here: is it inside a buffer, aligned, of memory that was written before,
+// and ordered after every conflicting access by another thread?
+//
+// Races are found by happens-before, not by luck: each two bytes of memory remember their last write and last two
+// reads, as moments. A moment is a thread and how many barriers it had passed; whether one comes before another is
+// then a comparison of counts, whatever the order in which the threads happened to run.
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "runtime.h"
+
+namespace emulator {
+namespace {
+
+constexpr size_t kGranule = 2;  // bytes that share a shadow; neighbouring 1-byte writes would look like a race
+
+struct Moment {
+  uint64_t block : 19;  // number + 1; 0 is never
+  uint64_t thread : 10;
+  uint64_t atomic : 1;
+  uint64_t barriers : 17;
+  uint64_t warp_syncs : 17;
+};
+
+bool same_thread(Moment a, Moment b) { return a.block == b.block && a.thread == b.thread; }
+
+struct Shadow {
+  Moment write, reads[2];
+  const void *write_pc, *read_pc;
+};
+
+struct Region {
+  char *begin, *end;
+  bool read_only;
+  std::string name;
+  Shadow* shadow;        // pages come from the system, as zeros, when they are first touched
+  std::vector<uint8_t> written;
+
+  Region(char* begin, char* end, bool read_only, bool is_written, std::string name)
+      : begin(begin), end(end), read_only(read_only), name(std::move(name)), written(granules(), is_written) {
+    constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* pages = mmap(nullptr, shadow_bytes(), PROT_READ | PROT_WRITE, kFlags, -1, 0);
+    if (pages == MAP_FAILED) std::abort();
+    shadow = static_cast<Shadow*>(pages);
+  }
+  Region(const Region&) = delete;
+  ~Region() { munmap(shadow, shadow_bytes()); }
+
+  size_t granules() const { return size_t(end - begin) / kGranule + 1; }
+  size_t shadow_bytes() const { return granules() * sizeof(Shadow); }
+  void forget_accesses() { madvise(shadow, shadow_bytes(), MADV_DONTNEED); }
+};
+
+std::map<const char*, Region> buffers;  // by their first byte
+Region* shared = nullptr;               // the shared memory of the block that runs
+const char *arguments_begin, *arguments_end;
+
+struct Released {
+  std::map<uint32_t, uint32_t> barriers;  // block -> its accesses before this barrier are published
+};
+std::map<const void*, Released> released;  // by the address of an atomic
+
+Moment now(Access access) {
+  const Block& b = *running->block;
+  return {b.number + 1, running->number, access == Access::kAtomic, b.barriers, running->warp_syncs};
+}
+
+// CUDA's rules. A block's barrier orders its threads, __syncwarp those of a warp, and a fence with an atomic orders
+// blocks. Shuffles order nothing.
+bool happened_before_now(Moment m) {
+  const Block& b = *running->block;
+  if (m.block == b.number + 1)
+    return m.thread == running->number || m.barriers < b.barriers ||
+           (m.thread / warpSize == running->number / warpSize && m.warp_syncs < running->warp_syncs);
+  const auto it = b.acquired.find(m.block - 1);
+  if (it == b.acquired.end() || m.barriers >= it->second.barriers) return false;
+  return b.barriers > it->second.at_barrier || running->number == it->second.thread;
+}
+
+bool conflicts(Moment earlier, Access access) {
+  if (earlier.block == 0 || (earlier.atomic && access == Access::kAtomic)) return false;
+  return !happened_before_now(earlier);
+}
+
+std::string describe(Moment m) {
+  return "block " + std::to_string(m.block - 1) + " thread " + std::to_string(m.thread) + (m.atomic ? " (atomic)" : "");
+}
+
+// `other` is "a read" or "a write", at the moment m.
+void report_race(const Region& region, Access access, const char* other, Moment m, const void* other_pc,
+                 const void* pc) {
+  const char* own = access == Access::kRead ? "read" : "write";
+  complain("DATA RACE", std::string(own) + " of '" + region.name + "' conflicts with " + other + " by " + describe(m) +
+                            " " + place(other_pc), pc);
+}
+
+void check_granule(Region& region, size_t i, Access access, Moment me, const void* pc) {
+  Shadow& s = region.shadow[i];
+  if (access != Access::kWrite && !region.written[i]) complain("UNINITIALISED READ", "of '" + region.name + "'", pc);
+  if (conflicts(s.write, access)) report_race(region, access, "a write", s.write, s.write_pc, pc);
+  if (access == Access::kRead) {
+    if (s.reads[0].block != 0 && !same_thread(s.reads[0], me)) s.reads[1] = s.reads[0];
+    s.reads[0] = me;
+    s.read_pc = pc;
+    return;
+  }
+  for (const Moment& read : s.reads)
+    if (conflicts(read, access)) report_race(region, access, "a read", read, s.read_pc, pc);
+  s = {me, {}, pc, nullptr};
+  region.written[i] = true;
+}
+
+Region* region_of(const char* p) {
+  if (p >= shared->begin && p < shared->end) return shared;
+  auto it = buffers.upper_bound(p);
+  if (it == buffers.begin() || p >= (--it)->second.end) return nullptr;
+  return &it->second;
+}
+
+[[noreturn]] void report_out_of_bounds(const char* p, size_t size, Access access, const void* pc) {
+  std::string text = std::string(access == Access::kRead ? "read" : "write") + " of " + std::to_string(size) + " bytes";
+  const auto it = buffers.upper_bound(p);
+  if (it != buffers.begin()) {
+    const Region& before = std::prev(it)->second;
+    text += ", ends " + std::to_string(p + size - before.end) + " bytes behind the end of '" + before.name + "'";
+  }
+  complain("OUT OF BOUNDS", text, pc);
+  stop();
+}
+
+bool is_own_stack(const char* p) { return p >= running->stack && p < running->stack + kStackSize; }
+
+bool is_constant(const char* p) {
+  return (p >= arguments_begin && p < arguments_end) || (p >= this_module().begin && p < this_module().end);
+}
+
+}  // namespace
+
+void check_access(const void* address, size_t size, Access access, bool must_be_aligned, const void* pc) {
+  const char* p = static_cast<const char*>(address);
+  if (running == nullptr || is_own_stack(p)) return;
+  if (must_be_aligned && reinterpret_cast<uintptr_t>(p) % size != 0) {
+    complain("MISALIGNED", std::to_string(size) + "-byte access", pc);
+    stop();
+  }
+  maybe_preempt();
+  Region* region = region_of(p);
+  if (region == nullptr || p + size > region->end) {
+    if (access == Access::kRead && is_constant(p)) return;
+    report_out_of_bounds(p, size, access, pc);
+  }
+  if (region->read_only && access != Access::kRead) {
+    complain("WRITE TO INPUT", "'" + region->name + "'", pc);
+    stop();
+  }
+  const Moment me = now(access);
+  const size_t last = size_t(p + size - 1 - region->begin) / kGranule;
+  for (size_t i = size_t(p - region->begin) / kGranule; i <= last; ++i) check_granule(*region, i, access, me, pc);
+}
+
+void begin_launch(const void* arguments, size_t size) {
+  arguments_begin = static_cast<const char*>(arguments);
+  arguments_end = arguments_begin + size;
+  released.clear();
+  for (auto& [begin, region] : buffers) region.forget_accesses();  // one launch happens before the next
+  delete shared;
+  shared = new Region(this_module().shared_begin, this_module().shared_end, false, false, "shared memory");
+}
+
+void begin_block() {
+  std::memset(shared->begin, 0xff, size_t(shared->end - shared->begin));  // NaN, for whoever reads it all the same
+  shared->forget_accesses();
+  std::fill(shared->written.begin(), shared->written.end(), 0);
+}
+
+// Release: what this block did before the fence is known to whoever sees the atomic. Acquire: the reverse.
+void synchronise_through(const void* p) {
+  if (!running->fenced) return;
+  Block& b = *running->block;
+  auto& published = released[p].barriers;
+  for (const auto& [block, barriers] : published)
+    if (block != b.number) b.acquired[block] = {barriers, b.barriers, running->number};
+  published[b.number] = b.barriers + 1;
+}
+
+extern "C" void emulator_fence() { running->fenced = true; }
+
+extern "C" void emulator_before_atomic(void* p, int size) {
+  check_access(p, size_t(size), Access::kAtomic, true, __builtin_return_address(0));
+  synchronise_through(p);
+}
+
+// ---- For Python
+
+EMULATOR_EXPORT void emulator_add_buffer(char* begin, size_t size, int read_only, int written, const char* name) {
+  buffers.try_emplace(begin, begin, begin + size, read_only != 0, written != 0, name);
+}
+EMULATOR_EXPORT void emulator_forget_buffers() { buffers.clear(); }
+EMULATOR_EXPORT uint64_t emulator_bytes_not_written(const char* begin) {
+  const Region& region = buffers.at(begin);
+  uint64_t count = 0;
+  for (size_t i = 0; i < size_t(region.end - region.begin) / kGranule; ++i) count += !region.written[i];
+  return count * kGranule;
+}
+
+}  // namespace emulator

@@ -1,0 +1,302 @@
+"""Random problems for the kernels: their values, one run of both passes in the emulator, and what must come out."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from oracle import assert_exact
+from torch import Tensor
+
+from fusedloss import reference
+
+from .emulator import DTYPES, REDUCTIONS, CrossEntropyOptions, Emulator, PointwiseOptions, Strides
+
+LAYOUTS = ["contiguous", "expanded", "padded", "padded each", "inner", "inner last", "apart"]
+GAP_OFFSETS = [0, 0, 1, 2, 3, 4, 7]  # elements between a 256-byte boundary and a tensor's start
+GAPS = [0, 0, 1, 2, 3, 5, 8]  # elements behind each row
+
+
+def statistic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+
+
+class Placement:
+    """Where a tensor [outer, classes, inner] lies: strides, the offset of its start, and the elements it spans."""
+
+    def __init__(self, layout: str, shape: tuple[int, int, int], rng: random.Random):
+        outer, classes, inner = shape
+        gap = 0 if layout in ("contiguous", "expanded") else rng.choice(GAPS)
+        self.offset = 0 if layout in ("contiguous", "expanded") else rng.choice(GAP_OFFSETS)
+        if layout == "expanded":  # one row serves all
+            self.strides = (0, 1, 1)
+        elif layout == "inner":  # (N, C, d): rows are neighbours
+            self.strides = (classes * (inner + gap), inner + gap, 1)
+        elif layout == "apart":  # neither rows nor classes are
+            self.strides = (2 * classes * inner + gap, 2, 2 * classes)
+        else:
+            self.strides = (inner * (classes + gap), 1, classes + gap)
+        self.shape = shape
+        self.span = outer * self.strides[0] if layout != "expanded" else classes
+
+    def view(self, memory: Tensor) -> Tensor:
+        return memory.as_strided(self.shape, self.strides, memory.storage_offset())
+
+    def fill(self, values: Tensor) -> Tensor:
+        """The elements that the tensor spans, NaN in its gaps."""
+        memory = torch.full((self.span,), float("nan"), dtype=values.dtype)
+        if self.strides[0] == 0:
+            return memory.copy_(values[0, :, 0])
+        self.view(memory).copy_(values)
+        return memory
+
+
+class Problem:
+    """What both losses share. Subclasses give `launch` (both passes; the outputs by name) and `compare`."""
+
+    def check(self, emulator: Emulator, planted_bug: int = 0) -> None:
+        """Nothing to complain of, the reference's values, and with every schedule the same bits."""
+        first = None
+        for seed, preempt_every in self.schedules:
+            emulator.reset(seed, preempt_every, planted_bug)
+            results = self.launch(emulator)
+            if first is None:
+                first = {name: tensor.clone() for name, tensor in results.items()}
+                continue
+            for name, tensor in results.items():
+                bits, before = (bits_of(t) for t in (tensor, first[name]))
+                assert torch.equal(bits, before), f"{self}: {name} differs between two schedules"
+        self.compare(first)
+
+    def choose_schedules(self, rng: random.Random) -> None:
+        self.schedules = [(rng.randrange(1 << 20), rng.choice([0, 0, 0, 64, 7]))]
+        if rng.random() < 0.2:
+            self.schedules.append((rng.randrange(1, 1 << 20), 33))
+
+    def call(self, emulator: Emulator, launcher: str, options) -> None:
+        error = emulator.call(launcher, options)
+        complaints = emulator.complaints()
+        assert not complaints and error == 0, "\n".join([f"{self}: {launcher} returned {error}", *complaints])
+
+    def all_written(self, emulator: Emulator, outputs: dict[str, Tensor], gaps: int = 0) -> None:
+        for name, tensor in outputs.items():
+            missing = emulator.bytes_not_written(tensor)
+            assert missing == gaps, f"{self}: {missing} bytes of {name} are not written, {gaps} expected"
+
+    def __str__(self) -> str:
+        told = {name: value for name, value in vars(self).items() if isinstance(value, str | bool | int | float)}
+        return f"{type(self).__name__}({self.dtype}, {told}, schedules={self.schedules})"
+
+
+class CrossEntropy(Problem):
+    def __init__(
+        self,
+        rng: random.Random,
+        dtype: torch.dtype,
+        classes: int,
+        target: str = "index",  # or "probabilities"
+        weighted: bool = False,
+        smoothing: float = 0.0,
+        reduction: str | None = None,
+        layout: str | None = None,
+        rows: int | None = None,
+    ):
+        self.dtype, self.classes, self.smoothing = dtype, classes, smoothing
+        self.reduction = reduction or rng.choice(list(REDUCTIONS))
+        self.layout = layout or rng.choice(LAYOUTS)
+        inner = rng.choice([2, 3, 5]) if self.layout in ("inner", "inner last", "apart") else 1
+        self.shape = (rows or rng.choice([1, 3, 5] if inner == 1 else [1, 2, 3]), classes, inner)
+        self.rows = self.shape[0] * inner
+        self.place_logits, self.place_target, self.place_grad = (self.place(rng) for _ in range(3))
+        self.in_place = self.layout != "expanded" and rng.random() < 0.1  # the gradient replaces the logits
+        if self.layout in ("contiguous", "expanded", "padded"):  # what the op layer makes of one tensor
+            self.place_target = self.place_logits
+        if self.in_place or self.layout == "padded":
+            self.place_grad = self.place_logits
+        if self.layout == "expanded":
+            self.place_target = self.place_grad = Placement("contiguous", self.shape, rng)
+        self.loss_dtype = rng.choice([dtype, statistic(dtype)])
+        self.make_logits(rng)
+        self.make_target(rng, target, weighted)
+        self.make_grad_output(rng)
+        self.choose_schedules(rng)
+
+    def place(self, rng: random.Random) -> Placement:
+        return Placement(self.layout, self.shape, rng)
+
+    # ---- Values
+
+    def make_logits(self, rng: random.Random) -> None:
+        self.scale = rng.choice([1, 1, 3, 30, 10_000])
+        x = torch.randn(self.shape, dtype=torch.float64) * min(self.scale, 100)
+        if self.scale == 10_000:
+            x += rng.choice([-1, 1]) * 1e4
+        if rng.random() < 0.3 and self.classes > 2:
+            x[torch.rand(self.shape) < rng.choice([0.1, 0.9])] = float("-inf")
+            if rng.random() < 0.5:
+                x[:, : self.classes * 2 // 3] = float("-inf")  # whole tiles, the first ones
+        if rng.random() < 0.04:
+            x[0, rng.randrange(self.classes), 0] = rng.choice([float("nan"), float("inf"), float("-inf")])
+        if self.layout == "expanded":
+            x = x[:1].expand(self.shape)
+        self.logits = x.to(self.dtype)
+
+    def make_target(self, rng: random.Random, target: str, weighted: bool) -> None:
+        outer, classes, inner = self.shape
+        self.ignore_index = rng.choice([-100, -100, 0, classes - 1, classes + 5])
+        self.weight = (torch.rand(classes) + 0.1).to(statistic(self.dtype)) if weighted else None
+        if target == "probabilities":
+            self.ignore_index = -100
+            mass = 2 * torch.rand(outer, 1, inner) if rng.random() < 0.3 else 1
+            self.target = (torch.randn(self.shape).mul(2).softmax(1) * mass).to(self.dtype)
+            self.total_weight = float(self.rows)
+            return
+        self.target = torch.randint(classes, (outer, inner))
+        ignored = torch.rand(outer, inner) < rng.choice([0, 0.3, 0.3, 1])
+        self.target[ignored] = self.ignore_index
+        kept = self.target[self.target != self.ignore_index]
+        self.total_weight = float(len(kept)) if self.weight is None else self.weight.double()[kept].sum().item()
+
+    def make_grad_output(self, rng: random.Random) -> None:
+        self.grad_stride = int(self.reduction == "none" and rng.random() < 0.7)  # 0: one value for all rows
+        values = torch.randn(self.rows if self.grad_stride else 1, dtype=torch.float64) * rng.choice([1, 1, 64])
+        self.grad_output = values.to(self.loss_dtype)
+
+    # ---- A run
+
+    def launch(self, emulator: Emulator) -> dict[str, Tensor]:
+        o = CrossEntropyOptions()
+        logits = self.set_inputs(emulator, o)
+        outputs = self.set_outputs(emulator, o)
+        self.call(emulator, "cross_entropy_forward", o)
+        self.all_written(emulator, outputs)
+        return {**outputs, "grad_logits": self.backward(emulator, o, logits)}
+
+    def backward(self, emulator: Emulator, o: CrossEntropyOptions, logits: Tensor) -> Tensor:
+        o.grad_output = emulator.input(self.grad_output, "grad_output").data_ptr()
+        o.grad_output_stride = self.grad_stride
+        grad = logits
+        if not self.in_place:
+            grad = emulator.output(self.place_grad.span, self.dtype, "grad_logits", self.place_grad.offset)
+        o.grad_logits, o.grad_strides = grad.data_ptr(), Strides(*self.place_grad.strides)
+        self.call(emulator, "cross_entropy_backward", o)
+        if not self.in_place:
+            gaps = (self.place_grad.span - self.rows * self.classes) * grad.element_size()
+            self.all_written(emulator, {"grad_logits": grad}, gaps)
+        return self.place_grad.view(grad)
+
+    def set_inputs(self, emulator: Emulator, o: CrossEntropyOptions) -> Tensor:
+        o.dtype, o.loss_dtype, o.reduction = DTYPES[self.dtype], DTYPES[self.loss_dtype], REDUCTIONS[self.reduction]
+        o.outer, o.classes, o.inner = self.shape
+        o.ignore_index, o.label_smoothing = self.ignore_index, self.smoothing
+        place = self.place_logits
+        logits = emulator.input(place.fill(self.logits), "logits", place.offset, read_only=not self.in_place)
+        o.logits, o.logits_strides = logits.data_ptr(), Strides(*place.strides)
+        if self.target.is_floating_point():
+            place = self.place_target
+            memory = emulator.input(place.fill(self.target), "target_probability", place.offset)
+            o.target_probability, o.target_strides = memory.data_ptr(), Strides(*place.strides)
+        else:
+            o.target_index = emulator.input(self.target, "target_index").data_ptr()
+        if self.weight is not None:
+            o.weight = emulator.input(self.weight, "weight").data_ptr()
+            if self.smoothing > 0 and not self.target.is_floating_point():
+                weight_sum = self.weight.double().sum().to(self.weight.dtype).view(1)
+                o.weight_sum = emulator.input(weight_sum, "weight_sum").data_ptr()
+        return logits
+
+    def set_outputs(self, emulator: Emulator, o: CrossEntropyOptions) -> dict[str, Tensor]:
+        wide = statistic(self.dtype)
+        outputs = {name: emulator.output(self.rows, wide, name) for name in ("row_max", "row_logsum")}
+        outputs["loss"] = emulator.output(self.rows if self.reduction == "none" else 1, self.loss_dtype, "loss")
+        if self.reduction != "none":
+            outputs["total_weight"] = emulator.output(1, wide, "total_weight")
+        for name, memory in outputs.items():
+            setattr(o, name, memory.data_ptr())
+        o.scratch = emulator.output(emulator.call("cross_entropy_scratch", o), torch.uint8, "scratch").data_ptr()
+        return outputs
+
+    # ---- What must come out
+
+    def expected(self) -> tuple[Tensor, Tensor]:
+        x = self.logits.double().requires_grad_()
+        loss = reference.cross_entropy(x, self.target, self.weight, self.ignore_index, self.reduction, self.smoothing)
+        loss.backward(self.grad_output.double().expand(self.rows).view_as(loss) if loss.dim() else self.grad_output[0])
+        grad = x.grad
+        if not self.target.is_floating_point():  # zeros, even where the logits are NaN
+            grad = torch.where((self.target != self.ignore_index)[:, None], grad, 0)
+        return loss.detach().reshape(-1), grad
+
+    def compare(self, results: dict[str, Tensor]) -> None:
+        loss, grad = self.expected()
+        # The size of the terms that are added up: weights, times how far the logits lie apart.
+        finite = self.logits[self.logits.isfinite()].double()
+        spread = (finite.max() - finite.min()).item() if finite.numel() else 0.0
+        largest = (1 if self.weight is None else self.weight.max().item()) * (
+            2 if self.target.is_floating_point() else 1
+        )
+        terms = largest * (1 + spread / 8) * (self.rows if self.reduction == "sum" else 1)
+        assert_exact(results["loss"], loss, terms, f"{self}: loss")
+        if self.reduction != "none":
+            total = torch.tensor([self.total_weight], dtype=torch.float64)
+            assert_exact(results["total_weight"], total, what=f"{self}: total_weight")
+        grad_output = self.grad_output.double().abs().max().item()
+        if self.reduction == "mean":
+            grad_output /= self.total_weight or 1
+        assert_exact(
+            results["grad_logits"], grad, largest * grad_output * (1 + min(spread, 100) / 8), f"{self}: gradient"
+        )
+
+
+class MeanSquaredError(Problem):
+    def __init__(self, rng: random.Random, dtype: torch.dtype, numel: int, reduction: str):
+        self.dtype, self.numel, self.reduction = dtype, numel, reduction
+        scale = rng.choice([1, 100])
+        self.input, self.target = ((torch.randn(numel, dtype=torch.float64) * scale).to(dtype) for _ in range(2))
+        if numel and rng.random() < 0.05:
+            self.input[rng.randrange(numel)] = float("nan")
+        self.loss_dtype = rng.choice([dtype, statistic(dtype)])
+        self.same_offset = rng.random() < 0.6
+        self.offsets = [rng.choice([0, 0, 1, 3])] * 6 if self.same_offset else rng.choices([0, 1, 2, 4, 5], k=6)
+        self.grad_stride = int(reduction == "none" and rng.random() < 0.7)
+        values = torch.randn(numel if self.grad_stride else 1, dtype=torch.float64)
+        self.grad_output = values.to(self.loss_dtype)
+        self.wanted = rng.choice([["input"], ["target"], ["input", "target"]])
+        self.choose_schedules(rng)
+
+    def launch(self, emulator: Emulator) -> dict[str, Tensor]:
+        at = dict(
+            zip(["input", "target", "loss", "grad_output", "grad_input", "grad_target"], self.offsets, strict=True)
+        )
+        o = PointwiseOptions()
+        o.dtype, o.loss_dtype, o.reduction = DTYPES[self.dtype], DTYPES[self.loss_dtype], REDUCTIONS[self.reduction]
+        o.numel = self.numel
+        o.input = emulator.input(self.input, "input", at["input"]).data_ptr()
+        o.target = emulator.input(self.target, "target", at["target"]).data_ptr()
+        losses = self.numel if self.reduction == "none" else 1
+        outputs = {"loss": emulator.output(losses, self.loss_dtype, "loss", at["loss"] if losses > 1 else 0)}
+        o.loss = outputs["loss"].data_ptr()
+        o.scratch = emulator.output(emulator.call("pointwise_scratch", o), torch.uint8, "scratch").data_ptr()
+        self.call(emulator, "pointwise_forward", o)
+
+        o.grad_output = emulator.input(self.grad_output, "grad_output", at["grad_output"]).data_ptr()
+        o.grad_output_stride = self.grad_stride
+        for name in (f"grad_{wanted}" for wanted in self.wanted):
+            outputs[name] = emulator.output(self.numel, self.dtype, name, at[name])
+            setattr(o, name, outputs[name].data_ptr())
+        self.call(emulator, "pointwise_backward", o)
+        self.all_written(emulator, outputs)
+        return outputs
+
+    def compare(self, results: dict[str, Tensor]) -> None:
+        x, t = self.input.double().requires_grad_(), self.target.double().requires_grad_()
+        loss = reference.mse_loss(x, t, self.reduction)
+        grad_output = self.grad_output.double()
+        grads = torch.autograd.grad(loss, (x, t), grad_output.expand(self.numel) if loss.dim() else grad_output[0])
+        expected = {"loss": loss.detach().reshape(-1), "grad_input": grads[0], "grad_target": grads[1]}
+        for name, result in results.items():
+            assert_exact(result, expected[name], what=f"{self}: {name}")

@@ -1,0 +1,322 @@
+// Runs a kernel: each CUDA thread is a fiber with a stack of its own, and blocks run one after another. A seed decides
+// which thread goes first; threads change places at barriers, at warp operations and, if asked for, between any two
+// memory accesses.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "runtime.h"
+
+extern "C" {
+uint3 emulator_thread_idx, emulator_block_idx;
+dim3 emulator_block_dim, emulator_grid_dim;
+// Saves the running fiber's registers on its stack and its stack pointer in *from; goes on where `to` was left.
+void emulator_switch(void** from, void* to) __attribute__((visibility("hidden")));
+}
+asm(R"(.text
+.hidden emulator_switch
+.globl emulator_switch
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+namespace emulator {
+
+Thread* running = nullptr;
+std::mt19937 random_bits;
+
+namespace {
+
+unsigned seed = 0;           // 0 is the order of the threads' numbers
+unsigned preempt_every = 0;  // about how many accesses apart; 0 is never
+unsigned accesses_left = 0;
+
+void (*kernel_thread)(void*);
+void* kernel_arguments;
+bool stopped = false;
+cudaError_t last_error = cudaSuccess;
+
+void* host_stack_pointer;
+std::vector<Thread*> ready;
+
+void back_to_host() { emulator_switch(&running->stack_pointer, host_stack_pointer); }
+
+void wake(Thread& thread) {
+  thread.state = State::kReady;
+  ready.push_back(&thread);
+}
+
+unsigned thread_count() { return emulator_block_dim.x * emulator_block_dim.y * emulator_block_dim.z; }
+
+bool same_place(SourceLine a, SourceLine b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+
+// ---- Barriers
+
+// Opens the block's barrier once every thread waits at it, or has returned.
+void try_barrier(Block& block) {
+  const Thread* first = nullptr;
+  int with_predicate = 0;
+  bool some_returned = false;
+  for (const Thread& t : block.threads) {
+    if (t.state == State::kDone) {
+      some_returned = true;
+      continue;
+    }
+    if (t.state != State::kAtBarrier) return;
+    if (first == nullptr) first = &t;
+    if (!same_place(t.waits_at, first->waits_at))
+      complain("DIVERGENT BARRIER", place(first->waits_at) + " and " + place(t.waits_at));
+    with_predicate += t.predicate;
+  }
+  if (first == nullptr) return;
+  if (some_returned) complain("BARRIER WITHOUT RETURNED THREADS", place(first->waits_at));
+  ++block.barriers;
+  for (Thread& t : block.threads)
+    if (t.state == State::kAtBarrier) {
+      t.result = uint64_t(with_predicate);
+      wake(t);
+    }
+}
+
+// ---- Warp operations
+
+struct Warp {
+  Thread* lanes;
+  int size;
+
+  // The lanes in this state, as a mask.
+  template <typename Predicate>
+  unsigned which(Predicate predicate) const {
+    unsigned mask = 0;
+    for (int i = 0; i < size; ++i) mask |= unsigned(predicate(lanes[i])) << i;
+    return mask;
+  }
+};
+
+Warp warp_of(Block& block, uint32_t thread) {
+  const uint32_t first = thread / warpSize * warpSize;
+  return {&block.threads[first], int(std::min<uint32_t>(warpSize, uint32_t(block.threads.size()) - first))};
+}
+
+bool agree(const Thread& a, const Thread& b) {
+  return a.op == b.op && a.mask == b.mask && same_place(a.waits_at, b.waits_at);
+}
+
+void complete(const Warp& warp, unsigned participants, bool whole_warp) {
+  const unsigned ballot = warp.which([](const Thread& t) { return t.value != 0; }) & participants;
+  for (int i = 0; i < warp.size; ++i) {
+    Thread& t = warp.lanes[i];
+    if (!(participants >> i & 1)) continue;
+    if (t.op == kSyncWarp && whole_warp) ++t.warp_syncs;
+    if (t.op == kBallot) t.result = ballot;
+    if (t.op != kShuffle) continue;
+    const bool there = participants >> t.source_lane & 1;
+    if (!there) complain("SHUFFLE FROM INACTIVE LANE", place(t.waits_at));
+    t.result = there ? warp.lanes[t.source_lane].value : ~uint64_t(0);
+  }
+  for (int i = 0; i < warp.size; ++i)
+    if (participants >> i & 1) wake(warp.lanes[i]);
+}
+
+// Completes a warp operation once every lane of its mask that has not returned waits at it.
+void try_warp_op(Block& block, uint32_t thread) {
+  const Warp warp = warp_of(block, thread);
+  const unsigned alive = warp.which([](const Thread& t) { return t.state != State::kDone; });
+  for (int i = 0; i < warp.size; ++i) {
+    const Thread& first = warp.lanes[i];
+    if (first.state != State::kAtWarpOp) continue;
+    const unsigned participants = first.mask & alive;
+    const unsigned waiting = warp.which([](const Thread& t) { return t.state == State::kAtWarpOp; });
+    if (participants & ~waiting) continue;
+    const unsigned agreeing = warp.which([&](const Thread& t) { return agree(t, first); });
+    if (participants & ~agreeing) {
+      complain("DIVERGENT WARP OPERATION", place(first.waits_at));
+      stopped = true;
+      return;
+    }
+    complete(warp, participants, participants == alive);
+  }
+}
+
+// ---- Blocks
+
+void thread_main() {
+  kernel_thread(kernel_arguments);
+  running->state = State::kDone;
+  try_warp_op(*running->block, running->number);
+  try_barrier(*running->block);
+  back_to_host();
+  std::abort();  // nobody wakes a thread that is done
+}
+
+// Stacks stay for the next launch: the system gives their pages when they are first touched.
+char* stack_of(uint32_t thread) {
+  static char* stacks = nullptr;
+  if (stacks == nullptr) {
+    void* pages = mmap(nullptr, kMaxBlock * kStackSize, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (pages == MAP_FAILED) std::abort();
+    stacks = static_cast<char*>(pages);
+  }
+  return stacks + thread * kStackSize;
+}
+
+void start(Block& block, uint32_t number) {
+  const dim3 size = emulator_block_dim;
+  Thread& t = block.threads[number];
+  t = {};
+  t.block = &block;
+  t.number = number;
+  t.idx = {number % size.x, number / size.x % size.y, number / size.x / size.y};
+  t.stack = stack_of(number);
+  // What emulator_switch will pop: six registers, then thread_main as the address to return to.
+  void** top = reinterpret_cast<void**>(t.stack + kStackSize - 16);
+  *--top = nullptr;
+  *--top = reinterpret_cast<void*>(thread_main);
+  top -= 6;
+  std::memset(top, 0, 6 * sizeof(void*));
+  t.stack_pointer = top;
+  wake(t);
+}
+
+void run(Thread* thread) {
+  running = thread;
+  emulator_thread_idx = thread->idx;
+  emulator_switch(&host_stack_pointer, thread->stack_pointer);
+  running = nullptr;
+}
+
+void report_deadlock(Block& block) {
+  for (Thread& t : block.threads)
+    if (t.state != State::kDone) {
+      running = &t;  // for the message
+      complain("DEADLOCK", "waits for threads that never come, at " + place(t.waits_at));
+      running = nullptr;
+      stopped = true;
+      return;
+    }
+}
+
+void run_block(Block& block, uint32_t number) {
+  const dim3 grid = emulator_grid_dim;
+  block.number = number;
+  block.idx = emulator_block_idx = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
+  block.barriers = 0;
+  block.acquired.clear();
+  begin_block();
+  ready.clear();
+  for (uint32_t t = 0; t < thread_count(); ++t) start(block, t);
+  for (size_t head = 0; head < ready.size() && !stopped;) {
+    // One of those that have waited longest, so that nobody waits for ever.
+    const size_t choices = std::min<size_t>(ready.size() - head, thread_count());
+    if (seed != 0) std::swap(ready[head], ready[head + random_bits() % choices]);
+    run(ready[head++]);
+    if (head > 65536) {
+      ready.erase(ready.begin(), ready.begin() + ptrdiff_t(head));
+      head = 0;
+    }
+  }
+  if (!stopped) report_deadlock(block);
+}
+
+bool launchable(dim3 grid, dim3 block) {
+  const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
+  return threads > 0 && threads <= kMaxBlock && blocks > 0 && blocks < kMaxGrid - 1 && grid.y < 65536 && grid.z < 65536;
+}
+
+}  // namespace
+
+void maybe_preempt() {
+  if (preempt_every == 0 || accesses_left-- > 0) return;
+  accesses_left = random_bits() % preempt_every;
+  ready.push_back(running);
+  back_to_host();
+}
+
+void stop() {
+  stopped = true;
+  back_to_host();
+  std::abort();
+}
+
+extern "C" int emulator_block_barrier(int predicate, SourceLine caller) {
+  running->state = State::kAtBarrier;
+  running->predicate = predicate;
+  running->waits_at = caller;
+  try_barrier(*running->block);
+  back_to_host();
+  return int(running->result);
+}
+
+extern "C" uint64_t emulator_warp_op(WarpOp op, unsigned mask, uint64_t value, int source_lane, SourceLine caller) {
+  Thread& t = *running;
+  if (!(mask >> t.number % warpSize & 1)) {
+    complain("LANE NOT IN ITS OWN MASK", place(caller));
+    stop();
+  }
+  t.state = State::kAtWarpOp;
+  t.op = op;
+  t.mask = mask;
+  t.value = value;
+  t.source_lane = source_lane;
+  t.waits_at = caller;
+  try_warp_op(*t.block, t.number);
+  back_to_host();
+  return t.result;
+}
+
+extern "C" cudaError_t emulator_launch(dim3 grid, dim3 block, void (*thread)(void*), void* arguments, size_t size) {
+  if (!launchable(grid, block)) return last_error = cudaErrorInvalidConfiguration;
+  emulator_grid_dim = grid;
+  emulator_block_dim = block;
+  kernel_thread = thread;
+  kernel_arguments = arguments;
+  stopped = false;
+  random_bits.seed(seed);
+  accesses_left = preempt_every ? random_bits() % preempt_every : 0;
+  begin_launch(arguments, size);
+  const size_t complaints_before = complaints();
+
+  std::vector<uint32_t> order(size_t(grid.x) * grid.y * grid.z);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = uint32_t(i);
+  if (seed != 0) std::shuffle(order.begin(), order.end(), random_bits);
+  Block state;
+  state.threads.resize(thread_count());
+  for (const uint32_t number : order)
+    if (!stopped) run_block(state, number);
+  if (complaints() > complaints_before) last_error = cudaErrorLaunchFailure;
+  return last_error;
+}
+
+// Also forgets the last error.
+EMULATOR_EXPORT void emulator_schedule(unsigned with_seed, unsigned with_preempt_every) {
+  last_error = cudaSuccess;
+  seed = with_seed;
+  preempt_every = with_preempt_every;
+}
+
+}  // namespace emulator
+
+// ---- The part of the CUDA runtime's API that the launchers call
+
+extern "C" cudaError_t cudaGetLastError() {
+  const cudaError_t error = emulator::last_error;
+  emulator::last_error = cudaSuccess;
+  return error;
+}

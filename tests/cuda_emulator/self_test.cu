@@ -1,0 +1,94 @@
+// A kernel that uses all that the emulator checks, in the right way, or with one planted bug. It sums `input` and
+// leaves the sum of each block in `partial`; the last block to finish adds those.
+#include <cassert>
+
+namespace {
+
+constexpr int kThreads = 96;
+
+// The planted bugs; tests/test_cuda_emulator.py knows which complaint each must cause.
+enum {
+  kNone,
+  kNoBarrier,            // warps' sums are read before they are written
+  kNoFence,              // blocks' sums are not published before the ticket is taken
+  kNoSyncWarp,           // lanes read what others of their warp are about to write
+  kDivergentBarrier,     // a barrier that only the first warp reaches
+  kDivergentShuffle,     // a shuffle that half of a warp reaches
+  kPlainTicket,          // blocks count with += in place of an atomic
+  kPastSharedArray,
+  kPastInput,
+  kUninitialised,        // shared memory read before it is written
+  kMisaligned,           // a 16-byte load from an odd address
+  kWriteToInput,
+  kAssert,
+  kOverflow,             // of a signed integer
+};
+
+__device__ float load_input(const float* input, int numel, int i) {
+  if (planted_bug == kPastInput) return input[i];
+  if (planted_bug == kMisaligned) {
+    const float4 four = *reinterpret_cast<const float4*>(input + 1);
+    return four.x;
+  }
+  return i < numel ? input[i] : 0.0f;
+}
+
+__device__ float warp_sum(float value) {
+  if (planted_bug == kDivergentShuffle && threadIdx.x % 2 == 0) return value;
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
+  return value;
+}
+
+// Every lane's neighbour's value, by way of shared memory.
+__device__ float neighbour(float value) {
+  __shared__ float values[kThreads];
+  values[threadIdx.x] = value;
+  if (planted_bug != kNoSyncWarp) __syncwarp();
+  return values[threadIdx.x ^ 1];
+}
+
+__device__ float block_sum(float value) {
+  __shared__ float of_warp[kThreads / warpSize];
+  volatile int past = planted_bug == kPastSharedArray ? kThreads : 0;
+  if (planted_bug == kUninitialised) value += of_warp[0];
+  value = warp_sum(value);
+  if (threadIdx.x % warpSize == 0) of_warp[threadIdx.x / warpSize + past] = value;
+  if (planted_bug == kDivergentBarrier ? threadIdx.x < warpSize : planted_bug != kNoBarrier) __syncthreads();
+  return of_warp[0] + of_warp[1] + of_warp[2];
+}
+
+__device__ bool is_last_block(unsigned* ticket) {
+  __shared__ bool is_last[2];  // the second is unused: two bytes share a shadow
+  if (threadIdx.x == 0) {
+    if (planted_bug != kNoFence) __threadfence();
+    const unsigned number = planted_bug == kPlainTicket ? (*ticket += 1) - 1 : atomicAdd(ticket, 1u);
+    is_last[0] = number == gridDim.x - 1;
+  }
+  __syncthreads();
+  return is_last[0];
+}
+
+__global__ void sum(float* input, int numel, float* partial, unsigned* ticket, float* total) {
+  const float value = load_input(input, numel, int(blockIdx.x * blockDim.x + threadIdx.x));
+  const float of_block = block_sum((value + neighbour(value)) / 2);
+  if (planted_bug == kWriteToInput) input[0] = 0;
+  if (planted_bug == kAssert) __assert_fail("planted", "", 0, "");
+  if (planted_bug == kOverflow) {
+    volatile int most = 0x7fffffff;
+    most = most + 1;
+  }
+  if (threadIdx.x == 0) partial[blockIdx.x] = of_block;
+  if (!is_last_block(ticket) || threadIdx.x != 0) return;
+  float result = 0;
+  for (unsigned i = 0; i < gridDim.x; ++i) result += partial[i];
+  *total = result;
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) int self_test(float* input, int numel, float* partial,
+                                                                unsigned* ticket, float* total) {
+  launch_on_cpu(sum, dim3(unsigned(numel + kThreads - 1) / kThreads), dim3(kThreads), input, numel, partial, ticket,
+                total);
+  return cudaGetLastError();
+}

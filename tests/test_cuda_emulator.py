@@ -1,0 +1,228 @@
+"""The CUDA kernels, executed on the CPU: their values, their races and their accesses to memory.
+
+tests/cuda_emulator/README.md tells how, and what such a run cannot show.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulator import build, planted_bugs
+from cuda_emulator.emulator import DTYPES, POINTER, REDUCTIONS, CrossEntropyOptions, Emulator, PointwiseOptions, Strides
+from cuda_emulator.problems import LAYOUTS, CrossEntropy, MeanSquaredError, Problem, statistic
+
+from fusedloss import _build
+
+MISSING = build.missing()
+pytestmark = pytest.mark.skipif(MISSING != "", reason=MISSING or "not skipped")
+CSRC = _build.csrc_directory()
+BUGS = [*planted_bugs.listed_bugs(CSRC), *planted_bugs.missing_barriers(CSRC)]
+
+# Threads that share a row: one alone (up to 16 classes), a warp (up to 1024), a block. Sizes that vectors divide, and
+# others; the last one takes 256 threads.
+CLASSES = [1, 2, 7, 16, 17, 33, 100, 1000, 1031, 8195]
+TARGETS = [
+    (target, weighted, smoothing)
+    for target in ("index", "probabilities")
+    for weighted in (False, True)
+    for smoothing in (0.0, 0.1, 1.0)
+]
+# One, and around a vector; more than one block (1024 vectors), and what does not fill it.
+SIZES = [0, 1, 3, 8, 9, 31, 257, 1000, 4099, 20011]
+
+
+@pytest.fixture(scope="session")
+def library_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = getattr(request.config, "cache", None)
+    return cache.mkdir("cuda_emulator") if cache else tmp_path_factory.mktemp("cuda_emulator")
+
+
+@pytest.fixture(scope="session")
+def emulator(library_folder: Path) -> Emulator:
+    return Emulator(build.build(CSRC, library_folder, self_test=True))
+
+
+@pytest.fixture(scope="session")
+def buggy(library_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """Copies of the kernels with small grids and, where asked for, one of the BUGS."""
+    copy = tmp_path_factory.mktemp("planted") / "csrc"
+    planted_bugs.plant(CSRC, copy, BUGS, max_blocks=2)
+    return Emulator(build.build(copy, library_folder))
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """For choices; values come from torch's generator. Both start from the session's seed."""
+    return random.Random(int(torch.randint(1 << 30, ())))
+
+
+# ---- Values, over everything that the options say
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy(dtype, classes, emulator, rng):
+    for target in 2 * TARGETS if classes < 1000 else rng.sample(TARGETS, 6):
+        CrossEntropy(rng, dtype, classes, *target).check(emulator)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(dtype, layout, emulator, rng):
+    for reduction in REDUCTIONS:
+        target = rng.choice(TARGETS)
+        CrossEntropy(rng, dtype, rng.choice([5, 33, 1027]), *target, reduction, layout).check(emulator)
+
+
+@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mse(dtype, numel, emulator, rng):
+    for reduction in REDUCTIONS:
+        MeanSquaredError(rng, dtype, numel, reduction).check(emulator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grids_that_loop(dtype, buggy, rng):
+    """Without a bug; with two blocks at most, each takes several shares."""
+    for classes, rows in [(3, 600), (40, 50), (1031, 7)]:
+        CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), layout="contiguous", rows=rows).check(buggy)
+        CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), reduction="mean").check(buggy)
+    for reduction in REDUCTIONS:
+        MeanSquaredError(rng, dtype, 30011, reduction).check(buggy)
+
+
+def test_more_blocks_than_the_last_kernel_has_threads(emulator, rng):
+    for problem in (
+        CrossEntropy(rng, torch.float32, 17, "index", True, 0.1, "mean", "contiguous", rows=2100),
+        MeanSquaredError(rng, torch.float64, 530_000, "sum"),
+    ):
+        problem.schedules = [(1, 0)]
+        problem.check(emulator)
+
+
+# ---- The edges
+
+
+@pytest.mark.parametrize("bad", [-1, "classes", 2**40, -(2**40)])
+@pytest.mark.parametrize("classes", [2, 33, 1500])
+def test_target_out_of_range(classes, bad, emulator, rng):
+    """Forward stops with a device assert, and nothing is accessed with the bad index."""
+    for smoothing in (0.0, 0.1):
+        problem = CrossEntropy(rng, torch.float32, classes, "index", True, smoothing, rows=3)
+        problem.ignore_index = -100
+        problem.target.view(-1)[0] = classes if bad == "classes" else bad
+        emulator.reset(1)
+        o = CrossEntropyOptions()
+        problem.set_inputs(emulator, o)
+        problem.set_outputs(emulator, o)
+        assert emulator.call("cross_entropy_forward", o) != 0
+        (complaint,) = emulator.complaints()
+        assert complaint.startswith("DEVICE ASSERT") and "target" in complaint
+
+
+@pytest.mark.parametrize("bad", [-1, "classes", 2**40])
+@pytest.mark.parametrize("classes", [2, 33, 1500])
+def test_gradient_of_a_target_out_of_range(classes, bad, emulator, rng):
+    """Backward, called all the same, writes zeros."""
+    problem = CrossEntropy(rng, torch.float32, classes, "index", True, reduction="none", rows=3)
+    problem.ignore_index = -100
+    problem.target.fill_(0)
+    emulator.reset(1)
+    o = CrossEntropyOptions()
+    logits = problem.set_inputs(emulator, o)
+    problem.set_outputs(emulator, o)
+    problem.call(emulator, "cross_entropy_forward", o)
+    problem.target.view(-1)[0] = classes if bad == "classes" else bad
+    o.target_index = emulator.input(problem.target, "target_index").data_ptr()
+    grad = problem.backward(emulator, o, logits)
+    assert (grad[0, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows(dtype, reduction, emulator):
+    emulator.reset()
+    o = CrossEntropyOptions()
+    o.dtype = o.loss_dtype = DTYPES[dtype]
+    o.reduction, o.classes, o.inner = REDUCTIONS[reduction], 7, 1
+    o.logits_strides = o.grad_strides = Strides(7, 1, 1)
+    loss = emulator.output(1, dtype, "loss")
+    total = emulator.output(1, statistic(dtype), "total_weight")
+    o.loss, o.total_weight = loss.data_ptr(), total.data_ptr()
+    assert emulator.call("cross_entropy_scratch", o) == 0
+    assert emulator.call("cross_entropy_forward", o) == emulator.call("cross_entropy_backward", o) == 0
+    assert emulator.complaints() == []
+    if reduction != "none":
+        assert loss.isnan() if reduction == "mean" else loss == 0
+        assert total == 0
+
+
+# ---- Planted bugs: is what should be seen, seen?
+
+
+def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
+    """Some of every kind; a bug must show in one of them at least."""
+    dtype = rng.choice(list(DTYPES))
+    problems: list[Problem] = []
+    if file != "pointwise_cuda.cu":
+        for layout in ("contiguous", "padded", "padded each", "inner"):
+            for classes in (33, 257, 1031):
+                target = rng.choice(TARGETS)
+                problems.append(CrossEntropy(rng, dtype, classes, *target, rng.choice(["mean", "none"]), layout, 3))
+    if file != "cross_entropy_cuda.cu":
+        problems += [MeanSquaredError(rng, dtype, numel, "mean") for numel in (9, 257, 20011)]
+    return problems
+
+
+@pytest.mark.parametrize("number", range(1, len(BUGS) + 1), ids=lambda number: BUGS[number - 1].what)
+def test_planted_bug_is_caught(number, buggy, rng):
+    bug = BUGS[number - 1]
+    bad_target = "targets" in bug.what
+    sign = "OUT OF BOUNDS" if bad_target else ""  # a bad target stops the clean kernel too, but by an assert
+    for _ in range(10):
+        for problem in problems_for_bugs(rng, bug.file):
+            if bad_target and not problem.target.is_floating_point():
+                problem.target.view(-1)[0] = problem.classes * 1000
+            problem.schedules = problem.schedules[:1]
+            try:
+                problem.check(buggy, number)
+            except AssertionError as error:
+                if sign in str(error):
+                    return
+    pytest.fail("not caught")
+
+
+# As self_test.cu numbers them: the complaint that each of its bugs must cause.
+SELF_TEST = [
+    *["none", "DATA RACE", "DATA RACE", "DATA RACE", "BARRIER", "DEADLOCK", "DATA RACE", "UNDEFINED"],
+    *["OUT OF BOUNDS", "UNINITIALISED READ", "MISALIGNED", "WRITE TO INPUT", "DEVICE ASSERT", "UNDEFINED"],
+]
+
+
+@pytest.mark.parametrize("bug", range(len(SELF_TEST)), ids=lambda bug: f"{bug} {SELF_TEST[bug]}")
+def test_self_test(bug, emulator):
+    """The clean kernel is not accused; each bug is, of what it does, with every schedule."""
+    values = torch.rand(300)
+    for seed, preempt_every in [(0, 0), (1, 0), (2, 64), (3, 7)]:
+        emulator.reset(seed, preempt_every, bug)
+        memory = [emulator.input(values, "input"), emulator.output(4, torch.float32, "partial")]
+        memory.append(emulator.input(torch.zeros(1, dtype=torch.int32), "ticket", read_only=False))
+        memory.append(emulator.output(1, torch.float32, "total"))
+        pointers = [POINTER(tensor.data_ptr()) for tensor in memory]
+        error = emulator.library.self_test(pointers[0], 300, *pointers[1:])
+        complaints = emulator.complaints()
+        if bug == 0:
+            assert complaints == [] and error == 0
+            torch.testing.assert_close(memory[-1][0], values.sum())
+        else:
+            assert error != 0 and any(SELF_TEST[bug] in complaint for complaint in complaints), complaints
+
+
+def test_no_elements_of_mse_need_no_memory(emulator):
+    emulator.reset()
+    o = PointwiseOptions()
+    assert emulator.call("pointwise_forward", o) == emulator.call("pointwise_backward", o) == 0
+    assert emulator.complaints() == []
