@@ -145,12 +145,8 @@ void forward_on_cpu(Call& call) {
 }  // namespace
 
 bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight) {
-  if (!is_plain(input) || !is_plain(target) || (weight.has_value() && !is_plain(*weight))) return false;
-#ifndef FUSEDLOSS_WITH_CUDA
-  if (input.is_cuda()) return false;
-#endif
+  if (!is_ours(input) || !is_plain(target) || (weight.has_value() && !is_plain(*weight))) return false;
   if (input.dim() == 0 || row_sizes(input).classes == 0) return false;
-  if (!kernel_dtype(input.scalar_type()) && autocast_to_float32(input)) return false;  // float8, which it converts
   if (weight.has_value() && weight->requires_grad()) return false;  // torch differentiates, or refuses
   if (input.dim() == 1 && target.dim() == 1 && target.numel() == 1 && input.numel() != 1) return false;
   if (has_probabilities(input, target) && at::isFloatingType(target.scalar_type())) {
@@ -171,10 +167,9 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input
       input.new_empty({call.statistics_numel()}, statistics_type(input.scalar_type()));
   call.take_statistics(statistics);
 
-  const auto loss_type = autocast_to_float32(input) ? at::kFloat : input.scalar_type();
-  o.loss_dtype = *kernel_dtype(loss_type);
-  const auto loss = o.reduction == Reduction::kNone ? input.new_empty(sizes_of_rows(input), loss_type)
-                                                    : input.new_empty({}, loss_type);
+  const auto loss = o.reduction == Reduction::kNone ? input.new_empty(sizes_of_rows(input), loss_type(input))
+                                                    : input.new_empty({}, loss_type(input));
+  o.loss_dtype = *kernel_dtype(loss.scalar_type());
   o.loss = loss.data_ptr();
 
 #ifdef FUSEDLOSS_WITH_CUDA

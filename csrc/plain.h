@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include "checks.h"
+
 namespace fusedloss {
 
 inline c10::DispatchKeySet active_keys(const at::Tensor& tensor) {
@@ -27,6 +29,20 @@ inline bool autocast_to_float32(const at::Tensor& tensor) {
   if (tensor.scalar_type() == at::kDouble) return false;
   const auto key = tensor.is_cuda() ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
   return active_keys(tensor).has(key);
+}
+
+// The dtype of the loss that torch computes of this input.
+inline at::ScalarType loss_type(const at::Tensor& input) {
+  return autocast_to_float32(input) ? at::kFloat : input.scalar_type();
+}
+
+// Is a call with this input the kernels' to compute, or to refuse for its dtype?
+inline bool is_ours(const at::Tensor& input) {
+  if (!is_plain(input)) return false;
+#ifndef FUSEDLOSS_WITH_CUDA
+  if (input.is_cuda()) return false;
+#endif
+  return kernel_dtype(input.scalar_type()).has_value() || !autocast_to_float32(input);  // float8, which it converts
 }
 
 }  // namespace fusedloss

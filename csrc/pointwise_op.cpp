@@ -45,21 +45,16 @@ struct Call {
 }  // namespace
 
 bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target) {
-  if (!is_plain(input) || !is_plain(target)) return false;
-#ifndef FUSEDLOSS_WITH_CUDA
-  if (input.is_cuda()) return false;
-#endif
-  if (!kernel_dtype(input.scalar_type()) && autocast_to_float32(input)) return false;  // float8, which it converts
-  return input.scalar_type() == target.scalar_type();  // torch promotes mixed types
+  // torch promotes mixed types.
+  return is_ours(input) && is_plain(target) && input.scalar_type() == target.scalar_type();
 }
 
 at::Tensor mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction) {
   constexpr const char* kOp = "mse_loss";
   Call call(kOp, input, target, reduction);
   PointwiseOptions& o = call.o;
-  const auto loss_type = autocast_to_float32(input) ? at::kFloat : input.scalar_type();
-  const auto loss = o.reduction == Reduction::kNone ? empty_beside(call.input, loss_type)
-                                                    : input.new_empty({}, loss_type);
+  const auto loss = o.reduction == Reduction::kNone ? empty_beside(call.input, loss_type(input))
+                                                    : input.new_empty({}, loss_type(input));
   o.loss = loss.data_ptr();
   o.loss_dtype = *kernel_dtype(loss.scalar_type());
 #ifdef FUSEDLOSS_WITH_CUDA
