@@ -2,13 +2,16 @@
 // much as a whole loss.
 //
 // A Function is entered only where a gradient is wanted. Where a backward pass is itself to be differentiated
-// (create_graph), or its gradient is no plain tensor (is_grads_batched, a backward under a dispatch mode), the gradient
-// is composed of torch's own operations: it is exact, and autograd knows its derivative.
+// (create_graph), or its gradient is a batch of them (is_grads_batched), the gradient is composed of torch's own
+// operations: it is exact, and autograd knows its derivative. Where someone looks on (a dispatch mode, compiled
+// autograd), the backward pass is the op that fusedloss/ops.py registers.
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/mse_loss.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -23,7 +26,15 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 bool must_compose(const at::Tensor& grad_output) {
-  return at::GradMode::is_enabled() || !is_plain(grad_output);
+  constexpr c10::DispatchKeySet kTransforms({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched,
+                                             c10::DispatchKey::FuncTorchGradWrapper});
+  return at::GradMode::is_enabled() || grad_output.key_set().has_any(kTransforms);
+}
+
+template <typename Signature, typename... Arguments>
+auto call_registered_op(const char* name, Arguments&&... arguments) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+  return op.call(std::forward<Arguments>(arguments)...);
 }
 
 // The gradients of loss(inputs...) by each of its inputs, themselves differentiable where this backward pass has to be.
@@ -47,13 +58,32 @@ variable_list composed_gradients(const variable_list& inputs, const at::Tensor& 
   return grads;
 }
 
+// The forward passes, seen by the profiler, in the dtype that autocast asks for. Of backward passes torch's engine tells
+// the profiler the node; which of its two ways it took is told here.
+
+using Inputs = c10::ArrayRef<const c10::IValue>;
+
+auto run_cross_entropy_forward(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                               int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  RECORD_FUNCTION("fusedloss::cross_entropy_forward", Inputs());
+  return cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing,
+                               autocast_to_float32(input));
+}
+
+at::Tensor run_mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction) {
+  RECORD_FUNCTION("fusedloss::mse_loss_forward", Inputs());
+  return mse_loss_forward(input, target, reduction, autocast_to_float32(input));
+}
+
 class CrossEntropy : public Function<CrossEntropy> {
  public:
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                             double label_smoothing) {
     auto [loss, statistics] =
-        cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing);
+        run_cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing);
     ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), statistics});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
@@ -78,7 +108,13 @@ class CrossEntropy : public Function<CrossEntropy> {
                                       weight ? OptionalTensor(weight->to(dtype)) : std::nullopt, reduction,
                                       ignore_index, label_smoothing);
       })[0];
+    } else if (!is_plain(grad_output)) {
+      using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                   const at::Tensor&, int64_t, int64_t, double);
+      grad = call_registered_op<Signature>("fusedloss::cross_entropy_backward", grad_output, input, target, weight,
+                                           statistics, reduction, ignore_index, label_smoothing);
     } else {
+      RECORD_FUNCTION("fusedloss::cross_entropy_backward", Inputs());
       grad = cross_entropy_backward(grad_output, input, target, weight, statistics, reduction, ignore_index,
                                     label_smoothing);
     }
@@ -88,11 +124,13 @@ class CrossEntropy : public Function<CrossEntropy> {
 
 class MSELoss : public Function<MSELoss> {
  public:
+  static constexpr bool is_traceable = true;
+
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             int64_t reduction) {
     ctx->save_for_backward({input, target});
     ctx->saved_data["reduction"] = reduction;
-    return mse_loss_forward(input, target, reduction);
+    return run_mse_loss_forward(input, target, reduction);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
@@ -108,7 +146,13 @@ class MSELoss : public Function<MSELoss> {
       });
       grad_input = grads[0];
       grad_target = grads[1];
+    } else if (!is_plain(grad_output)) {
+      using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t);
+      grad_input =
+          call_registered_op<Signature>("fusedloss::mse_loss_backward", grad_output, input, target, reduction);
+      grad_target = -grad_input;
     } else {
+      RECORD_FUNCTION("fusedloss::mse_loss_backward", Inputs());
       std::tie(grad_input, grad_target) = mse_loss_backward(
           grad_output, input, target, reduction, ctx->needs_input_grad(0), ctx->needs_input_grad(1));
     }
@@ -123,14 +167,14 @@ OptionalTensor cross_entropy(const at::Tensor& input, const at::Tensor& target, 
   if (!cross_entropy_covers(input, target, weight)) return std::nullopt;
   if (at::GradMode::is_enabled() && input.requires_grad())
     return CrossEntropy::apply(input, target, weight, reduction, ignore_index, label_smoothing);
-  return std::get<0>(cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing));
+  return std::get<0>(run_cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing));
 }
 
 OptionalTensor mse_loss(const at::Tensor& input, const at::Tensor& target, int64_t reduction) {
   if (!mse_loss_covers(input, target)) return std::nullopt;
   if (at::GradMode::is_enabled() && (input.requires_grad() || target.requires_grad()))
     return MSELoss::apply(input, target, reduction);
-  return mse_loss_forward(input, target, reduction);
+  return run_mse_loss_forward(input, target, reduction);
 }
 
 }  // namespace fusedloss

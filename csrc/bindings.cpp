@@ -10,6 +10,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def("cross_entropy", &cross_entropy, no_gil);
   m.def("mse_loss", &mse_loss, no_gil);
+  m.def("cross_entropy_forward", &cross_entropy_forward, no_gil);
+  m.def("cross_entropy_backward", &cross_entropy_backward, no_gil);
+  m.def("mse_loss_forward", &mse_loss_forward, no_gil);
+  m.def("mse_loss_backward", &mse_loss_backward, no_gil);
+  m.def("set_debug", &set_debug);
   m.def("cpu_capability", &cpu::instruction_set_name);
 #ifdef FUSEDLOSS_WITH_CUDA
   m.attr("with_cuda") = true;

@@ -58,6 +58,10 @@ inline at::ScalarType statistics_type(at::ScalarType type) {
 }
 
 // The dtype of a loss or of grad_output: that of input, or under autocast the statistics'.
+inline at::ScalarType loss_type(const at::Tensor& input, bool autocast) {
+  return autocast ? statistics_type(input.scalar_type()) : input.scalar_type();
+}
+
 inline DType check_loss_dtype(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& input) {
   const auto expected = statistics_type(input.scalar_type());
   TORCH_CHECK(tensor.scalar_type() == input.scalar_type() || tensor.scalar_type() == expected, op, ": ", name,

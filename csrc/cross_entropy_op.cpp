@@ -1,8 +1,10 @@
 // Cross entropy between torch and the kernels: checks the arguments, allocates, fills the options, picks the device.
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like_ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <string>
 #include <utility>
 
@@ -22,6 +24,8 @@ namespace fusedloss {
 namespace {
 
 constexpr const char* kOp = "cross_entropy";
+
+std::atomic<bool> debug_enabled = false;
 
 bool has_probabilities(const at::Tensor& input, const at::Tensor& target) {
   return input.sizes() == target.sizes();
@@ -48,12 +52,11 @@ void check_class_indices(const at::Tensor& input, const at::Tensor& target) {
               ": target must hold class indices of an integer type (int64), got ", target.scalar_type());
 }
 
-void check_weight_dtype(const at::Tensor& input, const at::Tensor& weight) {
+void check_weight_dtype(const at::Tensor& input, const at::Tensor& weight, bool autocast) {
   // Under autocast torch casts both to float32.
-  TORCH_CHECK(weight.scalar_type() == input.scalar_type() ||
-                  (autocast_to_float32(input) && kernel_dtype(weight.scalar_type()).has_value() &&
-                   weight.scalar_type() != at::kDouble),
-              kOp, ": weight must have the dtype of input, ", input.scalar_type(), ", got ", weight.scalar_type());
+  const auto type = weight.scalar_type();
+  TORCH_CHECK(type == input.scalar_type() || (autocast && kernel_dtype(type).has_value() && type != at::kDouble), kOp,
+              ": weight must have the dtype of input, ", input.scalar_type(), ", got ", type);
 }
 
 // The options of one call, and the tensors whose memory they point to.
@@ -108,15 +111,17 @@ struct Call {
     o.weight = weight.const_data_ptr();
   }
 
-  int64_t statistics_numel() const { return 2 * o.rows() + 2; }
+  bool sums_weights() const { return weight.defined() && o.label_smoothing > 0 && o.target_index != nullptr; }
+
+  // Two a row, and of the last two those that are needed, so that nothing is left unwritten.
+  int64_t statistics_numel() const { return 2 * o.rows() + (o.reduction == Reduction::kMean) + sums_weights(); }
 
   void take_statistics(const at::Tensor& statistics) {
     const auto at = [&](int64_t i) { return static_cast<char*>(statistics.data_ptr()) + i * statistics.element_size(); };
     o.row_max = at(0);
     o.row_logsum = at(o.rows());
-    o.total_weight = at(2 * o.rows());
-    const bool sums_weights = weight.defined() && o.label_smoothing > 0 && o.target_index != nullptr;
-    o.weight_sum = sums_weights ? at(2 * o.rows() + 1) : nullptr;
+    o.total_weight = o.reduction == Reduction::kMean ? at(2 * o.rows()) : nullptr;
+    o.weight_sum = sums_weights() ? at(statistics_numel() - 1) : nullptr;
   }
 };
 
@@ -130,6 +135,21 @@ std::string describe_row(const at::Tensor& target, int64_t row) {
   return index.empty() ? "target" : "target[" + index + "]";
 }
 
+[[noreturn]] void refuse_class_index(const Call& call, int64_t row, int64_t index) {
+  TORCH_CHECK_INDEX(false, kOp, ": ", describe_row(call.target, row), " is ", index,
+                    ", expected a class index in [0, ", call.o.classes, ") or ignore_index ", call.o.ignore_index);
+}
+
+// Waits for the device, and copies from it.
+void check_class_indices_on_host(const Call& call) {
+  if (call.o.target_index == nullptr) return;
+  const at::Tensor target = call.target.cpu();
+  const int64_t* index = target.const_data_ptr<int64_t>();
+  for (int64_t row = 0; row < target.numel(); ++row)
+    if (index[row] != call.o.ignore_index && (index[row] < 0 || index[row] >= call.o.classes))
+      refuse_class_index(call, row, index[row]);
+}
+
 void forward_on_cpu(Call& call) {
   CrossEntropyOptions& o = call.o;
   const cpu::CrossEntropyWork work = cpu::cross_entropy_work(o);
@@ -138,11 +158,24 @@ void forward_on_cpu(Call& call) {
   if (o.weight_sum != nullptr) cpu::cross_entropy_weight_sum(o);
   run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_forward(o, begin, end); });
   const int64_t bad = cpu::cross_entropy_finish(o);
-  TORCH_CHECK_INDEX(bad < 0, kOp, ": ", describe_row(call.target, bad), " is ", o.target_index[bad],
-                    ", expected a class index in [0, ", o.classes, ") or ignore_index ", o.ignore_index);
+  if (bad >= 0) refuse_class_index(call, bad, o.target_index[bad]);
+}
+
+void run_backward(const Call& call) {
+  const CrossEntropyOptions& o = call.o;
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (call.input.is_cuda()) {
+    run_on_cuda(kOp, call.input, [&](cudaStream_t stream) { return cuda::cross_entropy_backward(o, stream); });
+    return;
+  }
+#endif
+  const cpu::CrossEntropyWork work = cpu::cross_entropy_work(o);
+  run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_backward(o, begin, end); });
 }
 
 }  // namespace
+
+void set_debug(bool enabled) { debug_enabled = enabled; }
 
 bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight) {
   if (!is_ours(input) || !is_plain(target) || (weight.has_value() && !is_plain(*weight))) return false;
@@ -159,16 +192,18 @@ bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, con
 
 std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
                                                          const OptionalTensor& weight, int64_t reduction,
-                                                         int64_t ignore_index, double label_smoothing) {
+                                                         int64_t ignore_index, double label_smoothing, bool autocast) {
   Call call(input, target, weight, reduction, ignore_index, label_smoothing);
   CrossEntropyOptions& o = call.o;
-  if (weight.has_value()) check_weight_dtype(input, *weight);
+  if (weight.has_value()) check_weight_dtype(input, *weight, autocast);
+  if (debug_enabled) check_class_indices_on_host(call);
   const auto statistics =
       input.new_empty({call.statistics_numel()}, statistics_type(input.scalar_type()));
   call.take_statistics(statistics);
 
-  const auto loss = o.reduction == Reduction::kNone ? input.new_empty(sizes_of_rows(input), loss_type(input))
-                                                    : input.new_empty({}, loss_type(input));
+  const auto type = loss_type(input, autocast);
+  const auto loss =
+      o.reduction == Reduction::kNone ? input.new_empty(sizes_of_rows(input), type) : input.new_empty({}, type);
   o.loss_dtype = *kernel_dtype(loss.scalar_type());
   o.loss = loss.data_ptr();
 
@@ -193,7 +228,8 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
                                   int64_t ignore_index, double label_smoothing) {
   Call call(input, target, weight, reduction, ignore_index, label_smoothing);
   CrossEntropyOptions& o = call.o;
-  TORCH_CHECK(statistics.numel() == call.statistics_numel() &&
+  check_same_device(kOp, "statistics", statistics, input);
+  TORCH_CHECK(statistics.numel() == call.statistics_numel() && statistics.is_contiguous() &&
                   statistics.scalar_type() == statistics_type(input.scalar_type()),
               kOp, ": statistics must be those of this input's forward pass");
   call.take_statistics(statistics);
@@ -208,19 +244,14 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
   o.grad_output = upstream.const_data_ptr();
   o.grad_output_stride = one_value ? 0 : 1;
 
-  const auto grad = empty_in_layout(call.input, call.layout);
-  o.grad_logits = grad.data_ptr();
-  o.grad_strides = kernel_strides(grad, call.layout);
-
-#ifdef FUSEDLOSS_WITH_CUDA
-  if (input.is_cuda()) {
-    run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::cross_entropy_backward(o, stream); });
-    return grad;
-  }
-#endif
-  const cpu::CrossEntropyWork work = cpu::cross_entropy_work(o);
-  run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_backward(o, begin, end); });
-  return grad;
+  // Laid out like input, as the fake kernel in fusedloss/ops.py promises; written in the layout of the kernels. The
+  // operator itself, because at::empty_like brings a header that doubles this file's time to compile.
+  const auto grad = at::_ops::empty_like::call(input, {}, {}, {}, {}, {});
+  const auto written = layout_of(grad, row_sizes(grad)) == call.layout ? grad : empty_in_layout(grad, call.layout);
+  o.grad_logits = written.data_ptr();
+  o.grad_strides = kernel_strides(written, call.layout);
+  run_backward(call);
+  return written.is_same(grad) ? grad : grad.copy_(written);
 }
 
 }  // namespace fusedloss

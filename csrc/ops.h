@@ -16,23 +16,26 @@ OptionalTensor cross_entropy(const at::Tensor& input, const at::Tensor& target, 
                              int64_t reduction, int64_t ignore_index, double label_smoothing);
 OptionalTensor mse_loss(const at::Tensor& input, const at::Tensor& target, int64_t reduction);
 
+// Whether a class index out of range is found on the host, before a kernel is launched. On the CPU it is found anyway.
+void set_debug(bool enabled);
+
 // Do the kernels compute this call and its gradients? Arguments that torch would refuse are covered: the forward pass
 // refuses them with a message of its own.
 bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight);
 bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target);
 
-// -> (loss, statistics). `statistics` is 1-D and for the backward pass: row_max, row_logsum, the mean's denominator,
-// the sum of weight.
+// -> (loss, statistics). `statistics` is 1-D and for the backward pass: row_max, row_logsum, and where they are needed
+// the mean's denominator and the sum of weight. Under autocast the loss is float32, whatever the input.
 std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
                                                          const OptionalTensor& weight, int64_t reduction,
-                                                         int64_t ignore_index, double label_smoothing);
+                                                         int64_t ignore_index, double label_smoothing, bool autocast);
 
 // -> d loss/d input, times grad_output.
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
                                   const OptionalTensor& weight, const at::Tensor& statistics, int64_t reduction,
                                   int64_t ignore_index, double label_smoothing);
 
-at::Tensor mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction);
+at::Tensor mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction, bool autocast);
 
 // -> the gradients of input and target, times grad_output; undefined where not wanted.
 std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,

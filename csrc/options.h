@@ -37,7 +37,7 @@ struct CrossEntropyOptions {
   // Written by the forward pass, read by the backward pass; all of the statistics' type.
   void* row_max;       // [rows]
   void* row_logsum;    // [rows]   log(sum(exp(logit - row_max)))
-  void* total_weight;  // [1]      what the mean divides by
+  void* total_weight;  // [1]      what the mean divides by; null for the other reductions
   void* weight_sum;    // [1]      the sum of weight, before the first launch; null where it is not needed
 
   void* loss;     // [rows] for kNone, else [1]

@@ -31,11 +31,6 @@ inline bool autocast_to_float32(const at::Tensor& tensor) {
   return active_keys(tensor).has(key);
 }
 
-// The dtype of the loss that torch computes of this input.
-inline at::ScalarType loss_type(const at::Tensor& input) {
-  return autocast_to_float32(input) ? at::kFloat : input.scalar_type();
-}
-
 // Is a call with this input the kernels' to compute, or to refuse for its dtype?
 inline bool is_ours(const at::Tensor& input) {
   if (!is_plain(input)) return false;

@@ -34,7 +34,7 @@ struct Call {
                 ", got ", target_.sizes());
     TORCH_CHECK(input_.scalar_type() == target_.scalar_type(), op, ": target must have the dtype of input, ",
                 input_.scalar_type(), ", got ", target_.scalar_type());
-    input = input_.is_non_overlapping_and_dense() ? input_ : input_.contiguous();
+    input = input_.is_non_overlapping_and_dense() ? input_ : input_.clone();
     target = target_.strides() == input.strides() ? target_ : empty_beside(input, input.scalar_type()).copy_(target_);
     o.numel = input.numel();
     o.input = input.const_data_ptr();
@@ -49,12 +49,12 @@ bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target) {
   return is_ours(input) && is_plain(target) && input.scalar_type() == target.scalar_type();
 }
 
-at::Tensor mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction) {
+at::Tensor mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction, bool autocast) {
   constexpr const char* kOp = "mse_loss";
   Call call(kOp, input, target, reduction);
   PointwiseOptions& o = call.o;
-  const auto loss = o.reduction == Reduction::kNone ? empty_beside(call.input, loss_type(input))
-                                                    : input.new_empty({}, loss_type(input));
+  const auto type = loss_type(input, autocast);
+  const auto loss = o.reduction == Reduction::kNone ? empty_beside(call.input, type) : input.new_empty({}, type);
   o.loss = loss.data_ptr();
   o.loss_dtype = *kernel_dtype(loss.scalar_type());
 #ifdef FUSEDLOSS_WITH_CUDA

@@ -1,38 +1,36 @@
 """The losses as functions, with the signatures of `torch.nn.functional`.
 
-A call that the kernels cover goes to them. Any other (a tensor subclass, a device without kernels, torch.compile,
-functorch, forward-mode AD, …) goes to torch's own function, so that it gives what torch gives.
+A call that the kernels cover goes to them: at once where it is eager, as a registered op where the compiler or a
+dispatch mode must see it. Any other (a tensor subclass, a device without kernels, functorch, forward-mode AD, …) goes
+to torch's own function, so that it gives what torch gives. docs/coverage.md lists which.
 """
 
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter, _reduction
-from torch.overrides import _get_current_function_mode_stack, has_torch_function_variadic
-from torch.utils._device import DeviceContext
+from torch.overrides import has_torch_function_variadic
 
-from . import _backend
+from . import _backend, ops
+from .ops import torch_cross_entropy, torch_mse_loss
 
 
-def _needs_torch(input: object, target: object, weight: object = None) -> bool:
-    """Must these go to torch before the kernels may even look at them, or be compiled to do so?"""
+def _is_eager(input: object, target: object, weight: object = None) -> bool:
+    """May the kernels look at these, or even be compiled to do so? They then decide for themselves."""
     return (
-        torch.compiler.is_compiling()
-        or (has_torch_function_variadic(input, target, weight) and not _only_a_default_device(input, target, weight))
-        or not isinstance(input, Tensor)
-        or not isinstance(target, Tensor)
-        or not (weight is None or isinstance(weight, Tensor))
-        or not (input.is_cpu or input.is_cuda)
+        not torch.compiler.is_compiling()
+        and (not has_torch_function_variadic(input, target, weight) or _only_modes(input, target, weight))
+        and isinstance(input, Tensor)
+        and isinstance(target, Tensor)
+        and (weight is None or isinstance(weight, Tensor))
+        and (input.is_cpu or input.is_cuda)
     )
 
 
-def _only_a_default_device(*tensors: object) -> bool:
-    """A default device is a torch function mode, but one that means nothing to a loss."""
-    modes = _get_current_function_mode_stack()
-    plain = all(type(tensor) in (Tensor, Parameter, type(None)) for tensor in tensors)
-    return plain and all(isinstance(mode, DeviceContext) for mode in modes)
+def _only_modes(*arguments: object) -> bool:
+    plain = all(type(argument) in (Tensor, Parameter, type(None)) for argument in arguments)
+    return plain and ops.only_transparent_modes()
 
 
 def cross_entropy(
@@ -84,13 +82,16 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if not _needs_torch(input, target, weight):
+    if _is_eager(input, target, weight):
         loss = _backend.extension().cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
         )
         if loss is not None:
             return loss
-    return F.cross_entropy(
+    if ops.cross_entropy_covers(input, target, weight):
+        number = _reduction.get_enum(reduction)
+        return ops.cross_entropy(input, target, weight, number, ignore_index, label_smoothing)
+    return torch_cross_entropy(
         input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )
 
@@ -124,20 +125,23 @@ def mse_loss(
         RuntimeError: the shapes do not broadcast, or the devices differ.
         NotImplementedError: the dtype is none that squared errors are computed in.
     """
-    if weight is not None or _needs_torch(input, target):
-        return F.mse_loss(input, target, size_average, reduce, reduction, weight)
-    if input.shape != target.shape:
-        warnings.warn(
-            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
-            "This will likely lead to incorrect results due to broadcasting. "
-            "Please ensure they have the same size.",
-            stacklevel=2,
-        )
-        input, target = _broadcast(input, target)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    loss = _backend.extension().mse_loss(input, target, _reduction.get_enum(reduction))
-    return F.mse_loss(input, target, reduction=reduction) if loss is None else loss
+    if weight is None and _is_eager(input, target):
+        if input.shape != target.shape:
+            warnings.warn(
+                f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+                "This will likely lead to incorrect results due to broadcasting. "
+                "Please ensure they have the same size.",
+                stacklevel=2,
+            )
+            input, target = _broadcast(input, target)
+        loss = _backend.extension().mse_loss(input, target, _reduction.get_enum(reduction))
+        if loss is not None:
+            return loss
+    if weight is None and ops.mse_loss_covers(input, target):
+        return ops.mse_loss(input, target, _reduction.get_enum(reduction))
+    return torch_mse_loss(input, target, reduction=reduction, weight=weight)
 
 
 def _broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

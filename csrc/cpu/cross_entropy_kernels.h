@@ -82,9 +82,10 @@ int64_t finish(const CrossEntropyOptions& o) {
     total.weight += chunk.weight;
     if (total.bad_row < 0) total.bad_row = chunk.bad_row;
   }
-  *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(total.weight);
-  if (o.reduction == Reduction::kMean)
+  if (o.reduction == Reduction::kMean) {
+    *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(total.weight);
     write_loss<T>(o, 0, Statistic<T>(divide_by_total_weight(total.loss, total.weight)));
+  }
   if (o.reduction == Reduction::kSum) write_loss<T>(o, 0, Statistic<T>(total.loss));
   return total.bad_row;
 }

@@ -249,9 +249,10 @@ __global__ void __launch_bounds__(kMaxThreads) finish(const CrossEntropyOptions 
   loss_sum = block_sum(loss_sum);
   weight_sum = block_sum(weight_sum);
   if (threadIdx.x != 0) return;
-  const double loss[1] = {o.reduction == Reduction::kMean ? divide_by_total_weight(loss_sum, weight_sum) : loss_sum};
+  const bool mean = o.reduction == Reduction::kMean;
+  const double loss[1] = {mean ? divide_by_total_weight(loss_sum, weight_sum) : loss_sum};
   store_loss<T>(o.loss, o.loss_dtype != o.dtype, 0, loss);
-  *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(weight_sum);
+  if (mean) *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(weight_sum);
 }
 
 // ---- Backward
@@ -383,7 +384,6 @@ int64_t cross_entropy_scratch_bytes(const CrossEntropyOptions& o) {
   return o.reduction == Reduction::kNone ? 0 : int64_t(launch_shape(o).grid.x) * int64_t(sizeof(Partial));
 }
 
-// total_weight is written unless the reduction is kNone, where nobody divides.
 cudaError_t cross_entropy_forward(const CrossEntropyOptions& o, cudaStream_t stream) {
   if (o.classes > kMaxClasses) return cudaErrorInvalidValue;
   const LaunchShape shape = launch_shape(o);

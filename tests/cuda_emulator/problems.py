@@ -213,7 +213,7 @@ class CrossEntropy(Problem):
         wide = statistic(self.dtype)
         outputs = {name: emulator.output(self.rows, wide, name) for name in ("row_max", "row_logsum")}
         outputs["loss"] = emulator.output(self.rows if self.reduction == "none" else 1, self.loss_dtype, "loss")
-        if self.reduction != "none":
+        if self.reduction == "mean":
             outputs["total_weight"] = emulator.output(1, wide, "total_weight")
         for name, memory in outputs.items():
             setattr(o, name, memory.data_ptr())
@@ -241,7 +241,7 @@ class CrossEntropy(Problem):
         )
         terms = largest * (1 + spread / 8) * (self.rows if self.reduction == "sum" else 1)
         assert_exact(results["loss"], loss, terms, f"{self}: loss")
-        if self.reduction != "none":
+        if self.reduction == "mean":
             total = torch.tensor([self.total_weight], dtype=torch.float64)
             assert_exact(results["total_weight"], total, what=f"{self}: total_weight")
         grad_output = self.grad_output.double().abs().max().item()

@@ -1,0 +1,268 @@
+"""The ops as torch's dispatcher knows them: what torch.compile, torch.export, make_fx and dispatch modes see.
+
+An eager call of plain tensors never comes here. It reaches the same C++ functions by pybind11, without the dispatcher
+and Python's part in it, which cost more than a small loss.
+
+A backward op has a derivative of its own, composed of torch's operations, for those who differentiate twice.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.nn.functional import cross_entropy as torch_cross_entropy
+from torch.nn.functional import mse_loss as torch_mse_loss
+from torch.overrides import _get_current_function_mode_stack
+
+from . import _backend
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_REDUCTIONS = ("none", "mean", "sum")  # at torch's number for each
+
+
+# ---- the calls that are the ops' to compute ----
+
+# torch's own function modes that mean nothing to a loss: a default device, and those by which graphs are recorded.
+_TRANSPARENT_MODES = (
+    "DeviceContext",
+    "TorchFunctionMetadataMode",
+    "PreDispatchTorchFunctionMode",
+    "_NonStrictTorchFunctionHandler",
+)
+
+
+def only_transparent_modes() -> bool:
+    """Would the torch function modes that are active let a loss pass unchanged?"""
+    return all(
+        type(mode).__name__ in _TRANSPARENT_MODES and type(mode).__module__.startswith("torch.")
+        for mode in _get_current_function_mode_stack()
+    )
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(device_type: str) -> bool:
+    return device_type == "cpu" or (device_type == "cuda" and _backend.extension().with_cuda)
+
+
+def _accepts(*tensors: object) -> bool:
+    """Can an op take these? Not where something is active that knows torch's own functions only."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+        return False
+    if not only_transparent_modes():
+        return False
+    types = (Tensor, Parameter, FakeTensor, FunctionalTensor)
+    if not all(type(tensor) in types for tensor in tensors):
+        return False
+    input, *others = tensors
+    return (
+        input.dtype in _DTYPES
+        and _has_kernels(input.device.type)
+        and all(tensor.device == input.device for tensor in others)
+    )
+
+
+def cross_entropy_covers(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Is this call the op's? What torch promotes or refuses is left to torch."""
+    if not _accepts(input, target, *([] if weight is None else [weight])) or input.dim() == 0:
+        return False
+    class_dim = min(1, input.dim() - 1)
+    if input.shape[class_dim] == 0:
+        return False
+    if weight is not None and (
+        weight.requires_grad or weight.dtype != input.dtype or weight.shape != input.shape[class_dim : class_dim + 1]
+    ):
+        return False
+    if input.dim() == target.dim():
+        return target.shape == input.shape and target.dtype == input.dtype and not target.requires_grad
+    is_index = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    return is_index and target.shape == _rows(input)
+
+
+def mse_loss_covers(input: Tensor, target: Tensor) -> bool:
+    """Is this call the op's? What torch broadcasts, promotes or refuses is left to torch."""
+    return _accepts(input, target) and target.shape == input.shape and target.dtype == input.dtype
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    autocast = torch.is_autocast_enabled(input.device.type)
+    return torch.ops.fusedloss.cross_entropy_forward(
+        input, target, weight, reduction, ignore_index, label_smoothing, autocast
+    )[0]
+
+
+def mse_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
+    autocast = torch.is_autocast_enabled(input.device.type)
+    return torch.ops.fusedloss.mse_loss_forward(input, target, reduction, autocast)
+
+
+# ---- their schemas, kernels and fake kernels ----
+
+
+def _define(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
+    torch.library.define(f"fusedloss::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"fusedloss::{name}", ("cpu", "cuda"), kernel)
+    torch.library.register_fake(f"fusedloss::{name}", fake)
+
+
+def _rows(input: Tensor) -> Sequence[int]:
+    """The shape of one value a row."""
+    return (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
+
+
+def _statistics_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _fake_cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, autocast):
+    rows, statistics_dtype = _rows(input), _statistics_dtype(input)
+    sums_weights = weight is not None and label_smoothing > 0 and target.dim() != input.dim()
+    reduction = _REDUCTIONS[reduction]
+    return (
+        input.new_empty(rows if reduction == "none" else (), dtype=statistics_dtype if autocast else input.dtype),
+        input.new_empty((2 * math.prod(rows) + (reduction == "mean") + sums_weights,), dtype=statistics_dtype),
+    )
+
+
+def _fake_mse_loss_forward(input, target, reduction, autocast):
+    dtype = _statistics_dtype(input) if autocast else input.dtype
+    return (
+        torch.empty_like(input, dtype=dtype) if _REDUCTIONS[reduction] == "none" else input.new_empty((), dtype=dtype)
+    )
+
+
+_define(
+    "cross_entropy_forward",
+    "(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing,"
+    " bool autocast) -> (Tensor loss, Tensor statistics)",
+    lambda *args: _backend.extension().cross_entropy_forward(*args),
+    _fake_cross_entropy_forward,
+)
+_define(
+    "cross_entropy_backward",
+    "(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor statistics, int reduction,"
+    " int ignore_index, float label_smoothing) -> Tensor",
+    lambda *args: _backend.extension().cross_entropy_backward(*args),
+    lambda grad_output, input, *_: torch.empty_like(input),
+)
+_define(
+    "mse_loss_forward",
+    "(Tensor input, Tensor target, int reduction, bool autocast) -> Tensor",
+    lambda *args: _backend.extension().mse_loss_forward(*args),
+    _fake_mse_loss_forward,
+)
+_define(  # the gradient of input; that of target is its negative
+    "mse_loss_backward",
+    "(Tensor grad_output, Tensor input, Tensor target, int reduction) -> Tensor",
+    lambda *args: _backend.extension().mse_loss_backward(*args, True, False)[0],
+    lambda grad_output, input, *_: torch.empty_like(input),
+)
+
+
+# ---- their derivatives ----
+
+
+def _composed_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+    """grad times the derivative of function(*inputs) by each input that requires one, as torch's operations have it.
+
+    Taken at views: the graph behind the inputs belongs to the backward pass that is under way.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [input.view_as(input) for input in inputs]
+        wanted = [view for view in views if view.requires_grad]
+        found = iter(torch.autograd.grad(function(*views), wanted, grad, create_graph=create_graph, allow_unused=True))
+    return [next(found) if input.requires_grad else None for input in inputs]
+
+
+def _gradient(loss: Callable[[Tensor], Tensor], input: Tensor, grad_output: Tensor) -> Tensor:
+    """grad_output times the derivative of loss(input), itself differentiable."""
+    at = input if input.requires_grad else input.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(at.to(grad_output.dtype)), at, grad_output, create_graph=True)
+    return grad
+
+
+def _save_cross_entropy_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    input, target, weight, *ctx.options, _ = inputs
+    ctx.save_for_backward(input, target, weight, output[1])
+
+
+def _cross_entropy_forward_gradients(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple:
+    input, target, weight, statistics = ctx.saved_tensors
+    if any(ctx.needs_input_grad[1:3]):
+        raise NotImplementedError("fusedloss::cross_entropy_forward has no gradient for target and weight")
+    grad = torch.ops.fusedloss.cross_entropy_backward(grad_output, input, target, weight, statistics, *ctx.options)
+    return grad, *(None,) * 6
+
+
+def _save_cross_entropy_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    grad_output, input, target, weight, _, *ctx.options = inputs
+    ctx.save_for_backward(grad_output, input, target, weight)
+
+
+def _cross_entropy_backward_gradients(ctx: Any, grad: Tensor) -> tuple:
+    grad_output, input, target, weight = ctx.saved_tensors
+    if any(ctx.needs_input_grad[2:4]):
+        raise NotImplementedError("fusedloss::cross_entropy_backward has no gradient for target and weight")
+    reduction, ignore_index, label_smoothing = ctx.options
+    dtype = grad_output.dtype  # float32 where the forward pass ran under autocast
+
+    def loss(x: Tensor) -> Tensor:
+        return torch_cross_entropy(
+            x,
+            target.to(dtype if target.is_floating_point() else torch.int64),
+            None if weight is None else weight.to(dtype),
+            ignore_index=ignore_index,
+            reduction=_REDUCTIONS[reduction],
+            label_smoothing=label_smoothing,
+        )
+
+    grads = _composed_gradients(lambda g, x: _gradient(loss, x, g), (grad_output, input), grad)
+    return *grads, *(None,) * 6
+
+
+def _save_mse_loss_forward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    input, target, ctx.reduction, _ = inputs
+    ctx.save_for_backward(input, target)
+
+
+def _mse_loss_forward_gradients(ctx: Any, grad_output: Tensor) -> tuple:
+    input, target = ctx.saved_tensors
+    grad = torch.ops.fusedloss.mse_loss_backward(grad_output, input, target, ctx.reduction)
+    return grad if ctx.needs_input_grad[0] else None, -grad if ctx.needs_input_grad[1] else None, None, None
+
+
+def _save_mse_loss_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.reduction = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _mse_loss_backward_gradients(ctx: Any, grad: Tensor) -> tuple:
+    def gradient(grad_output: Tensor, input: Tensor, target: Tensor) -> Tensor:
+        def loss(x: Tensor) -> Tensor:
+            return torch_mse_loss(x, target.to(x.dtype), reduction=_REDUCTIONS[ctx.reduction])
+
+        return _gradient(loss, input, grad_output)
+
+    return *_composed_gradients(gradient, ctx.saved_tensors, grad), None
+
+
+for _name, _gradients, _save in (
+    ("cross_entropy_forward", _cross_entropy_forward_gradients, _save_cross_entropy_forward),
+    ("cross_entropy_backward", _cross_entropy_backward_gradients, _save_cross_entropy_backward),
+    ("mse_loss_forward", _mse_loss_forward_gradients, _save_mse_loss_forward),
+    ("mse_loss_backward", _mse_loss_backward_gradients, _save_mse_loss_backward),
+):
+    torch.library.register_autograd(f"fusedloss::{_name}", _gradients, setup_context=_save)
