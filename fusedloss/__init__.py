@@ -5,7 +5,9 @@ criterion = fusedloss.CrossEntropyLoss()  # was: nn.CrossEntropyLoss()
 """
 
 from . import functional, jit
+from ._backend import debug
+from ._patch import patch, unpatch
 from ._version import __version__
 from .modules import CrossEntropyLoss, MSELoss
 
-__all__ = ["CrossEntropyLoss", "MSELoss", "__version__", "functional", "jit"]
+__all__ = ["CrossEntropyLoss", "MSELoss", "__version__", "debug", "functional", "jit", "patch", "unpatch"]

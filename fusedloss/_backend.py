@@ -16,6 +16,7 @@ from ._build import BuildError, info_file, make_plan, release
 
 lock = threading.RLock()  # held while the module is looked for, compiled or replaced
 _module: ModuleType | None = None
+_debug = os.environ.get("FUSEDLOSS_DEBUG") == "1"
 
 
 def extension() -> ModuleType:
@@ -31,7 +32,22 @@ def extension() -> ModuleType:
 def use(module: ModuleType) -> None:
     """Take this module from now on."""
     global _module
+    module.set_debug(_debug)
     _module = module
+
+
+def debug(enabled: bool = True) -> None:
+    """Look for class indices out of range on the host, before a kernel is launched; FUSEDLOSS_DEBUG=1 does so too.
+
+    On CUDA an index out of range fails a device-side assertion, as with torch, after which the process can use the GPU
+    no more. With this it is an IndexError that names row, value and number of classes, and the process goes on. Every
+    cross entropy then waits for the GPU, and none can be captured in a CUDA graph. On the CPU it is always raised.
+    """
+    global _debug
+    with lock:
+        _debug = enabled
+        if _module is not None:
+            _module.set_debug(enabled)
 
 
 def describe() -> str:

@@ -6,11 +6,13 @@ to torch's own function, so that it gives what torch gives. docs/coverage.md lis
 """
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter, _reduction
-from torch.overrides import has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _backend, ops
 from .ops import torch_cross_entropy, torch_mse_loss
@@ -31,6 +33,13 @@ def _is_eager(input: object, target: object, weight: object = None) -> bool:
 def _only_modes(*arguments: object) -> bool:
     plain = all(type(argument) in (Tensor, Parameter, type(None)) for argument in arguments)
     return plain and ops.only_transparent_modes()
+
+
+def _by_torch(function: Callable[..., Tensor], *tensors: Tensor | None, **options: Any) -> Tensor:
+    """torch's own function, also as the one a subclass is asked about: by name it would be ours after `patch`."""
+    if not torch.compiler.is_compiling() and has_torch_function_variadic(*tensors):
+        return handle_torch_function(function, tensors, *tensors, **options)
+    return function(*tensors, **options)
 
 
 def cross_entropy(
@@ -91,9 +100,8 @@ def cross_entropy(
     if ops.cross_entropy_covers(input, target, weight):
         number = _reduction.get_enum(reduction)
         return ops.cross_entropy(input, target, weight, number, ignore_index, label_smoothing)
-    return torch_cross_entropy(
-        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    )
+    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    return _by_torch(torch_cross_entropy, input, target, weight, **options)
 
 
 def mse_loss(
@@ -141,7 +149,7 @@ def mse_loss(
             return loss
     if weight is None and ops.mse_loss_covers(input, target):
         return ops.mse_loss(input, target, _reduction.get_enum(reduction))
-    return torch_mse_loss(input, target, reduction=reduction, weight=weight)
+    return _by_torch(torch_mse_loss, input, target, reduction=reduction, weight=weight)
 
 
 def _broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

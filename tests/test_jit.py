@@ -127,7 +127,9 @@ def test_two_threads_find_the_module_once(monkeypatch):
     def find():
         calls.append(1)
         time.sleep(0.2)
-        return ModuleType("found")
+        module = ModuleType("found")
+        module.set_debug = lambda enabled: None
+        return module
 
     monkeypatch.setattr(_backend, "_module", None)
     monkeypatch.setattr(_backend, "_find", find)
