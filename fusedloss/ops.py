@@ -130,9 +130,10 @@ def _fake_cross_entropy_forward(input, target, weight, reduction, ignore_index, 
     rows, statistics_dtype = _rows(input), _statistics_dtype(input)
     sums_weights = weight is not None and label_smoothing > 0 and target.dim() != input.dim()
     reduction = _REDUCTIONS[reduction]
+    scalars = int(reduction == "mean") + int(sums_weights)
     return (
         input.new_empty(rows if reduction == "none" else (), dtype=statistics_dtype if autocast else input.dtype),
-        input.new_empty((2 * math.prod(rows) + (reduction == "mean") + sums_weights,), dtype=statistics_dtype),
+        input.new_empty((2 * math.prod(rows) + scalars,), dtype=statistics_dtype),
     )
 
 
