@@ -78,14 +78,16 @@ void forward_columns(const Problem<T>& p, ChunkRange range, ChunkResult& chunk) 
     if (i < tile.n)
       state[i / kLanes] = merge(state[i / kLanes], sweep_group<false, T, kTarget>(p, tile, c, end, i));
   }
+  V logsum = V{};  // of the group at hand
   for (int i = 0; i < tile.n; ++i) {
     const RowState<V>& s = state[i / kLanes];
     const int lane = i % kLanes;
+    if (lane == 0) logsum = math::log(s.sum);
     if (kTarget != Target::kProbability && !p.counts(tile.row + i)) {
       skip_row(p, tile.row + i, chunk);
     } else {
       const RowState<A> row = {s.max[lane], s.sum[lane], s.dot[lane], s.mass[lane]};
-      finish_row<T, kTarget>(p, tile.row + i, tile.x + i, row, chunk);
+      finish_row<T, kTarget>(p, tile.row + i, tile.x + i, row, logsum[lane], chunk);
     }
   }
 }

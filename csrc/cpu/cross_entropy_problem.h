@@ -65,12 +65,11 @@ FUSEDLOSS_INLINE void skip_row(const Problem<T>& p, int64_t row, ChunkResult& ch
   if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, 0);
 }
 
-// x: the row's first class, its classes p.o.logits_strides.classes apart.
+// x: the row's first class, its classes p.o.logits_strides.classes apart. logsum: log(state.sum).
 template <typename T, Target kTarget>
 FUSEDLOSS_INLINE void finish_row(const Problem<T>& p, int64_t row, const T* x, RowState<Statistic<T>> state,
-                                 ChunkResult& chunk) {
+                                 Statistic<T> logsum, ChunkResult& chunk) {
   using A = Statistic<T>;
-  const A logsum = std::log(state.sum);
   A loss = 0, weight = 1;
   // Not rounded C times.
   if constexpr (kTarget == Target::kSmoothed) state.mass = index_mass(A(0), p.weight_sum, p.smoothing);

@@ -125,6 +125,14 @@ FUSEDLOSS_INLINE DoubleI lanes_from(int n, double) {
   return index >= int64_t(n);
 }
 
+// v, and value added to one lane.
+template <typename A>
+FUSEDLOSS_INLINE typename Simd<A>::V add_to_lane(typename Simd<A>::V v, int lane, A value) {
+  typename Simd<A>::I index;
+  for (int i = 0; i < Simd<A>::kLanes; ++i) index[i] = i;
+  return index == lane ? v + value : v;
+}
+
 // The first n < lanes elements, and no byte beyond them; the other lanes are 0.
 template <typename T>
 FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V load_first(const T* p, int n) {
@@ -207,6 +215,7 @@ struct Add {
   }
 };
 
+// The second where one is NaN.
 struct Larger {
   template <typename V>
   static FUSEDLOSS_INLINE V of(V a, V b) {
@@ -241,6 +250,39 @@ FUSEDLOSS_INLINE A max_of_lanes(typename Simd<A>::V v) {
   return fold<Larger, A, Simd<A>::kLanes>(v);
 }
 
+// Lanes of a, and of b where the index is kLanes or more.
+template <typename A, int... kIndex>
+FUSEDLOSS_INLINE typename Simd<A>::V shuffle(typename Simd<A>::V a, typename Simd<A>::V b,
+                                             std::integer_sequence<int, kIndex...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kIndex...);
+#else
+  return __builtin_shuffle(a, b, typename Simd<A>::I{kIndex...});
+#endif
+}
+
+template <typename Op, typename A, int kBit, int... kLane>
+FUSEDLOSS_INLINE typename Simd<A>::V fold_pair(typename Simd<A>::V a, typename Simd<A>::V b,
+                                               std::integer_sequence<int, kLane...>) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  using Near = std::integer_sequence<int, (kLane & kBit ? kLanes + kLane - kBit : kLane)...>;
+  using Far = std::integer_sequence<int, (kLane & kBit ? kLanes + kLane : kLane + kBit)...>;
+  return Op::of(shuffle<A>(a, b, Near{}), shuffle<A>(a, b, Far{}));
+}
+
+// The folds of as many vectors as there are lanes, that of v[i] in lane i, each in the order above. It takes about as
+// many steps as two single ones. v is overwritten.
+template <typename Op, typename A, int kBit = Simd<A>::kLanes / 2>
+FUSEDLOSS_INLINE typename Simd<A>::V fold_each(typename Simd<A>::V* v) {
+  FUSEDLOSS_UNROLL for (int i = 0; i < kBit; ++i)
+      v[i] = fold_pair<Op, A, kBit>(v[i], v[i + kBit], std::make_integer_sequence<int, Simd<A>::kLanes>{});
+  if constexpr (kBit == 1) {
+    return v[0];
+  } else {
+    return fold_each<Op, A, kBit / 2>(v);
+  }
+}
+
 // ---- exp, for arguments up to a little above 0 ----
 //
 // exp(x) = 2^n exp(r) with n = round(x / ln 2), |r| <= ln 2 / 2; exp(r) = 1 + r + r^2 q(r), q fitted at Chebyshev
@@ -259,7 +301,7 @@ FUSEDLOSS_INLINE double exp(double x) {
 FUSEDLOSS_INLINE FloatV exp(FloatV x) {
   constexpr float kLowest = -110.f;
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the sum
-  x = x < kLowest ? FloatV{} + kLowest : x;
+  x = Larger::of(FloatV{} + kLowest, x);
   const FloatV shifted = x * 1.44269504f + kRound;
   const FloatV n = shifted - kRound;
   const FloatV r = (x - n * 0.693145752f) - n * 1.42860682e-6f;
@@ -282,7 +324,7 @@ FUSEDLOSS_INLINE FloatV exp(FloatV x) {
 FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
   constexpr double kLowest = -760.;
   constexpr double kRound = 0x1.8p52;
-  x = x < kLowest ? DoubleV{} + kLowest : x;
+  x = Larger::of(DoubleV{} + kLowest, x);
   const DoubleV shifted = x * 1.4426950408889634 + kRound;
   const DoubleV n = shifted - kRound;
   const DoubleV r = (x - n * 0x1.62e42feep-1) - n * 1.9082149292705877e-10;
@@ -304,6 +346,36 @@ FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
   const DoubleI half = exponent >> 1;
   return exp_r * (DoubleV)((half + 1023) << 52) * (DoubleV)((exponent - half + 1023) << 52);
 #endif
+}
+
+// ---- log, of 0, of what exceeds 2^-126, of infinity and NaN ----
+//
+// log(x) = e ln 2 + log(1 + f) with x = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) = f - f^2 / 2 + f^3 q(f),
+// q fitted to a relative error of the result of 6e-9.
+
+FUSEDLOSS_INLINE FloatV log(FloatV x) {
+  constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  const FloatI exponent = ((FloatI)x - kSqrtHalf) >> 23;
+  const FloatV e = __builtin_convertvector(exponent, FloatV);
+  const FloatV f = (FloatV)((FloatI)x - (exponent << 23)) - 1.f;
+  FloatV q = FloatV{} - 0.0763447136f;
+  q = q * f + 0.127615571f;
+  q = q * f - 0.131601810f;
+  q = q * f + 0.142017603f;
+  q = q * f - 0.166233584f;
+  q = q * f + 0.200012267f;
+  q = q * f - 0.250008196f;
+  q = q * f + 0.333333313f;
+  const FloatV square = f * f;
+  const FloatV small = e * 1.42860682e-6f + square * (f * q - 0.5f);
+  const FloatV log = e * 0.693145752f + (f + small);
+  const FloatV special = x == 0.f ? FloatV{} - INFINITY : x;
+  return (x > 0.f) & (x < INFINITY) ? log : special;
+}
+
+FUSEDLOSS_INLINE DoubleV log(DoubleV x) {
+  for (int lane = 0; lane < Simd<double>::kLanes; ++lane) x[lane] = std::log(x[lane]);
+  return x;
 }
 
 }  // namespace math
