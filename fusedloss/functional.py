@@ -160,3 +160,8 @@ def _broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             f"mse_loss: target of shape {list(target.shape)} must have, or broadcast with, the shape of input, "
             f"{list(input.shape)}: {error}"
         ) from None
+
+
+# TorchScript cannot compile a call into an extension. Asked for these functions, or what calls them, it gets torch's.
+cross_entropy.__prepare_scriptable__ = lambda: torch_cross_entropy
+mse_loss.__prepare_scriptable__ = lambda: torch_mse_loss

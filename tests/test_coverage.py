@@ -318,9 +318,10 @@ def _(name, loss):
         step(loss(*given(name)))
 
 
-@situation("torch.jit.trace")
+@situation("torch.jit.trace, torch.jit.script")
 def _(name, loss):
     torch.jit.trace(loss, given(name), check_trace=False)
+    step(torch.jit.script(loss)(*given(name)))
 
 
 # ---- what computes them ----

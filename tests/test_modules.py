@@ -44,6 +44,18 @@ def test_state_copies_and_repr():
     torch.testing.assert_close(ours(logits.double(), target), torchs.double()(logits.double(), target))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["CrossEntropyLoss", "MSELoss"])
+def test_torchscript(name):
+    """It compiles torch's own function."""
+    logits = torch.randn(7, 5)
+    target = torch.randint(0, 5, (7,)) if name == "CrossEntropyLoss" else torch.randn(7, 5)
+    expected = getattr(nn, name)()(logits, target)
+    with fusedloss.patch():
+        for module in (fusedloss, nn):
+            torch.testing.assert_close(torch.jit.script(getattr(module, name)())(logits, target), expected)
+
+
 @pytest.mark.parametrize("size_average", [None, True, False])
 @pytest.mark.parametrize("reduce", [None, True, False])
 @pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
