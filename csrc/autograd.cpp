@@ -6,6 +6,7 @@
 // operations: it is exact, and autograd knows its derivative. Where someone looks on (a dispatch mode, compiled
 // autograd), the backward pass is the op that fusedloss/ops.py registers.
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -14,6 +15,8 @@
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+
+#include <atomic>
 
 #include "ops.h"
 #include "plain.h"
@@ -63,16 +66,57 @@ variable_list composed_gradients(const variable_list& inputs, const at::Tensor& 
 
 using Inputs = c10::ArrayRef<const c10::IValue>;
 
-auto run_cross_entropy_forward(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                               int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  RECORD_FUNCTION("fusedloss::cross_entropy_forward", Inputs());
+CrossEntropyResult run_cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
+                                             const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                             double label_smoothing, bool with_grad) {
+  RECORD_FUNCTION(with_grad ? "fusedloss::cross_entropy_forward_with_grad" : "fusedloss::cross_entropy_forward", Inputs());
   return cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing,
-                               autocast_to_float32(input));
+                               autocast_to_float32(input), with_grad);
 }
 
 at::Tensor run_mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction) {
   RECORD_FUNCTION("fusedloss::mse_loss_forward", Inputs());
   return mse_loss_forward(input, target, reduction, autocast_to_float32(input));
+}
+
+// ---- the gradient in the forward pass ----
+//
+// A loss is mostly the root of its graph: the gradient that comes back is 1. The forward pass then computes the
+// gradient as well, while the cache holds the logits, and the backward pass hands it over: once, for it becomes the
+// caller's. Any other grad_output (a loss scale, a weight of this loss among others) is multiplied in float32, by
+// computing the gradient anew: a 16-bit gradient scaled afterwards would have been rounded, or lost, before.
+
+// Whether the last grad_output was 1. What it decides is time and never a result.
+std::atomic<bool> grad_output_was_one = true;
+
+bool grad_in_forward(const at::Tensor& input, int64_t reduction) {
+  // Saved-tensor hooks say that memory is short, or that this forward pass will be run again.
+  return input.is_cpu() && reduction != 0 && grad_output_was_one &&
+         at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+}
+
+bool is_one(const at::Tensor& value) {
+  switch (value.scalar_type()) {
+    case at::kFloat:
+      return *value.const_data_ptr<float>() == 1;
+    case at::kDouble:
+      return *value.const_data_ptr<double>() == 1;
+    case at::kBFloat16:
+      return *value.const_data_ptr<at::BFloat16>() == 1;
+    default:
+      return *value.const_data_ptr<at::Half>() == 1;
+  }
+}
+
+at::Tensor take_grad_of_forward(AutogradContext* ctx, const at::Tensor& grad_output) {
+  if (!grad_output.is_cpu() || grad_output.dim() != 0) return {};
+  const bool one = is_one(grad_output);
+  grad_output_was_one = one;
+  const auto found = ctx->saved_data.find("grad");
+  if (found == ctx->saved_data.end()) return {};
+  at::Tensor grad = std::move(found->second).toTensor();
+  ctx->saved_data.erase(found);
+  return one ? grad : at::Tensor();
 }
 
 class CrossEntropy : public Function<CrossEntropy> {
@@ -82,8 +126,9 @@ class CrossEntropy : public Function<CrossEntropy> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                             double label_smoothing) {
-    auto [loss, statistics] =
-        run_cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing);
+    auto [loss, statistics, grad] = run_cross_entropy_forward(input, target, weight, reduction, ignore_index,
+                                                              label_smoothing, grad_in_forward(input, reduction));
+    if (grad.defined()) ctx->saved_data["grad"] = std::move(grad);
     ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), statistics});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
@@ -114,9 +159,12 @@ class CrossEntropy : public Function<CrossEntropy> {
       grad = call_registered_op<Signature>("fusedloss::cross_entropy_backward", grad_output, input, target, weight,
                                            statistics, reduction, ignore_index, label_smoothing);
     } else {
-      RECORD_FUNCTION("fusedloss::cross_entropy_backward", Inputs());
-      grad = cross_entropy_backward(grad_output, input, target, weight, statistics, reduction, ignore_index,
-                                    label_smoothing);
+      grad = take_grad_of_forward(ctx, grad_output);
+      if (!grad.defined()) {
+        RECORD_FUNCTION("fusedloss::cross_entropy_backward", Inputs());
+        grad = cross_entropy_backward(grad_output, input, target, weight, statistics, reduction, ignore_index,
+                                      label_smoothing);
+      }
     }
     return {grad, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
@@ -167,7 +215,7 @@ OptionalTensor cross_entropy(const at::Tensor& input, const at::Tensor& target, 
   if (!cross_entropy_covers(input, target, weight)) return std::nullopt;
   if (at::GradMode::is_enabled() && input.requires_grad())
     return CrossEntropy::apply(input, target, weight, reduction, ignore_index, label_smoothing);
-  return std::get<0>(run_cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing));
+  return run_cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, false).loss;
 }
 
 OptionalTensor mse_loss(const at::Tensor& input, const at::Tensor& target, int64_t reduction) {

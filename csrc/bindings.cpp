@@ -10,7 +10,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def("cross_entropy", &cross_entropy, no_gil);
   m.def("mse_loss", &mse_loss, no_gil);
-  m.def("cross_entropy_forward", &cross_entropy_forward, no_gil);
+  m.def(
+      "cross_entropy_forward",
+      [](const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
+         int64_t ignore_index, double label_smoothing, bool autocast) {
+        const auto result =
+            cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, autocast);
+        return std::make_tuple(result.loss, result.statistics);
+      },
+      no_gil);
   m.def("cross_entropy_backward", &cross_entropy_backward, no_gil);
   m.def("mse_loss_forward", &mse_loss_forward, no_gil);
   m.def("mse_loss_backward", &mse_loss_backward, no_gil);

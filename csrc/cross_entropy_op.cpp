@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "cpu/cross_entropy_cpu.h"
+#include "huge_pages.h"
 #include "ops.h"
 #include "plain.h"
 #include "row_layout.h"
@@ -156,10 +157,31 @@ void forward_on_cpu(Call& call) {
   const HostScratch scratch(cpu::cross_entropy_scratch_bytes(o));
   o.scratch = scratch.data();
   if (o.weight_sum != nullptr) cpu::cross_entropy_weight_sum(o);
+  if (o.grad_logits != nullptr && o.total_weight != nullptr) {
+    run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_weigh(o, begin, end); });
+    cpu::cross_entropy_total_weight(o);
+  }
   run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_forward(o, begin, end); });
   const int64_t bad = cpu::cross_entropy_finish(o);
   if (bad >= 0) refuse_class_index(call, bad, o.target_index[bad]);
 }
+
+// The gradient of a call, which its options then point to. Laid out like input, as the fake kernel in fusedloss/ops.py
+// promises, but written in the layout of the kernels.
+struct Gradient {
+  at::Tensor grad, written;
+
+  explicit Gradient(Call& call, const at::Tensor& input)
+      // The operator itself: at::empty_like brings a header that doubles this file's time to compile.
+      : grad(at::_ops::empty_like::call(input, {}, {}, {}, {}, {})),
+        written(layout_of(grad, row_sizes(grad)) == call.layout ? grad : empty_in_layout(grad, call.layout)) {
+    prefer_huge_pages(written);
+    call.o.grad_logits = written.data_ptr();
+    call.o.grad_strides = kernel_strides(written, call.layout);
+  }
+
+  at::Tensor take() const { return written.is_same(grad) ? grad : grad.copy_(written); }
+};
 
 void run_backward(const Call& call) {
   const CrossEntropyOptions& o = call.o;
@@ -190,9 +212,9 @@ bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, con
   return true;
 }
 
-std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
-                                                         const OptionalTensor& weight, int64_t reduction,
-                                                         int64_t ignore_index, double label_smoothing, bool autocast) {
+CrossEntropyResult cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
+                                         const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                         double label_smoothing, bool autocast, bool with_grad) {
   Call call(input, target, weight, reduction, ignore_index, label_smoothing);
   CrossEntropyOptions& o = call.o;
   if (weight.has_value()) check_weight_dtype(input, *weight, autocast);
@@ -216,11 +238,16 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input
       at::sum_out(weight_sum, call.weight, at::IntArrayRef{0}, /*keepdim=*/true);
     }
     run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::cross_entropy_forward(o, stream); });
-    return {loss, statistics};
+    return {loss, statistics, {}};
   }
 #endif
+  if (!with_grad) {
+    forward_on_cpu(call);
+    return {loss, statistics, {}};
+  }
+  const Gradient gradient(call, input);
   forward_on_cpu(call);
-  return {loss, statistics};
+  return {loss, statistics, gradient.take()};
 }
 
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
@@ -244,14 +271,9 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
   o.grad_output = upstream.const_data_ptr();
   o.grad_output_stride = one_value ? 0 : 1;
 
-  // Laid out like input, as the fake kernel in fusedloss/ops.py promises; written in the layout of the kernels. The
-  // operator itself, because at::empty_like brings a header that doubles this file's time to compile.
-  const auto grad = at::_ops::empty_like::call(input, {}, {}, {}, {}, {});
-  const auto written = layout_of(grad, row_sizes(grad)) == call.layout ? grad : empty_in_layout(grad, call.layout);
-  o.grad_logits = written.data_ptr();
-  o.grad_strides = kernel_strides(written, call.layout);
+  const Gradient gradient(call, input);
   run_backward(call);
-  return written.is_same(grad) ? grad : grad.copy_(written);
+  return gradient.take();
 }
 
 }  // namespace fusedloss

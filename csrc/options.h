@@ -43,9 +43,10 @@ struct CrossEntropyOptions {
   void* loss;     // [rows] for kNone, else [1]
   void* scratch;  // forward only; as many bytes as the launcher asks for, 16-byte aligned
 
-  const void* grad_output;     // [rows] for kNone, else [1]
+  const void* grad_output;     // [rows] for kNone, else [1]; null is 1
   int64_t grad_output_stride;  // 0 where one value serves all rows
-  void* grad_logits;           // [outer, classes, inner]
+  void* grad_logits;           // [outer, classes, inner]; not null in the forward pass: write it there, which only the
+                               // CPU does, with total_weight known beforehand
   Strides grad_strides;
 
   int64_t rows() const { return outer * inner; }

@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "cpu/pointwise_cpu.h"
+#include "huge_pages.h"
 #include "ops.h"
 #include "plain.h"
 #include "run.h"
@@ -17,7 +18,9 @@ namespace {
 
 // Uninitialised, elements at the same places in memory.
 at::Tensor empty_beside(const at::Tensor& t, at::ScalarType type) {
-  return t.new_empty_strided(t.sizes(), t.strides(), type);
+  const auto fresh = t.new_empty_strided(t.sizes(), t.strides(), type);
+  prefer_huge_pages(fresh);
+  return fresh;
 }
 
 // The options of one call, and the tensors whose memory they point to. Elements are paired by their place in memory,

@@ -25,6 +25,14 @@ void cross_entropy_weight_sum(const CrossEntropyOptions& o) {
   FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(weight_sum<Statistic<T>>(o)));
 }
 
+void cross_entropy_weigh(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
+  FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(weigh<T>(o, begin, end)));
+}
+
+void cross_entropy_total_weight(const CrossEntropyOptions& o) {
+  FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(total_weight<T>(o)));
+}
+
 void cross_entropy_forward(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(forward<T>(o, begin, end)));
 }

@@ -11,6 +11,18 @@ namespace {
 #include "cpu/cross_entropy_columns.h"
 
 template <typename T, Target kTarget>
+void backward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
+  const Problem<T> p(o);
+  for (int64_t k = begin; k < end; ++k) {
+    if (in_rows(o)) {
+      backward_rows<T, kTarget>(p, chunk_range(o, k));
+    } else {
+      backward_columns<T, kTarget>(p, chunk_range(o, k));
+    }
+  }
+}
+
+template <typename T, Target kTarget>
 void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   const Problem<T> p(o);
   for (int64_t k = begin; k < end; ++k) {
@@ -21,18 +33,7 @@ void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
       forward_columns<T, kTarget>(p, chunk_range(o, k), result);
     }
     static_cast<ChunkResult*>(o.scratch)[k] = result;
-  }
-}
-
-template <typename T, Target kTarget>
-void backward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
-  const Problem<T> p(o);
-  for (int64_t k = begin; k < end; ++k) {
-    if (in_rows(o)) {
-      backward_rows<T, kTarget>(p, chunk_range(o, k));
-    } else {
-      backward_columns<T, kTarget>(p, chunk_range(o, k));
-    }
+    if (o.grad_logits != nullptr) backward_chunks<T, kTarget>(o, k, k + 1);  // while the cache holds its logits
   }
 }
 
@@ -69,6 +70,31 @@ void weight_sum(const CrossEntropyOptions& o) {
   for (; c + kLanes <= o.classes; c += kLanes) sum += load(weight + c);
   if (c < o.classes) sum += load_first(weight + c, int(o.classes - c));
   *static_cast<A*>(o.weight_sum) = sum_of_lanes<A>(sum);
+}
+
+template <typename T>
+void weigh(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
+  const Problem<T> p(o);
+  for (int64_t k = begin; k < end; ++k) {
+    const ChunkRange range = chunk_range(o, k);
+    const int64_t first = range.outer * o.inner + range.begin;
+    double weight = 0;  // added up as the forward pass does
+    for (int64_t row = first; row < first + range.end - range.begin; ++row) {
+      if (o.target_index == nullptr) {
+        weight += 1;
+      } else if (p.counts(row)) {
+        weight += p.weight_of(o.target_index[row]);
+      }
+    }
+    static_cast<ChunkResult*>(o.scratch)[k].weight = weight;
+  }
+}
+
+template <typename T>
+void total_weight(const CrossEntropyOptions& o) {
+  double weight = 0;
+  for (int64_t k = 0; k < chunk_count(o); ++k) weight += static_cast<const ChunkResult*>(o.scratch)[k].weight;
+  *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(weight);
 }
 
 // The chunks' sums in their order, in double; rounded once.

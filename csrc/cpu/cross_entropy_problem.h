@@ -52,8 +52,10 @@ template <typename T>
 FUSEDLOSS_INLINE Statistic<T> upstream(const CrossEntropyOptions& o, int64_t row) {
   using A = Statistic<T>;
   const int64_t i = row * o.grad_output_stride;
-  const A g = o.loss_dtype == o.dtype ? load_one(static_cast<const T*>(o.grad_output) + i)
-                                      : static_cast<const A*>(o.grad_output)[i];
+  A g = 1;
+  if (o.grad_output != nullptr)
+    g = o.loss_dtype == o.dtype ? load_one(static_cast<const T*>(o.grad_output) + i)
+                                : static_cast<const A*>(o.grad_output)[i];
   return o.reduction == Reduction::kMean ? divide_by_total_weight(g, *static_cast<const A*>(o.total_weight)) : g;
 }
 

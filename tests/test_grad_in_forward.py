@@ -1,0 +1,117 @@
+"""On the CPU the forward pass may leave the gradient, which the backward pass hands over. Nobody must be able to tell."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_exact
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import fusedloss.functional as fused
+from fusedloss import reference
+
+WITH_GRAD = "fusedloss::cross_entropy_forward_with_grad"
+BACKWARD = "fusedloss::cross_entropy_backward"
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [(7, 10), (40, 600), (3, 5000), (2, 6, 300), (4, 3, 5, 6), (9,)]
+
+
+@pytest.fixture(autouse=True)
+def grad_output_was_one():
+    """What comes back from a loss is 1, as far as the library has seen."""
+    fused.cross_entropy(torch.zeros(1, 2, requires_grad=True), torch.tensor([0])).backward()
+
+
+def events(run) -> set[str]:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    return {event.name for event in profiler.events()}
+
+
+def cases(shape: tuple[int, ...], dtype: torch.dtype):
+    classes = shape[min(1, len(shape) - 1)]
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    weight = torch.rand(classes).to(dtype) + 0.1
+    indices = torch.randint(0, classes, rows)
+    if rows:
+        indices.view(-1)[0] = -100
+    yield indices, {}
+    yield indices, {"weight": weight}
+    yield indices, {"weight": weight, "label_smoothing": 0.1}
+    yield torch.rand(shape).softmax(min(1, len(shape) - 1)).to(dtype), {"weight": weight, "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_is_the_same_gradient_bit_for_bit(shape, dtype, reduction):
+    for target, options in cases(shape, dtype):
+        x = (torch.randn(shape) * 3).to(dtype).requires_grad_()
+        loss = fused.cross_entropy(x, target, reduction=reduction, **options)
+        (handed_over,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (computed,) = torch.autograd.grad(loss, x)
+        assert torch.equal(handed_over, computed) and handed_over.data_ptr() != computed.data_ptr()
+        exact = x.detach().double().requires_grad_()
+        reference.cross_entropy(exact, target, reduction=reduction, **options).backward()
+        assert exact.grad is not None
+        assert_exact(handed_over, exact.grad, scale=1.0 if reduction == "sum" else None, what="gradient")
+
+
+def test_the_way_that_is_taken():
+    def loss() -> Tensor:
+        return fused.cross_entropy(torch.randn(4, 5, requires_grad=True), torch.zeros(4, dtype=torch.int64))
+
+    assert events(lambda: loss().backward()) & {WITH_GRAD, BACKWARD} == {WITH_GRAD}
+    # Another grad_output than 1: the gradient is computed anew, and next time not beforehand.
+    assert events(lambda: (loss() * 2).backward()) & {WITH_GRAD, BACKWARD} == {WITH_GRAD, BACKWARD}
+    assert events(lambda: loss().backward()) & {WITH_GRAD, BACKWARD} == {BACKWARD}
+    assert events(lambda: loss().backward()) & {WITH_GRAD, BACKWARD} == {WITH_GRAD}
+    with torch.autograd.graph.save_on_cpu():
+        assert WITH_GRAD not in events(loss)
+    with torch.no_grad():
+        assert WITH_GRAD not in events(loss)
+
+
+def test_a_loss_scale_is_applied_before_rounding():
+    """As a gradient scaler for float16 does, whose loss autocast keeps in float32. Unscaled, much would round to 0."""
+    x = torch.randn(64, 5000).half().requires_grad_()
+    target = torch.randint(0, 5000, (64,))
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = fused.cross_entropy(x, target)
+        assert loss.dtype == torch.float32
+        (grad,) = torch.autograd.grad(loss * 65536.0, x)
+        exact = x.detach().double().requires_grad_()
+        (reference.cross_entropy(exact, target) * 65536.0).backward()
+        assert_exact(grad, exact.grad, what="gradient")
+        assert (grad != 0).float().mean() > 0.99
+
+
+def test_what_was_handed_over_is_the_callers():
+    x = torch.randn(6, 50, requires_grad=True)
+    target = torch.randint(0, 50, (6,))
+    loss = fused.cross_entropy(x, target)
+    loss.backward(retain_graph=True)
+    assert x.grad is not None
+    once = x.grad.clone()
+    x.grad.zero_().add_(3)
+    loss.backward()
+    assert torch.equal(x.grad, once + 3)
+
+
+def test_overwritten_logits_are_noticed():
+    leaf = torch.randn(6, 50, requires_grad=True)
+    logits = leaf * 1
+    loss = fused.cross_entropy(logits, torch.randint(0, 50, (6,)))
+    logits.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_several_losses_of_one_graph():
+    x = torch.randn(6, 50, requires_grad=True)
+    target = torch.randint(0, 50, (6,))
+    (fused.cross_entropy(x, target) + fused.cross_entropy(x * 2, target) * 0.5).backward()
+    y = x.detach().requires_grad_()
+    (F.cross_entropy(y, target) + F.cross_entropy(y * 2, target) * 0.5).backward()
+    torch.testing.assert_close(x.grad, y.grad)
