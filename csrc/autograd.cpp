@@ -1,5 +1,5 @@
-// What autograd is told: the ops as torch::autograd::Functions. In C++ because at small sizes a Python Function costs as
-// much as a whole loss.
+// What autograd is told: the ops as torch::autograd::Functions. In C++ because at small sizes a Python Function costs
+// as much as a whole loss.
 //
 // A Function is entered only where a gradient is wanted. Where a backward pass is itself to be differentiated
 // (create_graph), or its gradient is a batch of them (is_grads_batched), the gradient is composed of torch's own
@@ -61,15 +61,15 @@ variable_list composed_gradients(const variable_list& inputs, const at::Tensor& 
   return grads;
 }
 
-// The forward passes, seen by the profiler, in the dtype that autocast asks for. Of backward passes torch's engine tells
-// the profiler the node; which of its two ways it took is told here.
+// The passes are seen by the profiler, each under the name of what it computes.
 
 using Inputs = c10::ArrayRef<const c10::IValue>;
 
 CrossEntropyResult run_cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
                                              const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                                              double label_smoothing, bool with_grad) {
-  RECORD_FUNCTION(with_grad ? "fusedloss::cross_entropy_forward_with_grad" : "fusedloss::cross_entropy_forward", Inputs());
+  RECORD_FUNCTION(with_grad ? "fusedloss::cross_entropy_forward_with_grad" : "fusedloss::cross_entropy_forward",
+                  Inputs());
   return cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing,
                                autocast_to_float32(input), with_grad);
 }

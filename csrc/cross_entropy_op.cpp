@@ -118,7 +118,8 @@ struct Call {
   int64_t statistics_numel() const { return 2 * o.rows() + (o.reduction == Reduction::kMean) + sums_weights(); }
 
   void take_statistics(const at::Tensor& statistics) {
-    const auto at = [&](int64_t i) { return static_cast<char*>(statistics.data_ptr()) + i * statistics.element_size(); };
+    char* const first = static_cast<char*>(statistics.data_ptr());
+    const auto at = [&](int64_t i) { return first + i * statistics.element_size(); };
     o.row_max = at(0);
     o.row_logsum = at(o.rows());
     o.total_weight = o.reduction == Reduction::kMean ? at(2 * o.rows()) : nullptr;

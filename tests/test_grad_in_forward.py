@@ -1,4 +1,4 @@
-"""On the CPU the forward pass may leave the gradient, which the backward pass hands over. Nobody must be able to tell."""
+"""On the CPU the forward pass may leave the gradient, to be handed over. Nobody must be able to tell."""
 
 import pytest
 import torch

@@ -350,8 +350,8 @@ FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
 
 // ---- log, of 0, of what exceeds 2^-126, of infinity and NaN ----
 //
-// log(x) = e ln 2 + log(1 + f) with x = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) = f - f^2 / 2 + f^3 q(f),
-// q fitted to a relative error of the result of 6e-9.
+// log(x) = e ln 2 + log(1 + f) with x = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) = f - f^2 / 2 +
+// f^3 q(f), q fitted to a relative error of the result of 6e-9.
 
 FUSEDLOSS_INLINE FloatV log(FloatV x) {
   constexpr int32_t kSqrtHalf = 0x3f3504f3;
