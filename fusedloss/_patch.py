@@ -35,6 +35,8 @@ class patch:
         _activate(self)
 
     def __enter__(self) -> patch:
+        if self not in _active:  # entered again, after it was left
+            _activate(self)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -57,7 +57,7 @@ def _accepts(*tensors: object) -> bool:
     if not only_transparent_modes():
         return False
     types = (Tensor, Parameter, FakeTensor, FunctionalTensor)
-    if not all(type(tensor) in types for tensor in tensors):
+    if not all(type(tensor) in types and tensor.layout == torch.strided and not tensor.is_nested for tensor in tensors):
         return False
     input, *others = tensors
     return (
@@ -68,20 +68,18 @@ def _accepts(*tensors: object) -> bool:
 
 
 def cross_entropy_covers(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Is this call the op's? What torch promotes or refuses is left to torch."""
+    """Is this call the op's? What torch promotes or refuses is left to torch.
+
+    Sizes are not compared here but by the fake kernel: the compiler may not know them before the graph runs.
+    """
     if not _accepts(input, target, *([] if weight is None else [weight])) or input.dim() == 0:
         return False
-    class_dim = min(1, input.dim() - 1)
-    if input.shape[class_dim] == 0:
-        return False
-    if weight is not None and (
-        weight.requires_grad or weight.dtype != input.dtype or weight.shape != input.shape[class_dim : class_dim + 1]
-    ):
+    if weight is not None and (weight.requires_grad or weight.dtype != input.dtype or weight.dim() != 1):
         return False
     if input.dim() == target.dim():
-        return target.shape == input.shape and target.dtype == input.dtype and not target.requires_grad
+        return target.dtype == input.dtype and not target.requires_grad
     is_index = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-    return is_index and target.shape == _rows(input)
+    return is_index and target.dim() == len(_rows(input))
 
 
 def mse_loss_covers(input: Tensor, target: Tensor) -> bool:
@@ -97,15 +95,13 @@ def cross_entropy(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    autocast = torch.is_autocast_enabled(input.device.type)
     return torch.ops.fusedloss.cross_entropy_forward(
-        input, target, weight, reduction, ignore_index, label_smoothing, autocast
+        input, target, weight, reduction, ignore_index, label_smoothing, False
     )[0]
 
 
 def mse_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
-    autocast = torch.is_autocast_enabled(input.device.type)
-    return torch.ops.fusedloss.mse_loss_forward(input, target, reduction, autocast)
+    return torch.ops.fusedloss.mse_loss_forward(input, target, reduction, False)
 
 
 # ---- their schemas, kernels and fake kernels ----
@@ -128,6 +124,12 @@ def _statistics_dtype(input: Tensor) -> torch.dtype:
 
 def _fake_cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, autocast):
     rows, statistics_dtype = _rows(input), _statistics_dtype(input)
+    expected = input.shape if target.dim() == input.dim() else rows
+    for given, size in zip(target.shape, expected, strict=True):
+        torch._check(given == size, lambda: f"target must have shape {list(expected)}, got {list(target.shape)}")
+    if weight is not None:
+        classes = input.shape[min(1, input.dim() - 1)]
+        torch._check(weight.shape[0] == classes, lambda: f"weight must have {classes} elements, got {weight.shape[0]}")
     sums_weights = weight is not None and label_smoothing > 0 and target.dim() != input.dim()
     reduction = _REDUCTIONS[reduction]
     scalars = int(reduction == "mean") + int(sums_weights)
@@ -170,6 +172,29 @@ _define(  # the gradient of input; that of target is its negative
     lambda *args: _backend.extension().mse_loss_backward(*args, True, False)[0],
     lambda grad_output, input, *_: torch.empty_like(input),
 )
+
+
+# ---- under autocast ----
+#
+# It is the dispatcher that knows of it, as for torch's own ops: a graph that was recorded without autocast obeys it
+# where it runs.
+
+
+def _obey_autocast(name: str, autocast_position: int) -> None:
+    op = getattr(torch.ops.fusedloss, name).default
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def kernel(*args: Any, keys: torch._C.DispatchKeySet = keys) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return op(*args[:autocast_position], args[0].dtype != torch.float64)
+
+        _library.impl(name, kernel, key)
+
+
+_library = torch.library.Library("fusedloss", "FRAGMENT")
+_obey_autocast("cross_entropy_forward", 6)
+_obey_autocast("mse_loss_forward", 3)
 
 
 # ---- their derivatives ----
