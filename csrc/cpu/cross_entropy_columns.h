@@ -2,8 +2,9 @@
 // neighbouring rows, so that loads stay contiguous without a transposed copy. Included inside the namespace of each
 // instruction set, so without include guard.
 
-// Classes that are swept twice while L1 still holds this many of each of a tile's rows.
-constexpr int64_t kColumnBlock = 16;
+// Classes that are swept twice while L1 still holds this many of each of a tile's rows; and classes that are added up
+// apart from the others: one sum over all of them in a row would round as often as there are classes.
+constexpr int64_t kColumnBlock = 16, kColumnPart = 1024;
 
 // Up to kTile neighbouring rows, and within them groups of as many as a vector holds.
 template <typename T>
@@ -24,13 +25,14 @@ struct Tile {
                  : nullptr) {}
 };
 
-// q of class c for the group that starts at column i, without the target class's own part.
+// q of class c for the group that starts at column i, without the target class's own part; of a smoothed target in
+// units of smoothing.uniform.
 template <bool kWhole, typename T, Target kTarget>
 FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V column_coefficients(const Problem<T>& p, const Tile<T>& tile,
                                                                     int64_t c, int i) {
   using V = typename Simd<Statistic<T>>::V;
   if constexpr (kTarget == Target::kSmoothed) {
-    return V{} + p.smoothing.uniform * p.weight_of(c);
+    return V{} + p.weight_of(c);
   } else if constexpr (kTarget == Target::kProbability) {
     const V t = load_lanes<kWhole>(tile.t + c * p.o.target_strides.classes + i, tile.n - i);
     return probability_coefficient(t, V{} + p.weight_of(c), p.smoothing);
@@ -68,15 +70,21 @@ void forward_columns(const Problem<T>& p, ChunkRange range, ChunkResult& chunk) 
   using V = typename Simd<A>::V;
   constexpr int kLanes = kLanesOf<T>;
   const Tile<T> tile(p, range);
-  RowState<V> state[kTile / kLanes];
+  constexpr int kGroups = kTile / kLanes;
+  RowState<V> state[kGroups], part[kGroups];
   for (auto& s : state) s = empty_row_state<V>();
-  for (int64_t c = 0; c < p.o.classes; c += kColumnBlock) {
-    const int64_t end = std::min(c + kColumnBlock, p.o.classes);
-    int i = 0;
-    for (; i + kLanes <= tile.n; i += kLanes)
-      state[i / kLanes] = merge(state[i / kLanes], sweep_group<true, T, kTarget>(p, tile, c, end, i));
-    if (i < tile.n)
-      state[i / kLanes] = merge(state[i / kLanes], sweep_group<false, T, kTarget>(p, tile, c, end, i));
+  for (int64_t first = 0; first < p.o.classes; first += kColumnPart) {
+    const int64_t last = std::min(first + kColumnPart, p.o.classes);
+    for (auto& s : part) s = empty_row_state<V>();
+    for (int64_t c = first; c < last; c += kColumnBlock) {
+      const int64_t end = std::min(c + kColumnBlock, last);
+      int i = 0;
+      for (; i + kLanes <= tile.n; i += kLanes)
+        part[i / kLanes] = merge(part[i / kLanes], sweep_group<true, T, kTarget>(p, tile, c, end, i));
+      if (i < tile.n)
+        part[i / kLanes] = merge(part[i / kLanes], sweep_group<false, T, kTarget>(p, tile, c, end, i));
+    }
+    for (int g = 0; g * kLanes < tile.n; ++g) state[g] = merge(state[g], part[g]);
   }
   V logsum = V{};  // of the group at hand
   for (int i = 0; i < tile.n; ++i) {
@@ -86,10 +94,24 @@ void forward_columns(const Problem<T>& p, ChunkRange range, ChunkResult& chunk) 
     if (kTarget != Target::kProbability && !p.counts(tile.row + i)) {
       skip_row(p, tile.row + i, chunk);
     } else {
-      const RowState<A> row = {s.max[lane], s.sum[lane], s.dot[lane], s.mass[lane]};
+      const RowState<Wide<A>> row = {s.max[lane], s.sum[lane], s.dot[lane], s.mass[lane]};
       finish_row<T, kTarget>(p, tile.row + i, tile.x + i, row, logsum[lane], chunk);
     }
   }
+}
+
+// sum(q) of a probability target, for the group that starts at column i; in blocks as above.
+template <bool kWhole, typename T>
+FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V mass_of_group(const Problem<T>& p, const Tile<T>& tile, int i) {
+  using V = typename Simd<Statistic<T>>::V;
+  V mass = V{}, part = V{}, block = V{};
+  for (int64_t c = 0; c < p.o.classes; ++c) {
+    block += column_coefficients<kWhole, T, Target::kProbability>(p, tile, c, i);
+    const bool last = c + 1 == p.o.classes;
+    if (last || (c + 1) % kColumnBlock == 0) part += block, block = V{};
+    if (last || (c + 1) % kColumnPart == 0) mass += part, part = V{};
+  }
+  return mass;
 }
 
 // What the gradient needs of each row of a tile.
@@ -107,7 +129,8 @@ FUSEDLOSS_INLINE void gradient_group(const Problem<T>& p, const Tile<T>& tile, c
   const V x = load_lanes<kWhole>(tile.x + c * p.o.logits_strides.classes + i, n);
   const V max = load_lanes<kWhole>(p.row_max + tile.row + i, n);
   const V logsum = load_lanes<kWhole>(p.row_logsum + tile.row + i, n);
-  const V q = column_coefficients<kWhole, T, kTarget>(p, tile, c, i);
+  V q = column_coefficients<kWhole, T, kTarget>(p, tile, c, i);
+  if constexpr (kTarget == Target::kSmoothed) q *= p.smoothing.uniform;
   V grad = logit_gradient(math::exp(x - max - logsum), q, load(rows.mass + i), load(rows.g + i));
   grad = load(rows.counts + i) == V{} ? V{} : grad;
   store_lanes<kWhole>(tile.grad + c * p.o.grad_strides.classes + i, grad, n);
@@ -117,7 +140,6 @@ FUSEDLOSS_INLINE void gradient_group(const Problem<T>& p, const Tile<T>& tile, c
 template <typename T, Target kTarget>
 void backward_columns(const Problem<T>& p, ChunkRange range) {
   using A = Statistic<T>;
-  using V = typename Simd<A>::V;
   constexpr int kLanes = kLanesOf<T>;
   const Tile<T> tile(p, range);
   TileGradient<A> rows = {};
@@ -129,12 +151,8 @@ void backward_columns(const Problem<T>& p, ChunkRange range) {
       rows.mass[i] = index_mass(p.weight_of(p.o.target_index[row]), p.weight_sum, p.smoothing);
   }
   if constexpr (kTarget == Target::kProbability) {
-    for (int64_t c = 0; c < p.o.classes; ++c)
-      for (int i = 0; i < tile.n; i += kLanes) {
-        const V q = i + kLanes <= tile.n ? column_coefficients<true, T, kTarget>(p, tile, c, i)
-                                         : column_coefficients<false, T, kTarget>(p, tile, c, i);
-        store(rows.mass + i, load(rows.mass + i) + q);
-      }
+    for (int i = 0; i < tile.n; i += kLanes)
+      store(rows.mass + i, i + kLanes <= tile.n ? mass_of_group<true>(p, tile, i) : mass_of_group<false>(p, tile, i));
   }
   for (int64_t c = 0; c < p.o.classes; ++c) {
     int i = 0;

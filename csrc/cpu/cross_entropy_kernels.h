@@ -26,7 +26,7 @@ template <typename T, Target kTarget>
 void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   const Problem<T> p(o);
   for (int64_t k = begin; k < end; ++k) {
-    ChunkResult result = {0, 0, -1};
+    ChunkResult result;
     if (in_rows(o)) {
       forward_rows<T, kTarget>(p, chunk_range(o, k), result);
     } else {
@@ -78,12 +78,12 @@ void weigh(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   for (int64_t k = begin; k < end; ++k) {
     const ChunkRange range = chunk_range(o, k);
     const int64_t first = range.outer * o.inner + range.begin;
-    double weight = 0;  // added up as the forward pass does
+    CompensatedSum weight;  // added up as the forward pass does
     for (int64_t row = first; row < first + range.end - range.begin; ++row) {
       if (o.target_index == nullptr) {
-        weight += 1;
+        weight.add(1);
       } else if (p.counts(row)) {
-        weight += p.weight_of(o.target_index[row]);
+        weight.add(p.weight_of(o.target_index[row]));
       }
     }
     static_cast<ChunkResult*>(o.scratch)[k].weight = weight;
@@ -92,27 +92,27 @@ void weigh(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
 
 template <typename T>
 void total_weight(const CrossEntropyOptions& o) {
-  double weight = 0;
-  for (int64_t k = 0; k < chunk_count(o); ++k) weight += static_cast<const ChunkResult*>(o.scratch)[k].weight;
-  *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(weight);
+  CompensatedSum weight;
+  for (int64_t k = 0; k < chunk_count(o); ++k) weight.add(static_cast<const ChunkResult*>(o.scratch)[k].weight);
+  *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(weight.value());
 }
 
 // The chunks' sums in their order, in double; rounded once.
 template <typename T>
 int64_t finish(const CrossEntropyOptions& o) {
-  ChunkResult total = {0, 0, -1};
+  ChunkResult total;
   const int64_t chunks = chunk_count(o);
   for (int64_t k = 0; k < chunks; ++k) {
     const ChunkResult& chunk = static_cast<const ChunkResult*>(o.scratch)[k];
-    total.loss += chunk.loss;
-    total.weight += chunk.weight;
+    total.loss.add(chunk.loss);
+    total.weight.add(chunk.weight);
     if (total.bad_row < 0) total.bad_row = chunk.bad_row;
   }
   if (o.reduction == Reduction::kMean) {
-    *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(total.weight);
-    write_loss<T>(o, 0, Statistic<T>(divide_by_total_weight(total.loss, total.weight)));
+    *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(total.weight.value());
+    write_loss<T>(o, 0, Statistic<T>(divide_by_total_weight(total.loss.value(), total.weight.value())));
   }
-  if (o.reduction == Reduction::kSum) write_loss<T>(o, 0, Statistic<T>(total.loss));
+  if (o.reduction == Reduction::kSum) write_loss<T>(o, 0, Statistic<T>(total.loss.value()));
   return total.bad_row;
 }
 

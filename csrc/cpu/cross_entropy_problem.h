@@ -1,6 +1,10 @@
 // What every row of one call shares, typed, and the end of a row: statistics in, loss out. Included inside the
 // namespace of each instruction set, so without include guard.
 
+// What a row's sums are joined and its loss computed in: more than the statistics' type, for a few numbers a row.
+template <typename A>
+using Wide = std::conditional_t<std::is_same_v<A, double>, long double, double>;
+
 template <typename T>
 struct Problem {
   using A = Statistic<T>;
@@ -69,24 +73,24 @@ FUSEDLOSS_INLINE void skip_row(const Problem<T>& p, int64_t row, ChunkResult& ch
 
 // x: the row's first class, its classes p.o.logits_strides.classes apart. logsum: log(state.sum).
 template <typename T, Target kTarget>
-FUSEDLOSS_INLINE void finish_row(const Problem<T>& p, int64_t row, const T* x, RowState<Statistic<T>> state,
-                                 Statistic<T> logsum, ChunkResult& chunk) {
+FUSEDLOSS_INLINE void finish_row(const Problem<T>& p, int64_t row, const T* x, RowState<Wide<Statistic<T>>> state,
+                                 Wide<Statistic<T>> logsum, ChunkResult& chunk) {
   using A = Statistic<T>;
-  A loss = 0, weight = 1;
-  // Not rounded C times.
-  if constexpr (kTarget == Target::kSmoothed) state.mass = index_mass(A(0), p.weight_sum, p.smoothing);
+  using W = Wide<A>;
+  W loss = 0, weight = 1;
   if constexpr (kTarget != Target::kOneClass) loss = expected_negative_log_likelihood(state, logsum);
+  if constexpr (kTarget == Target::kSmoothed) loss *= W(p.o.label_smoothing) / W(p.o.classes);
   if constexpr (kTarget != Target::kProbability) {
     const int64_t y = p.o.target_index[row];
     weight = p.weight_of(y);
-    const A x_y = load_one(x + y * p.o.logits_strides.classes);
+    const W x_y = load_one(x + y * p.o.logits_strides.classes);
     loss += p.smoothing.kept * weight * negative_log_likelihood(x_y, state.max, logsum);
   }
-  p.row_max[row] = state.max;
-  p.row_logsum[row] = logsum;
-  if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, loss);
-  chunk.loss += loss;
-  chunk.weight += weight;
+  p.row_max[row] = A(state.max);
+  p.row_logsum[row] = A(logsum);
+  if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, A(loss));
+  chunk.loss.add(double(loss));
+  chunk.weight.add(double(weight));
 }
 
 // The target class's own part of the gradient, which the sweep over all classes left out: it wrote

@@ -1,14 +1,17 @@
 // Cross entropy where a row's classes lie side by side: a vector holds neighbouring classes of one row. Included
 // inside the namespace of each instruction set, so without include guard.
 
-// Classes that are swept twice, for the maximum and for the sums, while L1 still holds them: memory is read once.
-constexpr int64_t kRowBlock = 2048;
+// Classes that are swept twice, for the maximum and for the sums, while L1 still holds them: memory is read once. Their
+// sums go on in a wider type. Doubles fill L1 sooner.
+template <typename A>
+constexpr int64_t kRowBlock = std::is_same_v<A, double> ? 512 : 2048;
 // Rows up to here are taken several at a time, which L1 then holds between the two sweeps.
 constexpr int64_t kShortRow = 512;
 // Independent accumulators, to hide the latency of an addition and of exp.
 constexpr int kUnroll = 4;
 
-// q of neighbouring classes, without the target class's own part.
+// q of neighbouring classes, without the target class's own part; of a smoothed target in units of smoothing.uniform, in
+// which the sums of equal weights are exact.
 template <typename T, Target kTarget>
 struct RowCoefficients {
   using A = Statistic<T>;
@@ -30,7 +33,7 @@ struct RowCoefficients {
     if constexpr (kTarget != Target::kOneClass) {
       const V w = weight ? load_lanes<kWhole>(weight + c, n) : V{} + 1;
       if constexpr (kTarget == Target::kSmoothed) {
-        q = w * smoothing.uniform;
+        q = w;
       } else {
         q = probability_coefficient(load_lanes<kWhole>(probability + c, n), w, smoothing);
       }
@@ -102,12 +105,12 @@ FUSEDLOSS_INLINE void forward_long_row(const Problem<T>& p, int64_t row, ChunkRe
   using A = Statistic<T>;
   const T* x = p.logits + p.offset(p.o.logits_strides, row);
   const RowCoefficients<T, kTarget> q(p, row);
-  auto state = empty_row_state<A>();
-  for (int64_t c = 0; c < p.o.classes; c += kRowBlock) {
-    const int n = int(std::min(kRowBlock, p.o.classes - c));
+  auto state = empty_row_state<Wide<A>>();
+  for (int64_t c = 0; c < p.o.classes; c += kRowBlock<A>) {
+    const int n = int(std::min(kRowBlock<A>, p.o.classes - c));
     const A max = max_of_lanes<A>(max_of_block(x + c, n));
     const auto s = sweep_block(x, q, c, n, shift(max));
-    RowState<A> block = {max, sum_of_lanes<A>(s.sum), 0, 0};
+    RowState<Wide<A>> block = {max, sum_of_lanes<A>(s.sum), 0, 0};
     if constexpr (kTarget != Target::kOneClass) {
       block.dot = sum_of_lanes<A>(s.dot);
       block.mass = sum_of_lanes<A>(s.mass);
@@ -147,7 +150,7 @@ FUSEDLOSS_INLINE void forward_short_rows(const Problem<T>& p, const int64_t* row
   }
   const V logsum = math::log(state.sum);
   for (int i = 0; i < count; ++i) {
-    const RowState<A> row = {state.max[i], state.sum[i], state.dot[i], state.mass[i]};
+    const RowState<Wide<A>> row = {state.max[i], state.sum[i], state.dot[i], state.mass[i]};
     finish_row<T, kTarget>(p, rows[i], x[i], row, logsum[i], chunk);
   }
 }
@@ -203,6 +206,7 @@ FUSEDLOSS_INLINE void backward_row(const Problem<T>& p, int64_t row, T* grad) {
     kept = p.smoothing.kept * p.weight_of(y);
   }
   const auto gradient = [&](int64_t c, V x_c, V q_c) {
+    if constexpr (kTarget == Target::kSmoothed) q_c *= p.smoothing.uniform;
     // A branch that is taken once a row; adding 0 everywhere else costs a tenth of a long row's time.
     if (uint64_t(y - c) < uint64_t(kLanes)) q_c = add_to_lane<A>(q_c, int(y - c), kept);
     return logit_gradient(math::exp(x_c - max - logsum), q_c, mass, g);

@@ -8,7 +8,7 @@ namespace {
 #include "formulas/squared_error.h"
 
 // Elements summed in the statistics' type before the sum goes on in double.
-constexpr int kSumBlock = 4096;
+constexpr int kSumBlock = 1024;
 // Independent accumulators, to hide the latency of an addition.
 constexpr int kUnroll = 4;
 

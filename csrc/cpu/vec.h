@@ -297,6 +297,9 @@ FUSEDLOSS_INLINE float exp(float x) {
 FUSEDLOSS_INLINE double exp(double x) {
   return std::exp(x);
 }
+FUSEDLOSS_INLINE long double exp(long double x) {
+  return std::exp(x);
+}
 
 FUSEDLOSS_INLINE FloatV exp(FloatV x) {
   constexpr float kLowest = -110.f;
