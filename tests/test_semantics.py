@@ -1,0 +1,395 @@
+"""Cross entropy does what torch's does: every combination of options, every dtype, every corner that a row can have.
+
+Values and gradients are those of torch's own loss in float64, up to one rounding; shape, dtype and device those of
+torch's own loss of the same input.
+"""
+
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_exact
+from torch import Tensor
+
+import fusedloss
+import fusedloss.functional as fused
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+REDUCTIONS = ["none", "mean", "sum"]
+SMOOTHINGS = [0.0, 0.1, 1.0]
+SHAPES = {1: (5,), 2: (7, 5), 3: (3, 5, 9), 4: (2, 5, 3, 4), 5: (2, 5, 3, 1, 4)}  # by rank; 5 classes
+CLASSES = 5
+
+
+def rows_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:1] * (len(shape) > 1) + shape[2:]
+
+
+def logits_of(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    return (torch.randn(shape, dtype=torch.float64) * 3).to(device, dtype)
+
+
+def probabilities_of(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).softmax(min(1, len(shape) - 1)).to(device, dtype)
+
+
+def indices_of(shape: tuple[int, ...], ignore_index: int, device: str) -> Tensor:
+    """Some rows are ignored, never all."""
+    target = torch.randint(0, shape[min(1, len(shape) - 1)], rows_of(shape))
+    if target.numel() > 1:
+        target[torch.rand(target.shape) < 0.3] = ignore_index
+        target.view(-1)[int(torch.randint(target.numel(), ()))] = int(ignore_index == 0)
+    return target.to(device)
+
+
+def as_float64(tensor: Tensor | None) -> Tensor | None:
+    return tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+
+
+def check(input: Tensor, target: Tensor, weight: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
+    """The fused loss and its gradient, after comparing them with torch's."""
+    ours, exact = input.detach().requires_grad_(), input.detach().double().requires_grad_()
+    loss = fused.cross_entropy(ours, target, weight, **options)
+    expected = F.cross_entropy(exact, as_float64(target), as_float64(weight), **options)
+    likeness = F.cross_entropy(input, target, weight, **options)
+    assert (loss.dtype, loss.shape, loss.device) == (likeness.dtype, likeness.shape, likeness.device)
+    assert loss.stride() == likeness.stride()
+
+    rows = max(1, math.prod(rows_of(tuple(input.shape))))
+    largest = 1.0 if weight is None else max(1.0, weight.abs().max().item())
+    reduction = options.get("reduction", "mean")
+    # What is added up: rows of a size that the logits have, where finite.
+    terms = largest * max(1.0, input.detach()[input.isfinite()].abs().max().item() if input.isfinite().any() else 1.0)
+    assert_exact(loss, expected, scale=terms * (rows if reduction == "sum" else 1), what="loss")
+
+    grad_output = torch.randn(loss.shape, dtype=torch.float64).to(loss)
+    loss.backward(grad_output)
+    expected.backward(grad_output.double())
+    assert ours.grad is not None and exact.grad is not None
+    assert (ours.grad.dtype, ours.grad.shape, ours.grad.device) == (input.dtype, input.shape, input.device)
+    scale = largest * grad_output.abs().max().item() if grad_output.numel() else 1.0
+    if input.dtype == torch.float64:  # torch adds up classes one after another: it is wrong by 1e-13 for 5000
+        scale *= max(1.0, input.shape[min(1, input.dim() - 1)] / 200)
+    assert_exact(ours.grad, exact.grad, scale=scale, what="gradient")
+    return loss.detach(), ours.grad
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", SHAPES)
+def test_every_combination_of_options_with_class_indices(rank, dtype, reduction, device):
+    shape = SHAPES[rank]
+    weights = [None, torch.rand(CLASSES).to(device, dtype) + 0.1, torch.tensor([0, 1, 0.5, 0, 2]).to(device, dtype)]
+    for weight, ignore_index, label_smoothing in itertools.product(weights, (-100, -1, 0, 3, 1000), SMOOTHINGS):
+        target = indices_of(shape, ignore_index, device)
+        if weight is not None and weight[0] == 0:
+            target = torch.where(target == ignore_index, target, 4)  # or the mean might be over a total weight of 0
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+        check(logits_of(shape, dtype, device), target, weight, **options)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", SHAPES)
+def test_every_combination_of_options_with_class_probabilities(rank, dtype, reduction, device):
+    shape = SHAPES[rank]
+    weights = [None, torch.rand(CLASSES).to(device, dtype) + 0.1, torch.tensor([0, 1, 0.5, 0, 2]).to(device, dtype)]
+    for weight, ignore_index, label_smoothing in itertools.product(weights, (-100, -1), SMOOTHINGS):
+        target = probabilities_of(shape, dtype, device)
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+        check(logits_of(shape, dtype, device), target, weight, **options)
+    # Whatever they hold: probabilities are not looked at.
+    check(logits_of(shape, dtype, device), logits_of(shape, dtype, device), weights[1], reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduce", [None, True, False])
+@pytest.mark.parametrize("size_average", [None, True, False])
+def test_deprecated_arguments_win_over_reduction(size_average, reduce, reduction, device):
+    """Of the functions; tests/test_modules.py has the classes."""
+    input, t = torch.randn(6, 5, device=device), torch.randint(5, (6,), device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for ours, torchs, target in (
+            (fused.cross_entropy, F.cross_entropy, t),
+            (fused.mse_loss, F.mse_loss, torch.randn_like(input)),
+        ):
+            options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
+            torch.testing.assert_close(ours(input, target, **options), torchs(input, target, **options))
+
+
+# ---- dtypes of targets and weights ----
+
+INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("rank", SHAPES)
+def test_class_indices_of_every_integer_type(rank, dtype, device):
+    """As int64 ones, bit for bit; and as torch's own, where torch takes them."""
+    shape = SHAPES[rank]
+    ignored = (2, -100) if dtype.is_signed else (2, 255)
+    for ignore_index, label_smoothing, reduction in itertools.product(ignored, (0.0, 0.1), REDUCTIONS):
+        input = logits_of(shape, torch.float32, device)
+        target = indices_of(shape, ignore_index, device)
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+        loss, _ = check(input, target, **options)
+        leaf = input.clone().requires_grad_()
+        ours = fused.cross_entropy(leaf, target.to(dtype), **options)
+        torch.testing.assert_close(ours.detach(), loss, rtol=0, atol=0, equal_nan=True)
+        ours.sum().backward()
+        again = input.clone().requires_grad_()
+        fused.cross_entropy(again, target, **options).sum().backward()
+        assert torch.equal(leaf.grad, again.grad)
+        if dtype == torch.uint8 and rank <= 2 and label_smoothing == 0:
+            expected = F.cross_entropy(input, target.to(dtype), **options)
+            torch.testing.assert_close(loss, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("of_weight", [*DTYPES, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_of_another_dtype(dtype, of_weight, device):
+    """With class indices an error, with probabilities promoted; as torch's."""
+    for shape in (SHAPES[2], SHAPES[3]):
+        input, weight = logits_of(shape, dtype, device), torch.arange(1, CLASSES + 1).to(device, of_weight)
+        target = indices_of(shape, -100, device)
+        if of_weight == dtype:
+            check(input, target, weight)
+        else:
+            for function in (F.cross_entropy, fused.cross_entropy):
+                with pytest.raises(RuntimeError):
+                    function(input, target, weight)
+        check_as_torchs(input, probabilities_of(shape, dtype, device), weight)
+
+
+@pytest.mark.parametrize("of_target", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_class_probabilities_of_another_dtype(dtype, of_target, device):
+    for shape, label_smoothing in itertools.product(SHAPES.values(), (0.0, 0.1)):
+        input, target = logits_of(shape, dtype, device), probabilities_of(shape, of_target, device)
+        for weight in (None, torch.rand(CLASSES).to(device, dtype), torch.rand(CLASSES).to(device, of_target)):
+            check_as_torchs(input, target, weight, label_smoothing=label_smoothing)
+
+
+def check_as_torchs(input: Tensor, target: Tensor, weight: Tensor | None, **options) -> None:
+    """Of the dtype that torch promotes to, and of its value, for every reduction."""
+    for reduction in REDUCTIONS:
+        leaves = [input.clone().requires_grad_() for _ in range(2)]
+        ours = fused.cross_entropy(leaves[0], target, weight, reduction=reduction, **options)
+        torchs = F.cross_entropy(leaves[1], target, weight, reduction=reduction, **options)
+        assert ours.dtype == torchs.dtype
+        # torch rounds on the way: the log-softmax to input's dtype, smoothed targets to target's.
+        rounded = [input, target] if options.get("label_smoothing", 0) > 0 else [input]
+        tolerance = 30 * max(torch.finfo(tensor.dtype).eps for tensor in rounded)
+        tolerance *= math.prod(rows_of(tuple(input.shape))) if reduction == "sum" else 1
+        torch.testing.assert_close(ours, torchs, rtol=tolerance, atol=tolerance)
+        for loss in (ours, torchs):
+            loss.backward(torch.ones_like(loss))
+        assert leaves[0].grad.dtype == leaves[1].grad.dtype == input.dtype
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=tolerance, atol=tolerance)
+
+
+# ---- masked and huge logits ----
+
+LAYOUTS = ["rows", "columns", "swapped"]
+
+
+def lay_out(rows: Tensor, layout: str) -> Tensor:
+    """[rows, classes], as logits with that layout in memory."""
+    if layout == "columns":
+        return rows.t().contiguous()[None]
+    return rows.t().contiguous().t() if layout == "swapped" else rows
+
+
+def targets_for(target: Tensor, layout: str) -> Tensor:
+    return target[None] if layout == "columns" else target
+
+
+@pytest.mark.parametrize("masked", [1, 15, 16, 17, 64, 255, 256, 2047, 2048, 2049, 5000])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_leading_classes(dtype, layout, masked, device):
+    """Whole vectors, tiles and blocks of -inf before the first class that is not."""
+    x = logits_of((4, masked + 3), dtype, device)
+    x[:3, :masked] = -torch.inf  # the last row is as it was
+    target = torch.tensor([masked, 0, masked + 2, 1], device=device)  # the second is masked itself: infinite
+    for label_smoothing in (0.0, 0.1):
+        loss, _ = check(
+            lay_out(x, layout), targets_for(target, layout), reduction="none", label_smoothing=label_smoothing
+        )
+        loss = loss.flatten()
+        assert loss[1] == torch.inf and loss[3].isfinite()
+        assert loss[0].isfinite() == loss[2].isfinite() == (label_smoothing == 0)
+    p = torch.rand(4, masked + 3, dtype=torch.float64).to(device, dtype)
+    p[0, :masked] = 0
+    loss, _ = check(lay_out(x, layout), lay_out(p, layout), reduction="none")
+    assert loss.flatten()[0].isnan()  # 0 * -inf
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 17, 300, 2500])
+def test_rows_of_every_kind_of_mask(classes, dtype, layout, device):
+    """Everything masked is NaN; everything but the target is a loss of 0."""
+    x = logits_of((5, classes), dtype, device)
+    target = torch.randint(classes, (5,), device=device)
+    x[0] = -torch.inf
+    x[1] = -torch.inf
+    x[1, target[1]] = 1.5
+    x[2, target[2]] = -torch.inf
+    x[3, torch.rand(classes) < 0.5] = -torch.inf
+    loss, grad = check(lay_out(x, layout), targets_for(target, layout), reduction="none")
+    grad = grad[0].t() if layout == "columns" else grad
+    assert loss.flatten()[0].isnan() and grad[0].isnan().all()
+    assert loss.flatten()[1] == 0 and (grad[1] == 0).all()
+    for reduction in ("mean", "sum"):
+        check(lay_out(x[1:2], layout), targets_for(target[1:2], layout), reduction=reduction)
+        check(lay_out(x, layout), targets_for(target, layout), reduction=reduction)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 5, 40, 2100])
+def test_a_bad_row_is_bad_alone(classes, dtype, layout, value, device):
+    """NaN or +inf in one row is NaN there, as torch's; the other rows are what they were without it, bit for bit."""
+    x = logits_of((37, classes), dtype, device)
+    for target, options in (
+        (torch.randint(classes, (37,), device=device), {}),
+        (torch.randint(classes, (37,), device=device), {"label_smoothing": 0.1}),
+        (probabilities_of((37, classes), dtype, device), {}),
+    ):
+        t = lay_out(target, layout) if target.dim() == 2 else targets_for(target, layout)
+        options |= {"reduction": "none"}
+        bad = int(torch.randint(37, ()))
+        dirty = x.clone()
+        dirty[bad, torch.randint(classes, ())] = value
+        check(lay_out(dirty, layout), t, **options)
+        results = []
+        for logits in (x, dirty):
+            leaf = lay_out(logits, layout).detach().requires_grad_()
+            loss = fused.cross_entropy(leaf, t, **options)
+            loss.sum().backward()
+            grad = leaf.grad[0].t() if layout == "columns" else leaf.grad
+            results.append((loss.detach().flatten(), grad))
+        others = torch.arange(37, device=device) != bad
+        for clean, with_bad in zip(*results, strict=True):
+            assert torch.equal(clean[others], with_bad[others])
+            assert with_bad[bad].isnan().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_a_bad_row_that_is_ignored(label_smoothing, dtype, layout, value, device):
+    """torch's gradient is NaN in that row, and in no other; ours is 0. Everything else is torch's."""
+    x = logits_of((6, 23), dtype, device)
+    x[2, 7] = value
+    target = torch.tensor([0, 22, -100, 5, -100, 9], device=device)
+    for reduction in REDUCTIONS:
+        ours, exact = (lay_out(t, layout).detach().requires_grad_() for t in (x, x.double()))
+        options = {"reduction": reduction, "label_smoothing": label_smoothing}
+        loss = fused.cross_entropy(ours, targets_for(target, layout), **options)
+        expected = F.cross_entropy(exact, targets_for(target, layout), **options)
+        if label_smoothing == 0:  # else torch multiplies the ignored row by 0 where it should leave it out
+            assert_exact(loss, expected, scale=100.0, what="loss")
+        assert loss.isfinite().all()
+        loss.sum().backward()
+        expected.sum().backward()
+        grads = [g[0].t() if layout == "columns" else g for g in (ours.grad, exact.grad)]
+        assert (grads[0][2] == 0).all()
+        kept = torch.tensor([0, 1, 3, 4, 5], device=device)
+        assert_exact(grads[0][kept], grads[1][kept], scale=1.0, what="gradient")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("height", [100.0, 1e4, -1e4])
+def test_logits_far_apart(height, dtype, layout, device):
+    """Probabilities of exactly 0 and 1: nothing overflows, a loss of 0 is 0."""
+    x = logits_of((6, 70), dtype, device)
+    x[:, 33] = height
+    x[5] = height  # all the same
+    target = torch.tensor([33, 0, 33, 69, 34, 1], device=device)
+    for label_smoothing, reduction in itertools.product((0.0, 0.1), REDUCTIONS):
+        options = {"label_smoothing": label_smoothing, "reduction": reduction}
+        loss, grad = check(lay_out(x, layout), targets_for(target, layout), **options)
+        assert loss.isfinite().all() and grad.isfinite().all()
+        check(lay_out(x, layout), lay_out(probabilities_of((6, 70), dtype, device), layout), **options)
+        if height == 1e4 and reduction == "none" and label_smoothing == 0:
+            assert loss.flatten()[0] == 0
+
+
+# ---- nothing to average, nothing at all, one class ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", SHAPES)
+def test_all_rows_ignored(rank, dtype, device):
+    """The mean is NaN, the sum 0, every gradient 0."""
+    shape = SHAPES[rank]
+    weights = (None, torch.rand(CLASSES).to(device, dtype))
+    for weight, ignore_index, label_smoothing, reduction in itertools.product(
+        weights, (-100, 2), SMOOTHINGS, REDUCTIONS
+    ):
+        target = torch.full(rows_of(shape), ignore_index, device=device)
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+        ours = logits_of(shape, dtype, device).requires_grad_()
+        loss = fused.cross_entropy(ours, target, weight, **options)
+        expected = F.cross_entropy(ours.detach(), target, weight, **options)
+        torch.testing.assert_close(loss.detach(), expected, rtol=0, atol=0, equal_nan=True)
+        assert (loss.isnan() if reduction == "mean" else loss == 0).all()
+        loss.backward(torch.randn_like(loss))
+        assert (ours.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 3), (0, 1), (0, 3, 4), (2, 3, 0), (0, 3, 0), (2, 3, 4, 0), (0, 3, 2, 0, 5)], ids=str
+)
+def test_no_rows(shape, dtype, device):
+    weights = (None, torch.rand(shape[1]).to(device, dtype))
+    for weight, label_smoothing, reduction in itertools.product(weights, SMOOTHINGS, REDUCTIONS):
+        for target in (
+            torch.zeros(rows_of(shape), dtype=torch.int64, device=device),
+            torch.rand(shape, device=device).to(dtype),
+        ):
+            ours, torchs = (torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
+            options = {"reduction": reduction, "label_smoothing": label_smoothing}
+            loss = fused.cross_entropy(ours, target, weight, **options)
+            expected = F.cross_entropy(torchs, target, weight, **options)
+            assert (loss.dtype, loss.shape, loss.device) == (expected.dtype, expected.shape, expected.device)
+            torch.testing.assert_close(loss, expected, rtol=0, atol=0, equal_nan=True)
+            loss.backward(torch.ones_like(loss))
+            assert ours.grad.shape == shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (4, 1), (1, 1), (3, 1, 5), (2, 1, 3, 2), (2, 1, 1, 1, 3)], ids=str)
+def test_one_class(shape, dtype, device):
+    """A loss of 0 and a gradient of 0, however large the logit."""
+    weights = (None, torch.tensor([1.7]).to(device, dtype))
+    for weight, label_smoothing, reduction in itertools.product(weights, SMOOTHINGS, REDUCTIONS):
+        input = logits_of(shape, dtype, device) * 1000
+        target = torch.zeros(rows_of(shape), dtype=torch.int64, device=device)
+        options = {"reduction": reduction, "label_smoothing": label_smoothing}
+        loss, grad = check(input, target, weight, **options)
+        assert (loss == 0).all() and (grad == 0).all()
+        check(input, torch.rand(shape, device=device).to(dtype), weight, **options)
+
+
+def test_the_class_is_the_function(device):
+    """Every argument of the class reaches the kernels."""
+    input, target = torch.randn(6, 5, device=device), torch.tensor([0, 1, 2, 2, 4, 3], device=device)
+    weight = torch.rand(5, device=device)
+    for ignore_index, label_smoothing, reduction in itertools.product((-100, 2), (0.0, 0.3), REDUCTIONS):
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+        ours = fusedloss.CrossEntropyLoss(weight, **options)(input, target)
+        torch.testing.assert_close(ours, torch.nn.CrossEntropyLoss(weight, **options)(input, target))
