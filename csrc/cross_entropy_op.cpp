@@ -94,7 +94,8 @@ struct Call {
 
     if (probabilities) {
       target = in_layout(target_, sizes, layout);
-      o.target_probability = target.const_data_ptr();
+      static const double kNothing = 0;  // not null, which would say that there are class indices
+      o.target_probability = target.numel() > 0 ? target.const_data_ptr() : &kNothing;
       o.target_strides = kernel_strides(target, layout);
     } else {
       target = target_.to(at::kLong).contiguous();

@@ -32,7 +32,8 @@ def extension() -> ModuleType:
 def use(module: ModuleType) -> None:
     """Take this module from now on."""
     global _module
-    module.set_debug(_debug)
+    if _debug:
+        module.set_debug(True)
     _module = module
 
 

@@ -74,6 +74,8 @@ def cross_entropy_covers(input: Tensor, target: Tensor, weight: Tensor | None) -
     """
     if not _accepts(input, target, *([] if weight is None else [weight])) or input.dim() == 0:
         return False
+    if not torch.compiler.is_compiling() and input.shape[min(1, input.dim() - 1)] == 0:
+        return False
     if weight is not None and (weight.requires_grad or weight.dtype != input.dtype or weight.dim() != 1):
         return False
     if input.dim() == target.dim():

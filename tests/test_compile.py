@@ -656,7 +656,7 @@ def test_sizes_that_only_the_run_knows(model, device):
             torch.compile(lambda x, t: model(loss, x, t), backend=backend, fullgraph=True),
             logits,
             labels,
-            torch.ones(()),
+            torch.ones((), device=device),
         )[:2]
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):

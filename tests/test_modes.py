@@ -406,7 +406,7 @@ def results(seed: int, rows: int = 64, classes: int = 33) -> tuple[Tensor, ...]:
 
 
 class Scored(Dataset):
-    """Loss and gradient are computed by the worker that loads the item."""
+    """Losses and gradient are computed by the worker that loads the item."""
 
     def __len__(self) -> int:
         return 12
@@ -415,7 +415,7 @@ class Scored(Dataset):
         return seed, os.getpid(), results(seed)
 
 
-def test_data_loader_workers():
+def use_data_loader_workers() -> None:
     before = results(0, 2048, 512)  # the threads of this process have started
     loader = DataLoader(Scored(), batch_size=3, num_workers=2, timeout=120, multiprocessing_context="fork")
     seen, workers = [], set()
@@ -429,18 +429,27 @@ def test_data_loader_workers():
         assert_step("indices", fused.cross_entropy, logits, target)  # and here, between batches
     assert sorted(seen) == list(range(12)) and len(workers) == 2 and os.getpid() not in workers
     assert all(map(torch.equal, before, results(0, 2048, 512)))
+    print("done")
 
 
-def run_python(script: str, *arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
-    """In a fresh process, so that nothing that hangs or dies takes the tests with it."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+def run_python(script: str, **environment: str) -> list[str]:
+    """Words that a fresh process prints. Whatever hangs or dies in it does not take the tests with it."""
+    finished = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **environment},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=300,
     )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.split()
+
+
+def test_data_loader_workers():
+    """In a process in which autograd has no threads of its own, for a GPU say: it refuses to work in a fork then."""
+    script = "import test_modes; test_modes.use_data_loader_workers()"
+    assert run_python(script, CUDA_VISIBLE_DEVICES="") == ["done"]
 
 
 FORK = """
@@ -458,11 +467,15 @@ FORK = """
         pid = os.fork()
         if pid == 0:  # computes nothing else, because the rest of torch may hang as well
             signal.alarm(seconds)  # ends the child where it hangs
-            if threads is not None:
-                torch.set_num_threads(threads)
-            loss = getattr(library, name)(again, target)
-            loss.backward()
-            os._exit(0 if torch.equal(loss, expected) and torch.equal(again.grad, x.grad) else 7)
+            same = False
+            try:
+                if threads is not None:
+                    torch.set_num_threads(threads)
+                loss = getattr(library, name)(again, target)
+                loss.backward()
+                same = torch.equal(loss, expected) and torch.equal(again.grad, x.grad)
+            finally:
+                os._exit(0 if same else 7)
         return os.waitpid(pid, 0)[1] == 0
 
     torch.set_num_threads(2)
@@ -470,19 +483,16 @@ FORK = """
     for library in (F, fused):
         library.cross_entropy(x, target).backward()  # the threads of this process have started
     for name in ("cross_entropy", "mse_loss"):
-        print(name, "small", child_gives_the_same(fused, name, (64, 100), 60))
-        print(name, "one thread", child_gives_the_same(fused, name, (4096, 512), 60, threads=1))
+        print(child_gives_the_same(fused, name, (64, 100), 60))
+        print(child_gives_the_same(fused, name, (4096, 512), 60, threads=1))
         shape = (1, 30000)
-        print(name, shape, not child_gives_the_same(F, name, shape, 5) or child_gives_the_same(fused, name, shape, 60))
+        print(not child_gives_the_same(F, name, shape, 5) or child_gives_the_same(fused, name, shape, 60))
 """
 
 
 def test_a_forked_child():
     """GNU OpenMP's threads do not survive a fork, and torch's losses hang then. Where those work, so do these."""
-    finished = run_python(FORK)
-    assert finished.returncode == 0, finished.stderr
-    lines = finished.stdout.splitlines()
-    assert len(lines) == 6 and all(line.endswith("True") for line in lines), finished.stdout
+    assert run_python(FORK, CUDA_VISIBLE_DEVICES="") == ["True"] * 6
 
 
 def test_threads_of_python():
@@ -832,6 +842,4 @@ def test_the_environment_switches_debug():
         fusedloss.debug(False)
         print(with_check - conversions())
     """
-    finished = run_python(script, FUSEDLOSS_DEBUG="1")
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.split()[-1] == "1"
+    assert run_python(script, FUSEDLOSS_DEBUG="1") == ["1"]

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -304,114 +303,102 @@ def test_errors_are_torchs(name):
             getattr(F, name)(input, target[:3])
 
 
-# ---- the compiler, in fresh processes: it looks at torch's functions once ----
+# ---- the compiler ----
+
+OPS = {f"fusedloss.{name}_{way}" for name in TORCHS for way in ("forward", "backward")}
 
 
-def run_python(script: str) -> list[str]:
-    """Lines that it printed."""
-    start = """
-        import warnings
-        warnings.simplefilter("ignore")
-        import torch, torch.nn as nn, torch.nn.functional as F
-        import fusedloss
+class Losses(nn.Module):
+    """Modules and functions of torch."""
 
-        def losses(loss, x, t, *more):
-            # Its value and gradient, and the losses in the graphs of its forward and backward pass.
-            from torch._dynamo.testing import AotEagerAndRecordGraphs
-            recorded = AotEagerAndRecordGraphs()
-            leaf = x.detach().requires_grad_()
-            value = torch.compile(loss, backend=recorded, fullgraph=True)(leaf, t, *more)
-            value.backward()
-            nodes = [node for graph in recorded.fw_graphs + recorded.bw_graphs for node in graph.graph.nodes]
-            names = {str(node.target).removesuffix(".default") for node in nodes if node.op == "call_function"}
-            losses = {name for name in names if any(part in name for part in ("fusedloss", "nll_loss", "mse_loss"))}
-            return value.detach(), leaf.grad, losses
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross_entropy, self.mse = nn.CrossEntropyLoss(label_smoothing=0.1), nn.MSELoss(reduction="sum")
 
-        def eager(loss, x, t, *more):
-            leaf = x.detach().requires_grad_()
-            value = loss(leaf, t, *more)
-            value.backward()
-            return value.detach(), leaf.grad
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        loss = F.cross_entropy(input, input.detach().softmax(1))
+        return loss + self.cross_entropy(input, target) + self.mse(input, input.detach() * 2)
 
-        class Model(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.cross_entropy, self.mse = nn.CrossEntropyLoss(label_smoothing=0.1), nn.MSELoss(reduction="sum")
 
-            def forward(self, x, t):
-                loss = F.cross_entropy(x, x.detach().softmax(1))
-                return loss + self.cross_entropy(x, t) + self.mse(x, x.detach() * 2)
+def eager(loss: Callable[..., Tensor], input: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    """Its value and gradient."""
+    leaf = input.detach().requires_grad_()
+    value = loss(leaf, *others)
+    value.backward()
+    return value.detach(), leaf.grad
 
-        def check(found, expected):
-            for mine, theirs in zip(found, expected):
-                torch.testing.assert_close(mine, theirs)
 
-        OURS = {f"fusedloss.{n}_{way}" for n in ("cross_entropy", "mse_loss") for way in ("forward", "backward")}
-        model, x, t = Model(), torch.randn(5, 7), torch.randint(0, 7, (5,))
-        expected = eager(model, x, t)
-    """
+def compiled(loss: Callable[..., Tensor], *arguments: Tensor) -> tuple[tuple[Tensor, Tensor], set[str]]:
+    """Its value and gradient, and the losses in the graphs of its forward and backward pass."""
+    from torch._dynamo.testing import AotEagerAndRecordGraphs  # not before it is patched
+
+    recorded = AotEagerAndRecordGraphs()
+    found = eager(torch.compile(loss, backend=recorded, fullgraph=True), *arguments)
+    nodes = [node for graph in recorded.fw_graphs + recorded.bw_graphs for node in graph.graph.nodes]
+    names = {str(node.target).removesuffix(".default") for node in nodes if node.op == "call_function"}
+    return found, {name for name in names if any(part in name for part in ("fusedloss", "nll_loss", "mse_loss"))}
+
+
+def test_compiled_before_and_while_patched():
+    arguments = given("cross_entropy")
+    model = Losses()
+    expected = eager(model, *arguments)
+    for patched in (False, True, False):
+        torch._dynamo.reset()
+        if patched:
+            fusedloss.patch()
+        found, names = compiled(model, *arguments)
+        fusedloss.unpatch()
+        torch.testing.assert_close(found, expected)
+        assert names == OPS if patched else names and not OPS & names
+    # Without a reset, what was compiled stays right.
+    torch._dynamo.reset()
+    kept = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for context in (torch.enable_grad, fusedloss.patch, torch.enable_grad):
+        with context():
+            torch.testing.assert_close(eager(kept, *arguments), expected)
+
+
+def compile_while_patched() -> None:
+    input, target = given("cross_entropy")
+    model, torchs = Losses(), TORCHS["cross_entropy"]
+    expected = eager(model, input, target)
+    fusedloss.patch()
+    found, names = compiled(model, input, target)
+    torch.testing.assert_close(found, expected)
+    assert names == OPS, names
+    print("fused")
+    # What the op does not take goes to torch's own function, which the compiler has not met yet.
+    for weight, of in ((torch.rand(CLASSES), target), (torch.rand(CLASSES, requires_grad=True), input.softmax(1))):
+        found, names = compiled(lambda x, t, w: F.cross_entropy(x, t, w), input, of, weight)
+        torch.testing.assert_close(found, eager(torchs, input, of, weight))
+        assert bool(OPS & names) is not weight.requires_grad, names
+    found, _ = compiled(lambda x, t: F.mse_loss(x, t), input, input[0].sin())  # broadcast
+    torch.testing.assert_close(found, eager(lambda x, t: (x - t).pow(2).mean(), input, input[0].sin()))
+    gradient = torch.func.grad(lambda x: F.cross_entropy(x, target))
+    found = torch.compile(gradient, backend="aot_eager", fullgraph=True)(input)
+    torch.testing.assert_close(found, eager(torchs, input, target)[1])
+    print("composed")
+    fusedloss.unpatch()
+    torch._dynamo.reset()
+    found, names = compiled(model, input, target)
+    torch.testing.assert_close(found, expected)
+    assert names and not OPS & names, names
+    print("torch's")
+
+
+def test_compiled_while_patched_before_the_compiler_was_ever_used():
+    """In a fresh process: the compiler looks once which functions are torch's."""
     finished = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(start) + textwrap.dedent(script)],
+        [sys.executable, "-W", "ignore", "-c", "import test_patch; test_patch.compile_while_patched()"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
-    return finished.stdout.splitlines()
-
-
-def test_compiled_while_patched_before_the_compiler_was_ever_used():
-    lines = run_python("""
-        fusedloss.patch()
-        *found, names = losses(model, x, t)
-        check(found, expected)
-        assert names == OURS, names
-        print("fused")
-        # What the op does not take goes to torch's own function, which the compiler has not met yet.
-        for weight, target in ((torch.rand(7), t), (torch.rand(7, requires_grad=True), x.softmax(1))):
-            arguments = x, target, weight
-            *found, names = losses(lambda x, t, w: F.cross_entropy(x, t, w), *arguments)
-            check(found, eager(fusedloss.functional.torch_cross_entropy, *arguments))
-            assert bool(OURS & names) is not weight.requires_grad, names
-        *found, _ = losses(lambda x, t: F.mse_loss(x, t), x, x[0].sin())  # broadcast
-        check(found, eager(lambda x, t: (x - t).pow(2).mean(), x, x[0].sin()))
-        found = torch.compile(torch.func.grad(lambda x: F.cross_entropy(x, t)), backend="aot_eager", fullgraph=True)(x)
-        check([found], eager(fusedloss.functional.torch_cross_entropy, x, t)[1:])
-        print("composed")
-        fusedloss.unpatch()
-        torch._dynamo.reset()
-        *found, names = losses(model, x, t)
-        check(found, expected)
-        assert not OURS & names and names, names
-        print("torch's")
-    """)
-    assert lines == ["fused", "composed", "torch's"]
-
-
-def test_compiled_before_and_after_patching():
-    lines = run_python("""
-        *found, names = losses(model, x, t)
-        check(found, expected)
-        assert not OURS & names and names, names
-        with fusedloss.patch():
-            torch._dynamo.reset()
-            *found, names = losses(model, x, t)
-            check(found, expected)
-            assert names == OURS, names
-        torch._dynamo.reset()
-        *found, names = losses(model, x, t)
-        check(found, expected)
-        assert not OURS & names, names
-        # Without a reset, what was compiled stays right.
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        for context in (torch.enable_grad, fusedloss.patch, torch.enable_grad):
-            with context():
-                check(eager(compiled, x, t), expected)
-        print("right")
-    """)
-    assert lines == ["right"]
+    assert finished.stdout.splitlines() == ["fused", "composed", "torch's"]
 
 
 # ---- models of another library ----
