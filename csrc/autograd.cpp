@@ -146,6 +146,7 @@ class CrossEntropy : public Function<CrossEntropy> {
     const at::Tensor& grad_output = grad_outputs[0];
 
     at::Tensor grad;
+    if (must_compose(grad_output) || !is_plain(grad_output)) ctx->saved_data.erase("grad");
     if (must_compose(grad_output)) {
       const auto dtype = grad_output.scalar_type();  // float32 where the forward pass ran under autocast
       grad = composed_gradients({input}, grad_output, [&](const variable_list& views) {

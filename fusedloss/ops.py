@@ -45,9 +45,12 @@ def only_transparent_modes() -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def _has_kernels(device_type: str) -> bool:
     return device_type == "cpu" or (device_type == "cuda" and _backend.extension().with_cuda)
+
+
+# What torch.compiler.assume_constant_result does, but for importing the whole compiler, which takes two seconds.
+_has_kernels._dynamo_marked_constant = True
 
 
 def _accepts(*tensors: object) -> bool:

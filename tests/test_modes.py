@@ -817,6 +817,8 @@ def test_a_module_that_is_loaded_later_is_told(undo_debug, monkeypatch):
     """Debugging may be asked for before the compiled part is found, or by the environment."""
 
     class Module:
+        enabled = False
+
         def set_debug(self, enabled: bool) -> None:
             self.enabled = enabled
 
