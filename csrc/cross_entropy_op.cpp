@@ -122,7 +122,7 @@ struct Call {
     char* const first = static_cast<char*>(statistics.data_ptr());
     const auto at = [&](int64_t i) { return first + i * statistics.element_size(); };
     o.row_max = at(0);
-    o.row_logsum = at(o.rows());
+    o.row_inverse_sum = at(o.rows());
     o.total_weight = o.reduction == Reduction::kMean ? at(2 * o.rows()) : nullptr;
     o.weight_sum = sums_weights() ? at(statistics_numel() - 1) : nullptr;
   }

@@ -26,7 +26,7 @@ bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target);
 
 struct CrossEntropyResult {
   at::Tensor loss;        // under autocast float32, whatever the input
-  at::Tensor statistics;  // 1-D, for the backward pass: row_max, row_logsum, and where they are needed the mean's
+  at::Tensor statistics;  // 1-D, for the backward pass: row_max, row_inverse_sum, and where they are needed the mean's
                           // denominator and the sum of weight
   at::Tensor grad;        // d loss/d input, if asked for
 };

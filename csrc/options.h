@@ -35,10 +35,10 @@ struct CrossEntropyOptions {
   const void* weight;  // [classes] contiguous, statistics' type; null is 1 for every class
 
   // Written by the forward pass, read by the backward pass; all of the statistics' type.
-  void* row_max;       // [rows]
-  void* row_logsum;    // [rows]   log(sum(exp(logit - row_max)))
-  void* total_weight;  // [1]      what the mean divides by; null for the other reductions
-  void* weight_sum;    // [1]      the sum of weight, before the first launch; null where it is not needed
+  void* row_max;          // [rows]
+  void* row_inverse_sum;  // [rows]   1 / sum(exp(logit - row_max))
+  void* total_weight;     // [1]      what the mean divides by; null for the other reductions
+  void* weight_sum;       // [1]      the sum of weight, before the first launch; null where it is not needed
 
   void* loss;     // [rows] for kNone, else [1]
   void* scratch;  // forward only; as many bytes as the launcher asks for, 16-byte aligned

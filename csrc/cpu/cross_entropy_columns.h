@@ -117,43 +117,60 @@ FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V mass_of_group(const Problem<T>& 
 // What the gradient needs of each row of a tile.
 template <typename A>
 struct TileGradient {
-  A g[kTile], mass[kTile];
-  A counts[kTile];  // 0 for a row whose gradient is 0 whatever its logits are, NaN included; else 1
+  A max[kTile], scale[kTile], g[kTile];  // as of RowGradient
+  A at_target[kTile];  // the gradient at the target class, which the sweep over all classes gets wrong
+  A counts[kTile];     // 0 for a row whose gradient is 0 whatever its logits are, NaN included; else 1
 };
+
+template <typename T, Target kTarget>
+FUSEDLOSS_INLINE void fill_group(const Problem<T>& p, const Tile<T>& tile, TileGradient<Statistic<T>>& rows, int i) {
+  using A = Statistic<T>;
+  using V = typename Simd<A>::V;
+  constexpr int kLanes = kLanesOf<T>;
+  const int n = std::min(kLanes, tile.n - i);
+  V mass = V{}, inverse_sum = V{}, x_y = V{}, q_y = V{};
+  if constexpr (kTarget == Target::kProbability)
+    mass = n == kLanes ? mass_of_group<true>(p, tile, i) : mass_of_group<false>(p, tile, i);
+  for (int lane = 0; lane < n; ++lane) {
+    const int64_t row = tile.row + i + lane;
+    rows.max[i + lane] = p.row_max[row];
+    rows.g[i + lane] = upstream<T>(p.o, row);
+    rows.counts[i + lane] = kTarget == Target::kProbability || p.counts(row);
+    inverse_sum[lane] = p.row_inverse_sum[row];
+    if (kTarget != Target::kProbability && rows.counts[i + lane] != 0) {
+      const int64_t y = p.o.target_index[row];
+      const A w_y = p.weight_of(y);
+      mass[lane] = index_mass(w_y, p.weight_sum, p.smoothing);
+      x_y[lane] = load_one(tile.x + i + lane + y * p.o.logits_strides.classes);
+      q_y[lane] = (p.smoothing.kept + p.smoothing.uniform) * w_y;
+    }
+  }
+  const V g = load(rows.g + i), scale = gradient_scale(g, mass, inverse_sum);
+  store(rows.scale + i, scale);
+  store(rows.at_target + i, logit_gradient(math::exp(x_y - load(rows.max + i)), scale, g * q_y));
+  if constexpr (kTarget == Target::kSmoothed) store(rows.g + i, g * p.smoothing.uniform);
+}
 
 template <bool kWhole, typename T, Target kTarget>
 FUSEDLOSS_INLINE void gradient_group(const Problem<T>& p, const Tile<T>& tile, const TileGradient<Statistic<T>>& rows,
                                      int64_t c, int i) {
   using V = typename Simd<Statistic<T>>::V;
-  const int n = tile.n - i;
-  const V x = load_lanes<kWhole>(tile.x + c * p.o.logits_strides.classes + i, n);
-  const V max = load_lanes<kWhole>(p.row_max + tile.row + i, n);
-  const V logsum = load_lanes<kWhole>(p.row_logsum + tile.row + i, n);
-  V q = column_coefficients<kWhole, T, kTarget>(p, tile, c, i);
-  if constexpr (kTarget == Target::kSmoothed) q *= p.smoothing.uniform;
-  V grad = logit_gradient(math::exp(x - max - logsum), q, load(rows.mass + i), load(rows.g + i));
+  const V x = load_lanes<kWhole>(tile.x + c * p.o.logits_strides.classes + i, tile.n - i);
+  V g_q = V{};
+  if constexpr (kTarget != Target::kOneClass)
+    g_q = column_coefficients<kWhole, T, kTarget>(p, tile, c, i) * load(rows.g + i);
+  V grad = logit_gradient(math::exp(x - load(rows.max + i)), load(rows.scale + i), g_q);
   grad = load(rows.counts + i) == V{} ? V{} : grad;
-  store_lanes<kWhole>(tile.grad + c * p.o.grad_strides.classes + i, grad, n);
+  store_lanes<kWhole>(tile.grad + c * p.o.grad_strides.classes + i, grad, tile.n - i);
 }
 
-// d loss/dx_c = mass * p_c - q_c, times the row's grad_output.
+// grad may be x.
 template <typename T, Target kTarget>
 void backward_columns(const Problem<T>& p, ChunkRange range) {
-  using A = Statistic<T>;
   constexpr int kLanes = kLanesOf<T>;
   const Tile<T> tile(p, range);
-  TileGradient<A> rows = {};
-  for (int i = 0; i < tile.n; ++i) {
-    const int64_t row = tile.row + i;
-    rows.g[i] = upstream<T>(p.o, row);
-    rows.counts[i] = kTarget == Target::kProbability || p.counts(row);
-    if (kTarget != Target::kProbability && rows.counts[i] != 0)
-      rows.mass[i] = index_mass(p.weight_of(p.o.target_index[row]), p.weight_sum, p.smoothing);
-  }
-  if constexpr (kTarget == Target::kProbability) {
-    for (int i = 0; i < tile.n; i += kLanes)
-      store(rows.mass + i, i + kLanes <= tile.n ? mass_of_group<true>(p, tile, i) : mass_of_group<false>(p, tile, i));
-  }
+  TileGradient<Statistic<T>> rows = {};
+  for (int i = 0; i < tile.n; i += kLanes) fill_group<T, kTarget>(p, tile, rows, i);
   for (int64_t c = 0; c < p.o.classes; ++c) {
     int i = 0;
     for (; i + kLanes <= tile.n; i += kLanes) gradient_group<true, T, kTarget>(p, tile, rows, c, i);
@@ -162,6 +179,6 @@ void backward_columns(const Problem<T>& p, ChunkRange range) {
   if constexpr (kTarget != Target::kProbability) {
     for (int i = 0; i < tile.n; ++i)
       if (rows.counts[i] != 0)
-        finish_gradient<T, kTarget>(p, tile.row + i, tile.x + i, tile.grad + i, rows.mass[i], rows.g[i]);
+        store_one(tile.grad + i + p.o.target_index[tile.row + i] * p.o.grad_strides.classes, rows.at_target[i]);
   }
 }

@@ -22,18 +22,19 @@ void backward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   }
 }
 
+// Where grad_logits is given it is written too, while the cache holds the logits.
 template <typename T, Target kTarget>
 void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   const Problem<T> p(o);
   for (int64_t k = begin; k < end; ++k) {
     ChunkResult result;
     if (in_rows(o)) {
-      forward_rows<T, kTarget>(p, chunk_range(o, k), result);
+      forward_rows<T, kTarget>(p, chunk_range(o, k), chunk_range(o, end - 1).end, result);
     } else {
       forward_columns<T, kTarget>(p, chunk_range(o, k), result);
+      if (o.grad_logits != nullptr) backward_columns<T, kTarget>(p, chunk_range(o, k));
     }
     static_cast<ChunkResult*>(o.scratch)[k] = result;
-    if (o.grad_logits != nullptr) backward_chunks<T, kTarget>(o, k, k + 1);  // while the cache holds its logits
   }
 }
 

@@ -15,8 +15,8 @@ struct Problem {
   const A* weight;       // [classes]
   A weight_sum;
   Smoothing<A> smoothing;
-  A* row_max;     // [rows]
-  A* row_logsum;  // [rows]
+  A* row_max;          // [rows]
+  A* row_inverse_sum;  // [rows]
 
   explicit Problem(const CrossEntropyOptions& options)
       : o(options),
@@ -26,7 +26,7 @@ struct Problem {
         weight_sum(options.weight_sum ? *static_cast<const A*>(options.weight_sum) : A(options.classes)),
         smoothing(make_smoothing<A>(options.label_smoothing, options.classes)),
         row_max(static_cast<A*>(options.row_max)),
-        row_logsum(static_cast<A*>(options.row_logsum)) {}
+        row_inverse_sum(static_cast<A*>(options.row_inverse_sum)) {}
 
   FUSEDLOSS_INLINE int64_t offset(const Strides& strides, int64_t row) const {
     return o.inner == 1 ? row * strides.outer : row / o.inner * strides.outer + row % o.inner * strides.inner;
@@ -66,7 +66,7 @@ FUSEDLOSS_INLINE Statistic<T> upstream(const CrossEntropyOptions& o, int64_t row
 // A row that adds nothing: its target is ignored or does not exist.
 template <typename T>
 FUSEDLOSS_INLINE void skip_row(const Problem<T>& p, int64_t row, ChunkResult& chunk) {
-  p.row_max[row] = p.row_logsum[row] = 0;
+  p.row_max[row] = p.row_inverse_sum[row] = 0;
   if (p.o.target_index[row] != p.o.ignore_index && chunk.bad_row < 0) chunk.bad_row = row;
   if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, 0);
 }
@@ -87,22 +87,8 @@ FUSEDLOSS_INLINE void finish_row(const Problem<T>& p, int64_t row, const T* x, R
     loss += p.smoothing.kept * weight * negative_log_likelihood(x_y, state.max, logsum);
   }
   p.row_max[row] = A(state.max);
-  p.row_logsum[row] = A(logsum);
+  p.row_inverse_sum[row] = A(1 / state.sum);
   if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, A(loss));
   chunk.loss.add(double(loss));
   chunk.weight.add(double(weight));
-}
-
-// The target class's own part of the gradient, which the sweep over all classes left out: it wrote
-// grad_output * (mass * p_c - q_c) with q_c short of kept * w_y at c = y.
-template <typename T, Target kTarget>
-FUSEDLOSS_INLINE void finish_gradient(const Problem<T>& p, int64_t row, const T* x, T* grad, Statistic<T> mass,
-                                      Statistic<T> g) {
-  using A = Statistic<T>;
-  const int64_t y = p.o.target_index[row];
-  const A w_y = p.weight_of(y);
-  const A q_y = kTarget == Target::kSmoothed ? (p.smoothing.kept + p.smoothing.uniform) * w_y : w_y;
-  const A x_y = load_one(x + y * p.o.logits_strides.classes);
-  const A p_y = math::exp(x_y - p.row_max[row] - p.row_logsum[row]);
-  store_one(grad + y * p.o.grad_strides.classes, logit_gradient(p_y, q_y, mass, g));
 }

@@ -206,6 +206,18 @@ FUSEDLOSS_INLINE void store_one(T* p, Statistic<T> value) {
   }
 }
 
+// v, which the compiler may not join with a later addition into one operation: where the same product is computed in two
+// places, both then round it.
+template <typename V>
+FUSEDLOSS_INLINE V rounded(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 // ---- sums and maxima over the lanes, always in the same order: halves are folded until one lane is left ----
 
 struct Add {
@@ -313,7 +325,8 @@ FUSEDLOSS_INLINE FloatV exp(FloatV x) {
   q = q * r + 4.16665538e-2f;
   q = q * r + 1.66665763e-1f;
   q = q * r + 0.5f;
-  const FloatV exp_r = (q * (r * r) + r) + 1.f;
+  q = q * r + 1.f;
+  const FloatV exp_r = q * r + 1.f;
 #if FUSEDLOSS_VECTOR_BYTES == 64
   return (FloatV)_mm512_maskz_scalef_ps(0xffff, (__m512)exp_r, (__m512)n);
 #else
@@ -341,7 +354,8 @@ FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
   q = q * r + 4.1666666666624094e-02;
   q = q * r + 1.6666666666666669e-01;
   q = q * r + 5.0000000000000011e-01;
-  const DoubleV exp_r = (q * (r * r) + r) + 1.;
+  q = q * r + 1.;
+  const DoubleV exp_r = q * r + 1.;
 #if FUSEDLOSS_VECTOR_BYTES == 64
   return (DoubleV)_mm512_maskz_scalef_pd(0xff, (__m512d)exp_r, (__m512d)n);
 #else

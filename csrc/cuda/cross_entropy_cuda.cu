@@ -177,10 +177,11 @@ __device__ __forceinline__ Statistic<T> target_logit(const Row<T, kSpread>& row)
 template <typename T, bool kSpread, typename A>
 __device__ __forceinline__ void finish_row(const Row<T, kSpread>& row, RowState<A> state, A x_y, Partial& sum) {
   const Problem<T>& o = row.o;
-  A max = 0, logsum = 0, loss[1] = {0};
+  A max = 0, inverse_sum = 0, loss[1] = {0};
   if (row.counts()) {
     max = state.max;
-    logsum = math::log(state.sum);
+    inverse_sum = 1 / state.sum;
+    const A logsum = math::log(state.sum);
     if (kSpread && row.y >= 0) state.mass = index_mass(A(0), row.weight_sum(), o.smoothing);  // not rounded C times
     if (kSpread) loss[0] = expected_negative_log_likelihood(state, logsum);
     if (row.y >= 0) loss[0] += o.smoothing.kept * row.w_y * negative_log_likelihood(x_y, max, logsum);
@@ -190,7 +191,7 @@ __device__ __forceinline__ void finish_row(const Row<T, kSpread>& row, RowState<
     sum.bad_target = true;
   }
   static_cast<A*>(o.row_max)[row.number] = max;
-  static_cast<A*>(o.row_logsum)[row.number] = logsum;
+  static_cast<A*>(o.row_inverse_sum)[row.number] = inverse_sum;
   if (o.reduction == Reduction::kNone) store_loss<T>(o.loss, o.loss_dtype != o.dtype, row.number, loss);
 }
 
@@ -257,15 +258,15 @@ __global__ void __launch_bounds__(kMaxThreads) finish(const CrossEntropyOptions 
 
 // ---- Backward
 //
-//   d loss/dx_c = mass * p_c - q_c      p_c = exp(x_c - row_max - row_logsum), mass = sum(q)
+//   d loss/dx_c = mass * p_c - q_c      p_c = exp(x_c - row_max) * row_inverse_sum, mass = sum(q)
 //
 // times grad_output, which the mean divides by total_weight.
 
 template <typename A>
 struct RowGradient {
-  A max, logsum, grad_output;
-  A mass;
-  A q_y;  // what q has at a target class above the others: kept * w_y
+  A max, grad_output;
+  A scale;  // grad_output * mass * row_inverse_sum
+  A q_y;    // what q has at a target class above the others: kept * w_y
 };
 
 // A thread's share of sum(q), which takes a sweep for probabilities.
@@ -288,7 +289,8 @@ __device__ __forceinline__ RowGradient<A> row_gradient(const Row<T, kSpread>& ro
   load_loss<T>(o.grad_output, o.loss_dtype != o.dtype, row.number * o.grad_output_stride, g);
   if (o.reduction == Reduction::kMean) g[0] = divide_by_total_weight(g[0], *static_cast<const A*>(o.total_weight));
   if (row.y >= 0) mass = kSpread ? index_mass(row.w_y, row.weight_sum(), o.smoothing) : row.w_y;
-  return {static_cast<const A*>(o.row_max)[row.number], static_cast<const A*>(o.row_logsum)[row.number], g[0], mass,
+  const A inverse_sum = static_cast<const A*>(o.row_inverse_sum)[row.number];
+  return {static_cast<const A*>(o.row_max)[row.number], g[0], gradient_scale(g[0], mass, inverse_sum),
           o.smoothing.kept * row.w_y};
 }
 
@@ -302,9 +304,8 @@ __device__ __forceinline__ void write_gradient(T* grad, const Row<T, kSpread>& r
       A values[kWidth];
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        const A p = math::exp(tile.x[k][j] - of_row.max - of_row.logsum);
         const A q = tile.coefficient(row, k, j) + (j == row.y - tile.first[k] ? of_row.q_y : 0);
-        values[j] = logit_gradient(p, q, of_row.mass, of_row.grad_output);
+        values[j] = logit_gradient(math::exp(tile.x[k][j] - of_row.max), of_row.scale, q * of_row.grad_output);
       }
       store_values(grad + RowTile::offset(tile.first[k], row.o.grad_strides), values);
     });

@@ -1,6 +1,6 @@
 // Cross entropy as arithmetic on scalars, for both devices.
 //
-// With logits x, m = max(x), logsum = log(sum(exp(x - m))), softmax p = exp(x - m - logsum), and a target
+// With logits x, m = max(x), sum = sum(exp(x - m)), logsum = log(sum), softmax p = exp(x - m) / sum, and a target
 // distribution q over the classes (weights and smoothing folded in):
 //
 //   loss       = sum_c q_c * (logsum - (x_c - m)) = mass * logsum - dot
@@ -9,7 +9,7 @@
 // A class-index target y with weights w and smoothing e has q_c = (1 - e) w_y [c = y] + (e / C) w_c; class
 // probabilities t have q_c = w_c ((1 - e) t_c + e / C).
 //
-// m and logsum stay apart: their sum in float32 would lose three digits at logits of 1e4.
+// m and sum stay apart: m + logsum in float32 would lose three digits at logits of 1e4.
 //
 // This file has no include guard and includes nothing: the CPU build compiles it once in the namespace of each
 // instruction set. The includer defines FUSEDLOSS_INLINE and provides exp and log in `math`.
@@ -89,10 +89,14 @@ FUSEDLOSS_INLINE A index_mass(A w_y, A weight_sum, Smoothing<A> s) {
   return s.kept * w_y + s.uniform * weight_sum;
 }
 
-// grad_output * d loss/dx_c.
+// grad_output * d loss/dx_c = scale * exp(x_c - m) - grad_output * q_c.
 template <typename V, typename A>
-FUSEDLOSS_INLINE V logit_gradient(V p, V q, A mass, A grad_output) {
-  return grad_output * (mass * p - q);
+FUSEDLOSS_INLINE V logit_gradient(V e, A scale, V grad_output_times_q) {
+  return e * scale - grad_output_times_q;
+}
+template <typename A>
+FUSEDLOSS_INLINE A gradient_scale(A grad_output, A mass, A inverse_sum) {
+  return grad_output * mass * inverse_sum;
 }
 
 // What the mean makes of a sum or of a grad_output. Divided by 0 it is NaN, not infinity: torch divides the part of the

@@ -26,7 +26,7 @@ class CrossEntropyOptions(ctypes.Structure):
         *[("ignore_index", LONG), ("label_smoothing", ctypes.c_double)],
         *[("logits", POINTER), ("logits_strides", Strides)],
         *[("target_index", POINTER), ("target_probability", POINTER), ("target_strides", Strides)],
-        *[("weight", POINTER), ("row_max", POINTER), ("row_logsum", POINTER)],
+        *[("weight", POINTER), ("row_max", POINTER), ("row_inverse_sum", POINTER)],
         *[("total_weight", POINTER), ("weight_sum", POINTER)],
         *[("loss", POINTER), ("scratch", POINTER)],
         *[("grad_output", POINTER), ("grad_output_stride", LONG)],

@@ -211,7 +211,7 @@ class CrossEntropy(Problem):
 
     def set_outputs(self, emulator: Emulator, o: CrossEntropyOptions) -> dict[str, Tensor]:
         wide = statistic(self.dtype)
-        outputs = {name: emulator.output(self.rows, wide, name) for name in ("row_max", "row_logsum")}
+        outputs = {name: emulator.output(self.rows, wide, name) for name in ("row_max", "row_inverse_sum")}
         outputs["loss"] = emulator.output(self.rows if self.reduction == "none" else 1, self.loss_dtype, "loss")
         if self.reduction == "mean":
             outputs["total_weight"] = emulator.output(1, wide, "total_weight")
