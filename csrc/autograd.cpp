@@ -16,10 +16,13 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <array>
 #include <atomic>
+#include <optional>
 
 #include "ops.h"
 #include "plain.h"
+#include "row_layout.h"
 
 namespace fusedloss {
 namespace {
@@ -74,15 +77,17 @@ CrossEntropyResult run_cross_entropy_forward(const at::Tensor& input, const at::
                                autocast_to_float32(input), with_grad);
 }
 
-at::Tensor run_mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction) {
-  RECORD_FUNCTION("fusedloss::mse_loss_forward", Inputs());
-  return mse_loss_forward(input, target, reduction, autocast_to_float32(input));
+MSELossResult run_mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction,
+                                   bool grad_input, bool grad_target) {
+  RECORD_FUNCTION(grad_input || grad_target ? "fusedloss::mse_loss_forward_with_grad" : "fusedloss::mse_loss_forward",
+                  Inputs());
+  return mse_loss_forward(input, target, reduction, autocast_to_float32(input), grad_input, grad_target);
 }
 
 // ---- the gradient in the forward pass ----
 //
 // A loss is mostly the root of its graph: the gradient that comes back is 1. The forward pass then computes the
-// gradient as well, while the cache holds the logits, and the backward pass hands it over: once, for it becomes the
+// gradient as well, while the cache holds the input, and the backward pass hands it over: once, for it becomes the
 // caller's. Any other grad_output (a loss scale, a weight of this loss among others) is multiplied in float32, by
 // computing the gradient anew: a 16-bit gradient scaled afterwards would have been rounded, or lost, before.
 
@@ -108,15 +113,45 @@ bool is_one(const at::Tensor& value) {
   }
 }
 
-at::Tensor take_grad_of_forward(AutogradContext* ctx, const at::Tensor& grad_output) {
-  if (!grad_output.is_cpu() || grad_output.dim() != 0) return {};
+constexpr const char* kGradsOfForward[] = {"grad", "grad of target"};
+
+void keep_grads_of_forward(AutogradContext* ctx, const at::Tensor& grad, const at::Tensor& grad_of_target = {}) {
+  if (grad.defined()) ctx->saved_data[kGradsOfForward[0]] = grad;
+  if (grad_of_target.defined()) ctx->saved_data[kGradsOfForward[1]] = grad_of_target;
+}
+
+void drop_grads_of_forward(AutogradContext* ctx) {
+  for (const char* name : kGradsOfForward) ctx->saved_data.erase(name);
+}
+
+// The gradients that the forward pass has left, if they are what grad_output asks for; then they are the caller's.
+std::optional<std::array<at::Tensor, 2>> take_grads_of_forward(AutogradContext* ctx, const at::Tensor& grad_output) {
+  if (!grad_output.is_cpu() || grad_output.dim() != 0) return std::nullopt;
   const bool one = is_one(grad_output);
   grad_output_was_one = one;
-  const auto found = ctx->saved_data.find("grad");
-  if (found == ctx->saved_data.end()) return {};
-  at::Tensor grad = std::move(found->second).toTensor();
-  ctx->saved_data.erase(found);
-  return one ? grad : at::Tensor();
+  std::array<at::Tensor, 2> grads;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const auto found = ctx->saved_data.find(kGradsOfForward[i]);
+    if (found != ctx->saved_data.end()) grads[i] = std::move(found->second).toTensor();
+  }
+  drop_grads_of_forward(ctx);
+  const bool any = grads[0].defined() || grads[1].defined();
+  return one && any ? std::optional(std::move(grads)) : std::nullopt;
+}
+
+// ---- the gradient in the logits' place
+
+bool is_leaf_or_its_view(const at::Tensor& input) {
+  const at::TensorBase& base = input.is_view() ? input._base() : input;
+  return base.is_leaf() && base.requires_grad();
+}
+
+void check_overwritable(const at::Tensor& input) {
+  TORCH_CHECK(!is_leaf_or_its_view(input), "cross_entropy: inplace_backward=True writes the gradient over input, got a ",
+              "leaf that requires grad, or a view of one, expected the result of an operation");
+  TORCH_CHECK(!may_overlap(input), "cross_entropy: inplace_backward=True writes the gradient over input, got elements ",
+              "that share memory (sizes ", input.sizes(), ", strides ", input.strides(),
+              "), expected each to have its own; use input.contiguous()");
 }
 
 class CrossEntropy : public Function<CrossEntropy> {
@@ -125,18 +160,26 @@ class CrossEntropy : public Function<CrossEntropy> {
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                            double label_smoothing) {
-    auto [loss, statistics, grad] = run_cross_entropy_forward(input, target, weight, reduction, ignore_index,
-                                                              label_smoothing, grad_in_forward(input, reduction));
-    if (grad.defined()) ctx->saved_data["grad"] = std::move(grad);
+                            double label_smoothing, bool inplace_backward) {
+    if (inplace_backward) check_overwritable(input);
+    const bool with_grad = !inplace_backward && grad_in_forward(input, reduction);
+    const auto [loss, statistics, grad] =
+        run_cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, with_grad);
+    keep_grads_of_forward(ctx, grad);
     ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), statistics});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->saved_data["label_smoothing"] = label_smoothing;
+    if (inplace_backward) ctx->saved_data["overwritten"] = false;
     return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const auto overwritten = ctx->saved_data.find("overwritten");
+    const bool in_place = overwritten != ctx->saved_data.end();
+    TORCH_CHECK(!in_place || !overwritten->second.toBool(),
+                "cross_entropy: a second backward pass, but the first has written the gradient over input "
+                "(inplace_backward=True)");
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &input = saved[0], &target = saved[1], &statistics = saved[3];
     const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
@@ -146,8 +189,8 @@ class CrossEntropy : public Function<CrossEntropy> {
     const at::Tensor& grad_output = grad_outputs[0];
 
     at::Tensor grad;
-    if (must_compose(grad_output) || !is_plain(grad_output)) ctx->saved_data.erase("grad");
     if (must_compose(grad_output)) {
+      drop_grads_of_forward(ctx);
       const auto dtype = grad_output.scalar_type();  // float32 where the forward pass ran under autocast
       grad = composed_gradients({input}, grad_output, [&](const variable_list& views) {
         return at::cross_entropy_loss(views[0].to(dtype), target.to(target.is_floating_point() ? dtype : at::kLong),
@@ -155,19 +198,25 @@ class CrossEntropy : public Function<CrossEntropy> {
                                       ignore_index, label_smoothing);
       })[0];
     } else if (!is_plain(grad_output)) {
+      drop_grads_of_forward(ctx);
       using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                                    const at::Tensor&, int64_t, int64_t, double);
       grad = call_registered_op<Signature>("fusedloss::cross_entropy_backward", grad_output, input, target, weight,
                                            statistics, reduction, ignore_index, label_smoothing);
+    } else if (auto ready = take_grads_of_forward(ctx, grad_output)) {
+      grad = std::move((*ready)[0]);
     } else {
-      grad = take_grad_of_forward(ctx, grad_output);
-      if (!grad.defined()) {
-        RECORD_FUNCTION("fusedloss::cross_entropy_backward", Inputs());
-        grad = cross_entropy_backward(grad_output, input, target, weight, statistics, reduction, ignore_index,
-                                      label_smoothing);
+      RECORD_FUNCTION("fusedloss::cross_entropy_backward", Inputs());
+      // An alias without history, which counts its versions with input.
+      const at::Tensor logits = in_place ? input.detach() : input;
+      grad = cross_entropy_backward(grad_output, logits, target, weight, statistics, reduction, ignore_index,
+                                    label_smoothing, in_place);
+      if (in_place) {
+        torch::autograd::impl::bump_version(logits);
+        ctx->saved_data["overwritten"] = true;
       }
     }
-    return {grad, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
+    return {grad, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
@@ -177,9 +226,13 @@ class MSELoss : public Function<MSELoss> {
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             int64_t reduction) {
+    const bool with_grads = grad_in_forward(input, reduction);
+    const auto [loss, grad_input, grad_target] = run_mse_loss_forward(
+        input, target, reduction, with_grads && input.requires_grad(), with_grads && target.requires_grad());
+    keep_grads_of_forward(ctx, grad_input, grad_target);
     ctx->save_for_backward({input, target});
     ctx->saved_data["reduction"] = reduction;
-    return run_mse_loss_forward(input, target, reduction);
+    return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
@@ -189,6 +242,7 @@ class MSELoss : public Function<MSELoss> {
 
     at::Tensor grad_input, grad_target;
     if (must_compose(grad_output)) {
+      drop_grads_of_forward(ctx);
       const auto dtype = grad_output.scalar_type();
       const auto grads = composed_gradients({input, target}, grad_output, [&](const variable_list& views) {
         return at::mse_loss(views[0].to(dtype), views[1].to(dtype), reduction);
@@ -196,10 +250,14 @@ class MSELoss : public Function<MSELoss> {
       grad_input = grads[0];
       grad_target = grads[1];
     } else if (!is_plain(grad_output)) {
+      drop_grads_of_forward(ctx);
       using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t);
       grad_input =
           call_registered_op<Signature>("fusedloss::mse_loss_backward", grad_output, input, target, reduction);
       grad_target = -grad_input;
+    } else if (auto ready = take_grads_of_forward(ctx, grad_output)) {
+      grad_input = std::move((*ready)[0]);
+      grad_target = std::move((*ready)[1]);
     } else {
       RECORD_FUNCTION("fusedloss::mse_loss_backward", Inputs());
       std::tie(grad_input, grad_target) = mse_loss_backward(
@@ -212,10 +270,10 @@ class MSELoss : public Function<MSELoss> {
 }  // namespace
 
 OptionalTensor cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                             int64_t reduction, int64_t ignore_index, double label_smoothing) {
+                             int64_t reduction, int64_t ignore_index, double label_smoothing, bool inplace_backward) {
   if (!cross_entropy_covers(input, target, weight)) return std::nullopt;
   if (at::GradMode::is_enabled() && input.requires_grad())
-    return CrossEntropy::apply(input, target, weight, reduction, ignore_index, label_smoothing);
+    return CrossEntropy::apply(input, target, weight, reduction, ignore_index, label_smoothing, inplace_backward);
   return run_cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, false).loss;
 }
 
@@ -223,7 +281,7 @@ OptionalTensor mse_loss(const at::Tensor& input, const at::Tensor& target, int64
   if (!mse_loss_covers(input, target)) return std::nullopt;
   if (at::GradMode::is_enabled() && (input.requires_grad() || target.requires_grad()))
     return MSELoss::apply(input, target, reduction);
-  return run_mse_loss_forward(input, target, reduction);
+  return run_mse_loss_forward(input, target, reduction, false, false).loss;
 }
 
 }  // namespace fusedloss

@@ -19,8 +19,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return std::make_tuple(result.loss, result.statistics);
       },
       no_gil);
-  m.def("cross_entropy_backward", &cross_entropy_backward, no_gil);
-  m.def("mse_loss_forward", &mse_loss_forward, no_gil);
+  m.def(
+      "cross_entropy_backward",
+      [](const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+         const at::Tensor& statistics, int64_t reduction, int64_t ignore_index, double label_smoothing) {
+        return cross_entropy_backward(grad_output, input, target, weight, statistics, reduction, ignore_index,
+                                      label_smoothing);
+      },
+      no_gil);
+  m.def(
+      "mse_loss_forward",
+      [](const at::Tensor& input, const at::Tensor& target, int64_t reduction, bool autocast) {
+        return mse_loss_forward(input, target, reduction, autocast).loss;
+      },
+      no_gil);
   m.def("mse_loss_backward", &mse_loss_backward, no_gil);
   m.def("set_debug", &set_debug);
   m.def("cpu_capability", &cpu::instruction_set_name);

@@ -159,7 +159,7 @@ void forward_on_cpu(Call& call) {
   const HostScratch scratch(cpu::cross_entropy_scratch_bytes(o));
   o.scratch = scratch.data();
   if (o.weight_sum != nullptr) cpu::cross_entropy_weight_sum(o);
-  if (o.grad_logits != nullptr && o.total_weight != nullptr) {
+  if (o.total_weight != nullptr) {
     run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_weigh(o, begin, end); });
     cpu::cross_entropy_total_weight(o);
   }
@@ -168,16 +168,21 @@ void forward_on_cpu(Call& call) {
   if (bad >= 0) refuse_class_index(call, bad, o.target_index[bad]);
 }
 
-// The gradient of a call, which its options then point to. Laid out like input, as the fake kernel in fusedloss/ops.py
-// promises, but written in the layout of the kernels.
+// Uninitialised, laid out like input, as the fake kernel in fusedloss/ops.py promises.
+at::Tensor fresh_gradient(const at::Tensor& input) {
+  // The operator itself: at::empty_like brings a header that doubles this file's time to compile.
+  const at::Tensor grad = at::_ops::empty_like::call(input, {}, {}, {}, {}, {});
+  prefer_huge_pages(grad);
+  return grad;
+}
+
+// The gradient of a call, which its options then point to; written in the layout of the kernels.
 struct Gradient {
   at::Tensor grad, written;
 
-  explicit Gradient(Call& call, const at::Tensor& input)
-      // The operator itself: at::empty_like brings a header that doubles this file's time to compile.
-      : grad(at::_ops::empty_like::call(input, {}, {}, {}, {}, {})),
+  Gradient(Call& call, const at::Tensor& grad_)
+      : grad(grad_),
         written(layout_of(grad, row_sizes(grad)) == call.layout ? grad : empty_in_layout(grad, call.layout)) {
-    prefer_huge_pages(written);
     call.o.grad_logits = written.data_ptr();
     call.o.grad_strides = kernel_strides(written, call.layout);
   }
@@ -247,14 +252,14 @@ CrossEntropyResult cross_entropy_forward(const at::Tensor& input, const at::Tens
     forward_on_cpu(call);
     return {loss, statistics, {}};
   }
-  const Gradient gradient(call, input);
+  const Gradient gradient(call, fresh_gradient(input));
   forward_on_cpu(call);
   return {loss, statistics, gradient.take()};
 }
 
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
                                   const OptionalTensor& weight, const at::Tensor& statistics, int64_t reduction,
-                                  int64_t ignore_index, double label_smoothing) {
+                                  int64_t ignore_index, double label_smoothing, bool in_place) {
   Call call(input, target, weight, reduction, ignore_index, label_smoothing);
   CrossEntropyOptions& o = call.o;
   check_same_device(kOp, "statistics", statistics, input);
@@ -273,7 +278,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
   o.grad_output = upstream.const_data_ptr();
   o.grad_output_stride = one_value ? 0 : 1;
 
-  const Gradient gradient(call, input);
+  const Gradient gradient(call, in_place ? input : fresh_gradient(input));
   run_backward(call);
   return gradient.take();
 }

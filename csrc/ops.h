@@ -12,8 +12,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // The losses, with autograd; nothing where the kernels do not cover the call, which then is torch's own function's.
 // `reduction` is torch's number for it. input and target of mse_loss have one shape; broadcasting is the caller's.
+// inplace_backward: the gradient is written over input.
 OptionalTensor cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                             int64_t reduction, int64_t ignore_index, double label_smoothing);
+                             int64_t reduction, int64_t ignore_index, double label_smoothing, bool inplace_backward);
 OptionalTensor mse_loss(const at::Tensor& input, const at::Tensor& target, int64_t reduction);
 
 // Whether a class index out of range is found on the host, before a kernel is launched. On the CPU it is found anyway.
@@ -36,12 +37,19 @@ CrossEntropyResult cross_entropy_forward(const at::Tensor& input, const at::Tens
                                          const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                                          double label_smoothing, bool autocast, bool with_grad = false);
 
-// -> d loss/d input, times grad_output.
+// -> d loss/d input, times grad_output; in_place: written over input, of which it is then an alias.
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
                                   const OptionalTensor& weight, const at::Tensor& statistics, int64_t reduction,
-                                  int64_t ignore_index, double label_smoothing);
+                                  int64_t ignore_index, double label_smoothing, bool in_place = false);
 
-at::Tensor mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction, bool autocast);
+struct MSELossResult {
+  at::Tensor loss;  // under autocast float32, whatever the input
+  at::Tensor grad_input, grad_target;  // if asked for
+};
+
+// Gradients at once as above.
+MSELossResult mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction, bool autocast,
+                               bool grad_input = false, bool grad_target = false);
 
 // -> the gradients of input and target, times grad_output; undefined where not wanted.
 std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,

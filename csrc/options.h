@@ -46,7 +46,7 @@ struct CrossEntropyOptions {
   const void* grad_output;     // [rows] for kNone, else [1]; null is 1
   int64_t grad_output_stride;  // 0 where one value serves all rows
   void* grad_logits;           // [outer, classes, inner]; not null in the forward pass: write it there, which only the
-                               // CPU does, with total_weight known beforehand
+                               // CPU does, after total_weight
   Strides grad_strides;
 
   int64_t rows() const { return outer * inner; }
@@ -65,9 +65,9 @@ struct PointwiseOptions {
   void* loss;     // [numel] for kNone, else [1]
   void* scratch;  // forward only; as many bytes as the launcher asks for, 16-byte aligned
 
-  const void* grad_output;     // [numel] for kNone, else [1]
+  const void* grad_output;     // [numel] for kNone, else [1]; null is 1
   int64_t grad_output_stride;  // 0 where one value serves all elements
-  void* grad_input;            // [numel]; null where it is not wanted
+  void* grad_input;            // [numel]; null where it is not wanted; on the CPU the forward pass writes it too
   void* grad_target;           // [numel]; null where it is not wanted
 };
 

@@ -45,6 +45,18 @@ struct Call {
   }
 };
 
+// The gradients of a call that are wanted, which its options then point to.
+struct Gradients {
+  at::Tensor of_input, of_target;
+
+  Gradients(Call& call, bool want_input, bool want_target) {
+    if (want_input) of_input = empty_beside(call.input, call.input.scalar_type());
+    if (want_target) of_target = empty_beside(call.input, call.input.scalar_type());
+    call.o.grad_input = want_input ? of_input.data_ptr() : nullptr;
+    call.o.grad_target = want_target ? of_target.data_ptr() : nullptr;
+  }
+};
+
 }  // namespace
 
 bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target) {
@@ -52,7 +64,8 @@ bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target) {
   return is_ours(input) && is_plain(target) && input.scalar_type() == target.scalar_type();
 }
 
-at::Tensor mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction, bool autocast) {
+MSELossResult mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction, bool autocast,
+                               bool grad_input, bool grad_target) {
   constexpr const char* kOp = "mse_loss";
   Call call(kOp, input, target, reduction);
   PointwiseOptions& o = call.o;
@@ -65,15 +78,16 @@ at::Tensor mse_loss_forward(const at::Tensor& input, const at::Tensor& target, i
     const auto scratch = input.new_empty({cuda::pointwise_scratch_bytes(o)}, at::kByte);
     o.scratch = scratch.data_ptr();
     run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::pointwise_forward(o, stream); });
-    return loss;
+    return {loss, {}, {}};
   }
 #endif
+  const Gradients gradients(call, grad_input, grad_target);
   const HostScratch scratch(cpu::pointwise_scratch_bytes(o));
   o.scratch = scratch.data();
-  run_on_cpu(cpu::pointwise_chunks(o), /*grain=*/1,
+  run_on_cpu(cpu::pointwise_chunks(o), cpu::kPointwiseGrain,
              [&](int64_t begin, int64_t end) { cpu::pointwise_forward(o, begin, end); });
   cpu::pointwise_finish(o);
-  return loss;
+  return {loss, gradients.of_input, gradients.of_target};
 }
 
 std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
@@ -94,20 +108,16 @@ std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_outp
   o.grad_output = upstream.const_data_ptr();
   o.grad_output_stride = one_value ? 0 : 1;
 
-  at::Tensor grad_input, grad_target;
-  if (want_input) grad_input = empty_beside(call.input, input.scalar_type());
-  if (want_target) grad_target = empty_beside(call.input, input.scalar_type());
-  o.grad_input = want_input ? grad_input.data_ptr() : nullptr;
-  o.grad_target = want_target ? grad_target.data_ptr() : nullptr;
+  const Gradients gradients(call, want_input, want_target);
 #ifdef FUSEDLOSS_WITH_CUDA
   if (input.is_cuda()) {
     run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::pointwise_backward(o, stream); });
-    return {grad_input, grad_target};
+    return {gradients.of_input, gradients.of_target};
   }
 #endif
-  run_on_cpu(cpu::pointwise_chunks(o), /*grain=*/1,
+  run_on_cpu(cpu::pointwise_chunks(o), cpu::kPointwiseGrain,
              [&](int64_t begin, int64_t end) { cpu::pointwise_backward(o, begin, end); });
-  return {grad_input, grad_target};
+  return {gradients.of_input, gradients.of_target};
 }
 
 }  // namespace fusedloss

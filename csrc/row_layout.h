@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "options.h"
 
@@ -39,6 +40,21 @@ inline c10::SmallVector<int64_t, 8> sizes_of_rows(const at::Tensor& t) {
   c10::SmallVector<int64_t, 8> sizes(t.sizes().begin(), t.sizes().end());
   sizes.erase(sizes.begin() + (t.dim() == 1 ? 0 : 1));
   return sizes;
+}
+
+// May two of its elements be the same memory? Yes only where the strides leave that open: dimensions from the smallest
+// stride to the largest, each must step over all of the one before.
+inline bool may_overlap(const at::Tensor& t) {
+  c10::SmallVector<std::pair<int64_t, int64_t>, 8> dims;  // stride, size
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) > 1) dims.emplace_back(t.stride(d), t.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride < extent) return true;
+    extent += stride * (size - 1);
+  }
+  return false;
 }
 
 // The stride that serves all of d1, …, dK at once, if one does.

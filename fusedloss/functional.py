@@ -51,6 +51,8 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    inplace_backward: bool = False,
 ) -> Tensor:
     r"""Cross entropy between logits and targets, `torch.nn.functional.cross_entropy`, fused.
 
@@ -78,6 +80,10 @@ def cross_entropy(
         ignore_index: class index whose rows add nothing. Default -100.
         reduction: 'none', 'mean' or 'sum'. Default 'mean'.
         label_smoothing: :math:`\epsilon` in [0, 1]. Default 0.
+        inplace_backward: the backward pass writes the gradient over input, which saves that much memory and the time
+            to map it. input must be the result of an operation, not a leaf, and no other backward pass may need its
+            values any more: autograd raises a RuntimeError where one does, a second one of this loss included. Without
+            effect where the gradient is itself differentiated, or is not computed by the kernels. Default False.
 
     Returns:
         A scalar of input's dtype, or with 'none' one loss a row, in the shape of class-index targets. Under autocast
@@ -86,14 +92,15 @@ def cross_entropy(
     Raises:
         IndexError: a class index is neither in [0, C) nor ignore_index (CPU; on CUDA a device-side assertion fails).
         ValueError: the batch sizes differ, or reduction is unknown.
-        RuntimeError: another shape, dtype or device is wrong.
+        RuntimeError: another shape, dtype or device is wrong; or inplace_backward, and input is a leaf, a view of one,
+            or has elements that share memory.
         NotImplementedError: input is not of one of the four types.
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if _is_eager(input, target, weight):
         loss = _backend.extension().cross_entropy(
-            input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
+            input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing, inplace_backward
         )
         if loss is not None:
             return loss

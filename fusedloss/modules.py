@@ -14,6 +14,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         ignore_index: class index that adds nothing to the loss nor the gradient. Default -100.
         reduction: 'none', 'mean' or 'sum'. Default 'mean'.
         label_smoothing: how much of each target is spread evenly over the classes, in [0, 1]. Default 0.
+        inplace_backward: the backward pass writes the gradient over input; see `fusedloss.functional.cross_entropy`.
+            Default False.
 
     Shape:
         - input: logits, (C), (N, C) or (N, C, d1, …, dK); float32, float64, bfloat16 or float16.
@@ -23,6 +25,22 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     The formula is in `fusedloss.functional.cross_entropy`.
     """
 
+    inplace_backward: bool = False  # also of modules that were pickled without it
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.inplace_backward = inplace_backward
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(
             input,
@@ -31,6 +49,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            inplace_backward=self.inplace_backward,
         )
 
 

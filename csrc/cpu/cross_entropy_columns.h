@@ -86,16 +86,24 @@ void forward_columns(const Problem<T>& p, ChunkRange range, ChunkResult& chunk) 
     }
     for (int g = 0; g * kLanes < tile.n; ++g) state[g] = merge(state[g], part[g]);
   }
-  V logsum = V{};  // of the group at hand
+  V logsum = V{}, inverse_sum = V{};  // of the group at hand
+  double loss = 0;
   for (int i = 0; i < tile.n; ++i) {
     const RowState<V>& s = state[i / kLanes];
     const int lane = i % kLanes;
-    if (lane == 0) logsum = math::log(s.sum);
+    if (lane == 0) {
+      logsum = math::log(s.sum);
+      inverse_sum = 1 / s.sum;
+    }
     if (kTarget != Target::kProbability && !p.counts(tile.row + i)) {
       skip_row(p, tile.row + i, chunk);
     } else {
       const RowState<Wide<A>> row = {s.max[lane], s.sum[lane], s.dot[lane], s.mass[lane]};
-      finish_row<T, kTarget>(p, tile.row + i, tile.x + i, row, logsum[lane], chunk);
+      finish_row<T, kTarget>(p, tile.row + i, tile.x + i, row, logsum[lane], inverse_sum[lane], loss);
+    }
+    if (lane + 1 == kLanes || i + 1 == tile.n) {
+      chunk.loss.add(loss);
+      loss = 0;
     }
   }
 }
@@ -134,7 +142,7 @@ FUSEDLOSS_INLINE void fill_group(const Problem<T>& p, const Tile<T>& tile, TileG
   for (int lane = 0; lane < n; ++lane) {
     const int64_t row = tile.row + i + lane;
     rows.max[i + lane] = p.row_max[row];
-    rows.g[i + lane] = upstream<T>(p.o, row);
+    rows.g[i + lane] = p.upstream(row);
     rows.counts[i + lane] = kTarget == Target::kProbability || p.counts(row);
     inverse_sum[lane] = p.row_inverse_sum[row];
     if (kTarget != Target::kProbability && rows.counts[i + lane] != 0) {

@@ -27,14 +27,15 @@ template <typename T, Target kTarget>
 void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   const Problem<T> p(o);
   for (int64_t k = begin; k < end; ++k) {
-    ChunkResult result;
+    ChunkResult& result = static_cast<ChunkResult*>(o.scratch)[k];
+    result.loss = CompensatedSum();
+    result.bad_row = -1;
     if (in_rows(o)) {
       forward_rows<T, kTarget>(p, chunk_range(o, k), chunk_range(o, end - 1).end, result);
     } else {
       forward_columns<T, kTarget>(p, chunk_range(o, k), result);
       if (o.grad_logits != nullptr) backward_columns<T, kTarget>(p, chunk_range(o, k));
     }
-    static_cast<ChunkResult*>(o.scratch)[k] = result;
   }
 }
 
@@ -73,48 +74,55 @@ void weight_sum(const CrossEntropyOptions& o) {
   *static_cast<A*>(o.weight_sum) = sum_of_lanes<A>(sum);
 }
 
+// The weights that the mean divides by, known before the first row's gradient is written.
 template <typename T>
 void weigh(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   const Problem<T> p(o);
   for (int64_t k = begin; k < end; ++k) {
     const ChunkRange range = chunk_range(o, k);
     const int64_t first = range.outer * o.inner + range.begin;
-    CompensatedSum weight;  // added up as the forward pass does
-    for (int64_t row = first; row < first + range.end - range.begin; ++row) {
-      if (o.target_index == nullptr) {
-        weight.add(1);
-      } else if (p.counts(row)) {
-        weight.add(p.weight_of(o.target_index[row]));
-      }
+    const int64_t last = first + range.end - range.begin;
+    CompensatedSum weight;
+    if (o.target_index == nullptr) {
+      weight.add(double(last - first));
+    } else if (o.weight == nullptr) {
+      int64_t count = 0;
+      for (int64_t row = first; row < last; ++row) count += p.counts(row);
+      weight.add(double(count));
+    } else {
+      for (int64_t row = first; row < last; ++row)
+        if (p.counts(row)) weight.add(p.weight_of(o.target_index[row]));
     }
     static_cast<ChunkResult*>(o.scratch)[k].weight = weight;
   }
 }
 
-template <typename T>
-void total_weight(const CrossEntropyOptions& o) {
+inline CompensatedSum sum_of_weights(const CrossEntropyOptions& o) {
   CompensatedSum weight;
   for (int64_t k = 0; k < chunk_count(o); ++k) weight.add(static_cast<const ChunkResult*>(o.scratch)[k].weight);
-  *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(weight.value());
+  return weight;
+}
+
+template <typename T>
+void total_weight(const CrossEntropyOptions& o) {
+  *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(sum_of_weights(o).value());
 }
 
 // The chunks' sums in their order, in double; rounded once.
 template <typename T>
 int64_t finish(const CrossEntropyOptions& o) {
-  ChunkResult total;
+  CompensatedSum loss;
+  int64_t bad_row = -1;
   const int64_t chunks = chunk_count(o);
   for (int64_t k = 0; k < chunks; ++k) {
     const ChunkResult& chunk = static_cast<const ChunkResult*>(o.scratch)[k];
-    total.loss.add(chunk.loss);
-    total.weight.add(chunk.weight);
-    if (total.bad_row < 0) total.bad_row = chunk.bad_row;
+    loss.add(chunk.loss);
+    if (bad_row < 0) bad_row = chunk.bad_row;
   }
-  if (o.reduction == Reduction::kMean) {
-    *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(total.weight.value());
-    write_loss<T>(o, 0, Statistic<T>(divide_by_total_weight(total.loss.value(), total.weight.value())));
-  }
-  if (o.reduction == Reduction::kSum) write_loss<T>(o, 0, Statistic<T>(total.loss.value()));
-  return total.bad_row;
+  if (o.reduction == Reduction::kMean)
+    write_loss<T>(o, 0, Statistic<T>(divide_by_total_weight(loss.value(), sum_of_weights(o).value())));
+  if (o.reduction == Reduction::kSum) write_loss<T>(o, 0, Statistic<T>(loss.value()));
+  return bad_row;
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ struct Problem {
   Smoothing<A> smoothing;
   A* row_max;          // [rows]
   A* row_inverse_sum;  // [rows]
+  A one_upstream;      // what every row's gradient is multiplied by, where one value serves all
 
   explicit Problem(const CrossEntropyOptions& options)
       : o(options),
@@ -26,10 +27,14 @@ struct Problem {
         weight_sum(options.weight_sum ? *static_cast<const A*>(options.weight_sum) : A(options.classes)),
         smoothing(make_smoothing<A>(options.label_smoothing, options.classes)),
         row_max(static_cast<A*>(options.row_max)),
-        row_inverse_sum(static_cast<A*>(options.row_inverse_sum)) {}
+        row_inverse_sum(static_cast<A*>(options.row_inverse_sum)),
+        one_upstream(options.grad_logits && options.grad_output_stride == 0 ? upstream_of(0) : A(0)) {}
 
   FUSEDLOSS_INLINE int64_t offset(const Strides& strides, int64_t row) const {
     return o.inner == 1 ? row * strides.outer : row / o.inner * strides.outer + row % o.inner * strides.inner;
+  }
+  FUSEDLOSS_INLINE T* grad_of(int64_t row) const {
+    return static_cast<T*>(o.grad_logits) + offset(o.grad_strides, row);
   }
   FUSEDLOSS_INLINE A weight_of(int64_t c) const { return weight ? weight[c] : A(1); }
   FUSEDLOSS_INLINE bool in_range(int64_t target) const { return target >= 0 && target < o.classes; }
@@ -38,6 +43,20 @@ struct Problem {
   FUSEDLOSS_INLINE bool counts(int64_t row) const {
     const int64_t y = o.target_index[row];
     return y != o.ignore_index && in_range(y);
+  }
+
+  // What a row's gradient is multiplied by.
+  FUSEDLOSS_INLINE A upstream(int64_t row) const {
+    return o.grad_output_stride == 0 ? one_upstream : upstream_of(row * o.grad_output_stride);
+  }
+
+ private:
+  FUSEDLOSS_INLINE A upstream_of(int64_t i) const {
+    A g = 1;
+    if (o.grad_output != nullptr)
+      g = o.loss_dtype == o.dtype ? load_one(static_cast<const T*>(o.grad_output) + i)
+                                  : static_cast<const A*>(o.grad_output)[i];
+    return o.reduction == Reduction::kMean ? divide_by_total_weight(g, *static_cast<const A*>(o.total_weight)) : g;
   }
 };
 
@@ -51,18 +70,6 @@ FUSEDLOSS_INLINE void write_loss(const CrossEntropyOptions& o, int64_t i, Statis
   }
 }
 
-// What a row's gradient is multiplied by.
-template <typename T>
-FUSEDLOSS_INLINE Statistic<T> upstream(const CrossEntropyOptions& o, int64_t row) {
-  using A = Statistic<T>;
-  const int64_t i = row * o.grad_output_stride;
-  A g = 1;
-  if (o.grad_output != nullptr)
-    g = o.loss_dtype == o.dtype ? load_one(static_cast<const T*>(o.grad_output) + i)
-                                : static_cast<const A*>(o.grad_output)[i];
-  return o.reduction == Reduction::kMean ? divide_by_total_weight(g, *static_cast<const A*>(o.total_weight)) : g;
-}
-
 // A row that adds nothing: its target is ignored or does not exist.
 template <typename T>
 FUSEDLOSS_INLINE void skip_row(const Problem<T>& p, int64_t row, ChunkResult& chunk) {
@@ -71,24 +78,23 @@ FUSEDLOSS_INLINE void skip_row(const Problem<T>& p, int64_t row, ChunkResult& ch
   if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, 0);
 }
 
-// x: the row's first class, its classes p.o.logits_strides.classes apart. logsum: log(state.sum).
+// x: the row's first class, its classes p.o.logits_strides.classes apart. logsum: log(state.sum); inverse_sum: its inverse.
+// loss_sum: of a few rows, so that it rounds a few times.
 template <typename T, Target kTarget>
 FUSEDLOSS_INLINE void finish_row(const Problem<T>& p, int64_t row, const T* x, RowState<Wide<Statistic<T>>> state,
-                                 Wide<Statistic<T>> logsum, ChunkResult& chunk) {
+                                 Wide<Statistic<T>> logsum, Statistic<T> inverse_sum, double& loss_sum) {
   using A = Statistic<T>;
   using W = Wide<A>;
-  W loss = 0, weight = 1;
+  W loss = 0;
   if constexpr (kTarget != Target::kOneClass) loss = expected_negative_log_likelihood(state, logsum);
   if constexpr (kTarget == Target::kSmoothed) loss *= W(p.o.label_smoothing) / W(p.o.classes);
   if constexpr (kTarget != Target::kProbability) {
     const int64_t y = p.o.target_index[row];
-    weight = p.weight_of(y);
     const W x_y = load_one(x + y * p.o.logits_strides.classes);
-    loss += p.smoothing.kept * weight * negative_log_likelihood(x_y, state.max, logsum);
+    loss += p.smoothing.kept * W(p.weight_of(y)) * negative_log_likelihood(x_y, state.max, logsum);
   }
   p.row_max[row] = A(state.max);
-  p.row_inverse_sum[row] = A(1 / state.sum);
+  p.row_inverse_sum[row] = inverse_sum;
   if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, A(loss));
-  chunk.loss.add(double(loss));
-  chunk.weight.add(double(weight));
+  loss_sum += double(loss);
 }

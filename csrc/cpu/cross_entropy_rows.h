@@ -54,9 +54,23 @@ struct RowCoefficients {
   }
 };
 
-// The largest of every kLanes-th class; of lanes without a class -inf.
+// Some classes of a row, in the statistics' type.
+template <typename A>
+struct Block {
+  const A* x;
+  typename Simd<A>::V max;  // the largest of every kLanes-th class; of lanes without a class -inf
+};
+
+template <bool kWhole, typename T>
+FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V read_classes(const T* x, int n, Statistic<T>* room) {
+  const auto v = load_lanes<kWhole>(x, n);
+  if constexpr (!std::is_same_v<T, Statistic<T>>) store_lanes<kWhole>(room, v, n);
+  return v;
+}
+
+// room: [n], for what is not of the statistics' type already, so that it is widened once.
 template <typename T>
-FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V max_of_block(const T* x, int n) {
+FUSEDLOSS_INLINE Block<Statistic<T>> read_block(const T* x, int n, Statistic<T>* room) {
   using A = Statistic<T>;
   using V = typename Simd<A>::V;
   constexpr int kLanes = kLanesOf<T>;
@@ -64,25 +78,32 @@ FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V max_of_block(const T* x, int n) 
   FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) best[k] = V{} - INFINITY;
   int c = 0;
   for (; c + kUnroll * kLanes <= n; c += kUnroll * kLanes) {
-    FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) best[k] = Larger::of(load(x + c + k * kLanes), best[k]);
+    FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k)
+        best[k] = Larger::of(read_classes<true>(x + c + k * kLanes, kLanes, room + c + k * kLanes), best[k]);
   }
-  for (; c + kLanes <= n; c += kLanes) best[0] = Larger::of(load(x + c), best[0]);
-  if (c < n) best[0] = Larger::of(lanes_from(n - c, A{}) ? V{} - INFINITY : load_first(x + c, n - c), best[0]);
+  for (; c + kLanes <= n; c += kLanes) best[0] = Larger::of(read_classes<true>(x + c, kLanes, room + c), best[0]);
+  if (c < n) {
+    const V rest = read_classes<false>(x + c, n - c, room + c);
+    best[0] = Larger::of(lanes_from(n - c, A{}) ? V{} - INFINITY : rest, best[0]);
+  }
   FUSEDLOSS_UNROLL for (int k = 1; k < kUnroll; ++k) best[0] = Larger::of(best[k], best[0]);
-  return best[0];
+  if constexpr (std::is_same_v<T, A>) {
+    return {x, best[0]};
+  } else {
+    return {room, best[0]};
+  }
 }
 
 template <bool kWhole, typename T, Target kTarget>
-FUSEDLOSS_INLINE void add_classes(RowState<typename Simd<Statistic<T>>::V>& s, const T* x,
+FUSEDLOSS_INLINE void add_classes(RowState<typename Simd<Statistic<T>>::V>& s, const Statistic<T>* x,
                                   const RowCoefficients<T, kTarget>& q, int64_t c, int n, Statistic<T> relative_to,
-                                  Statistic<T>* kept, const T* next) {
+                                  Statistic<T>* kept) {
   using A = Statistic<T>;
   using V = typename Simd<A>::V;
-  const V d = load_lanes<kWhole>(x + c, n) - relative_to;
+  const V d = load_lanes<kWhole>(x, n) - relative_to;
   V e = math::exp(d);
   if constexpr (!kWhole) e = lanes_from(n, A{}) ? V{} : e;
-  if (kept != nullptr) store_lanes<kWhole>(kept + c, e, n);
-  if constexpr (kWhole) __builtin_prefetch(next + c);
+  if (kept != nullptr) store_lanes<kWhole>(kept, e, n);
   s.sum += e;
   if constexpr (kTarget != Target::kOneClass) {
     const V q_c = q.template at<kWhole>(c, n);
@@ -91,25 +112,42 @@ FUSEDLOSS_INLINE void add_classes(RowState<typename Simd<Statistic<T>>::V>& s, c
   }
 }
 
-// The sums over classes [begin, begin + n), of every kLanes-th one; without their maximum. x: [classes]; kept:
-// [classes], where the exponentials are to be kept, or null; next: where classes are expected to be needed next: the
-// memory is asked for them while the arithmetic goes on.
+// Where memory is read, and written, soon after a sweep: it is asked for while the arithmetic goes on.
+template <typename T>
+struct Ahead {
+  const T *read, *write;
+
+  FUSEDLOSS_INLINE void prefetch(int begin, int count) const {
+    constexpr int kCacheLine = 64 / sizeof(T);
+    FUSEDLOSS_UNROLL for (int i = begin; i < begin + count; i += kCacheLine) {
+      __builtin_prefetch(read + i);
+      __builtin_prefetch(write + i, /*to write=*/1);
+    }
+  }
+};
+
+// The sums over classes [begin, begin + n), of every kLanes-th one; without their maximum. x: [n]; kept: [n], where the
+// exponentials are to be kept, or null; it may be x.
 template <typename T, Target kTarget>
-FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_block(const T* x, const RowCoefficients<T, kTarget>& q,
+FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_block(const Statistic<T>* x,
+                                                                      const RowCoefficients<T, kTarget>& q,
                                                                       int64_t begin, int n, Statistic<T> relative_to,
-                                                                      Statistic<T>* kept, const T* next) {
+                                                                      Statistic<T>* kept, Ahead<T> ahead) {
   using V = typename Simd<Statistic<T>>::V;
   constexpr int kLanes = kLanesOf<T>;
   RowState<V> s[kUnroll];
   FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) s[k] = empty_row_state<V>();
-  const int64_t end = begin + n;
-  int64_t c = begin;
-  for (; c + kUnroll * kLanes <= end; c += kUnroll * kLanes) {
-    FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k)
-        add_classes<true>(s[k], x, q, c + k * kLanes, kLanes, relative_to, kept, next);
+  const auto add = [&](RowState<V>& state, int i) __attribute__((always_inline)) {
+    add_classes<true>(state, x + i, q, begin + i, kLanes, relative_to, kept == nullptr ? kept : kept + i);
+  };
+  int i = 0;
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    ahead.prefetch(i, kUnroll * kLanes);
+    FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) add(s[k], i + k * kLanes);
   }
-  for (; c + kLanes <= end; c += kLanes) add_classes<true>(s[0], x, q, c, kLanes, relative_to, kept, next);
-  if (c < end) add_classes<false>(s[0], x, q, c, int(end - c), relative_to, kept, next);
+  ahead.prefetch(i, n - i);
+  for (; i + kLanes <= n; i += kLanes) add(s[0], i);
+  if (i < n) add_classes<false>(s[0], x + i, q, begin + i, n - i, relative_to, kept == nullptr ? kept : kept + i);
   FUSEDLOSS_UNROLL for (int k = 1; k < kUnroll; ++k) {
     s[0].sum += s[k].sum;
     s[0].dot += s[k].dot;
@@ -136,9 +174,9 @@ struct RowGradient {
   // mass: sum(q) of probabilities, else ignored. The row's statistics are known.
   RowGradient(const Problem<T>& p, int64_t row, const RowCoefficients<T, kTarget>& coefficients, A mass)
       : q(coefficients),
-        grad(static_cast<T*>(p.o.grad_logits) + p.offset(p.o.grad_strides, row)),
+        grad(p.grad_of(row)),
         max(p.row_max[row]),
-        g(upstream<T>(p.o, row)) {
+        g(p.upstream(row)) {
     if constexpr (kTarget != Target::kProbability) {
       y = p.o.target_index[row];
       mass = index_mass(p.weight_of(y), p.weight_sum, p.smoothing);
@@ -163,49 +201,47 @@ struct RowGradient {
   }
 };
 
-// Of classes [begin, begin + n), whose exponentials were kept; they may lie where the gradient will.
+// Of classes [begin, begin + n), whose exponentials were kept. kept: [n]; it may lie where the gradient will.
 template <typename T, Target kTarget>
 FUSEDLOSS_INLINE void write_from_kept(const RowGradient<T, kTarget>& gradient, const Statistic<T>* kept, int64_t begin,
                                       int n, Statistic<T> block_max) {
   constexpr int kLanes = kLanesOf<T>;
   const auto scale = gradient.scale_of_block(block_max);
-  const int64_t end = begin + n;
-  int64_t c = begin;
-  for (; c + kLanes <= end; c += kLanes) gradient.template write<true>(c, kLanes, load(kept + c), scale);
-  const int rest = int(end - c);
-  if (rest > 0) gradient.template write<false>(c, rest, load_first(kept + c, rest), scale);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) gradient.template write<true>(begin + i, kLanes, load(kept + i), scale);
+  if (i < n) gradient.template write<false>(begin + i, n - i, load_first(kept + i, n - i), scale);
 }
 
-// The same, computing the exponentials anew. grad may be x.
-template <typename T, Target kTarget>
-FUSEDLOSS_INLINE void write_from_logits(const RowGradient<T, kTarget>& gradient, const T* x, int64_t begin, int n,
-                                        Statistic<T> block_max) {
+// The same, computing the exponentials anew. x: [n], of T or of the statistics' type; the gradient may be written over it.
+template <typename T, Target kTarget, typename X>
+FUSEDLOSS_INLINE void write_from_logits(const RowGradient<T, kTarget>& gradient, const X* x, int64_t begin, int n,
+                                        Statistic<T> block_max, const T* next) {
   constexpr int kLanes = kLanesOf<T>;
   const auto scale = gradient.scale_of_block(block_max), relative_to = shift(block_max);
-  const int64_t end = begin + n;
-  int64_t c = begin;
-  for (; c + kLanes <= end; c += kLanes) {
-    __builtin_prefetch(x + c + n);
-    gradient.template write<true>(c, kLanes, math::exp(load(x + c) - relative_to), scale);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    __builtin_prefetch(next + i);
+    gradient.template write<true>(begin + i, kLanes, math::exp(load(x + i) - relative_to), scale);
   }
-  const int rest = int(end - c);
-  if (rest > 0) gradient.template write<false>(c, rest, math::exp(load_first(x + c, rest) - relative_to), scale);
+  if (i < n)
+    gradient.template write<false>(begin + i, n - i, math::exp(load_first(x + i, n - i) - relative_to), scale);
 }
 
 template <typename T, Target kTarget>
 FUSEDLOSS_INLINE void write_row_from_logits(const RowGradient<T, kTarget>& gradient, const T* x, int64_t classes) {
   using A = Statistic<T>;
-  if (is_short_row<T>(classes)) return write_from_logits(gradient, x, 0, int(classes), gradient.max);
+  if (is_short_row<T>(classes)) return write_from_logits(gradient, x, 0, int(classes), gradient.max, x + classes);
+  alignas(64) A room[std::is_same_v<T, A> ? 1 : kRowBlock<A>];
   for (int64_t c = 0; c < classes; c += kRowBlock<A>) {
     const int n = int(std::min(kRowBlock<A>, classes - c));
-    write_from_logits(gradient, x, c, n, max_of_lanes<A>(max_of_block(x + c, n)));
+    const Block<A> block = read_block(x + c, n, room);
+    write_from_logits(gradient, block.x, c, n, max_of_lanes<A>(block.max), x + c + n);
   }
 }
 
 template <typename T>
 FUSEDLOSS_INLINE void write_zeros(const Problem<T>& p, int64_t row) {
-  T* grad = static_cast<T*>(p.o.grad_logits) + p.offset(p.o.grad_strides, row);
-  std::memset(grad, 0, size_t(p.o.classes) * sizeof(T));
+  std::memset(p.grad_of(row), 0, size_t(p.o.classes) * sizeof(T));
 }
 
 // ---- the forward pass
@@ -220,18 +256,22 @@ FUSEDLOSS_INLINE void forward_short_rows(const Problem<T>& p, const int64_t* row
   const int classes = int(p.o.classes), pitch = (classes + kLanes - 1) / kLanes * kLanes;
   alignas(64) A kept[kKeptOnStack<A>];  // [count, pitch]
   const T* x[kLanes];
+  const A* values[kLanes];
   V max[kLanes], sum[kLanes], dot[kLanes], mass[kLanes];
   for (int i = count; i < kLanes; ++i) max[i] = sum[i] = dot[i] = mass[i] = V{};
   for (int i = 0; i < count; ++i) {
     x[i] = p.logits + p.offset(p.o.logits_strides, rows[i]);
-    max[i] = max_of_block(x[i], classes);
+    const Block<A> block = read_block(x[i], classes, kept + i * pitch);
+    values[i] = block.x;
+    max[i] = block.max;
   }
   RowState<V> state = {fold_each<Larger, A>(max), V{}, V{}, V{}};
   const V relative_to = shift(state.max);
   for (int i = 0; i < count; ++i) {
     const RowCoefficients<T, kTarget> q(p, rows[i]);
-    const RowState<V> s = sweep_block(x[i], q, 0, classes, relative_to[i], kept + i * pitch,
-                                        x[i] + count * p.o.logits_strides.outer);
+    const T* next = x[i] + count * p.o.logits_strides.outer;
+    const Ahead<T> ahead = {next, p.o.grad_logits == nullptr ? next : p.grad_of(rows[i])};
+    const RowState<V> s = sweep_block(values[i], q, 0, classes, relative_to[i], kept + i * pitch, ahead);
     sum[i] = s.sum;
     dot[i] = s.dot;
     mass[i] = s.mass;
@@ -241,11 +281,13 @@ FUSEDLOSS_INLINE void forward_short_rows(const Problem<T>& p, const int64_t* row
     state.dot = fold_each<Add, A>(dot);
     state.mass = fold_each<Add, A>(mass);
   }
-  const V logsum = math::log(state.sum);
+  const V logsum = math::log(state.sum), inverse_sum = 1 / state.sum;
+  double loss = 0;
   for (int i = 0; i < count; ++i) {
     const RowState<Wide<A>> row = {state.max[i], state.sum[i], state.dot[i], state.mass[i]};
-    finish_row<T, kTarget>(p, rows[i], x[i], row, logsum[i], chunk);
+    finish_row<T, kTarget>(p, rows[i], x[i], row, logsum[i], inverse_sum[i], loss);
   }
+  chunk.loss.add(loss);
   if (p.o.grad_logits == nullptr) return;
   for (int i = 0; i < count; ++i) {
     const RowCoefficients<T, kTarget> q(p, rows[i]);
@@ -268,13 +310,11 @@ template <typename T>
 FUSEDLOSS_INLINE Statistic<T>* room_for_exponentials(const Problem<T>& p, int64_t row, int64_t end_row) {
   using A = Statistic<T>;
   if (p.o.grad_logits == nullptr || p.o.classes > kKeptInGradient<A>) return nullptr;
-  T* grad = static_cast<T*>(p.o.grad_logits) + p.offset(p.o.grad_strides, row);
   if constexpr (!std::is_same_v<T, A>) {
     static_assert(sizeof(A) == 2 * sizeof(T));
-    if (row + 1 >= end_row || p.offset(p.o.grad_strides, row + 1) - p.offset(p.o.grad_strides, row) != p.o.classes)
-      return nullptr;
+    if (row + 1 >= end_row || p.grad_of(row + 1) - p.grad_of(row) != p.o.classes) return nullptr;
   }
-  return reinterpret_cast<A*>(grad);
+  return reinterpret_cast<A*>(p.grad_of(row));
 }
 
 template <typename T, Target kTarget>
@@ -282,13 +322,15 @@ FUSEDLOSS_INLINE void forward_long_row(const Problem<T>& p, int64_t row, Statist
   using A = Statistic<T>;
   const T* x = p.logits + p.offset(p.o.logits_strides, row);
   const RowCoefficients<T, kTarget> q(p, row);
+  alignas(64) A room[std::is_same_v<T, A> ? 1 : kRowBlock<A>];
   A block_max[kKeptInGradient<A> / kRowBlock<A>];  // where exponentials are kept
   auto state = empty_row_state<Wide<A>>();
   for (int64_t c = 0; c < p.o.classes; c += kRowBlock<A>) {
     const int n = int(std::min(kRowBlock<A>, p.o.classes - c));
-    const A max = max_of_lanes<A>(max_of_block(x + c, n));
+    const Block<A> classes = read_block(x + c, n, room);
+    const A max = max_of_lanes<A>(classes.max);
     if (kept != nullptr) block_max[c / kRowBlock<A>] = max;
-    const auto s = sweep_block(x, q, c, n, shift(max), kept, x + n);
+    const auto s = sweep_block(classes.x, q, c, n, shift(max), kept == nullptr ? kept : kept + c, Ahead<T>{x + c + n, x + c});
     RowState<Wide<A>> block = {max, sum_of_lanes<A>(s.sum), 0, 0};
     if constexpr (kTarget != Target::kOneClass) {
       block.dot = sum_of_lanes<A>(s.dot);
@@ -296,12 +338,14 @@ FUSEDLOSS_INLINE void forward_long_row(const Problem<T>& p, int64_t row, Statist
     }
     state = merge(state, block);
   }
-  finish_row<T, kTarget>(p, row, x, state, std::log(state.sum), chunk);
+  double loss = 0;
+  finish_row<T, kTarget>(p, row, x, state, std::log(state.sum), A(1 / state.sum), loss);
+  chunk.loss.add(loss);
   if (p.o.grad_logits == nullptr) return;
   const RowGradient<T, kTarget> gradient(p, row, q, A(state.mass));
   if (kept == nullptr) return write_row_from_logits(gradient, x, p.o.classes);
   for (int64_t c = 0; c < p.o.classes; c += kRowBlock<A>)
-    write_from_kept(gradient, kept, c, int(std::min(kRowBlock<A>, p.o.classes - c)), block_max[c / kRowBlock<A>]);
+    write_from_kept(gradient, kept + c, c, int(std::min(kRowBlock<A>, p.o.classes - c)), block_max[c / kRowBlock<A>]);
 }
 
 // Rows [range.begin, range.end), of which the caller goes on to end_row.

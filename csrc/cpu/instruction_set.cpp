@@ -40,6 +40,15 @@ InstructionSet instruction_set() {
   return chosen;
 }
 
+const bool has_bfloat16_instructions = [] {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return bool(__builtin_cpu_supports("avx512bf16"));
+#else
+  return false;
+#endif
+}();
+
 const char* instruction_set_name() {
   switch (instruction_set()) {
     case InstructionSet::kAvx512:

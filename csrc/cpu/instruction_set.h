@@ -11,6 +11,9 @@ InstructionSet instruction_set();
 
 const char* instruction_set_name();
 
+// Has this machine's AVX-512 those for bfloat16?
+extern const bool has_bfloat16_instructions;
+
 }  // namespace fusedloss::cpu
 
 // Calls `portable::call`, `avx2::call` or `avx512::call`; `call` holds the arguments.

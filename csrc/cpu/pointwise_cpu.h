@@ -5,8 +5,10 @@
 namespace fusedloss::cpu {
 
 // Elements of a chunk. The cut depends on the size alone, so that results do not depend on how many threads share
-// the chunks; it is also what a thread should have to do before it is worth waking.
-constexpr int64_t kPointwiseChunk = 32768;
+// the chunks.
+constexpr int64_t kPointwiseChunk = 8192;
+// Chunks that a thread should have before it is worth waking.
+constexpr int64_t kPointwiseGrain = 4;
 
 int64_t pointwise_chunks(const PointwiseOptions& options);
 

@@ -8,7 +8,7 @@ namespace {
 #include "formulas/squared_error.h"
 
 // Elements summed in the statistics' type before the sum goes on in double.
-constexpr int kSumBlock = 1024;
+constexpr int64_t kSumBlock = 1024;
 // Independent accumulators, to hide the latency of an addition.
 constexpr int kUnroll = 4;
 
@@ -46,17 +46,6 @@ FUSEDLOSS_INLINE Statistic<T> sum_block(const PointwiseOptions& o, int64_t begin
   return sum_of_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-template <typename F, typename T>
-void forward(const PointwiseOptions& o, int64_t begin_chunk, int64_t end_chunk) {
-  for (int64_t k = begin_chunk; k < end_chunk; ++k) {
-    const int64_t end = std::min((k + 1) * kPointwiseChunk, o.numel);
-    double sum = 0;
-    for (int64_t i = k * kPointwiseChunk; i < end; i += kSumBlock)
-      sum += sum_block<F, T>(o, i, int(std::min<int64_t>(kSumBlock, end - i)));
-    static_cast<double*>(o.scratch)[k] = sum;
-  }
-}
-
 // The chunks' sums in their order, in double; rounded once.
 template <typename T>
 void finish(const PointwiseOptions& o) {
@@ -80,7 +69,7 @@ FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V upstream(const PointwiseOptions&
   const auto* as_t = static_cast<const T*>(o.grad_output);
   const auto* as_a = static_cast<const A*>(o.grad_output);
   if (o.grad_output_stride != 0) return narrow ? load_lanes<kWhole>(as_t + i, n) : load_lanes<kWhole>(as_a + i, n);
-  const A g = narrow ? load_one(as_t) : *as_a;
+  const A g = o.grad_output == nullptr ? 1 : narrow ? load_one(as_t) : *as_a;
   return V{} + (o.reduction == Reduction::kMean ? g / A(o.numel) : g);
 }
 
@@ -93,12 +82,10 @@ FUSEDLOSS_INLINE void gradient_of(const PointwiseOptions& o, typename Simd<Stati
   if (o.grad_target != nullptr) store_lanes<kWhole>(static_cast<T*>(o.grad_target) + i, -grad, n);
 }
 
-// d loss/d input = g * F::derivative, d loss/d target = the negative.
+// d loss/d input = g * F::derivative, d loss/d target = the negative; of elements [i, end).
 template <typename F, typename T>
-void backward(const PointwiseOptions& o, int64_t begin_chunk, int64_t end_chunk) {
+FUSEDLOSS_INLINE void write_gradients(const PointwiseOptions& o, int64_t i, int64_t end) {
   constexpr int kLanes = kLanesOf<T>;
-  const int64_t end = std::min(end_chunk * kPointwiseChunk, o.numel);
-  int64_t i = begin_chunk * kPointwiseChunk;
   const bool one_g = o.grad_output_stride == 0;
   auto g = one_g ? upstream<true, T>(o, 0, kLanes) : typename Simd<Statistic<T>>::V{};
   for (; i + kLanes <= end; i += kLanes) {
@@ -110,6 +97,27 @@ void backward(const PointwiseOptions& o, int64_t begin_chunk, int64_t end_chunk)
     if (!one_g) g = upstream<false, T>(o, i, n);
     gradient_of<F, false, T>(o, g, i, n);
   }
+}
+
+// Where gradients are wanted they are written too, while L1 holds the elements.
+template <typename F, typename T>
+void forward(const PointwiseOptions& o, int64_t begin_chunk, int64_t end_chunk) {
+  const bool with_grad = o.grad_input != nullptr || o.grad_target != nullptr;
+  for (int64_t k = begin_chunk; k < end_chunk; ++k) {
+    const int64_t end = std::min((k + 1) * kPointwiseChunk, o.numel);
+    double sum = 0;
+    for (int64_t i = k * kPointwiseChunk; i < end; i += kSumBlock) {
+      const int64_t block_end = std::min(i + kSumBlock, end);
+      sum += sum_block<F, T>(o, i, int(block_end - i));
+      if (with_grad) write_gradients<F, T>(o, i, block_end);
+    }
+    static_cast<double*>(o.scratch)[k] = sum;
+  }
+}
+
+template <typename F, typename T>
+void backward(const PointwiseOptions& o, int64_t begin_chunk, int64_t end_chunk) {
+  write_gradients<F, T>(o, begin_chunk * kPointwiseChunk, std::min(end_chunk * kPointwiseChunk, o.numel));
 }
 
 // The family's members.
