@@ -180,9 +180,9 @@ struct RowGradient {
     if constexpr (kTarget != Target::kProbability) {
       y = p.o.target_index[row];
       mass = index_mass(p.weight_of(y), p.weight_sum, p.smoothing);
-      g_y = g * (p.smoothing.kept * p.weight_of(y));
+      g_y = rounded(g * (p.smoothing.kept * p.weight_of(y)));
     }
-    scale = gradient_scale(g, mass, p.row_inverse_sum[row]);
+    scale = rounded(gradient_scale(g, mass, p.row_inverse_sum[row]));
     if constexpr (kTarget == Target::kSmoothed) g *= p.smoothing.uniform;
   }
 
@@ -191,51 +191,83 @@ struct RowGradient {
     return block_max == max ? scale : scale * math::exp(block_max - max);
   }
 
+  // Of classes [c, c + n), all as if none were the target class.
   template <bool kWhole>
   FUSEDLOSS_INLINE void write(int64_t c, int n, V e, A scale_of_e) const {
     V g_q = V{};
     if constexpr (kTarget != Target::kOneClass) g_q = rounded(q.template at<kWhole>(c, n) * g);
-    // A branch that is taken once a row; adding 0 everywhere else costs a tenth of a long row's time.
-    if (uint64_t(y - c) < uint64_t(kLanesOf<T>)) g_q = add_to_lane<A>(g_q, int(y - c), g_y);
     store_lanes<kWhole>(grad + c, logit_gradient(e, V{} + scale_of_e, g_q), n);
+  }
+
+  // Of the target class.
+  FUSEDLOSS_INLINE void write_target(A e, A scale_of_e) const {
+    A g_q = g_y;
+    if constexpr (kTarget == Target::kSmoothed) g_q += rounded((q.weight ? q.weight[y] : A(1)) * g);
+    store_one(grad + y, logit_gradient(e, scale_of_e, g_q));
   }
 };
 
-// Of classes [begin, begin + n), whose exponentials were kept. kept: [n]; it may lie where the gradient will.
-template <typename T, Target kTarget>
-FUSEDLOSS_INLINE void write_from_kept(const RowGradient<T, kTarget>& gradient, const Statistic<T>* kept, int64_t begin,
-                                      int n, Statistic<T> block_max) {
+// Exponentials of a block that were kept; they may lie where the gradient will.
+template <typename A>
+struct Kept {
+  const A* e;  // [n]
+
+  template <bool kWhole>
+  FUSEDLOSS_INLINE typename Simd<A>::V at(int i, int n) const {
+    return load_lanes<kWhole>(e + i, n);
+  }
+  FUSEDLOSS_INLINE A one(int i) const { return e[i]; }
+};
+
+// Exponentials of a block that are computed anew. x: [n], of T or of the statistics' type; the gradient may be written
+// over it.
+template <typename X, typename T>
+struct Anew {
+  using A = Statistic<X>;
+  using V = typename Simd<A>::V;
+
+  const X* x;
+  A relative_to;
+  Ahead<T> ahead;
+
+  template <bool kWhole>
+  FUSEDLOSS_INLINE V at(int i, int n) const {
+    ahead.prefetch(i, n);
+    return math::exp(load_lanes<kWhole>(x + i, n) - relative_to);
+  }
+  FUSEDLOSS_INLINE A one(int i) const { return math::exp(V{} + load_one(x + i) - relative_to)[0]; }
+};
+
+// Of classes [begin, begin + n), from their exponentials.
+template <typename T, Target kTarget, typename Exponentials>
+FUSEDLOSS_INLINE void write_block(const RowGradient<T, kTarget>& gradient, int64_t begin, int n, Statistic<T> block_max,
+                                  const Exponentials& e) {
   constexpr int kLanes = kLanesOf<T>;
   const auto scale = gradient.scale_of_block(block_max);
+  // The target class is put right afterwards: looking out for it costs more.
+  const int64_t y = gradient.y - begin;
+  const bool has_target = uint64_t(y) < uint64_t(n);
+  const auto e_y = has_target ? e.one(int(y)) : 0;
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) gradient.template write<true>(begin + i, kLanes, load(kept + i), scale);
-  if (i < n) gradient.template write<false>(begin + i, n - i, load_first(kept + i, n - i), scale);
-}
-
-// The same, computing the exponentials anew. x: [n], of T or of the statistics' type; the gradient may be written over it.
-template <typename T, Target kTarget, typename X>
-FUSEDLOSS_INLINE void write_from_logits(const RowGradient<T, kTarget>& gradient, const X* x, int64_t begin, int n,
-                                        Statistic<T> block_max, const T* next) {
-  constexpr int kLanes = kLanesOf<T>;
-  const auto scale = gradient.scale_of_block(block_max), relative_to = shift(block_max);
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    __builtin_prefetch(next + i);
-    gradient.template write<true>(begin + i, kLanes, math::exp(load(x + i) - relative_to), scale);
-  }
-  if (i < n)
-    gradient.template write<false>(begin + i, n - i, math::exp(load_first(x + i, n - i) - relative_to), scale);
+  for (; i + kLanes <= n; i += kLanes)
+    gradient.template write<true>(begin + i, kLanes, e.template at<true>(i, kLanes), scale);
+  if (i < n) gradient.template write<false>(begin + i, n - i, e.template at<false>(i, n - i), scale);
+  if (has_target) gradient.write_target(e_y, scale);
 }
 
 template <typename T, Target kTarget>
-FUSEDLOSS_INLINE void write_row_from_logits(const RowGradient<T, kTarget>& gradient, const T* x, int64_t classes) {
+FUSEDLOSS_INLINE void write_row_anew(const RowGradient<T, kTarget>& gradient, const T* x, int64_t classes) {
   using A = Statistic<T>;
-  if (is_short_row<T>(classes)) return write_from_logits(gradient, x, 0, int(classes), gradient.max, x + classes);
+  if (is_short_row<T>(classes)) {
+    const Anew<T, T> exponentials = {x, shift(gradient.max), {x + classes, gradient.grad + classes}};
+    return write_block(gradient, 0, int(classes), gradient.max, exponentials);
+  }
   alignas(64) A room[std::is_same_v<T, A> ? 1 : kRowBlock<A>];
   for (int64_t c = 0; c < classes; c += kRowBlock<A>) {
     const int n = int(std::min(kRowBlock<A>, classes - c));
     const Block<A> block = read_block(x + c, n, room);
-    write_from_logits(gradient, block.x, c, n, max_of_lanes<A>(block.max), x + c + n);
+    const A max = max_of_lanes<A>(block.max);
+    write_block(gradient, c, n, max, Anew<A, T>{block.x, shift(max), {x + c + n, gradient.grad + c + n}});
   }
 }
 
@@ -292,7 +324,7 @@ FUSEDLOSS_INLINE void forward_short_rows(const Problem<T>& p, const int64_t* row
   for (int i = 0; i < count; ++i) {
     const RowCoefficients<T, kTarget> q(p, rows[i]);
     const RowGradient<T, kTarget> gradient(p, rows[i], q, state.mass[i]);
-    write_from_kept(gradient, kept + i * pitch, 0, classes, gradient.max);
+    write_block(gradient, 0, classes, gradient.max, Kept<A>{kept + i * pitch});
   }
 }
 
@@ -343,9 +375,10 @@ FUSEDLOSS_INLINE void forward_long_row(const Problem<T>& p, int64_t row, Statist
   chunk.loss.add(loss);
   if (p.o.grad_logits == nullptr) return;
   const RowGradient<T, kTarget> gradient(p, row, q, A(state.mass));
-  if (kept == nullptr) return write_row_from_logits(gradient, x, p.o.classes);
+  if (kept == nullptr) return write_row_anew(gradient, x, p.o.classes);
   for (int64_t c = 0; c < p.o.classes; c += kRowBlock<A>)
-    write_from_kept(gradient, kept + c, c, int(std::min(kRowBlock<A>, p.o.classes - c)), block_max[c / kRowBlock<A>]);
+    write_block(gradient, c, int(std::min(kRowBlock<A>, p.o.classes - c)), block_max[c / kRowBlock<A>],
+                Kept<A>{kept + c});
 }
 
 // Rows [range.begin, range.end), of which the caller goes on to end_row.
@@ -407,6 +440,6 @@ void backward_rows(const Problem<T>& p, ChunkRange range) {
     Statistic<T> mass = 0;
     if constexpr (kTarget == Target::kProbability) mass = mass_of_row<T>(q, p.o.classes);
     const T* x = p.logits + p.offset(p.o.logits_strides, row);
-    write_row_from_logits(RowGradient<T, kTarget>(p, row, q, mass), x, p.o.classes);
+    write_row_anew(RowGradient<T, kTarget>(p, row, q, mass), x, p.o.classes);
   }
 }
