@@ -54,13 +54,6 @@ struct RowCoefficients {
   }
 };
 
-// Some classes of a row, in the statistics' type.
-template <typename A>
-struct Block {
-  const A* x;
-  typename Simd<A>::V max;  // the largest of every kLanes-th class; of lanes without a class -inf
-};
-
 template <bool kWhole, typename T>
 FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V read_classes(const T* x, int n, Statistic<T>* room) {
   const auto v = load_lanes<kWhole>(x, n);
@@ -68,9 +61,11 @@ FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V read_classes(const T* x, int n, 
   return v;
 }
 
-// room: [n], for what is not of the statistics' type already, so that it is widened once.
+// Writes the largest of every kLanes-th of n classes to max, of lanes without a class -inf. Returns the classes in the
+// statistics' type: x itself, or room ([n]), where they are widened for all that comes after.
 template <typename T>
-FUSEDLOSS_INLINE Block<Statistic<T>> read_block(const T* x, int n, Statistic<T>* room) {
+FUSEDLOSS_NOINLINE const Statistic<T>* read_block(const T* x, int n, Statistic<T>* room,
+                                                  typename Simd<Statistic<T>>::V* max) {
   using A = Statistic<T>;
   using V = typename Simd<A>::V;
   constexpr int kLanes = kLanesOf<T>;
@@ -87,10 +82,11 @@ FUSEDLOSS_INLINE Block<Statistic<T>> read_block(const T* x, int n, Statistic<T>*
     best[0] = Larger::of(lanes_from(n - c, A{}) ? V{} - INFINITY : rest, best[0]);
   }
   FUSEDLOSS_UNROLL for (int k = 1; k < kUnroll; ++k) best[0] = Larger::of(best[k], best[0]);
+  *max = best[0];
   if constexpr (std::is_same_v<T, A>) {
-    return {x, best[0]};
+    return x;
   } else {
-    return {room, best[0]};
+    return room;
   }
 }
 
@@ -256,18 +252,21 @@ FUSEDLOSS_INLINE void write_block(const RowGradient<T, kTarget>& gradient, int64
 }
 
 template <typename T, Target kTarget>
-FUSEDLOSS_INLINE void write_row_anew(const RowGradient<T, kTarget>& gradient, const T* x, int64_t classes) {
+FUSEDLOSS_INLINE void write_short_row_anew(const RowGradient<T, kTarget>& gradient, const T* x, int classes) {
+  const Anew<T, T> exponentials = {x, shift(gradient.max), {x + classes, gradient.grad + classes}};
+  write_block(gradient, 0, classes, gradient.max, exponentials);
+}
+
+template <typename T, Target kTarget>
+FUSEDLOSS_NOINLINE void write_long_row_anew(const RowGradient<T, kTarget>& gradient, const T* x, int64_t classes) {
   using A = Statistic<T>;
-  if (is_short_row<T>(classes)) {
-    const Anew<T, T> exponentials = {x, shift(gradient.max), {x + classes, gradient.grad + classes}};
-    return write_block(gradient, 0, int(classes), gradient.max, exponentials);
-  }
   alignas(64) A room[std::is_same_v<T, A> ? 1 : kRowBlock<A>];
+  typename Simd<A>::V largest;
   for (int64_t c = 0; c < classes; c += kRowBlock<A>) {
     const int n = int(std::min(kRowBlock<A>, classes - c));
-    const Block<A> block = read_block(x + c, n, room);
-    const A max = max_of_lanes<A>(block.max);
-    write_block(gradient, c, n, max, Anew<A, T>{block.x, shift(max), {x + c + n, gradient.grad + c + n}});
+    const A* block_x = read_block(x + c, n, room, &largest);
+    const A max = max_of_lanes<A>(largest);
+    write_block(gradient, c, n, max, Anew<A, T>{block_x, shift(max), {x + c + n, gradient.grad + c + n}});
   }
 }
 
@@ -293,11 +292,10 @@ FUSEDLOSS_INLINE void forward_short_rows(const Problem<T>& p, const int64_t* row
   for (int i = count; i < kLanes; ++i) max[i] = sum[i] = dot[i] = mass[i] = V{};
   for (int i = 0; i < count; ++i) {
     x[i] = p.logits + p.offset(p.o.logits_strides, rows[i]);
-    const Block<A> block = read_block(x[i], classes, kept + i * pitch);
-    values[i] = block.x;
-    max[i] = block.max;
+    values[i] = read_block(x[i], classes, kept + i * pitch, &max[i]);
   }
-  RowState<V> state = {fold_each<Larger, A>(max), V{}, V{}, V{}};
+  fold_each<Larger, A>(max);
+  RowState<V> state = {max[0], V{}, V{}, V{}};
   const V relative_to = shift(state.max);
   for (int i = 0; i < count; ++i) {
     const RowCoefficients<T, kTarget> q(p, rows[i]);
@@ -308,10 +306,13 @@ FUSEDLOSS_INLINE void forward_short_rows(const Problem<T>& p, const int64_t* row
     dot[i] = s.dot;
     mass[i] = s.mass;
   }
-  state.sum = fold_each<Add, A>(sum);
+  fold_each<Add, A>(sum);
+  state.sum = sum[0];
   if constexpr (kTarget != Target::kOneClass) {
-    state.dot = fold_each<Add, A>(dot);
-    state.mass = fold_each<Add, A>(mass);
+    fold_each<Add, A>(dot);
+    fold_each<Add, A>(mass);
+    state.dot = dot[0];
+    state.mass = mass[0];
   }
   const V logsum = math::log(state.sum), inverse_sum = 1 / state.sum;
   double loss = 0;
@@ -356,13 +357,14 @@ FUSEDLOSS_INLINE void forward_long_row(const Problem<T>& p, int64_t row, Statist
   const RowCoefficients<T, kTarget> q(p, row);
   alignas(64) A room[std::is_same_v<T, A> ? 1 : kRowBlock<A>];
   A block_max[kKeptInGradient<A> / kRowBlock<A>];  // where exponentials are kept
+  typename Simd<A>::V largest;
   auto state = empty_row_state<Wide<A>>();
   for (int64_t c = 0; c < p.o.classes; c += kRowBlock<A>) {
     const int n = int(std::min(kRowBlock<A>, p.o.classes - c));
-    const Block<A> classes = read_block(x + c, n, room);
-    const A max = max_of_lanes<A>(classes.max);
+    const A* block_x = read_block(x + c, n, room, &largest);
+    const A max = max_of_lanes<A>(largest);
     if (kept != nullptr) block_max[c / kRowBlock<A>] = max;
-    const auto s = sweep_block(classes.x, q, c, n, shift(max), kept == nullptr ? kept : kept + c, Ahead<T>{x + c + n, x + c});
+    const auto s = sweep_block(block_x, q, c, n, shift(max), kept == nullptr ? kept : kept + c, Ahead<T>{x + c + n, x + c});
     RowState<Wide<A>> block = {max, sum_of_lanes<A>(s.sum), 0, 0};
     if constexpr (kTarget != Target::kOneClass) {
       block.dot = sum_of_lanes<A>(s.dot);
@@ -375,7 +377,7 @@ FUSEDLOSS_INLINE void forward_long_row(const Problem<T>& p, int64_t row, Statist
   chunk.loss.add(loss);
   if (p.o.grad_logits == nullptr) return;
   const RowGradient<T, kTarget> gradient(p, row, q, A(state.mass));
-  if (kept == nullptr) return write_row_anew(gradient, x, p.o.classes);
+  if (kept == nullptr) return write_long_row_anew(gradient, x, p.o.classes);
   for (int64_t c = 0; c < p.o.classes; c += kRowBlock<A>)
     write_block(gradient, c, int(std::min(kRowBlock<A>, p.o.classes - c)), block_max[c / kRowBlock<A>],
                 Kept<A>{kept + c});
@@ -440,6 +442,11 @@ void backward_rows(const Problem<T>& p, ChunkRange range) {
     Statistic<T> mass = 0;
     if constexpr (kTarget == Target::kProbability) mass = mass_of_row<T>(q, p.o.classes);
     const T* x = p.logits + p.offset(p.o.logits_strides, row);
-    write_row_anew(RowGradient<T, kTarget>(p, row, q, mass), x, p.o.classes);
+    const RowGradient<T, kTarget> gradient(p, row, q, mass);
+    if (is_short_row<T>(p.o.classes)) {
+      write_short_row_anew(gradient, x, int(p.o.classes));
+    } else {
+      write_long_row_anew(gradient, x, p.o.classes);
+    }
   }
 }

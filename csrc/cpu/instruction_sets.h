@@ -19,6 +19,8 @@
 #endif
 
 #define FUSEDLOSS_INLINE inline __attribute__((always_inline))
+// What is called once a row or less, and would otherwise be compiled into every kernel that does.
+#define FUSEDLOSS_NOINLINE __attribute__((noinline))
 // Accumulators in an array are kept in registers only where the loop over them is unrolled.
 #if defined(__clang__)
 #define FUSEDLOSS_UNROLL _Pragma("unroll")

@@ -292,16 +292,16 @@ FUSEDLOSS_INLINE typename Simd<A>::V fold_pair(typename Simd<A>::V a, typename S
 }
 
 // The folds of as many vectors as there are lanes, that of v[i] in lane i, each in the order above. It takes about as
-// many steps as two single ones. v is overwritten.
-template <typename Op, typename A, int kBit = Simd<A>::kLanes / 2>
-FUSEDLOSS_INLINE typename Simd<A>::V fold_each(typename Simd<A>::V* v) {
+// many steps as two single ones. They are left in v[0].
+template <typename Op, typename A, int kBit>
+FUSEDLOSS_INLINE void fold_pairs(typename Simd<A>::V* v) {
   FUSEDLOSS_UNROLL for (int i = 0; i < kBit; ++i)
       v[i] = fold_pair<Op, A, kBit>(v[i], v[i + kBit], std::make_integer_sequence<int, Simd<A>::kLanes>{});
-  if constexpr (kBit == 1) {
-    return v[0];
-  } else {
-    return fold_each<Op, A, kBit / 2>(v);
-  }
+  if constexpr (kBit > 1) fold_pairs<Op, A, kBit / 2>(v);
+}
+template <typename Op, typename A>
+FUSEDLOSS_NOINLINE void fold_each(typename Simd<A>::V* v) {
+  fold_pairs<Op, A, Simd<A>::kLanes / 2>(v);
 }
 
 // ---- exp, for arguments up to a little above 0 ----
