@@ -7,16 +7,9 @@
 
 namespace fusedloss::cpu {
 
-// How the target distribution q of a row is given; see formulas/cross_entropy.h.
-enum class Target {
-  kOneClass,    // a class index: q is 0 but for one class
-  kSmoothed,    // a class index and label smoothing
-  kProbability  // a probability for every class
-};
-
-inline Target target_kind(const CrossEntropyOptions& o) {
-  if (o.target_probability != nullptr) return Target::kProbability;
-  return o.label_smoothing > 0 ? Target::kSmoothed : Target::kOneClass;
+// Has the target distribution q of a row more than one class? See formulas/cross_entropy.h.
+inline bool is_spread(const CrossEntropyOptions& o) {
+  return o.target_probability != nullptr || o.label_smoothing > 0;
 }
 
 // Either a row's classes lie side by side ("rows"), or the rows themselves do ("columns"): [outer, classes, inner]

@@ -27,21 +27,18 @@ struct Tile {
 
 // q of class c for the group that starts at column i, without the target class's own part; of a smoothed target in
 // units of smoothing.uniform.
-template <bool kWhole, typename T, Target kTarget>
+template <bool kWhole, typename T, bool kSpread>
 FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V column_coefficients(const Problem<T>& p, const Tile<T>& tile,
                                                                     int64_t c, int i) {
   using V = typename Simd<Statistic<T>>::V;
-  if constexpr (kTarget == Target::kSmoothed) {
-    return V{} + p.weight_of(c);
-  } else if constexpr (kTarget == Target::kProbability) {
-    const V t = load_lanes<kWhole>(tile.t + c * p.o.target_strides.classes + i, tile.n - i);
-    return probability_coefficient(t, V{} + p.weight_of(c), p.smoothing);
-  } else {
-    return V{};
-  }
+  if constexpr (!kSpread) return V{};
+  const V w = V{} + p.weight_of(c);
+  if (has_class<kSpread>(p)) return w;
+  return probability_coefficient(load_lanes<kWhole>(tile.t + c * p.o.target_strides.classes + i, tile.n - i), w,
+                                 p.smoothing);
 }
 
-template <bool kWhole, typename T, Target kTarget>
+template <bool kWhole, typename T, bool kSpread>
 FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_group(const Problem<T>& p, const Tile<T>& tile,
                                                                       int64_t begin, int64_t end, int i) {
   using V = typename Simd<Statistic<T>>::V;
@@ -55,8 +52,8 @@ FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_group(const Prob
   for (int64_t c = begin; c < end; ++c) {
     const V d = load_lanes<kWhole>(tile.x + c * stride + i, tile.n - i) - relative_to;
     s.sum += math::exp(d);
-    if constexpr (kTarget != Target::kOneClass) {
-      const V q = column_coefficients<kWhole, T, kTarget>(p, tile, c, i);
+    if constexpr (kSpread) {
+      const V q = column_coefficients<kWhole, T, kSpread>(p, tile, c, i);
       s.dot += q * d;
       s.mass += q;
     }
@@ -64,7 +61,7 @@ FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_group(const Prob
   return s;
 }
 
-template <typename T, Target kTarget>
+template <typename T, bool kSpread>
 void forward_columns(const Problem<T>& p, ChunkRange range, ChunkResult& chunk) {
   using A = Statistic<T>;
   using V = typename Simd<A>::V;
@@ -80,9 +77,9 @@ void forward_columns(const Problem<T>& p, ChunkRange range, ChunkResult& chunk) 
       const int64_t end = std::min(c + kColumnBlock, last);
       int i = 0;
       for (; i + kLanes <= tile.n; i += kLanes)
-        part[i / kLanes] = merge(part[i / kLanes], sweep_group<true, T, kTarget>(p, tile, c, end, i));
+        part[i / kLanes] = merge(part[i / kLanes], sweep_group<true, T, kSpread>(p, tile, c, end, i));
       if (i < tile.n)
-        part[i / kLanes] = merge(part[i / kLanes], sweep_group<false, T, kTarget>(p, tile, c, end, i));
+        part[i / kLanes] = merge(part[i / kLanes], sweep_group<false, T, kSpread>(p, tile, c, end, i));
     }
     for (int g = 0; g * kLanes < tile.n; ++g) state[g] = merge(state[g], part[g]);
   }
@@ -95,11 +92,11 @@ void forward_columns(const Problem<T>& p, ChunkRange range, ChunkResult& chunk) 
       logsum = math::log(s.sum);
       inverse_sum = 1 / s.sum;
     }
-    if (kTarget != Target::kProbability && !p.counts(tile.row + i)) {
+    if (has_class<kSpread>(p) && !p.counts(tile.row + i)) {
       skip_row(p, tile.row + i, chunk);
     } else {
       const RowState<Wide<A>> row = {s.max[lane], s.sum[lane], s.dot[lane], s.mass[lane]};
-      finish_row<T, kTarget>(p, tile.row + i, tile.x + i, row, logsum[lane], inverse_sum[lane], loss);
+      finish_row<T, kSpread>(p, tile.row + i, tile.x + i, row, logsum[lane], inverse_sum[lane], loss);
     }
     if (lane + 1 == kLanes || i + 1 == tile.n) {
       chunk.loss.add(loss);
@@ -114,7 +111,7 @@ FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V mass_of_group(const Problem<T>& 
   using V = typename Simd<Statistic<T>>::V;
   V mass = V{}, part = V{}, block = V{};
   for (int64_t c = 0; c < p.o.classes; ++c) {
-    block += column_coefficients<kWhole, T, Target::kProbability>(p, tile, c, i);
+    block += column_coefficients<kWhole, T, true>(p, tile, c, i);
     const bool last = c + 1 == p.o.classes;
     if (last || (c + 1) % kColumnBlock == 0) part += block, block = V{};
     if (last || (c + 1) % kColumnPart == 0) mass += part, part = V{};
@@ -130,22 +127,22 @@ struct TileGradient {
   A counts[kTile];     // 0 for a row whose gradient is 0 whatever its logits are, NaN included; else 1
 };
 
-template <typename T, Target kTarget>
+template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void fill_group(const Problem<T>& p, const Tile<T>& tile, TileGradient<Statistic<T>>& rows, int i) {
   using A = Statistic<T>;
   using V = typename Simd<A>::V;
   constexpr int kLanes = kLanesOf<T>;
   const int n = std::min(kLanes, tile.n - i);
   V mass = V{}, inverse_sum = V{}, x_y = V{}, q_y = V{};
-  if constexpr (kTarget == Target::kProbability)
+  if (kSpread && !has_class<kSpread>(p))
     mass = n == kLanes ? mass_of_group<true>(p, tile, i) : mass_of_group<false>(p, tile, i);
   for (int lane = 0; lane < n; ++lane) {
     const int64_t row = tile.row + i + lane;
     rows.max[i + lane] = p.row_max[row];
     rows.g[i + lane] = p.upstream(row);
-    rows.counts[i + lane] = kTarget == Target::kProbability || p.counts(row);
+    rows.counts[i + lane] = !has_class<kSpread>(p) || p.counts(row);
     inverse_sum[lane] = p.row_inverse_sum[row];
-    if (kTarget != Target::kProbability && rows.counts[i + lane] != 0) {
+    if (has_class<kSpread>(p) && rows.counts[i + lane] != 0) {
       const int64_t y = p.o.target_index[row];
       const A w_y = p.weight_of(y);
       mass[lane] = index_mass(w_y, p.weight_sum, p.smoothing);
@@ -156,35 +153,35 @@ FUSEDLOSS_INLINE void fill_group(const Problem<T>& p, const Tile<T>& tile, TileG
   const V g = load(rows.g + i), scale = gradient_scale(g, mass, inverse_sum);
   store(rows.scale + i, scale);
   store(rows.at_target + i, logit_gradient(math::exp(x_y - load(rows.max + i)), scale, g * q_y));
-  if constexpr (kTarget == Target::kSmoothed) store(rows.g + i, g * p.smoothing.uniform);
+  if (kSpread && has_class<kSpread>(p)) store(rows.g + i, g * p.smoothing.uniform);
 }
 
-template <bool kWhole, typename T, Target kTarget>
+template <bool kWhole, typename T, bool kSpread>
 FUSEDLOSS_INLINE void gradient_group(const Problem<T>& p, const Tile<T>& tile, const TileGradient<Statistic<T>>& rows,
                                      int64_t c, int i) {
   using V = typename Simd<Statistic<T>>::V;
   const V x = load_lanes<kWhole>(tile.x + c * p.o.logits_strides.classes + i, tile.n - i);
   V g_q = V{};
-  if constexpr (kTarget != Target::kOneClass)
-    g_q = column_coefficients<kWhole, T, kTarget>(p, tile, c, i) * load(rows.g + i);
+  if constexpr (kSpread)
+    g_q = column_coefficients<kWhole, T, kSpread>(p, tile, c, i) * load(rows.g + i);
   V grad = logit_gradient(math::exp(x - load(rows.max + i)), load(rows.scale + i), g_q);
   grad = load(rows.counts + i) == V{} ? V{} : grad;
   store_lanes<kWhole>(tile.grad + c * p.o.grad_strides.classes + i, grad, tile.n - i);
 }
 
 // grad may be x.
-template <typename T, Target kTarget>
+template <typename T, bool kSpread>
 void backward_columns(const Problem<T>& p, ChunkRange range) {
   constexpr int kLanes = kLanesOf<T>;
   const Tile<T> tile(p, range);
   TileGradient<Statistic<T>> rows = {};
-  for (int i = 0; i < tile.n; i += kLanes) fill_group<T, kTarget>(p, tile, rows, i);
+  for (int i = 0; i < tile.n; i += kLanes) fill_group<T, kSpread>(p, tile, rows, i);
   for (int64_t c = 0; c < p.o.classes; ++c) {
     int i = 0;
-    for (; i + kLanes <= tile.n; i += kLanes) gradient_group<true, T, kTarget>(p, tile, rows, c, i);
-    if (i < tile.n) gradient_group<false, T, kTarget>(p, tile, rows, c, i);
+    for (; i + kLanes <= tile.n; i += kLanes) gradient_group<true, T, kSpread>(p, tile, rows, c, i);
+    if (i < tile.n) gradient_group<false, T, kSpread>(p, tile, rows, c, i);
   }
-  if constexpr (kTarget != Target::kProbability) {
+  if (has_class<kSpread>(p)) {
     for (int i = 0; i < tile.n; ++i)
       if (rows.counts[i] != 0)
         store_one(tile.grad + i + p.o.target_index[tile.row + i] * p.o.grad_strides.classes, rows.at_target[i]);

@@ -10,20 +10,20 @@ namespace {
 #include "cpu/cross_entropy_rows.h"
 #include "cpu/cross_entropy_columns.h"
 
-template <typename T, Target kTarget>
+template <typename T, bool kSpread>
 void backward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   const Problem<T> p(o);
   for (int64_t k = begin; k < end; ++k) {
     if (in_rows(o)) {
-      backward_rows<T, kTarget>(p, chunk_range(o, k));
+      backward_rows<T, kSpread>(p, chunk_range(o, k));
     } else {
-      backward_columns<T, kTarget>(p, chunk_range(o, k));
+      backward_columns<T, kSpread>(p, chunk_range(o, k));
     }
   }
 }
 
 // Where grad_logits is given it is written too, while the cache holds the logits.
-template <typename T, Target kTarget>
+template <typename T, bool kSpread>
 void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   const Problem<T> p(o);
   for (int64_t k = begin; k < end; ++k) {
@@ -31,36 +31,22 @@ void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
     result.loss = CompensatedSum();
     result.bad_row = -1;
     if (in_rows(o)) {
-      forward_rows<T, kTarget>(p, chunk_range(o, k), chunk_range(o, end - 1).end, result);
+      forward_rows<T, kSpread>(p, chunk_range(o, k), chunk_range(o, end - 1).end, result);
     } else {
-      forward_columns<T, kTarget>(p, chunk_range(o, k), result);
-      if (o.grad_logits != nullptr) backward_columns<T, kTarget>(p, chunk_range(o, k));
+      forward_columns<T, kSpread>(p, chunk_range(o, k), result);
+      if (o.grad_logits != nullptr) backward_columns<T, kSpread>(p, chunk_range(o, k));
     }
   }
 }
 
 template <typename T>
 void forward(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
-  switch (target_kind(o)) {
-    case Target::kOneClass:
-      return forward_chunks<T, Target::kOneClass>(o, begin, end);
-    case Target::kSmoothed:
-      return forward_chunks<T, Target::kSmoothed>(o, begin, end);
-    case Target::kProbability:
-      return forward_chunks<T, Target::kProbability>(o, begin, end);
-  }
+  is_spread(o) ? forward_chunks<T, true>(o, begin, end) : forward_chunks<T, false>(o, begin, end);
 }
 
 template <typename T>
 void backward(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
-  switch (target_kind(o)) {
-    case Target::kOneClass:
-      return backward_chunks<T, Target::kOneClass>(o, begin, end);
-    case Target::kSmoothed:
-      return backward_chunks<T, Target::kSmoothed>(o, begin, end);
-    case Target::kProbability:
-      return backward_chunks<T, Target::kProbability>(o, begin, end);
-  }
+  is_spread(o) ? backward_chunks<T, true>(o, begin, end) : backward_chunks<T, false>(o, begin, end);
 }
 
 template <typename A>

@@ -70,6 +70,13 @@ FUSEDLOSS_INLINE void write_loss(const CrossEntropyOptions& o, int64_t i, Statis
   }
 }
 
+// Are targets class indices? kSpread says that their distribution is spread over all classes: probabilities, or smoothed
+// class indices; else it is known at compile time that q is 0 but for one class.
+template <bool kSpread, typename T>
+FUSEDLOSS_INLINE bool has_class(const Problem<T>& p) {
+  return !kSpread || p.o.target_index != nullptr;
+}
+
 // A row that adds nothing: its target is ignored or does not exist.
 template <typename T>
 FUSEDLOSS_INLINE void skip_row(const Problem<T>& p, int64_t row, ChunkResult& chunk) {
@@ -80,15 +87,15 @@ FUSEDLOSS_INLINE void skip_row(const Problem<T>& p, int64_t row, ChunkResult& ch
 
 // x: the row's first class, its classes p.o.logits_strides.classes apart. logsum: log(state.sum); inverse_sum: its inverse.
 // loss_sum: of a few rows, so that it rounds a few times.
-template <typename T, Target kTarget>
+template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void finish_row(const Problem<T>& p, int64_t row, const T* x, RowState<Wide<Statistic<T>>> state,
                                  Wide<Statistic<T>> logsum, Statistic<T> inverse_sum, double& loss_sum) {
   using A = Statistic<T>;
   using W = Wide<A>;
   W loss = 0;
-  if constexpr (kTarget != Target::kOneClass) loss = expected_negative_log_likelihood(state, logsum);
-  if constexpr (kTarget == Target::kSmoothed) loss *= W(p.o.label_smoothing) / W(p.o.classes);
-  if constexpr (kTarget != Target::kProbability) {
+  if constexpr (kSpread) loss = expected_negative_log_likelihood(state, logsum);
+  if (has_class<kSpread>(p)) {
+    if constexpr (kSpread) loss *= W(p.o.label_smoothing) / W(p.o.classes);
     const int64_t y = p.o.target_index[row];
     const W x_y = load_one(x + y * p.o.logits_strides.classes);
     loss += p.smoothing.kept * W(p.weight_of(y)) * negative_log_likelihood(x_y, state.max, logsum);

@@ -23,17 +23,17 @@ FUSEDLOSS_INLINE bool is_short_row(int64_t classes) {
 
 // q of neighbouring classes, without the target class's own part; of a smoothed target in units of smoothing.uniform, in
 // which the sums of equal weights are exact.
-template <typename T, Target kTarget>
+template <typename T, bool kSpread>
 struct RowCoefficients {
   using A = Statistic<T>;
   using V = typename Simd<A>::V;
 
-  const T* probability;  // [classes] of this row
+  const T* probability;  // [classes] of this row; null for class indices
   const A* weight;       // [classes]
   Smoothing<A> smoothing;
 
   RowCoefficients(const Problem<T>& p, int64_t row)
-      : probability(p.probability + (kTarget == Target::kProbability ? p.offset(p.o.target_strides, row) : 0)),
+      : probability(has_class<kSpread>(p) ? nullptr : p.probability + p.offset(p.o.target_strides, row)),
         weight(p.weight),
         smoothing(p.smoothing) {}
 
@@ -41,9 +41,9 @@ struct RowCoefficients {
   template <bool kWhole>
   FUSEDLOSS_INLINE V at(int64_t c, int n) const {
     V q = V{};
-    if constexpr (kTarget != Target::kOneClass) {
+    if constexpr (kSpread) {
       const V w = weight ? load_lanes<kWhole>(weight + c, n) : V{} + 1;
-      if constexpr (kTarget == Target::kSmoothed) {
+      if (probability == nullptr) {
         q = w;
       } else {
         q = rounded(probability_coefficient(load_lanes<kWhole>(probability + c, n), w, smoothing));
@@ -90,9 +90,9 @@ FUSEDLOSS_NOINLINE const Statistic<T>* read_block(const T* x, int n, Statistic<T
   }
 }
 
-template <bool kWhole, typename T, Target kTarget>
+template <bool kWhole, typename T, bool kSpread>
 FUSEDLOSS_INLINE void add_classes(RowState<typename Simd<Statistic<T>>::V>& s, const Statistic<T>* x,
-                                  const RowCoefficients<T, kTarget>& q, int64_t c, int n, Statistic<T> relative_to,
+                                  const RowCoefficients<T, kSpread>& q, int64_t c, int n, Statistic<T> relative_to,
                                   Statistic<T>* kept) {
   using A = Statistic<T>;
   using V = typename Simd<A>::V;
@@ -101,7 +101,7 @@ FUSEDLOSS_INLINE void add_classes(RowState<typename Simd<Statistic<T>>::V>& s, c
   if constexpr (!kWhole) e = lanes_from(n, A{}) ? V{} : e;
   if (kept != nullptr) store_lanes<kWhole>(kept, e, n);
   s.sum += e;
-  if constexpr (kTarget != Target::kOneClass) {
+  if constexpr (kSpread) {
     const V q_c = q.template at<kWhole>(c, n);
     s.dot += q_c * d;
     s.mass += q_c;
@@ -124,9 +124,9 @@ struct Ahead {
 
 // The sums over classes [begin, begin + n), of every kLanes-th one; without their maximum. x: [n]; kept: [n], where the
 // exponentials are to be kept, or null; it may be x.
-template <typename T, Target kTarget>
+template <typename T, bool kSpread>
 FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_block(const Statistic<T>* x,
-                                                                      const RowCoefficients<T, kTarget>& q,
+                                                                      const RowCoefficients<T, kSpread>& q,
                                                                       int64_t begin, int n, Statistic<T> relative_to,
                                                                       Statistic<T>* kept, Ahead<T> ahead) {
   using V = typename Simd<Statistic<T>>::V;
@@ -154,12 +154,12 @@ FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_block(const Stat
 
 // ---- the gradient of a row, from its exponentials
 
-template <typename T, Target kTarget>
+template <typename T, bool kSpread>
 struct RowGradient {
   using A = Statistic<T>;
   using V = typename Simd<A>::V;
 
-  const RowCoefficients<T, kTarget>& q;
+  const RowCoefficients<T, kSpread>& q;
   T* grad;         // [classes]
   A max;           // of the row
   A scale;         // grad_output * sum(q) / sum(exp(x - max))
@@ -168,18 +168,18 @@ struct RowGradient {
   A g_y = 0;       // grad_output times what q has at y above the others
 
   // mass: sum(q) of probabilities, else ignored. The row's statistics are known.
-  RowGradient(const Problem<T>& p, int64_t row, const RowCoefficients<T, kTarget>& coefficients, A mass)
+  RowGradient(const Problem<T>& p, int64_t row, const RowCoefficients<T, kSpread>& coefficients, A mass)
       : q(coefficients),
         grad(p.grad_of(row)),
         max(p.row_max[row]),
         g(p.upstream(row)) {
-    if constexpr (kTarget != Target::kProbability) {
+    if (has_class<kSpread>(p)) {
       y = p.o.target_index[row];
       mass = index_mass(p.weight_of(y), p.weight_sum, p.smoothing);
       g_y = rounded(g * (p.smoothing.kept * p.weight_of(y)));
     }
     scale = rounded(gradient_scale(g, mass, p.row_inverse_sum[row]));
-    if constexpr (kTarget == Target::kSmoothed) g *= p.smoothing.uniform;
+    if (kSpread && y >= 0) g *= p.smoothing.uniform;
   }
 
   // scale for exponentials relative to the maximum of a block.
@@ -191,14 +191,14 @@ struct RowGradient {
   template <bool kWhole>
   FUSEDLOSS_INLINE void write(int64_t c, int n, V e, A scale_of_e) const {
     V g_q = V{};
-    if constexpr (kTarget != Target::kOneClass) g_q = rounded(q.template at<kWhole>(c, n) * g);
+    if constexpr (kSpread) g_q = rounded(q.template at<kWhole>(c, n) * g);
     store_lanes<kWhole>(grad + c, logit_gradient(e, V{} + scale_of_e, g_q), n);
   }
 
   // Of the target class.
   FUSEDLOSS_INLINE void write_target(A e, A scale_of_e) const {
     A g_q = g_y;
-    if constexpr (kTarget == Target::kSmoothed) g_q += rounded((q.weight ? q.weight[y] : A(1)) * g);
+    if constexpr (kSpread) g_q += rounded((q.weight ? q.weight[y] : A(1)) * g);
     store_one(grad + y, logit_gradient(e, scale_of_e, g_q));
   }
 };
@@ -235,8 +235,8 @@ struct Anew {
 };
 
 // Of classes [begin, begin + n), from their exponentials.
-template <typename T, Target kTarget, typename Exponentials>
-FUSEDLOSS_INLINE void write_block(const RowGradient<T, kTarget>& gradient, int64_t begin, int n, Statistic<T> block_max,
+template <typename T, bool kSpread, typename Exponentials>
+FUSEDLOSS_INLINE void write_block(const RowGradient<T, kSpread>& gradient, int64_t begin, int n, Statistic<T> block_max,
                                   const Exponentials& e) {
   constexpr int kLanes = kLanesOf<T>;
   const auto scale = gradient.scale_of_block(block_max);
@@ -251,14 +251,14 @@ FUSEDLOSS_INLINE void write_block(const RowGradient<T, kTarget>& gradient, int64
   if (has_target) gradient.write_target(e_y, scale);
 }
 
-template <typename T, Target kTarget>
-FUSEDLOSS_INLINE void write_short_row_anew(const RowGradient<T, kTarget>& gradient, const T* x, int classes) {
+template <typename T, bool kSpread>
+FUSEDLOSS_INLINE void write_short_row_anew(const RowGradient<T, kSpread>& gradient, const T* x, int classes) {
   const Anew<T, T> exponentials = {x, shift(gradient.max), {x + classes, gradient.grad + classes}};
   write_block(gradient, 0, classes, gradient.max, exponentials);
 }
 
-template <typename T, Target kTarget>
-FUSEDLOSS_NOINLINE void write_long_row_anew(const RowGradient<T, kTarget>& gradient, const T* x, int64_t classes) {
+template <typename T, bool kSpread>
+FUSEDLOSS_NOINLINE void write_long_row_anew(const RowGradient<T, kSpread>& gradient, const T* x, int64_t classes) {
   using A = Statistic<T>;
   alignas(64) A room[std::is_same_v<T, A> ? 1 : kRowBlock<A>];
   typename Simd<A>::V largest;
@@ -279,7 +279,7 @@ FUSEDLOSS_INLINE void write_zeros(const Problem<T>& p, int64_t row) {
 
 // Rows of one block each, of up to kLanes: what comes after the classes, which would take longer than a very short row's
 // classes do, is computed for all of them at once.
-template <typename T, Target kTarget>
+template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void forward_short_rows(const Problem<T>& p, const int64_t* rows, int count, ChunkResult& chunk) {
   using A = Statistic<T>;
   using V = typename Simd<A>::V;
@@ -298,7 +298,7 @@ FUSEDLOSS_INLINE void forward_short_rows(const Problem<T>& p, const int64_t* row
   RowState<V> state = {max[0], V{}, V{}, V{}};
   const V relative_to = shift(state.max);
   for (int i = 0; i < count; ++i) {
-    const RowCoefficients<T, kTarget> q(p, rows[i]);
+    const RowCoefficients<T, kSpread> q(p, rows[i]);
     const T* next = x[i] + count * p.o.logits_strides.outer;
     const Ahead<T> ahead = {next, p.o.grad_logits == nullptr ? next : p.grad_of(rows[i])};
     const RowState<V> s = sweep_block(values[i], q, 0, classes, relative_to[i], kept + i * pitch, ahead);
@@ -308,7 +308,7 @@ FUSEDLOSS_INLINE void forward_short_rows(const Problem<T>& p, const int64_t* row
   }
   fold_each<Add, A>(sum);
   state.sum = sum[0];
-  if constexpr (kTarget != Target::kOneClass) {
+  if constexpr (kSpread) {
     fold_each<Add, A>(dot);
     fold_each<Add, A>(mass);
     state.dot = dot[0];
@@ -318,13 +318,13 @@ FUSEDLOSS_INLINE void forward_short_rows(const Problem<T>& p, const int64_t* row
   double loss = 0;
   for (int i = 0; i < count; ++i) {
     const RowState<Wide<A>> row = {state.max[i], state.sum[i], state.dot[i], state.mass[i]};
-    finish_row<T, kTarget>(p, rows[i], x[i], row, logsum[i], inverse_sum[i], loss);
+    finish_row<T, kSpread>(p, rows[i], x[i], row, logsum[i], inverse_sum[i], loss);
   }
   chunk.loss.add(loss);
   if (p.o.grad_logits == nullptr) return;
   for (int i = 0; i < count; ++i) {
-    const RowCoefficients<T, kTarget> q(p, rows[i]);
-    const RowGradient<T, kTarget> gradient(p, rows[i], q, state.mass[i]);
+    const RowCoefficients<T, kSpread> q(p, rows[i]);
+    const RowGradient<T, kSpread> gradient(p, rows[i], q, state.mass[i]);
     write_block(gradient, 0, classes, gradient.max, Kept<A>{kept + i * pitch});
   }
 }
@@ -350,11 +350,11 @@ FUSEDLOSS_INLINE Statistic<T>* room_for_exponentials(const Problem<T>& p, int64_
   return reinterpret_cast<A*>(p.grad_of(row));
 }
 
-template <typename T, Target kTarget>
+template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void forward_long_row(const Problem<T>& p, int64_t row, Statistic<T>* kept, ChunkResult& chunk) {
   using A = Statistic<T>;
   const T* x = p.logits + p.offset(p.o.logits_strides, row);
-  const RowCoefficients<T, kTarget> q(p, row);
+  const RowCoefficients<T, kSpread> q(p, row);
   alignas(64) A room[std::is_same_v<T, A> ? 1 : kRowBlock<A>];
   A block_max[kKeptInGradient<A> / kRowBlock<A>];  // where exponentials are kept
   typename Simd<A>::V largest;
@@ -366,17 +366,17 @@ FUSEDLOSS_INLINE void forward_long_row(const Problem<T>& p, int64_t row, Statist
     if (kept != nullptr) block_max[c / kRowBlock<A>] = max;
     const auto s = sweep_block(block_x, q, c, n, shift(max), kept == nullptr ? kept : kept + c, Ahead<T>{x + c + n, x + c});
     RowState<Wide<A>> block = {max, sum_of_lanes<A>(s.sum), 0, 0};
-    if constexpr (kTarget != Target::kOneClass) {
+    if constexpr (kSpread) {
       block.dot = sum_of_lanes<A>(s.dot);
       block.mass = sum_of_lanes<A>(s.mass);
     }
     state = merge(state, block);
   }
   double loss = 0;
-  finish_row<T, kTarget>(p, row, x, state, std::log(state.sum), A(1 / state.sum), loss);
+  finish_row<T, kSpread>(p, row, x, state, std::log(state.sum), A(1 / state.sum), loss);
   chunk.loss.add(loss);
   if (p.o.grad_logits == nullptr) return;
-  const RowGradient<T, kTarget> gradient(p, row, q, A(state.mass));
+  const RowGradient<T, kSpread> gradient(p, row, q, A(state.mass));
   if (kept == nullptr) return write_long_row_anew(gradient, x, p.o.classes);
   for (int64_t c = 0; c < p.o.classes; c += kRowBlock<A>)
     write_block(gradient, c, int(std::min(kRowBlock<A>, p.o.classes - c)), block_max[c / kRowBlock<A>],
@@ -384,23 +384,23 @@ FUSEDLOSS_INLINE void forward_long_row(const Problem<T>& p, int64_t row, Statist
 }
 
 // Rows [range.begin, range.end), of which the caller goes on to end_row.
-template <typename T, Target kTarget>
+template <typename T, bool kSpread>
 void forward_rows(const Problem<T>& p, ChunkRange range, int64_t end_row, ChunkResult& chunk) {
   const bool is_short = is_short_row<T>(p.o.classes);
   const int at_once = is_short ? short_rows_at_once<T>(p.o.classes) : 1;
   int64_t rows[kLanesOf<T>];
   int count = 0;
   for (int64_t row = range.begin; row < range.end; ++row) {
-    if (kTarget != Target::kProbability && !p.counts(row)) {
+    if (has_class<kSpread>(p) && !p.counts(row)) {
       skip_row(p, row, chunk);
       if (p.o.grad_logits != nullptr) write_zeros(p, row);
     } else if (is_short) {
       rows[count++] = row;
     } else {
-      forward_long_row<T, kTarget>(p, row, room_for_exponentials(p, row, end_row), chunk);
+      forward_long_row<T, kSpread>(p, row, room_for_exponentials(p, row, end_row), chunk);
     }
     if (count == at_once || (count > 0 && row + 1 == range.end)) {
-      forward_short_rows<T, kTarget>(p, rows, count, chunk);
+      forward_short_rows<T, kSpread>(p, rows, count, chunk);
       count = 0;
     }
   }
@@ -410,7 +410,7 @@ void forward_rows(const Problem<T>& p, ChunkRange range, int64_t end_row, ChunkR
 
 // sum(q), added up as the forward pass does.
 template <typename T>
-FUSEDLOSS_INLINE Statistic<T> mass_of_row(const RowCoefficients<T, Target::kProbability>& q, int64_t classes) {
+FUSEDLOSS_INLINE Statistic<T> mass_of_row(const RowCoefficients<T, true>& q, int64_t classes) {
   using A = Statistic<T>;
   using V = typename Simd<A>::V;
   constexpr int kLanes = kLanesOf<T>;
@@ -431,18 +431,19 @@ FUSEDLOSS_INLINE Statistic<T> mass_of_row(const RowCoefficients<T, Target::kProb
   return A(mass);
 }
 
-template <typename T, Target kTarget>
+template <typename T, bool kSpread>
 void backward_rows(const Problem<T>& p, ChunkRange range) {
   for (int64_t row = range.begin; row < range.end; ++row) {
-    if (kTarget != Target::kProbability && !p.counts(row)) {
+    if (has_class<kSpread>(p) && !p.counts(row)) {
       write_zeros(p, row);
       continue;
     }
-    const RowCoefficients<T, kTarget> q(p, row);
+    const RowCoefficients<T, kSpread> q(p, row);
     Statistic<T> mass = 0;
-    if constexpr (kTarget == Target::kProbability) mass = mass_of_row<T>(q, p.o.classes);
+    if constexpr (kSpread)
+      if (!has_class<kSpread>(p)) mass = mass_of_row<T>(q, p.o.classes);
     const T* x = p.logits + p.offset(p.o.logits_strides, row);
-    const RowGradient<T, kTarget> gradient(p, row, q, mass);
+    const RowGradient<T, kSpread> gradient(p, row, q, mass);
     if (is_short_row<T>(p.o.classes)) {
       write_short_row_anew(gradient, x, int(p.o.classes));
     } else {
