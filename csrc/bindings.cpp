@@ -35,7 +35,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       no_gil);
   m.def("mse_loss_backward", &mse_loss_backward, no_gil);
   m.def("set_debug", &set_debug);
-  m.def("cpu_capability", &cpu::instruction_set_name);
+  m.def("cpu_capability", [] { return cpu::name_of(cpu::instruction_set()); });
+  // For the tests, which have no machine that lacks AVX2.
+  m.def("choose_cpu_capability", [](const std::string& wanted, bool has_avx2, bool has_avx512) {
+    using cpu::InstructionSet;
+    const auto best = has_avx512 ? InstructionSet::kAvx512 : has_avx2 ? InstructionSet::kAvx2 : InstructionSet::kPortable;
+    return cpu::name_of(cpu::choose_instruction_set(wanted, best));
+  });
 #ifdef FUSEDLOSS_WITH_CUDA
   m.attr("with_cuda") = true;
 #else

@@ -64,9 +64,9 @@ def test_runs_on_a_gpu_do_not_differ(shape, probabilities):
 
 def test_an_unknown_instruction_set_is_refused():
     code = "import fusedloss._backend as b; b.extension().cpu_capability()"
-    environment = {**os.environ, "FUSEDLOSS_CPU_CAPABILITY": "sse"}
+    environment = {**os.environ, "FUSEDLOSS_CPU": "sse"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert "ValueError: FUSEDLOSS_CPU_CAPABILITY is 'sse', expected portable, avx2 or avx512" in run.stderr
+    assert "ValueError: FUSEDLOSS_CPU is 'sse', expected portable, avx2 or avx512" in run.stderr
 
 
 BEST = ["portable", "avx2", "avx512"]
@@ -87,11 +87,11 @@ def test_each_instruction_set(capability, request):
     machine = _backend.extension().cpu_capability()
     if BEST.index(capability) > BEST.index(machine):
         pytest.skip(f"this machine has {machine}")
-    if os.environ.get("FUSEDLOSS_CPU_CAPABILITY"):
-        pytest.skip("FUSEDLOSS_CPU_CAPABILITY is set: this is the process that was told")
+    if os.environ.get("FUSEDLOSS_CPU"):
+        pytest.skip("FUSEDLOSS_CPU is set: this is the process that was told")
     if capability == machine:
         pytest.skip("every other test runs on it")
-    environment = {**os.environ, "FUSEDLOSS_CPU_CAPABILITY": capability}
+    environment = {**os.environ, "FUSEDLOSS_CPU": capability}
     code = "import fusedloss._backend as b; print(b.extension().cpu_capability())"
     root = request.config.rootpath
     seen = subprocess.run(

@@ -123,6 +123,7 @@ FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V mass_of_group(const Problem<T>& 
 template <typename A>
 struct TileGradient {
   A max[kTile], scale[kTile], g[kTile];  // as of RowGradient
+  A unit;
   A at_target[kTile];  // the gradient at the target class, which the sweep over all classes gets wrong
   A counts[kTile];     // 0 for a row whose gradient is 0 whatever its logits are, NaN included; else 1
 };
@@ -150,10 +151,9 @@ FUSEDLOSS_INLINE void fill_group(const Problem<T>& p, const Tile<T>& tile, TileG
       q_y[lane] = (p.smoothing.kept + p.smoothing.uniform) * w_y;
     }
   }
-  const V g = load(rows.g + i), scale = gradient_scale(g, mass, inverse_sum);
+  const V scale = mass * inverse_sum;
   store(rows.scale + i, scale);
-  store(rows.at_target + i, logit_gradient(math::exp(x_y - load(rows.max + i)), scale, g * q_y));
-  if (kSpread && has_class<kSpread>(p)) store(rows.g + i, g * p.smoothing.uniform);
+  store(rows.at_target + i, logit_gradient(math::exp(x_y - load(rows.max + i)), scale, q_y, load(rows.g + i)));
 }
 
 template <bool kWhole, typename T, bool kSpread>
@@ -161,10 +161,14 @@ FUSEDLOSS_INLINE void gradient_group(const Problem<T>& p, const Tile<T>& tile, c
                                      int64_t c, int i) {
   using V = typename Simd<Statistic<T>>::V;
   const V x = load_lanes<kWhole>(tile.x + c * p.o.logits_strides.classes + i, tile.n - i);
-  V g_q = V{};
-  if constexpr (kSpread)
-    g_q = column_coefficients<kWhole, T, kSpread>(p, tile, c, i) * load(rows.g + i);
-  V grad = logit_gradient(math::exp(x - load(rows.max + i)), load(rows.scale + i), g_q);
+  const V e = math::exp(x - load(rows.max + i));
+  V grad = V{};
+  if constexpr (kSpread) {
+    const V q = column_coefficients<kWhole, T, kSpread>(p, tile, c, i) * rows.unit;
+    grad = logit_gradient(e, load(rows.scale + i), q, load(rows.g + i));
+  } else {
+    grad = e * (load(rows.scale + i) * load(rows.g + i));
+  }
   grad = load(rows.counts + i) == V{} ? V{} : grad;
   store_lanes<kWhole>(tile.grad + c * p.o.grad_strides.classes + i, grad, tile.n - i);
 }
@@ -175,6 +179,7 @@ void backward_columns(const Problem<T>& p, ChunkRange range) {
   constexpr int kLanes = kLanesOf<T>;
   const Tile<T> tile(p, range);
   TileGradient<Statistic<T>> rows = {};
+  rows.unit = has_class<kSpread>(p) ? p.smoothing.uniform : 1;
   for (int i = 0; i < tile.n; i += kLanes) fill_group<T, kSpread>(p, tile, rows, i);
   for (int64_t c = 0; c < p.o.classes; ++c) {
     int i = 0;

@@ -162,10 +162,11 @@ struct RowGradient {
   const RowCoefficients<T, kSpread>& q;
   T* grad;         // [classes]
   A max;           // of the row
-  A scale;         // grad_output * sum(q) / sum(exp(x - max))
-  A g;             // grad_output, and for a smoothed target times smoothing.uniform, the unit of its q
+  A scale;         // sum(q) / sum(exp(x - max))
+  A g;             // grad_output
+  A unit = 1;      // of q: smoothing.uniform for a smoothed target
   int64_t y = -1;  // the target class
-  A g_y = 0;       // grad_output times what q has at y above the others
+  A q_y = 0;       // what q has at y above the others
 
   // mass: sum(q) of probabilities, else ignored. The row's statistics are known.
   RowGradient(const Problem<T>& p, int64_t row, const RowCoefficients<T, kSpread>& coefficients, A mass)
@@ -176,10 +177,10 @@ struct RowGradient {
     if (has_class<kSpread>(p)) {
       y = p.o.target_index[row];
       mass = index_mass(p.weight_of(y), p.weight_sum, p.smoothing);
-      g_y = rounded(g * (p.smoothing.kept * p.weight_of(y)));
+      q_y = rounded(p.smoothing.kept * p.weight_of(y));
+      unit = p.smoothing.uniform;
     }
-    scale = rounded(gradient_scale(g, mass, p.row_inverse_sum[row]));
-    if (kSpread && y >= 0) g *= p.smoothing.uniform;
+    scale = rounded(mass * p.row_inverse_sum[row]);
   }
 
   // scale for exponentials relative to the maximum of a block.
@@ -190,16 +191,19 @@ struct RowGradient {
   // Of classes [c, c + n), all as if none were the target class.
   template <bool kWhole>
   FUSEDLOSS_INLINE void write(int64_t c, int n, V e, A scale_of_e) const {
-    V g_q = V{};
-    if constexpr (kSpread) g_q = rounded(q.template at<kWhole>(c, n) * g);
-    store_lanes<kWhole>(grad + c, logit_gradient(e, V{} + scale_of_e, g_q), n);
+    if constexpr (kSpread) {
+      e = logit_gradient(e, scale_of_e, rounded(q.template at<kWhole>(c, n) * unit), g);
+    } else {
+      e *= scale_of_e * g;
+    }
+    store_lanes<kWhole>(grad + c, e, n);
   }
 
   // Of the target class.
   FUSEDLOSS_INLINE void write_target(A e, A scale_of_e) const {
-    A g_q = g_y;
-    if constexpr (kSpread) g_q += rounded((q.weight ? q.weight[y] : A(1)) * g);
-    store_one(grad + y, logit_gradient(e, scale_of_e, g_q));
+    A q_c = q_y;
+    if constexpr (kSpread) q_c += rounded((q.weight ? q.weight[y] : A(1)) * unit);
+    store_one(grad + y, logit_gradient(e, scale_of_e, q_c, g));
   }
 };
 

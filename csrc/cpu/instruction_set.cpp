@@ -1,10 +1,7 @@
 #include "cpu/instruction_set.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
-#include <string>
-#include <string_view>
 
 namespace fusedloss::cpu {
 namespace {
@@ -23,17 +20,34 @@ InstructionSet best_of_machine() {
 }
 
 InstructionSet choose() {
+  const char* wanted = std::getenv("FUSEDLOSS_CPU");
   const InstructionSet best = best_of_machine();
-  const char* wanted = std::getenv("FUSEDLOSS_CPU_CAPABILITY");
-  if (wanted == nullptr) return best;
-  if (std::string_view(wanted) == "portable") return InstructionSet::kPortable;
-  if (std::string_view(wanted) == "avx2") return std::min(best, InstructionSet::kAvx2);
-  if (std::string_view(wanted) == "avx512") return best;
-  throw std::invalid_argument(std::string("FUSEDLOSS_CPU_CAPABILITY is '") + wanted +
-                              "', expected portable, avx2 or avx512");
+  return wanted == nullptr ? best : choose_instruction_set(wanted, best);
 }
 
 }  // namespace
+
+const char* name_of(InstructionSet set) {
+  switch (set) {
+    case InstructionSet::kAvx512:
+      return "avx512";
+    case InstructionSet::kAvx2:
+      return "avx2";
+    case InstructionSet::kPortable:
+      break;
+  }
+  return "portable";
+}
+
+InstructionSet choose_instruction_set(const std::string& wanted, InstructionSet best) {
+  for (const InstructionSet set : {InstructionSet::kPortable, InstructionSet::kAvx2, InstructionSet::kAvx512}) {
+    if (wanted != name_of(set)) continue;
+    if (set <= best) return set;
+    throw std::runtime_error("FUSEDLOSS_CPU is '" + wanted + "', which this processor lacks, expected at most " +
+                             name_of(best));
+  }
+  throw std::invalid_argument("FUSEDLOSS_CPU is '" + wanted + "', expected portable, avx2 or avx512");
+}
 
 InstructionSet instruction_set() {
   static const InstructionSet chosen = choose();
@@ -48,17 +62,5 @@ const bool has_bfloat16_instructions = [] {
   return false;
 #endif
 }();
-
-const char* instruction_set_name() {
-  switch (instruction_set()) {
-    case InstructionSet::kAvx512:
-      return "avx512";
-    case InstructionSet::kAvx2:
-      return "avx2";
-    case InstructionSet::kPortable:
-      break;
-  }
-  return "portable";
-}
 
 }  // namespace fusedloss::cpu

@@ -1,15 +1,20 @@
 // Which of the compiled instruction sets this machine runs.
 #pragma once
 
+#include <string>
+
 namespace fusedloss::cpu {
 
 enum class InstructionSet { kPortable, kAvx2, kAvx512 };
 
-// The best one this machine has; the environment variable FUSEDLOSS_CPU_CAPABILITY = portable | avx2 | avx512,
-// read once, lowers it.
+// The best one this machine has, or the one that the environment variable FUSEDLOSS_CPU names, which is read once.
 InstructionSet instruction_set();
 
-const char* instruction_set_name();
+const char* name_of(InstructionSet set);
+
+// wanted: portable, avx2 or avx512. Throws std::runtime_error if it is beyond `best`, std::invalid_argument if it is none
+// of them.
+InstructionSet choose_instruction_set(const std::string& wanted, InstructionSet best);
 
 // Has this machine's AVX-512 those for bfloat16?
 extern const bool has_bfloat16_instructions;

@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kMaxThreads) finish(const CrossEntropyOptions 
 template <typename A>
 struct RowGradient {
   A max, grad_output;
-  A scale;  // grad_output * mass * row_inverse_sum
+  A scale;  // mass * row_inverse_sum
   A q_y;    // what q has at a target class above the others: kept * w_y
 };
 
@@ -290,7 +290,7 @@ __device__ __forceinline__ RowGradient<A> row_gradient(const Row<T, kSpread>& ro
   if (o.reduction == Reduction::kMean) g[0] = divide_by_total_weight(g[0], *static_cast<const A*>(o.total_weight));
   if (row.y >= 0) mass = kSpread ? index_mass(row.w_y, row.weight_sum(), o.smoothing) : row.w_y;
   const A inverse_sum = static_cast<const A*>(o.row_inverse_sum)[row.number];
-  return {static_cast<const A*>(o.row_max)[row.number], g[0], gradient_scale(g[0], mass, inverse_sum),
+  return {static_cast<const A*>(o.row_max)[row.number], g[0], mass * inverse_sum,
           o.smoothing.kept * row.w_y};
 }
 
@@ -305,7 +305,7 @@ __device__ __forceinline__ void write_gradient(T* grad, const Row<T, kSpread>& r
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         const A q = tile.coefficient(row, k, j) + (j == row.y - tile.first[k] ? of_row.q_y : 0);
-        values[j] = logit_gradient(math::exp(tile.x[k][j] - of_row.max), of_row.scale, q * of_row.grad_output);
+        values[j] = logit_gradient(math::exp(tile.x[k][j] - of_row.max), of_row.scale, q, of_row.grad_output);
       }
       store_values(grad + RowTile::offset(tile.first[k], row.o.grad_strides), values);
     });

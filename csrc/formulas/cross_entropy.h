@@ -89,14 +89,10 @@ FUSEDLOSS_INLINE A index_mass(A w_y, A weight_sum, Smoothing<A> s) {
   return s.kept * w_y + s.uniform * weight_sum;
 }
 
-// grad_output * d loss/dx_c = scale * exp(x_c - m) - grad_output * q_c.
+// grad_output * d loss/dx_c, with e = exp(x_c - m) and scale = mass / sum.
 template <typename V, typename A>
-FUSEDLOSS_INLINE V logit_gradient(V e, A scale, V grad_output_times_q) {
-  return e * scale - grad_output_times_q;
-}
-template <typename A>
-FUSEDLOSS_INLINE A gradient_scale(A grad_output, A mass, A inverse_sum) {
-  return grad_output * mass * inverse_sum;
+FUSEDLOSS_INLINE V logit_gradient(V e, A scale, V q, A grad_output) {
+  return (e * scale - q) * grad_output;
 }
 
 // What the mean makes of a sum or of a grad_output. Divided by 0 it is NaN, not infinity: torch divides the part of the
