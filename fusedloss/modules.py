@@ -52,6 +52,15 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             inplace_backward=self.inplace_backward,
         )
 
+    def __prepare_scriptable__(self) -> nn.CrossEntropyLoss:
+        """TorchScript, which knows torch's function only, gets torch's module."""
+        return nn.CrossEntropyLoss(
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
 
 class MSELoss(nn.MSELoss):
     """`torch.nn.MSELoss`, fused. The arguments, shapes and results are torch's.

@@ -69,16 +69,22 @@ def test_an_unknown_instruction_set_is_refused():
     assert "ValueError: FUSEDLOSS_CPU is 'sse', expected portable, avx2 or avx512" in run.stderr
 
 
+def test_an_instruction_set_that_the_processor_lacks_is_refused():
+    choose = _backend.extension().choose_cpu_capability
+    assert [choose("avx2", True, has_avx512) for has_avx512 in (False, True)] == ["avx2", "avx2"]
+    with pytest.raises(RuntimeError, match="FUSEDLOSS_CPU is 'avx512', which this processor lacks, expected .* avx2"):
+        choose("avx512", True, False)
+    with pytest.raises(RuntimeError, match="FUSEDLOSS_CPU is 'avx2', which .* lacks, expected at most portable"):
+        choose("avx2", False, False)
+
+
 BEST = ["portable", "avx2", "avx512"]
 
+# Everything that looks at numbers.
 KERNEL_TESTS = [
-    "tests/test_cross_entropy.py::test_class_indices",
-    "tests/test_cross_entropy.py::test_class_probabilities",
-    "tests/test_cross_entropy.py::test_wide_range_of_logits",
-    "tests/test_cross_entropy.py::test_masked_and_non_finite_logits",
-    "tests/test_mse_loss.py::test_values_and_gradients",
-    "tests/test_bounds.py",
-]
+    f"tests/test_{name}.py"
+    for name in ("cross_entropy", "mse_loss", "semantics", "accuracy", "grad_in_forward", "inplace_backward", "bounds")
+] + ["tests/test_determinism.py::test_threads_do_not_change_a_bit"]
 
 
 @pytest.mark.parametrize("capability", BEST)
