@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import machine, report
+from . import machine, plot, report, suites
 from .arguments import Size, names_among, sizes, sizes_text
 from .cases import DTYPES, LOSSES, Case, all_cases
 from .contenders import CONTENDERS, warm_up
@@ -18,30 +18,49 @@ SIZES: list[Size] = [(128, 10), (4096, 1000), (65536, 100), (1024, 32000)]
 QUICK_SIZES: list[Size] = [(128, 10), (2048, 1000), (512, 16384)]
 DEFAULT_DTYPES = ["float32", "bfloat16"]
 EFFORT = Effort()
+# Samples so long that threads which must first be woken do not count.
+SUITE_EFFORT = Effort(batch_seconds=2e-2)
 QUICK_EFFORT = Effort(min_rounds=7, max_rounds=51, seconds=0.3)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    cases = all_cases(options.loss, options.sizes, options.dtype, options.device)
+    plan = plan_of(options)
     description = machine.describe()
     console = Console(soft_wrap=True)
     warm_up(options.device)
     results = measure_all(
-        [(case, contenders_of(case, options)) for case in cases],
-        QUICK_EFFORT if options.quick else EFFORT,
+        plan,
+        QUICK_EFFORT if options.quick else SUITE_EFFORT if options.suite else EFFORT,
         Console(stderr=True),
     )
-    names = [name for name in CONTENDERS if any(name in result.measurements for result in results)]
+    asked_for = {name for _, contenders in plan for name in contenders}
+    names = [name for name in report.COLUMNS if name in asked_for]
     console.print(machine.summary(description))
     report.print_results(console, results, names, options.device)
-    console.print(report.legend(options.device), highlight=False)
+    console.print(report.legend(names, options.device), highlight=False)
     if options.quick and "compile" in names:
         console.print("--quick times torch.compile forward+backward only; without --quick it stands in every row.")
     if options.json:
         options.json.write_text(json.dumps(report.as_json(results, description), indent=1) + "\n")
         console.print(f"Figures written to {options.json}", markup=False)
+    if options.plot:
+        draw = plot.draw_scaling if options.suite == "scaling" else plot.draw_ratios
+        plot.save(options.plot, results, machine.summary(description), draw)
+        console.print(f"Plot written to {options.plot}", markup=False)
     console.print(report.verdict(results))
+
+
+def plan_of(options: argparse.Namespace) -> list[tuple[Case, list[str]]]:
+    """The cases, in the order of the table, and who is timed in each."""
+    if options.suite:
+        cases, names = {
+            "cpu": (suites.cpu, suites.CPU_CONTENDERS),
+            "scaling": (suites.scaling, suites.SCALING_CONTENDERS),
+        }[options.suite]
+        return [(case, [name for name in names if name != "compile" or not options.no_compile]) for case in cases()]
+    cases = all_cases(options.loss, options.sizes, options.dtype, options.device)
+    return [(case, contenders_of(case, options)) for case in cases]
 
 
 def contenders_of(case: Case, options: argparse.Namespace) -> list[str]:
@@ -75,14 +94,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="extend",
         help=f"comma-separated or repeated, of {', '.join(LOSSES)}; default: both",
     )
+    parser.add_argument(
+        "--suite",
+        choices=["cpu", "scaling"],
+        help="a fixed set of cases instead of --sizes, --dtype and --loss: 'cpu', what docs/kernels.md quotes, also "
+        "against eager with huge pages and against the machine's copy (about 10 min); 'scaling', 1e3 to 1e8 elements",
+    )
     parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: under 90 s on two cores")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes seconds a case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure, and the machine, to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table into FILE, a .png or .svg")
     options = parser.parse_args(argv)
+    if options.suite and (options.quick or options.sizes or options.dtype or options.loss or options.device != "cpu"):
+        parser.error("--suite has its own sizes, dtypes and losses, all on the CPU")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch sees none")
-    if options.json and not options.json.resolve().parent.is_dir():
-        parser.error(f"--json {options.json}: the directory {options.json.resolve().parent} does not exist")
+    for name, path in (("--json", options.json), ("--plot", options.plot)):
+        if path and not path.resolve().parent.is_dir():
+            parser.error(f"{name} {path}: the directory {path.resolve().parent} does not exist")
+    if options.plot and options.plot.suffix not in (".png", ".svg"):
+        parser.error(f"--plot {options.plot}: expected a name that ends in .png or .svg")
     options.sizes = options.sizes or (QUICK_SIZES if options.quick else SIZES)
     options.dtype = options.dtype or DEFAULT_DTYPES
     options.loss = options.loss or list(LOSSES)

@@ -1,4 +1,8 @@
-"""Who is timed: torch's module in eager mode, the same module under torch.compile, and fusedloss's."""
+"""Who is timed: torch's module in eager mode, the same module under torch.compile, and fusedloss's.
+
+Two more stand beside them where a suite asks for it: torch's eager module in a process whose allocator asks for huge
+pages, and the machine's own copy into fresh memory, the limit of all.
+"""
 
 from collections.abc import Callable
 
@@ -8,6 +12,9 @@ from torch import Tensor, nn
 import fusedloss
 
 from .cases import Case
+from .copying import make_copy
+from .timing import Step
+from .worker import EagerWithHugePages
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -19,23 +26,31 @@ FUSED_MODULES: dict[str, type[nn.Module]] = {
 
 
 def eager(case: Case) -> Loss:
-    return EAGER_MODULES[case.loss]()
+    return EAGER_MODULES[case.loss](**case.options)
 
 
 def compiled(case: Case) -> Loss:
     # Forget earlier sizes first: a second one would make the compiler switch to slower code for any size.
     torch.compiler.reset()
-    return torch.compile(EAGER_MODULES[case.loss]())
+    return torch.compile(eager(case))
 
 
 def fused(case: Case) -> Loss:
-    return FUSED_MODULES[case.loss]()
+    options = {"inplace_backward": True} if case.in_place else {}
+    return FUSED_MODULES[case.loss](**case.options, **options)
 
 
 CONTENDERS: dict[str, Callable[[Case], Loss]] = {"eager": eager, "compile": compiled, "fusedloss": fused}
 
 
-def make_step(loss: Loss, case: Case, inputs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+# Contenders that are no loss in this process.
+OTHERS: dict[str, Callable[[Case, list[tuple[Tensor, Tensor]]], Step]] = {
+    "eager, THP": lambda case, inputs: EagerWithHugePages(case),
+    "copy": lambda case, inputs: make_copy(inputs[0][0]),
+}
+
+
+def make_step(loss: Loss, case: Case, inputs: list[tuple[Tensor, Tensor]]) -> Step:
     """What one timed call does: the loss, or the loss, its backward and the release of the gradient.
 
     The gradient is dropped after every step, so that the next backward makes a new one, as after
@@ -58,7 +73,35 @@ def make_step(loss: Loss, case: Case, inputs: list[tuple[Tensor, Tensor]]) -> Ca
         loss(logits, target).backward()
         logits.grad = None
 
-    return forward if case.step == "forward" else forward_and_backward
+    if case.in_place:
+        return step_on_a_result(loss, *inputs[0])
+    return Step(forward if case.step == "forward" else forward_and_backward)
+
+
+def step_on_a_result(loss: Loss, logits: Tensor, target: Tensor) -> Step:
+    """The loss and its backward pass on a result, which may be overwritten: it is made anew, outside the clock."""
+    memory, leaf = torch.empty_like(logits, requires_grad=False), torch.zeros((), requires_grad=True)
+
+    def restore() -> None:
+        memory.copy_(logits.detach())
+
+    def forward_and_backward() -> None:
+        loss(ResultOf.apply(leaf, memory), target).backward()
+        leaf.grad = None
+
+    return Step(forward_and_backward, prepare=restore)
+
+
+class ResultOf(torch.autograd.Function):
+    """`memory`, as if an operation on `leaf` had written it: one that costs nothing, nor does its backward pass."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, leaf: Tensor, memory: Tensor) -> Tensor:
+        return memory.detach()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.flatten()[0], None
 
 
 def warm_up(device: str) -> None:

@@ -26,15 +26,18 @@ def core_seconds_of_others() -> float | None:
     return ticks / os.sysconf("SC_CLK_TCK") - mine.user - mine.system
 
 
-def start_watch() -> Callable[[], float | None]:
-    """The function returned tells which share of the cores, 0 to 1, others have had since."""
-    before, start = core_seconds_of_others(), time.perf_counter()
+def start_watch(of_helpers: Callable[[], float] = lambda: 0.0) -> Callable[[], float | None]:
+    """The function returned tells which share of the cores, 0 to 1, others have had since.
+
+    `of_helpers` tells the core seconds that our own other processes have used.
+    """
+    before, helped, start = core_seconds_of_others(), of_helpers(), time.perf_counter()
 
     def share() -> float | None:
         after = core_seconds_of_others()
         if before is None or after is None:
             return None
         cores = (time.perf_counter() - start) * len(usable_cores())
-        return min(1.0, max(0.0, (after - before) / cores))
+        return min(1.0, max(0.0, (after - before - (of_helpers() - helped)) / cores))
 
     return share

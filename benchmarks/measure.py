@@ -3,20 +3,22 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from .cases import Case, bytes_moved, make_inputs
-from .contenders import CONTENDERS, EAGER_MODULES, Loss, make_step
+from .cases import Case, bytes_moved, gradient_bytes, make_inputs
+from .contenders import CONTENDERS, OTHERS, Loss, eager, make_step
 from .contention import start_watch
 from .memory import peak_extra_bytes
 from .timing import Effort, Step, Times, interleave, timer_for
+from .worker import EagerWithHugePages
 
 MAX_COPIES = 64
+PAUSE_BETWEEN_PROCESSES = 0.02
 # Of the loss, and of the largest entry of the gradient. Wide: the tests are the judge, this only keeps wrong kernels
 # out of a table of speeds.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
@@ -48,7 +50,13 @@ class CaseResult:
 
     def gb_per_s(self, name: str) -> float | None:
         median = self.median(name)
-        return bytes_moved(self.case) / median / 1e9 if median else None
+        moved = 2 * gradient_bytes(self.case) if name == "copy" else bytes_moved(self.case)
+        return moved / median / 1e9 if median else None
+
+    def share_of_copy(self, name: str) -> float | None:
+        """Bytes that must move a second, as a part of those that a copy into fresh memory moves."""
+        mine, limit = self.gb_per_s(name), self.gb_per_s("copy")
+        return mine / limit if mine and limit else None
 
 
 def measure_all(plan: Iterable[tuple[Case, list[str]]], effort: Effort, progress_console: Console) -> list[CaseResult]:
@@ -85,6 +93,9 @@ def measure_case(case: Case, names: list[str], effort: Effort) -> CaseResult:
     notes: dict[str, str] = {}
     for name in names:
         try:
+            if name in OTHERS:
+                steps[name], notes[name] = OTHERS[name](case, inputs), ""
+                continue
             loss = CONTENDERS[name](case)
             steps[name] = make_step(loss, case, inputs)
             notes[name] = disagreement(loss, case, inputs[0], reference)
@@ -93,9 +104,12 @@ def measure_case(case: Case, names: list[str], effort: Effort) -> CaseResult:
             notes[name] = first_line(error)
     del reference
     sound = {name: step for name, step in steps.items() if not notes[name]}
-    peaks = {name: peak_extra_bytes(step, case.device) for name, step in sound.items()}
-    others_share = start_watch()
-    times = interleave(sound, timer_for(case.device), effort)
+    peaks = {name: peak_extra_bytes(step, case.device) for name, step in sound.items() if name not in OTHERS}
+    helpers = [step for step in sound.values() if isinstance(step, EagerWithHugePages)]
+    others_share = start_watch(lambda: sum(helper.core_seconds for helper in helpers))
+    times = interleave(sound, timer_for(case.device), effort, pause=PAUSE_BETWEEN_PROCESSES if helpers else 0.0)
+    for helper in helpers:
+        helper.close()
     measurements = {name: Measurement(times.get(name), peaks.get(name), notes[name]) for name in names}
     return CaseResult(case, measurements, others_share())
 
@@ -112,7 +126,8 @@ def copies(case: Case) -> int:
 def reference_results(case: Case, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
     """Torch's loss and gradient in float64."""
     exact_target = target.double() if target.is_floating_point() else target
-    return loss_and_gradient(EAGER_MODULES[case.loss](), case, logits.detach().double().requires_grad_(), exact_target)
+    exact_case = replace(case, dtype="float64", in_place=False)
+    return loss_and_gradient(eager(exact_case), exact_case, logits.detach().double().requires_grad_(), exact_target)
 
 
 def loss_and_gradient(loss: Loss, case: Case, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -120,7 +135,7 @@ def loss_and_gradient(loss: Loss, case: Case, logits: Tensor, target: Tensor) ->
     if case.step == "forward":
         with torch.no_grad():
             return loss(logits, target), None
-    value = loss(logits, target)
+    value = loss(logits * 1 if case.in_place else logits, target)
     value.backward()
     gradient, logits.grad = logits.grad, None
     return value.detach(), gradient

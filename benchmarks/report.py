@@ -9,38 +9,46 @@ from rich.table import Table
 from rich.text import Text
 
 from .cases import BYTES_FORMULA, PASSES, bytes_moved
+from .contenders import OTHERS
 from .contention import WORTH_A_NOTE
 from .measure import CaseResult, Measurement
 from .memory import METHOD
 
-SCHEMA = 1
+SCHEMA = 2
 NOTHING = "-"
+COLUMNS = ["eager", "eager, THP", "compile", "fusedloss", "copy"]
 
 
 def table(results: list[CaseResult], names: list[str], device: str) -> Table:
     """One row a case, one column of milliseconds a contender; ratios above 1 are green."""
-    rivals = [name for name in names if name != "fusedloss"]
+    rivals = [name for name in names if name not in ("fusedloss", "copy")]
+    with_memory = [name for name in names if name not in OTHERS]
+    options_vary = any(result.case.variant for result in results)
     drawn = Table(title=f"Losses on {device}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("loss", "rows x classes", "dtype", "pass"):
+    for column in ("loss", "rows x classes", "dtype", "pass", *(["option"] if options_vary else [])):
         drawn.add_column(column, no_wrap=True)
     for name in names:
         drawn.add_column(f"{name}\nms", justify="right", no_wrap=True)
     for name in rivals:
         drawn.add_column(f"vs\n{name}", justify="right", no_wrap=True)
     drawn.add_column("fusedloss\nGB/s", justify="right", no_wrap=True)
-    for name in names:
+    if "copy" in names:
+        drawn.add_column("of\ncopy", justify="right", no_wrap=True)
+    for name in with_memory:
         drawn.add_column(f"{name}\npeak", justify="right", no_wrap=True)
     for result, following in zip(results, [*results[1:], None], strict=True):
         case = result.case
         drawn.add_row(
             case.loss,
-            f"{case.rows}x{case.classes}",
+            case.size,
             case.dtype,
             case.step.replace("forward", "fwd").replace("backward", "bwd"),
+            *([case.variant] if options_vary else []),
             *(milliseconds(result.measurements.get(name)) for name in names),
             *(ratio(result.ratio("fusedloss", to=name)) for name in rivals),
             number(result.gb_per_s("fusedloss")),
-            *(size(result.measurements.get(name)) for name in names),
+            *([percent(result.share_of_copy("fusedloss"))] if "copy" in names else []),
+            *(size(result.measurements.get(name)) for name in with_memory),
             end_section=following is not None
             and (case.loss, case.dtype) != (following.case.loss, following.case.dtype),
         )
@@ -58,14 +66,26 @@ def print_results(console: Console, results: list[CaseResult], names: list[str],
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
 
 
-def legend(device: str) -> str:
+def legend(names: list[str], device: str) -> str:
     """What each column is, and how it was measured."""
+    more = ""
+    if "eager, THP" in names:
+        more += (
+            "\neager, THP: the same in a process with torch's own THP_MEM_ALLOC_ENABLE=1, whose allocator asks for huge "
+            "pages as fusedloss does for gradients of 4 MB and more; rounds interleave with the others'."
+        )
+    if "copy" in names:
+        more += (
+            "\ncopy: the logits, read once and written into fresh memory mapped as fusedloss's gradient; of copy: "
+            "fusedloss's GB/s as a part of the copy's. in place: the logits are the result of an operation, made anew "
+            "outside the clock; only fusedloss overwrites them."
+        )
     return (
         "ms: median and half the interquartile range in percent, all contenders interleaved on the same inputs, every "
         "gradient new; fwd runs under no_grad, fwd+bwd frees the gradient.\n"
         "vs: how many times faster fusedloss is; above 1 it is ahead.\n"
         f"{BYTES_FORMULA}. A contender's own GB/s are in the JSON.\n"
-        f"peak: extra memory of a call, its results included, from {METHOD[device]}."
+        f"peak: extra memory of a call, its results included, from {METHOD[device]}.{more}"
     )
 
 
@@ -84,6 +104,10 @@ def ratio(value: float | None) -> Text:
     if value is None:
         return Text(NOTHING, style="dim")
     return Text(f"{value:.2f}x", style="bold green" if value > 1 else "bold red")
+
+
+def percent(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.0%}"
 
 
 def number(value: float | None) -> str:
@@ -158,7 +182,9 @@ def figure(result: CaseResult, name: str, measurement: Measurement) -> dict[str,
         "loss": case.loss,
         "rows": case.rows,
         "classes": case.classes,
+        "inner": list(case.inner),
         "dtype": case.dtype,
+        "option": case.variant,
         "pass": case.step,
         "device": case.device,
         "contender": name,
@@ -170,6 +196,7 @@ def figure(result: CaseResult, name: str, measurement: Measurement) -> dict[str,
         "times_faster_than_eager": result.ratio(name),
         "bytes_moved": bytes_moved(case),
         "gb_per_s": result.gb_per_s(name),
+        "share_of_copy": result.share_of_copy(name),
         "others_share_of_cores": result.others_share,
         "peak_extra_bytes": measurement.peak_extra_bytes,
         "note": measurement.note,

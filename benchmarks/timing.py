@@ -10,9 +10,36 @@ from dataclasses import dataclass
 
 import torch
 
-Step = Callable[[], None]
-Timer = Callable[[Step, int], float]
+Timer = Callable[["Step", int], float]
 WARM_UP_CALLS = 3
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is timed, and what must be done before each time, which is not."""
+
+    run: Callable[[], None]
+    prepare: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        if self.prepare:
+            self.prepare()
+        self.run()
+
+    def seconds(self, calls: int) -> float:
+        """Per call, by the clock on the wall."""
+        if self.prepare is None:
+            start = time.perf_counter()
+            for _ in range(calls):
+                self.run()
+            return (time.perf_counter() - start) / calls
+        total = 0.0
+        for _ in range(calls):
+            self.prepare()
+            start = time.perf_counter()
+            self.run()
+            total += time.perf_counter() - start
+        return total / calls
 
 
 @dataclass(frozen=True)
@@ -45,11 +72,8 @@ class Times:
 
 
 def cpu_timer(step: Step, calls: int) -> float:
-    """Seconds per call by the clock on the wall."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        step()
-    return (time.perf_counter() - start) / calls
+    """Seconds per call by the clock on the wall; of a step in another process, by the clock there."""
+    return step.seconds(calls)
 
 
 def cuda_timer(step: Step, calls: int) -> float:
@@ -76,8 +100,12 @@ def rotations(names: list[str]) -> Iterator[list[str]]:
         first = (first + 1) % len(names)
 
 
-def interleave(steps: Mapping[str, Step], timer: Timer, effort: Effort) -> dict[str, Times]:
-    """Time all steps side by side; each must have been called before, so that nothing compiles in here."""
+def interleave(steps: Mapping[str, Step], timer: Timer, effort: Effort, pause: float = 0.0) -> dict[str, Times]:
+    """Time all steps side by side; each must have been called before, so that nothing compiles in here.
+
+    `pause` seconds pass before each sample: where steps run in several processes, until the threads of the one before,
+    which go on spinning in wait of more, have gone to sleep.
+    """
     if not steps:
         return {}
     for step in steps.values():
@@ -92,6 +120,7 @@ def interleave(steps: Mapping[str, Step], timer: Timer, effort: Effort) -> dict[
             if done >= effort.max_rounds or (done >= effort.min_rounds and late):
                 break
             for name in order:
+                time.sleep(pause)
                 samples[name].append(timer(steps[name], calls))
     return {name: Times(values, calls) for name, values in samples.items()}
 

@@ -1,0 +1,56 @@
+"""The tables as pictures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+
+from .measure import CaseResult
+
+COLORS = {"eager": "tab:orange", "eager, THP": "tab:red", "compile": "tab:blue"}
+
+
+def save(path: Path, results: list[CaseResult], where: str, draw: Callable[[Axes, list[CaseResult]], None]) -> None:
+    """Draw one picture of the results; `where` says what they were measured on."""
+    figure = Figure(figsize=(10, 2 + 0.35 * len(results)), layout="constrained")
+    axis = figure.subplots()
+    draw(axis, results)
+    figure.suptitle(where, fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def draw_ratios(axis: Axes, results: list[CaseResult]) -> None:
+    """How many times faster fusedloss is than each of the others, case by case."""
+    rivals = [name for name in COLORS if any(name in result.measurements for result in results)]
+    height = 0.8 / max(1, len(rivals))
+    for place, rival in enumerate(rivals):
+        ratios = [result.ratio("fusedloss", to=rival) or 0.0 for result in results]
+        lines = [line + place * height for line in range(len(results))]
+        bars = axis.barh(lines, ratios, height, label=f"against {rival}", color=COLORS[rival])
+        axis.bar_label(bars, fmt="%.1f", fontsize="x-small", padding=2)
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_yticks([line + 0.4 - height / 2 for line in range(len(results))], [str(result.case) for result in results])
+    axis.invert_yaxis()
+    axis.set(xlabel="times faster than … (1: as fast)")
+    axis.legend()
+
+
+def draw_scaling(axis: Axes, results: list[CaseResult]) -> None:
+    """Time over elements, a line for the cases that share their rows or their classes."""
+    families = {
+        "1,000 classes, more rows": [result for result in results if result.case.classes == 1000],
+        "100 rows, more classes": [result for result in results if result.case.rows == 100],
+        "1 row, more classes": [result for result in results if result.case.rows == 1],
+    }
+    for (family, members), marker in zip(families.items(), "os^", strict=True):
+        for name, color in (("eager", "tab:orange"), ("fusedloss", "black")):
+            points = sorted(
+                (result.case.rows * result.case.classes, median * 1e3)
+                for result in members
+                if (median := result.median(name))
+            )
+            axis.plot(*zip(*points, strict=True), marker=marker, color=color, label=f"{name}: {family}")
+    axis.set(xscale="log", yscale="log", xlabel="elements", ylabel="ms, forward + backward")
+    axis.grid(True, alpha=0.3)
+    axis.legend()
