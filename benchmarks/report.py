@@ -71,8 +71,8 @@ def legend(names: list[str], device: str) -> str:
     more = ""
     if "eager, THP" in names:
         more += (
-            "\neager, THP: the same in a process with torch's own THP_MEM_ALLOC_ENABLE=1, whose allocator asks for huge "
-            "pages as fusedloss does for gradients of 4 MB and more; rounds interleave with the others'."
+            "\neager, THP: the same in a process with torch's own THP_MEM_ALLOC_ENABLE=1, whose allocator asks for "
+            "huge pages as fusedloss does for gradients of 4 MB and more; rounds interleave with the others'."
         )
     if "copy" in names:
         more += (

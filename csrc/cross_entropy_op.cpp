@@ -183,6 +183,7 @@ struct Gradient {
   Gradient(Call& call, const at::Tensor& grad_)
       : grad(grad_),
         written(layout_of(grad, row_sizes(grad)) == call.layout ? grad : empty_in_layout(grad, call.layout)) {
+    if (!written.is_same(grad)) prefer_huge_pages(written);
     call.o.grad_logits = written.data_ptr();
     call.o.grad_strides = kernel_strides(written, call.layout);
   }

@@ -1,9 +1,9 @@
 """Losses and gradients are as exact as torch's: the errors of both, against a higher precision, over a grid of inputs.
 
 The bound is torch's own error and half a unit in the last place of the output. Errors are counted in such units, over
-all draws of one kind together: their root mean square in units of the outputs' root mean square, the largest in units of
-the largest output. (Draw by draw, one draw in which every output is a small difference of large terms would outweigh the
-others, and which of two equally good computations is worse there is chance.)
+all draws of one kind together: their root mean square in units of the outputs' root mean square, the largest in units
+of the largest output. (Draw by draw, one draw in which every output is a small difference of large terms would outweigh
+the others, and which of two equally good computations is worse there is chance.)
 """
 
 import itertools

@@ -10,10 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 import fusedloss.functional as fused
 from fusedloss import reference
 
-WITH_GRAD = "fusedloss::cross_entropy_forward_with_grad"
-BACKWARD = "fusedloss::cross_entropy_backward"
+WITH_GRAD = "fusedloss::{}_forward_with_grad"
+BACKWARD = "fusedloss::{}_backward"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SHAPES = [(7, 10), (40, 600), (3, 5000), (2, 6, 300), (4, 3, 5, 6), (9,)]
+SHAPES = [(7, 10), (40, 600), (3, 5000), (2, 140_000), (2, 6, 300), (4, 3, 5, 6), (9,)]
 
 
 @pytest.fixture(autouse=True)
@@ -57,19 +57,40 @@ def test_it_is_the_same_gradient_bit_for_bit(shape, dtype, reduction):
         assert_exact(handed_over, exact.grad, scale=1.0 if reduction == "sum" else None, what="gradient")
 
 
-def test_the_way_that_is_taken():
-    def loss() -> Tensor:
-        return fused.cross_entropy(torch.randn(4, 5, requires_grad=True), torch.zeros(4, dtype=torch.int64))
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("size", [1, 37, 8192, 100_003])
+def test_mse_too(size, wanted, dtype, reduction):
+    pair = [torch.randn(size).to(dtype).requires_grad_(wants) for wants in wanted]
+    leaves = [tensor for tensor in pair if tensor.requires_grad]
+    loss = fused.mse_loss(*pair, reduction=reduction)
+    handed_over = torch.autograd.grad(loss, leaves, retain_graph=True)
+    computed = torch.autograd.grad(loss, leaves)
+    exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in pair]
+    F.mse_loss(*exact, reduction=reduction).backward()
+    of_exact = [tensor.grad for tensor in exact if tensor.requires_grad]
+    for mine, again, right in zip(handed_over, computed, of_exact, strict=True):
+        assert torch.equal(mine, again) and mine.data_ptr() != again.data_ptr()
+        assert_exact(mine, right, what="gradient")
 
-    assert events(lambda: loss().backward()) & {WITH_GRAD, BACKWARD} == {WITH_GRAD}
+
+@pytest.mark.parametrize("name", ["cross_entropy", "mse_loss"])
+def test_the_way_that_is_taken(name):
+    def loss() -> Tensor:
+        target = torch.zeros(4, dtype=torch.int64) if name == "cross_entropy" else torch.randn(4, 5)
+        return getattr(fused, name)(torch.randn(4, 5, requires_grad=True), target)
+
+    with_grad, backward = WITH_GRAD.format(name), BACKWARD.format(name)
+    assert events(lambda: loss().backward()) & {with_grad, backward} == {with_grad}
     # Another grad_output than 1: the gradient is computed anew, and next time not beforehand.
-    assert events(lambda: (loss() * 2).backward()) & {WITH_GRAD, BACKWARD} == {WITH_GRAD, BACKWARD}
-    assert events(lambda: loss().backward()) & {WITH_GRAD, BACKWARD} == {BACKWARD}
-    assert events(lambda: loss().backward()) & {WITH_GRAD, BACKWARD} == {WITH_GRAD}
+    assert events(lambda: (loss() * 2).backward()) & {with_grad, backward} == {with_grad, backward}
+    assert events(lambda: loss().backward()) & {with_grad, backward} == {backward}
+    assert events(lambda: loss().backward()) & {with_grad, backward} == {with_grad}
     with torch.autograd.graph.save_on_cpu():
-        assert WITH_GRAD not in events(loss)
+        assert with_grad not in events(loss)
     with torch.no_grad():
-        assert WITH_GRAD not in events(loss)
+        assert with_grad not in events(loss)
 
 
 def test_a_loss_scale_is_applied_before_rounding():
