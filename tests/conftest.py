@@ -3,6 +3,7 @@
 import os
 import random
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,3 +28,10 @@ def seed(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

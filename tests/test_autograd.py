@@ -169,47 +169,6 @@ def test_hooks_run_once_under_create_graph(ours, torchs, device):
 
 
 @pytest.mark.parametrize(("ours", "torchs"), LOSSES)
-def test_a_default_device_changes_nothing(ours, torchs, device):
+def test_a_parameter_is_a_plain_tensor(ours, torchs, device):
     input, target = pair(ours, device)
-    with torch.device(device):
-        assert "fusedloss" in ours(input.requires_grad_(), target).grad_fn.name()
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(("ours", "torchs"), LOSSES)
-def test_compiles_without_a_graph_break(ours, torchs, backend, device):
-    input, target = pair(ours, device)
-    leaf = input.clone().requires_grad_()
-    compiled = torch.compile(ours, backend=backend, fullgraph=True)
-    loss = compiled(leaf, target)
-    loss.backward()
-    expected = input.clone().requires_grad_()
-    torchs(expected, target).backward()
-    torch.testing.assert_close(leaf.grad, expected.grad)
-
-
-@pytest.mark.parametrize(("ours", "torchs"), LOSSES)
-def test_meta_and_fake_tensors(ours, torchs, device):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    input, target = pair(ours, device)
-    assert ours(input.to("meta"), target.to("meta")).device.type == "meta"
-    mode = FakeTensorMode()
-    with mode:
-        loss = ours(mode.from_tensor(input.requires_grad_()), mode.from_tensor(target))
-        assert type(loss).__name__ == "FakeTensor" and loss.shape == ()
-
-
-class Logged(torch.Tensor):
-    pass
-
-
-@pytest.mark.parametrize(("ours", "torchs"), LOSSES)
-def test_tensor_subclasses_are_preserved(ours, torchs, device):
-    input, target = pair(ours, device)
-    loss = ours(input.as_subclass(Logged), target)
-    assert type(loss) is Logged
-    torch.testing.assert_close(loss.as_subclass(torch.Tensor), torchs(input, target))
-    # nn.Parameter is a plain tensor.
-    parameter = torch.nn.Parameter(input)
-    assert "fusedloss" in ours(parameter, target).grad_fn.name()
+    assert "fusedloss" in ours(torch.nn.Parameter(input), target).grad_fn.name()

@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +13,13 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, contention, measure, report
+from benchmarks import contenders, contention, measure, report, suites
 from benchmarks.arguments import sizes
 from benchmarks.cases import Case, all_cases, bytes_moved, make_inputs
 from benchmarks.measure import CaseResult, Measurement, measure_case
 from benchmarks.memory import peak_extra_bytes
-from benchmarks.timing import Effort, Times, interleave
+from benchmarks.timing import Effort, Step, Times, interleave
+from benchmarks.worker import EagerWithHugePages
 
 BRIEF = Effort(min_rounds=3, max_rounds=3, seconds=0, batch_seconds=0)
 TINY = ["--sizes", "4x3", "--no-compile"]
@@ -50,6 +53,14 @@ def test_bytes_are_those_of_the_tensors_that_are_timed() -> None:
         logits, target = make_inputs(case)
         gradient = logits.nbytes if case.step == "forward+backward" else 0
         assert bytes_moved(case) == logits.nbytes + target.nbytes + gradient
+
+
+def test_bytes_of_other_shapes_and_targets() -> None:
+    for options in ({"inner": (4, 2)}, {"target": "probabilities"}, {"weighted": True, "label_smoothing": 0.1}):
+        case = Case("cross_entropy", 7, 3, "float32", "forward+backward", **options)
+        logits, target = make_inputs(case)
+        assert logits.shape == case.shape and target.shape[0] == 7
+        assert bytes_moved(case) == 2 * logits.nbytes + target.nbytes
 
 
 def test_inputs_are_random_leaves_of_the_dtype() -> None:
@@ -149,6 +160,40 @@ def test_a_step_leaves_no_gradient_and_takes_turns() -> None:
         assert [enabled for _, enabled in seen] == [grad_enabled] * 4
         first, second, third, fourth = (logits for logits, _ in seen)
         assert first is third and second is fourth and first is not second
+
+
+def test_preparation_is_not_timed() -> None:
+    step = Step(run=lambda: None, prepare=lambda: time.sleep(0.01))
+    assert step.seconds(3) < 0.005
+
+
+def test_logits_in_place_are_made_anew() -> None:
+    case = Case("cross_entropy", 40, 3, "float32", "forward+backward", in_place=True)
+    logits, target = make_inputs(case)
+    seen = []
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        seen.append((logits.data_ptr(), logits.detach().clone()))
+        return contenders.fused(case)(logits, target)
+
+    step = contenders.make_step(loss, case, [(logits, target)])
+    step()
+    step()
+    (place, first), (same_place, second) = seen
+    assert place == same_place and torch.equal(first, logits) and torch.equal(second, logits)
+    with pytest.raises(RuntimeError, match="leaf"):
+        contenders.fused(case)(logits, target)
+
+
+def test_huge_pages_are_asked_for_in_another_process() -> None:
+    eager = EagerWithHugePages(Case("cross_entropy", 4, 3, "float32", "forward+backward", inner=(2,)))
+    try:
+        environment = Path(f"/proc/{eager.process.pid}/environ").read_bytes().split(b"\0")
+        assert b"THP_MEM_ALLOC_ENABLE=1" in environment
+        assert eager.seconds(3) > 0 and eager.core_seconds > 0
+    finally:
+        eager.close()
+    assert eager.process.returncode == 0
 
 
 # What it refuses to time ----------------------------------------------------------------------------------------------
@@ -257,6 +302,13 @@ def test_ratio_and_bandwidth() -> None:
     assert result.gb_per_s("fusedloss") == pytest.approx(4.008)  # 4,008,000 bytes in a millisecond
 
 
+def test_share_of_the_copy() -> None:
+    result = result_with(eager=4e-3, fused=1e-3)
+    copy = Measurement(Times([1e-3], 1))  # reads and writes 4,000,000 bytes each in a millisecond
+    result = CaseResult(result.case, {**result.measurements, "copy": copy})
+    assert result.share_of_copy("fusedloss") == pytest.approx(4.008 / 8)
+
+
 def test_ratios_are_green_ahead_and_red_behind() -> None:
     assert "green" in str(report.ratio(1.01).style)
     assert "red" in str(report.ratio(0.99).style)
@@ -283,6 +335,33 @@ def test_table_is_whole_in_a_narrow_place(capsys: pytest.CaptureFixture[str], mo
     assert "…" not in printed
     assert re.fullmatch(r"fusedloss ahead of eager in \d of 4 rows \(.*\)", printed.strip().splitlines()[-1])
     assert errors == "", "no progress bar outside a terminal"
+
+
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize("suite", ["cpu", "scaling"])
+def test_a_suite_is_printed_written_and_drawn(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = getattr(suites, suite)()
+    assert len(set(cases)) == len(cases)
+
+    def small(case: Case) -> Case:
+        return replace(case, rows=min(case.rows, 3), classes=min(case.classes, 40), inner=tuple(2 for _ in case.inner))
+
+    monkeypatch.setattr(suites, suite, lambda: list(dict.fromkeys(map(small, cases))))
+    monkeypatch.setattr(command, "SUITE_EFFORT", BRIEF)
+    files = [tmp_path / name for name in ("figures.json", "figures.svg")]
+    command.main(["--suite", suite, "--no-compile", "--json", str(files[0]), "--plot", str(files[1])])
+    printed = capsys.readouterr().out
+    assert "note:" not in printed.replace("note: other programs", "")
+    if suite == "cpu":
+        assert all(option in printed for option in ("probabilities", "smoothing 0.1", "weights", "in place", "of copy"))
+        assert re.search(r"cross_entropy +3x40x2x2 .*%", printed)
+    figures = json.loads(files[0].read_text())["figures"]
+    assert {figure["contender"] for figure in figures} == (
+        {"eager", "eager, THP", "fusedloss", "copy"} if suite == "cpu" else {"eager", "fusedloss"}
+    )
+    assert "<svg" in files[1].read_text()
 
 
 @pytest.mark.usefixtures("brief")
@@ -348,6 +427,8 @@ def test_lists_may_be_repeated_or_comma_separated() -> None:
         (["--dtype", "float8"], "'float8' is not one of float32, bfloat16, float16, float64"),
         (["--loss", "l1"], "'l1' is not one of cross_entropy, mse"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--plot", "figures.gif"], "--plot figures.gif: expected a name that ends in .png or .svg"),
+        (["--suite", "cpu", "--quick"], "--suite has its own sizes, dtypes and losses, all on the CPU"),
         (["--json", "/no/such/place/figures.json"], "the directory /no/such/place does not exist"),
     ],
 )

@@ -368,7 +368,8 @@ FUSEDLOSS_INLINE void forward_long_row(const Problem<T>& p, int64_t row, Statist
     const A* block_x = read_block(x + c, n, room, &largest);
     const A max = max_of_lanes<A>(largest);
     if (kept != nullptr) block_max[c / kRowBlock<A>] = max;
-    const auto s = sweep_block(block_x, q, c, n, shift(max), kept == nullptr ? kept : kept + c, Ahead<T>{x + c + n, x + c});
+    const Ahead<T> ahead = {x + c + n, x + c};  // the stores of what is kept go on by themselves
+    const auto s = sweep_block(block_x, q, c, n, shift(max), kept == nullptr ? kept : kept + c, ahead);
     RowState<Wide<A>> block = {max, sum_of_lanes<A>(s.sum), 0, 0};
     if constexpr (kSpread) {
       block.dot = sum_of_lanes<A>(s.dot);

@@ -142,6 +142,36 @@ FUSEDLOSS_INLINE typename Simd<A>::V add_to_lane(typename Simd<A>::V v, int lane
   return index == lane ? v + value : v;
 }
 
+#if FUSEDLOSS_VECTOR_BYTES == 32
+// Less than 8 16-bit elements, in pieces that a register takes: by way of memory the load would wait for the stores.
+FUSEDLOSS_INLINE FloatH load_first_halves(const void* p, int n) {
+  const char* from = static_cast<const char*>(p);
+  uint64_t four = 0, rest = 0;
+  uint32_t two = 0;
+  uint16_t one = 0;
+  if (n & 4) __builtin_memcpy(&four, from, sizeof four), from += sizeof four;
+  if (n & 2) __builtin_memcpy(&two, from, sizeof two), from += sizeof two;
+  if (n & 1) __builtin_memcpy(&one, from, sizeof one);
+  rest = n & 2 ? two | uint64_t(one) << 32 : one;
+  return (FloatH)(n & 4 ? _mm_set_epi64x(int64_t(rest), int64_t(four)) : _mm_set_epi64x(0, int64_t(rest)));
+}
+FUSEDLOSS_INLINE void store_first_halves(void* p, FloatH v, int n) {
+  char* to = static_cast<char*>(p);
+  uint64_t rest = uint64_t(_mm_cvtsi128_si64((__m128i)v));
+  if (n & 4) {
+    __builtin_memcpy(to, &rest, 8);
+    to += 8;
+    rest = uint64_t(_mm_extract_epi64((__m128i)v, 1));
+  }
+  if (n & 2) {
+    __builtin_memcpy(to, &rest, 4);
+    to += 4;
+    rest >>= 32;
+  }
+  if (n & 1) __builtin_memcpy(to, &rest, 2);
+}
+#endif
+
 // The first n < lanes elements, and no byte beyond them; the other lanes are 0.
 template <typename T>
 FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V load_first(const T* p, int n) {
@@ -153,6 +183,14 @@ FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V load_first(const T* p, int n) {
     return (FloatV)_mm512_maskz_loadu_ps(mask, p);
   } else {
     return widen((FloatH)_mm256_maskz_loadu_epi16(mask, p), T{});
+  }
+#elif FUSEDLOSS_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<T, double>) {
+    return (DoubleV)_mm256_maskload_pd(p, (__m256i)~lanes_from(n, 0.));
+  } else if constexpr (std::is_same_v<T, float>) {
+    return (FloatV)_mm256_maskload_ps(p, (__m256i)~lanes_from(n, 0.f));
+  } else {
+    return widen(load_first_halves(p, n), T{});
   }
 #else
   T buffer[kLanesOf<T>] = {};
@@ -171,6 +209,14 @@ FUSEDLOSS_INLINE void store_first(T* p, typename Simd<Statistic<T>>::V v, int n)
     _mm512_mask_storeu_ps(p, mask, (__m512)v);
   } else {
     _mm256_mask_storeu_epi16(p, mask, (__m256i)narrow(v, T{}));
+  }
+#elif FUSEDLOSS_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<T, double>) {
+    _mm256_maskstore_pd(p, (__m256i)~lanes_from(n, 0.), (__m256d)v);
+  } else if constexpr (std::is_same_v<T, float>) {
+    _mm256_maskstore_ps(p, (__m256i)~lanes_from(n, 0.f), (__m256)v);
+  } else {
+    store_first_halves(p, narrow(v, T{}), n);
   }
 #else
   T buffer[kLanesOf<T>];
