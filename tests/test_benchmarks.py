@@ -356,7 +356,7 @@ def test_a_suite_is_printed_written_and_drawn(
     assert "note:" not in printed.replace("note: other programs", "")
     if suite == "cpu":
         assert all(option in printed for option in ("probabilities", "smoothing 0.1", "weights", "in place", "of copy"))
-        assert re.search(r"cross_entropy +3x40x2x2 .*%", printed)
+        assert re.search(r"cross_entropy +3x21x2x2 .*%", printed)
     figures = json.loads(files[0].read_text())["figures"]
     assert {figure["contender"] for figure in figures} == (
         {"eager", "eager, THP", "fusedloss", "copy"} if suite == "cpu" else {"eager", "fusedloss"}
