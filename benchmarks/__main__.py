@@ -18,8 +18,7 @@ SIZES: list[Size] = [(128, 10), (4096, 1000), (65536, 100), (1024, 32000)]
 QUICK_SIZES: list[Size] = [(128, 10), (2048, 1000), (512, 16384)]
 DEFAULT_DTYPES = ["float32", "bfloat16"]
 EFFORT = Effort()
-# Samples so long that threads which must first be woken do not count.
-SUITE_EFFORT = Effort(batch_seconds=2e-2)
+SUITE_EFFORT = Effort(batch_seconds=1e-2)
 QUICK_EFFORT = Effort(min_rounds=7, max_rounds=51, seconds=0.3)
 
 
