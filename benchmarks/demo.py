@@ -27,7 +27,7 @@ from .cases import all_cases
 from .contenders import warm_up
 from .demo_plot import save_plot
 from .measure import measure_all
-from .timing import Effort, Times, cpu_timer, interleave
+from .timing import Effort, Step, Times, cpu_timer, interleave
 
 LIBRARIES: dict[str, ModuleType] = {"torch": nn, "fusedloss": fusedloss}
 
@@ -140,14 +140,14 @@ def time_loss_alone(task: Task, model: nn.Module) -> dict[str, Times]:
     target = task.data.train_y[:BATCH]
     output = model(task.data.train_x[:BATCH]).detach().requires_grad_()
 
-    def step_with(losses: ModuleType) -> Callable[[], None]:
+    def step_with(losses: ModuleType) -> Step:
         criterion = getattr(losses, task.loss)()
 
         def step() -> None:
             criterion(output, target).backward()
             output.grad = None
 
-        return step
+        return Step(step)
 
     steps = {name: step_with(losses) for name, losses in LIBRARIES.items()}
     return interleave(steps, cpu_timer, LOSS_ALONE_EFFORT)
