@@ -7,10 +7,12 @@ namespace {
 #include "cpu/vec.h"
 #include "formulas/squared_error.h"
 
-// Elements summed in the statistics' type before the sum goes on in double.
-constexpr int64_t kSumBlock = 1024;
 // Independent accumulators, to hide the latency of an addition.
 constexpr int kUnroll = 4;
+// Elements summed in the statistics' type before the sum goes on in double: 16 to each lane of each accumulator, so that a
+// narrow vector rounds no more often than a wide one.
+template <typename T>
+constexpr int64_t kSumBlock = 16 * kUnroll * kLanesOf<T>;
 
 // Writes the losses of n <= a vector's elements where they are wanted, and returns them; lanes n and up are 0.
 template <typename F, bool kWhole, typename T>
@@ -106,8 +108,8 @@ void forward(const PointwiseOptions& o, int64_t begin_chunk, int64_t end_chunk) 
   for (int64_t k = begin_chunk; k < end_chunk; ++k) {
     const int64_t end = std::min((k + 1) * kPointwiseChunk, o.numel);
     double sum = 0;
-    for (int64_t i = k * kPointwiseChunk; i < end; i += kSumBlock) {
-      const int64_t block_end = std::min(i + kSumBlock, end);
+    for (int64_t i = k * kPointwiseChunk; i < end; i += kSumBlock<T>) {
+      const int64_t block_end = std::min(i + kSumBlock<T>, end);
       sum += sum_block<F, T>(o, i, int(block_end - i));
       if (with_grad) write_gradients<F, T>(o, i, block_end);
     }
