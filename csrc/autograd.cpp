@@ -23,6 +23,7 @@
 #include "ops.h"
 #include "plain.h"
 #include "row_layout.h"
+#include "run.h"
 
 namespace fusedloss {
 namespace {
@@ -90,14 +91,25 @@ MSELossResult run_mse_loss_forward(const at::Tensor& input, const at::Tensor& ta
 // gradient as well, while the cache holds the input, and the backward pass hands it over: once, for it becomes the
 // caller's. Any other grad_output (a loss scale, a weight of this loss among others) is multiplied in float32, by
 // computing the gradient anew: a 16-bit gradient scaled afterwards would have been rounded, or lost, before.
+//
+// On CUDA nobody waits to see the value: there the kernels look at it.
 
 // Whether the last grad_output was 1. What it decides is time and never a result.
-std::atomic<bool> grad_output_was_one = true;
+std::atomic<bool> grad_output_was_one_on_cpu = true;
+
+bool grad_output_was_one(const at::Tensor& input) {
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (on_cuda(input)) {
+    const volatile int32_t* const flag = grad_output_was_one_on_cuda();
+    return flag != nullptr && *flag != 0;
+  }
+#endif
+  return grad_output_was_one_on_cpu;
+}
 
 bool grad_in_forward(const at::Tensor& input, int64_t reduction) {
   // Saved-tensor hooks say that memory is short, or that this forward pass will be run again.
-  return input.is_cpu() && reduction != 0 && grad_output_was_one &&
-         at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+  return reduction != 0 && grad_output_was_one(input) && at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
 }
 
 bool is_one(const at::Tensor& value) {
@@ -120,23 +132,27 @@ void keep_grads_of_forward(AutogradContext* ctx, const at::Tensor& grad, const a
   if (grad_of_target.defined()) ctx->saved_data[kGradsOfForward[1]] = grad_of_target;
 }
 
+// The gradients that the forward pass has left; from here on they are the caller's.
+struct GradsOfForward {
+  std::array<at::Tensor, 2> grads;
+  bool are_asked_for = false;  // as they are
+
+  GradsOfForward(AutogradContext* ctx, const at::Tensor& grad_output) {
+    for (size_t i = 0; i < grads.size(); ++i) {
+      const auto found = ctx->saved_data.find(kGradsOfForward[i]);
+      if (found == ctx->saved_data.end()) continue;
+      grads[i] = std::move(found->second).toTensor();
+      ctx->saved_data.erase(found);
+    }
+    if (on_cuda(grad_output) || !grad_output.is_cpu() || grad_output.dim() != 0) return;
+    const bool one = is_one(grad_output);
+    grad_output_was_one_on_cpu = one;
+    are_asked_for = one && (grads[0].defined() || grads[1].defined());
+  }
+};
+
 void drop_grads_of_forward(AutogradContext* ctx) {
   for (const char* name : kGradsOfForward) ctx->saved_data.erase(name);
-}
-
-// The gradients that the forward pass has left, if they are what grad_output asks for; then they are the caller's.
-std::optional<std::array<at::Tensor, 2>> take_grads_of_forward(AutogradContext* ctx, const at::Tensor& grad_output) {
-  if (!grad_output.is_cpu() || grad_output.dim() != 0) return std::nullopt;
-  const bool one = is_one(grad_output);
-  grad_output_was_one = one;
-  std::array<at::Tensor, 2> grads;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const auto found = ctx->saved_data.find(kGradsOfForward[i]);
-    if (found != ctx->saved_data.end()) grads[i] = std::move(found->second).toTensor();
-  }
-  drop_grads_of_forward(ctx);
-  const bool any = grads[0].defined() || grads[1].defined();
-  return one && any ? std::optional(std::move(grads)) : std::nullopt;
 }
 
 // ---- the gradient in the logits' place
@@ -203,14 +219,14 @@ class CrossEntropy : public Function<CrossEntropy> {
                                    const at::Tensor&, int64_t, int64_t, double);
       grad = call_registered_op<Signature>("fusedloss::cross_entropy_backward", grad_output, input, target, weight,
                                            statistics, reduction, ignore_index, label_smoothing);
-    } else if (auto ready = take_grads_of_forward(ctx, grad_output)) {
-      grad = std::move((*ready)[0]);
+    } else if (const GradsOfForward left(ctx, grad_output); left.are_asked_for) {
+      grad = left.grads[0];
     } else {
       RECORD_FUNCTION("fusedloss::cross_entropy_backward", Inputs());
       // An alias without history, which counts its versions with input.
       const at::Tensor logits = in_place ? input.detach() : input;
       grad = cross_entropy_backward(grad_output, logits, target, weight, statistics, reduction, ignore_index,
-                                    label_smoothing, in_place);
+                                    label_smoothing, in_place, left.grads[0]);
       if (in_place) {
         torch::autograd::impl::bump_version(logits);
         ctx->saved_data["overwritten"] = true;
@@ -255,13 +271,14 @@ class MSELoss : public Function<MSELoss> {
       grad_input =
           call_registered_op<Signature>("fusedloss::mse_loss_backward", grad_output, input, target, reduction);
       grad_target = -grad_input;
-    } else if (auto ready = take_grads_of_forward(ctx, grad_output)) {
-      grad_input = std::move((*ready)[0]);
-      grad_target = std::move((*ready)[1]);
+    } else if (const GradsOfForward left(ctx, grad_output); left.are_asked_for) {
+      grad_input = left.grads[0];
+      grad_target = left.grads[1];
     } else {
       RECORD_FUNCTION("fusedloss::mse_loss_backward", Inputs());
       std::tie(grad_input, grad_target) = mse_loss_backward(
-          grad_output, input, target, reduction, ctx->needs_input_grad(0), ctx->needs_input_grad(1));
+          grad_output, input, target, reduction, ctx->needs_input_grad(0), ctx->needs_input_grad(1), left.grads[0],
+          left.grads[1]);
     }
     return {grad_input, grad_target, at::Tensor()};
   }

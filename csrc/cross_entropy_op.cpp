@@ -64,7 +64,7 @@ void check_weight_dtype(const at::Tensor& input, const at::Tensor& weight, bool 
 struct Call {
   CrossEntropyOptions o = {};
   Layout layout = Layout::kRows;
-  at::Tensor input, target, weight;
+  at::Tensor input, target, weight, statistics;
 
   Call(const at::Tensor& input_, const at::Tensor& target_, const OptionalTensor& weight_, int64_t reduction,
        int64_t ignore_index, double label_smoothing) {
@@ -118,11 +118,12 @@ struct Call {
   // Two a row, and of the last two those that are needed, so that nothing is left unwritten.
   int64_t statistics_numel() const { return 2 * o.rows() + (o.reduction == Reduction::kMean) + sums_weights(); }
 
-  void take_statistics(const at::Tensor& statistics) {
+  void take_statistics(const at::Tensor& given) {
+    statistics = given;
     char* const first = static_cast<char*>(statistics.data_ptr());
     const auto at = [&](int64_t i) { return first + i * statistics.element_size(); };
     o.row_max = at(0);
-    o.row_inverse_sum = at(o.rows());
+    o.row_scale = at(o.rows());
     o.total_weight = o.reduction == Reduction::kMean ? at(2 * o.rows()) : nullptr;
     o.weight_sum = sums_weights() ? at(statistics_numel() - 1) : nullptr;
   }
@@ -168,6 +169,31 @@ void forward_on_cpu(Call& call) {
   if (bad >= 0) refuse_class_index(call, bad, o.target_index[bad]);
 }
 
+#ifdef FUSEDLOSS_WITH_CUDA
+void forward_on_cuda(Call& call) {
+  CrossEntropyOptions& o = call.o;
+  if (o.weight_sum != nullptr) {
+    auto weight_sum = call.statistics.slice(0, call.statistics_numel() - 1);
+    at::sum_out(weight_sum, call.weight, at::IntArrayRef{0}, /*keepdim=*/true);
+  }
+  run_on_cuda(kOp, call.input, [&](cudaStream_t stream) {
+    int64_t bytes = 0;
+    const cudaError_t error = cuda::cross_entropy_scratch_bytes(o, bytes);
+    if (error != cudaSuccess) return error;
+    const auto scratch = call.input.new_empty({bytes}, at::kByte);
+    o.scratch = scratch.data_ptr();
+    return cuda::cross_entropy_forward(o, stream);
+  });
+}
+#endif
+
+void run_forward(Call& call) {
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (on_cuda(call.input)) return forward_on_cuda(call);
+#endif
+  forward_on_cpu(call);
+}
+
 // Uninitialised, laid out like input, as the fake kernel in fusedloss/ops.py promises.
 at::Tensor fresh_gradient(const at::Tensor& input) {
   // The operator itself: at::empty_like brings a header that doubles this file's time to compile.
@@ -194,7 +220,7 @@ struct Gradient {
 void run_backward(const Call& call) {
   const CrossEntropyOptions& o = call.o;
 #ifdef FUSEDLOSS_WITH_CUDA
-  if (call.input.is_cuda()) {
+  if (on_cuda(call.input)) {
     run_on_cuda(kOp, call.input, [&](cudaStream_t stream) { return cuda::cross_entropy_backward(o, stream); });
     return;
   }
@@ -237,30 +263,16 @@ CrossEntropyResult cross_entropy_forward(const at::Tensor& input, const at::Tens
   o.loss_dtype = *kernel_dtype(loss.scalar_type());
   o.loss = loss.data_ptr();
 
-#ifdef FUSEDLOSS_WITH_CUDA
-  if (input.is_cuda()) {
-    const auto scratch = input.new_empty({cuda::cross_entropy_scratch_bytes(o)}, at::kByte);
-    o.scratch = scratch.data_ptr();
-    if (o.weight_sum != nullptr) {
-      auto weight_sum = statistics.slice(0, statistics.numel() - 1);
-      at::sum_out(weight_sum, call.weight, at::IntArrayRef{0}, /*keepdim=*/true);
-    }
-    run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::cross_entropy_forward(o, stream); });
-    return {loss, statistics, {}};
-  }
-#endif
-  if (!with_grad) {
-    forward_on_cpu(call);
-    return {loss, statistics, {}};
-  }
-  const Gradient gradient(call, fresh_gradient(input));
-  forward_on_cpu(call);
-  return {loss, statistics, gradient.take()};
+  std::optional<Gradient> gradient;
+  if (with_grad) gradient.emplace(call, fresh_gradient(input));
+  run_forward(call);
+  return {loss, statistics, gradient ? gradient->take() : at::Tensor()};
 }
 
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
                                   const OptionalTensor& weight, const at::Tensor& statistics, int64_t reduction,
-                                  int64_t ignore_index, double label_smoothing, bool in_place) {
+                                  int64_t ignore_index, double label_smoothing, bool in_place,
+                                  const at::Tensor& ready) {
   Call call(input, target, weight, reduction, ignore_index, label_smoothing);
   CrossEntropyOptions& o = call.o;
   check_same_device(kOp, "statistics", statistics, input);
@@ -279,7 +291,13 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
   o.grad_output = upstream.const_data_ptr();
   o.grad_output_stride = one_value ? 0 : 1;
 
-  const Gradient gradient(call, in_place ? input : fresh_gradient(input));
+  const Gradient gradient(call, in_place ? input : ready.defined() ? ready : fresh_gradient(input));
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (on_cuda(input) && !per_row) {
+    o.grad_ready = ready.defined() && gradient.written.is_same(ready);
+    o.grad_output_was_one = grad_output_was_one_on_cuda();
+  }
+#endif
   run_backward(call);
   return gradient.take();
 }

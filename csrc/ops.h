@@ -27,20 +27,23 @@ bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target);
 
 struct CrossEntropyResult {
   at::Tensor loss;        // under autocast float32, whatever the input
-  at::Tensor statistics;  // 1-D, for the backward pass: row_max, row_inverse_sum, and where they are needed the mean's
+  at::Tensor statistics;  // 1-D, for the backward pass: row_max, row_scale, and where they are needed the mean's
                           // denominator and the sum of weight
   at::Tensor grad;        // d loss/d input, if asked for
 };
 
-// With its gradient at once the logits are read from memory once instead of twice. For a mean or a sum, on the CPU.
+// With its gradient at once the logits are read from memory once instead of twice. For a mean or a sum.
 CrossEntropyResult cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
                                          const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                                          double label_smoothing, bool autocast, bool with_grad = false);
 
-// -> d loss/d input, times grad_output; in_place: written over input, of which it is then an alias.
+// -> d loss/d input, times grad_output; in_place: written over input, of which it is then an alias. ready: what the
+// forward pass has left, the gradient for a grad_output of 1; on CUDA it is looked at there, and ready becomes the result,
+// as it is or written anew.
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
                                   const OptionalTensor& weight, const at::Tensor& statistics, int64_t reduction,
-                                  int64_t ignore_index, double label_smoothing, bool in_place = false);
+                                  int64_t ignore_index, double label_smoothing, bool in_place = false,
+                                  const at::Tensor& ready = {});
 
 struct MSELossResult {
   at::Tensor loss;  // under autocast float32, whatever the input
@@ -51,9 +54,10 @@ struct MSELossResult {
 MSELossResult mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction, bool autocast,
                                bool grad_input = false, bool grad_target = false);
 
-// -> the gradients of input and target, times grad_output; undefined where not wanted.
+// -> the gradients of input and target, times grad_output; undefined where not wanted. ready_…: as above, where wanted.
 std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
                                                      const at::Tensor& target, int64_t reduction, bool want_input,
-                                                     bool want_target);
+                                                     bool want_target, const at::Tensor& ready_input = {},
+                                                     const at::Tensor& ready_target = {});
 
 }  // namespace fusedloss

@@ -16,6 +16,21 @@ struct Strides {
   int64_t outer, classes, inner;
 };
 
+// Where one CUDA kernel ends and the next begins. The defaults are for a large GPU; smaller numbers bring small problems
+// to every kernel, which is how the tests reach them.
+struct CudaTuning {
+  int64_t thread_classes = 16;   // up to so many neighbouring classes, a thread takes a row
+  int64_t warp_bytes = 4096;     // up to so many bytes of a row, a warp or a part of one does
+  int64_t split_classes = 8192;  // where rows are few, several blocks share one, with so many classes each at least
+  int64_t weigh_rows = 8192;     // of a block that adds up the rows' weights
+  int64_t max_blocks = 8192;     // a grid is as large as its problem up to here; then its blocks take several shares
+
+  // 0: as the current device has them.
+  int64_t multiprocessors = 0;
+  int64_t kept_bytes = 0;      // of shared memory that a block may keep its part of a row in
+  int64_t cluster_blocks = 0;  // at most, in one cluster; 1: there are no clusters
+};
+
 // Logits of shape (C), (N, C) or (N, C, d1, …) are seen as [outer, classes, inner]; a row is the classes of
 // one (outer, inner) position, row number outer * inner_size + inner. "Statistics' type" is float, and double
 // for kFloat64.
@@ -35,19 +50,24 @@ struct CrossEntropyOptions {
   const void* weight;  // [classes] contiguous, statistics' type; null is 1 for every class
 
   // Written by the forward pass, read by the backward pass; all of the statistics' type.
-  void* row_max;          // [rows]
-  void* row_inverse_sum;  // [rows]   1 / sum(exp(logit - row_max))
-  void* total_weight;     // [1]      what the mean divides by; null for the other reductions
-  void* weight_sum;       // [1]      the sum of weight, before the first launch; null where it is not needed
+  void* row_max;       // [rows]
+  void* row_scale;     // [rows]  sum(q) / sum(exp(logit - row_max)), q as in formulas/cross_entropy.h
+  void* total_weight;  // [1]     what the mean divides by; null for the other reductions
+  void* weight_sum;    // [1]     the sum of weight, before the first launch; null where it is not needed
 
   void* loss;     // [rows] for kNone, else [1]
   void* scratch;  // forward only; as many bytes as the launcher asks for, 16-byte aligned
 
   const void* grad_output;     // [rows] for kNone, else [1]; null is 1
   int64_t grad_output_stride;  // 0 where one value serves all rows
-  void* grad_logits;           // [outer, classes, inner]; not null in the forward pass: write it there, which only the
-                               // CPU does, after total_weight
+  void* grad_logits;           // [outer, classes, inner]; not null in the forward pass: write it there already
   Strides grad_strides;
+
+  // CUDA's backward pass, where one value serves all rows:
+  bool grad_ready;               // grad_logits holds the gradient for a grad_output of 1
+  int32_t* grad_output_was_one;  // in memory that the host can read, or null; tells it
+
+  CudaTuning tuning;
 
   int64_t rows() const { return outer * inner; }
 };
@@ -67,8 +87,13 @@ struct PointwiseOptions {
 
   const void* grad_output;     // [numel] for kNone, else [1]; null is 1
   int64_t grad_output_stride;  // 0 where one value serves all elements
-  void* grad_input;            // [numel]; null where it is not wanted; on the CPU the forward pass writes it too
+  void* grad_input;            // [numel]; null where it is not wanted; in the forward pass: write it there already
   void* grad_target;           // [numel]; null where it is not wanted
+
+  bool grad_ready;  // as above
+  int32_t* grad_output_was_one;
+
+  CudaTuning tuning;
 };
 
 }  // namespace fusedloss

@@ -48,14 +48,36 @@ struct Call {
 // The gradients of a call that are wanted, which its options then point to.
 struct Gradients {
   at::Tensor of_input, of_target;
+  bool are_ready;  // the forward pass has left all of them
 
-  Gradients(Call& call, bool want_input, bool want_target) {
-    if (want_input) of_input = empty_beside(call.input, call.input.scalar_type());
-    if (want_target) of_target = empty_beside(call.input, call.input.scalar_type());
+  Gradients(Call& call, bool want_input, bool want_target, const at::Tensor& ready_input = {},
+            const at::Tensor& ready_target = {})
+      : of_input(ready_input),
+        of_target(ready_target),
+        are_ready((!want_input || ready_input.defined()) && (!want_target || ready_target.defined())) {
+    if (want_input && !of_input.defined()) of_input = empty_beside(call.input, call.input.scalar_type());
+    if (want_target && !of_target.defined()) of_target = empty_beside(call.input, call.input.scalar_type());
     call.o.grad_input = want_input ? of_input.data_ptr() : nullptr;
     call.o.grad_target = want_target ? of_target.data_ptr() : nullptr;
   }
 };
+
+void run_forward(const char* op, Call& call) {
+  PointwiseOptions& o = call.o;
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (on_cuda(call.input)) {
+    const auto scratch = call.input.new_empty({cuda::pointwise_scratch_bytes(o)}, at::kByte);
+    o.scratch = scratch.data_ptr();
+    run_on_cuda(op, call.input, [&](cudaStream_t stream) { return cuda::pointwise_forward(o, stream); });
+    return;
+  }
+#endif
+  const HostScratch scratch(cpu::pointwise_scratch_bytes(o));
+  o.scratch = scratch.data();
+  run_on_cpu(cpu::pointwise_chunks(o), cpu::kPointwiseGrain,
+             [&](int64_t begin, int64_t end) { cpu::pointwise_forward(o, begin, end); });
+  cpu::pointwise_finish(o);
+}
 
 }  // namespace
 
@@ -73,26 +95,15 @@ MSELossResult mse_loss_forward(const at::Tensor& input, const at::Tensor& target
   const auto loss = o.reduction == Reduction::kNone ? empty_beside(call.input, type) : input.new_empty({}, type);
   o.loss = loss.data_ptr();
   o.loss_dtype = *kernel_dtype(loss.scalar_type());
-#ifdef FUSEDLOSS_WITH_CUDA
-  if (input.is_cuda()) {
-    const auto scratch = input.new_empty({cuda::pointwise_scratch_bytes(o)}, at::kByte);
-    o.scratch = scratch.data_ptr();
-    run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::pointwise_forward(o, stream); });
-    return {loss, {}, {}};
-  }
-#endif
   const Gradients gradients(call, grad_input, grad_target);
-  const HostScratch scratch(cpu::pointwise_scratch_bytes(o));
-  o.scratch = scratch.data();
-  run_on_cpu(cpu::pointwise_chunks(o), cpu::kPointwiseGrain,
-             [&](int64_t begin, int64_t end) { cpu::pointwise_forward(o, begin, end); });
-  cpu::pointwise_finish(o);
+  run_forward(kOp, call);
   return {loss, gradients.of_input, gradients.of_target};
 }
 
 std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
                                                      const at::Tensor& target, int64_t reduction, bool want_input,
-                                                     bool want_target) {
+                                                     bool want_target, const at::Tensor& ready_input,
+                                                     const at::Tensor& ready_target) {
   constexpr const char* kOp = "mse_loss";
   Call call(kOp, input, target, reduction);
   PointwiseOptions& o = call.o;
@@ -108,9 +119,13 @@ std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_outp
   o.grad_output = upstream.const_data_ptr();
   o.grad_output_stride = one_value ? 0 : 1;
 
-  const Gradients gradients(call, want_input, want_target);
+  const Gradients gradients(call, want_input, want_target, ready_input, ready_target);
 #ifdef FUSEDLOSS_WITH_CUDA
-  if (input.is_cuda()) {
+  if (on_cuda(input)) {
+    if (!per_element) {
+      o.grad_ready = gradients.are_ready;
+      o.grad_output_was_one = grad_output_was_one_on_cuda();
+    }
     run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::pointwise_backward(o, stream); });
     return {gradients.of_input, gradients.of_target};
   }

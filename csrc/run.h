@@ -9,7 +9,13 @@
 #include <cstddef>
 #include <memory>
 
-#ifdef FUSEDLOSS_WITH_CUDA
+// FUSEDLOSS_EMULATED_CUDA: a build for the tests, in which the CUDA kernels are executed on the CPU, for its tensors.
+#if defined(FUSEDLOSS_EMULATED_CUDA)
+#include <driver_types.h>
+
+#include <mutex>
+#elif defined(FUSEDLOSS_WITH_CUDA)
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -37,13 +43,57 @@ void run_on_cpu(int64_t chunks, int64_t grain, Kernel kernel) {
   }
 }
 
-#ifdef FUSEDLOSS_WITH_CUDA
+// Are the CUDA kernels this tensor's?
+inline bool on_cuda(const at::Tensor& tensor) {
+#if defined(FUSEDLOSS_EMULATED_CUDA)
+  return tensor.is_cpu();
+#else
+  return tensor.is_cuda();
+#endif
+}
+
+#if defined(FUSEDLOSS_EMULATED_CUDA)
+
+template <typename Launch>
+void run_on_cuda(const char* op, const at::Tensor&, Launch launch) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const cudaError_t error = launch(nullptr);
+  TORCH_CHECK(error == cudaSuccess, op, ": error ", int(error), " of the emulated CUDA");
+}
+
+inline int32_t* allocate_host_flag() { return new int32_t; }
+
+#elif defined(FUSEDLOSS_WITH_CUDA)
+
 // launch(stream), with the tensor's device current.
 template <typename Launch>
 void run_on_cuda(const char* op, const at::Tensor& tensor, Launch launch) {
   const c10::cuda::CUDAGuard guard(tensor.device());
   const cudaError_t error = launch(c10::cuda::getCurrentCUDAStream().stream());
   TORCH_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
+}
+
+// In memory that every device can write to; null if there is none.
+inline int32_t* allocate_host_flag() {
+  const c10::cuda::CUDAStreamCaptureModeGuard allow(cudaStreamCaptureModeRelaxed);  // a graph may be captured just now
+  void* flag = nullptr;
+  const cudaError_t error = cudaHostAlloc(&flag, sizeof(int32_t), cudaHostAllocPortable | cudaHostAllocMapped);
+  if (error != cudaSuccess) cudaGetLastError();  // which would else be someone else's error
+  return error == cudaSuccess ? static_cast<int32_t*>(flag) : nullptr;
+}
+
+#endif
+
+#if defined(FUSEDLOSS_WITH_CUDA)
+// Where the backward pass on a device tells whether the last grad_output was 1, without the host waiting for it.
+inline int32_t* grad_output_was_one_on_cuda() {
+  static int32_t* const flag = [] {
+    int32_t* const fresh = allocate_host_flag();
+    if (fresh != nullptr) *fresh = 1;
+    return fresh;
+  }();
+  return flag;
 }
 #endif
 

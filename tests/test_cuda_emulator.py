@@ -11,8 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulator import build, planted_bugs
-from cuda_emulator.emulator import DTYPES, POINTER, REDUCTIONS, CrossEntropyOptions, Emulator, PointwiseOptions, Strides
-from cuda_emulator.problems import LAYOUTS, CrossEntropy, MeanSquaredError, Problem, statistic
+from cuda_emulator.emulator import (
+    DTYPES,
+    POINTER,
+    REDUCTIONS,
+    CrossEntropyOptions,
+    CudaTuning,
+    Emulator,
+    PointwiseOptions,
+    Strides,
+)
+from cuda_emulator.problems import LAYOUTS, TUNINGS, CrossEntropy, MeanSquaredError, Problem, statistic
 
 from fusedloss import _build
 
@@ -47,9 +56,9 @@ def emulator(library_folder: Path) -> Emulator:
 
 @pytest.fixture(scope="session")
 def buggy(library_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    """Copies of the kernels with small grids and, where asked for, one of the BUGS."""
+    """Copies of the kernels with, where asked for, one of the BUGS."""
     copy = tmp_path_factory.mktemp("planted") / "csrc"
-    planted_bugs.plant(CSRC, copy, BUGS, max_blocks=2)
+    planted_bugs.plant(CSRC, copy, BUGS)
     return Emulator(build.build(copy, library_folder))
 
 
@@ -84,14 +93,61 @@ def test_mse(dtype, numel, emulator, rng):
         MeanSquaredError(rng, dtype, numel, reduction).check(emulator)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_grids_that_loop(dtype, buggy, rng):
-    """Without a bug; with two blocks at most, each takes several shares."""
-    for classes, rows in [(3, 600), (40, 50), (1031, 7)]:
-        CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), layout="contiguous", rows=rows).check(buggy)
-        CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), reduction="mean").check(buggy)
-    for reduction in REDUCTIONS:
-        MeanSquaredError(rng, dtype, 30011, reduction).check(buggy)
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel(dtype, tuning, emulator, rng):
+    """Whoever shares a row; with the last tuning, each has several rows."""
+    many = 100 if tuning == "loops" else 1
+    for classes, rows in [(3, 6 * many), (40, 7), (300, 3), (1031, 5), (4099, 2)]:
+        for layout in ("contiguous", rng.choice(["padded", "inner", "expanded"])):
+            problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), layout=layout, rows=rows)
+            problem.tuning, problem.schedules = tuning, problem.schedules[:1]
+            problem.check(emulator)
+
+
+# What the launch of the rows must look like, so that the test above is about what it says.
+SHAPES = {
+    "default": lambda shape: shape.block_x == 256 and shape.shared_bytes == 16384 and shape.cluster == 1,
+    "nothing kept": lambda shape: shape.shared_bytes == 0,
+    "warps": lambda shape: (shape.block_x, shape.block_y) == (32, 4),
+    "blocks": lambda shape: shape.block_y == 1 and shape.cluster == 1,
+    "clusters": lambda shape: shape.cluster == 8 and shape.shared_bytes == 0,
+    "clusters that keep": lambda shape: shape.cluster == 4 and shape.shared_bytes == 8192,
+    "split": lambda shape: shape.grid > 5 and shape.cluster == 1 and shape.shared_bytes == 0,
+    "split in two": lambda shape: shape.grid == 10 and shape.cluster == 1,
+    "many multiprocessors": lambda shape: shape.cluster == 1,
+    "loops": lambda shape: shape.grid == 2 and shape.cluster == 2,
+}
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_the_launch_of_the_rows(tuning, emulator, rng):
+    problem = CrossEntropy(rng, torch.float32, 4099, reduction="sum", layout="contiguous", rows=5)
+    problem.tuning, problem.grad_in_forward, problem.in_place = tuning, True, False
+    problem.schedules = [(1, 0)]
+    problem.check(emulator)
+    assert SHAPES[tuning](emulator.launches()[0])
+
+
+@pytest.mark.parametrize(("classes", "lanes"), [(17, 2), (64, 4), (100, 8), (512, 32)])
+def test_some_lanes_of_a_warp(classes, lanes, emulator, rng):
+    for target in TARGETS:
+        problem = CrossEntropy(rng, torch.float32, classes, *target, layout="contiguous", rows=131)
+        problem.tuning = "default"
+        problem.check(emulator)
+        if target == TARGETS[0]:
+            launch = emulator.launches()[int(problem.reduction == "mean" and problem.grad_in_forward)]
+            assert (launch.block_x, launch.block_y) == (lanes, 128 // lanes)
+
+
+@pytest.mark.parametrize(("classes", "threads"), [(40, 2), (700, 32)])
+def test_columns_of_several_threads_a_row(classes, threads, emulator, rng):
+    for target in TARGETS:
+        problem = CrossEntropy(rng, torch.float32, classes, *target, layout="inner", rows=5)
+        problem.tuning = "many multiprocessors"
+        problem.check(emulator)
+    launch = emulator.launches()[int(problem.reduction == "mean" and problem.grad_in_forward)]
+    assert (launch.block_x, launch.block_y) == (256 // threads, threads)
 
 
 def test_more_blocks_than_the_last_kernel_has_threads(emulator, rng):
@@ -152,6 +208,7 @@ def test_no_rows(dtype, reduction, emulator):
     loss = emulator.output(1, dtype, "loss")
     total = emulator.output(1, statistic(dtype), "total_weight")
     o.loss, o.total_weight = loss.data_ptr(), total.data_ptr() if reduction == "mean" else None
+    o.tuning = CudaTuning.of()
     assert emulator.call("cross_entropy_scratch", o) == 0
     assert emulator.call("cross_entropy_forward", o) == emulator.call("cross_entropy_backward", o) == 0
     assert emulator.complaints() == []
@@ -171,6 +228,11 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
             for classes in (33, 257, 1031):
                 target = rng.choice(TARGETS)
                 problems.append(CrossEntropy(rng, dtype, classes, *target, rng.choice(["mean", "none"]), layout, 3))
+        for tuning in TUNINGS:
+            for layout, classes, rows in [("contiguous", 257, 6), ("contiguous", 4099, 3), ("inner", 40, 300)]:
+                problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), "mean", layout, rows)
+                problem.tuning = tuning
+                problems.append(problem)
     if file != "cross_entropy_cuda.cu":
         problems += [MeanSquaredError(rng, dtype, numel, "mean") for numel in (9, 257, 20011)]
     return problems
@@ -181,8 +243,10 @@ def test_planted_bug_is_caught(number, buggy, rng):
     bug = BUGS[number - 1]
     bad_target = "targets" in bug.what
     sign = "OUT OF BOUNDS" if bad_target else ""  # a bad target stops the clean kernel too, but by an assert
-    for _ in range(10):
-        for problem in problems_for_bugs(rng, bug.file):
+    for _ in range(4):
+        problems = problems_for_bugs(rng, bug.file)
+        rng.shuffle(problems)
+        for problem in problems:
             if bad_target and not problem.target.is_floating_point():
                 problem.target.view(-1)[0] = problem.classes * 1000
             problem.schedules = problem.schedules[:1]

@@ -105,20 +105,6 @@ void forward_columns(const Problem<T>& p, ChunkRange range, ChunkResult& chunk) 
   }
 }
 
-// sum(q) of a probability target, for the group that starts at column i; in blocks as above.
-template <bool kWhole, typename T>
-FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V mass_of_group(const Problem<T>& p, const Tile<T>& tile, int i) {
-  using V = typename Simd<Statistic<T>>::V;
-  V mass = V{}, part = V{}, block = V{};
-  for (int64_t c = 0; c < p.o.classes; ++c) {
-    block += column_coefficients<kWhole, T, true>(p, tile, c, i);
-    const bool last = c + 1 == p.o.classes;
-    if (last || (c + 1) % kColumnBlock == 0) part += block, block = V{};
-    if (last || (c + 1) % kColumnPart == 0) mass += part, part = V{};
-  }
-  return mass;
-}
-
 // What the gradient needs of each row of a tile.
 template <typename A>
 struct TileGradient {
@@ -134,26 +120,21 @@ FUSEDLOSS_INLINE void fill_group(const Problem<T>& p, const Tile<T>& tile, TileG
   using V = typename Simd<A>::V;
   constexpr int kLanes = kLanesOf<T>;
   const int n = std::min(kLanes, tile.n - i);
-  V mass = V{}, inverse_sum = V{}, x_y = V{}, q_y = V{};
-  if (kSpread && !has_class<kSpread>(p))
-    mass = n == kLanes ? mass_of_group<true>(p, tile, i) : mass_of_group<false>(p, tile, i);
+  V x_y = V{}, q_y = V{};
   for (int lane = 0; lane < n; ++lane) {
     const int64_t row = tile.row + i + lane;
     rows.max[i + lane] = p.row_max[row];
+    rows.scale[i + lane] = p.row_scale[row];
     rows.g[i + lane] = p.upstream(row);
     rows.counts[i + lane] = !has_class<kSpread>(p) || p.counts(row);
-    inverse_sum[lane] = p.row_inverse_sum[row];
     if (has_class<kSpread>(p) && rows.counts[i + lane] != 0) {
       const int64_t y = p.o.target_index[row];
-      const A w_y = p.weight_of(y);
-      mass[lane] = index_mass(w_y, p.weight_sum, p.smoothing);
       x_y[lane] = load_one(tile.x + i + lane + y * p.o.logits_strides.classes);
-      q_y[lane] = (p.smoothing.kept + p.smoothing.uniform) * w_y;
+      q_y[lane] = index_mass(p.weight_of(y), p.weight_of(y), p.smoothing);
     }
   }
-  const V scale = mass * inverse_sum;
-  store(rows.scale + i, scale);
-  store(rows.at_target + i, logit_gradient(math::exp(x_y - load(rows.max + i)), scale, q_y, load(rows.g + i)));
+  const V e_y = math::exp(x_y - load(rows.max + i));
+  store(rows.at_target + i, logit_gradient(e_y, load(rows.scale + i), q_y, load(rows.g + i)));
 }
 
 template <bool kWhole, typename T, bool kSpread>

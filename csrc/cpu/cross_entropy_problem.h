@@ -15,9 +15,9 @@ struct Problem {
   const A* weight;       // [classes]
   A weight_sum;
   Smoothing<A> smoothing;
-  A* row_max;          // [rows]
-  A* row_inverse_sum;  // [rows]
-  A one_upstream;      // what every row's gradient is multiplied by, where one value serves all
+  A* row_max;      // [rows]
+  A* row_scale;    // [rows]
+  A one_upstream;  // what every row's gradient is multiplied by, where one value serves all
 
   explicit Problem(const CrossEntropyOptions& options)
       : o(options),
@@ -27,7 +27,7 @@ struct Problem {
         weight_sum(options.weight_sum ? *static_cast<const A*>(options.weight_sum) : A(options.classes)),
         smoothing(make_smoothing<A>(options.label_smoothing, options.classes)),
         row_max(static_cast<A*>(options.row_max)),
-        row_inverse_sum(static_cast<A*>(options.row_inverse_sum)),
+        row_scale(static_cast<A*>(options.row_scale)),
         one_upstream(options.grad_logits && options.grad_output_stride == 0 ? upstream_of(0) : A(0)) {}
 
   FUSEDLOSS_INLINE int64_t offset(const Strides& strides, int64_t row) const {
@@ -80,7 +80,7 @@ FUSEDLOSS_INLINE bool has_class(const Problem<T>& p) {
 // A row that adds nothing: its target is ignored or does not exist.
 template <typename T>
 FUSEDLOSS_INLINE void skip_row(const Problem<T>& p, int64_t row, ChunkResult& chunk) {
-  p.row_max[row] = p.row_inverse_sum[row] = 0;
+  p.row_max[row] = p.row_scale[row] = 0;
   if (p.o.target_index[row] != p.o.ignore_index && chunk.bad_row < 0) chunk.bad_row = row;
   if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, 0);
 }
@@ -93,15 +93,17 @@ FUSEDLOSS_INLINE void finish_row(const Problem<T>& p, int64_t row, const T* x, R
   using A = Statistic<T>;
   using W = Wide<A>;
   W loss = 0;
+  A mass = A(state.mass);
   if constexpr (kSpread) loss = expected_negative_log_likelihood(state, logsum);
   if (has_class<kSpread>(p)) {
     if constexpr (kSpread) loss *= W(p.o.label_smoothing) / W(p.o.classes);
     const int64_t y = p.o.target_index[row];
     const W x_y = load_one(x + y * p.o.logits_strides.classes);
+    mass = index_mass(p.weight_of(y), p.weight_sum, p.smoothing);
     loss += p.smoothing.kept * W(p.weight_of(y)) * negative_log_likelihood(x_y, state.max, logsum);
   }
   p.row_max[row] = A(state.max);
-  p.row_inverse_sum[row] = inverse_sum;
+  p.row_scale[row] = rounded(mass * inverse_sum);
   if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, A(loss));
   loss_sum += double(loss);
 }

@@ -168,19 +168,18 @@ struct RowGradient {
   int64_t y = -1;  // the target class
   A q_y = 0;       // what q has at y above the others
 
-  // mass: sum(q) of probabilities, else ignored. The row's statistics are known.
-  RowGradient(const Problem<T>& p, int64_t row, const RowCoefficients<T, kSpread>& coefficients, A mass)
+  // The row's statistics are known.
+  RowGradient(const Problem<T>& p, int64_t row, const RowCoefficients<T, kSpread>& coefficients)
       : q(coefficients),
         grad(p.grad_of(row)),
         max(p.row_max[row]),
+        scale(p.row_scale[row]),
         g(p.upstream(row)) {
     if (has_class<kSpread>(p)) {
       y = p.o.target_index[row];
-      mass = index_mass(p.weight_of(y), p.weight_sum, p.smoothing);
-      q_y = rounded(p.smoothing.kept * p.weight_of(y));
+      q_y = math::product(p.smoothing.kept, p.weight_of(y));
       unit = p.smoothing.uniform;
     }
-    scale = rounded(mass * p.row_inverse_sum[row]);
   }
 
   // scale for exponentials relative to the maximum of a block.
@@ -328,7 +327,7 @@ FUSEDLOSS_INLINE void forward_short_rows(const Problem<T>& p, const int64_t* row
   if (p.o.grad_logits == nullptr) return;
   for (int i = 0; i < count; ++i) {
     const RowCoefficients<T, kSpread> q(p, rows[i]);
-    const RowGradient<T, kSpread> gradient(p, rows[i], q, state.mass[i]);
+    const RowGradient<T, kSpread> gradient(p, rows[i], q);
     write_block(gradient, 0, classes, gradient.max, Kept<A>{kept + i * pitch});
   }
 }
@@ -381,7 +380,7 @@ FUSEDLOSS_INLINE void forward_long_row(const Problem<T>& p, int64_t row, Statist
   finish_row<T, kSpread>(p, row, x, state, std::log(state.sum), A(1 / state.sum), loss);
   chunk.loss.add(loss);
   if (p.o.grad_logits == nullptr) return;
-  const RowGradient<T, kSpread> gradient(p, row, q, A(state.mass));
+  const RowGradient<T, kSpread> gradient(p, row, q);
   if (kept == nullptr) return write_long_row_anew(gradient, x, p.o.classes);
   for (int64_t c = 0; c < p.o.classes; c += kRowBlock<A>)
     write_block(gradient, c, int(std::min(kRowBlock<A>, p.o.classes - c)), block_max[c / kRowBlock<A>],
@@ -413,29 +412,6 @@ void forward_rows(const Problem<T>& p, ChunkRange range, int64_t end_row, ChunkR
 
 // ---- the backward pass
 
-// sum(q), added up as the forward pass does.
-template <typename T>
-FUSEDLOSS_INLINE Statistic<T> mass_of_row(const RowCoefficients<T, true>& q, int64_t classes) {
-  using A = Statistic<T>;
-  using V = typename Simd<A>::V;
-  constexpr int kLanes = kLanesOf<T>;
-  Wide<A> mass = 0;
-  for (int64_t begin = 0; begin < classes; begin += kRowBlock<A>) {
-    const int64_t end = std::min(begin + kRowBlock<A>, classes);
-    V of_block[kUnroll];
-    FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) of_block[k] = V{};
-    int64_t c = begin;
-    for (; c + kUnroll * kLanes <= end; c += kUnroll * kLanes) {
-      FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) of_block[k] += q.template at<true>(c + k * kLanes, kLanes);
-    }
-    for (; c + kLanes <= end; c += kLanes) of_block[0] += q.template at<true>(c, kLanes);
-    if (c < end) of_block[0] += q.template at<false>(c, int(end - c));
-    FUSEDLOSS_UNROLL for (int k = 1; k < kUnroll; ++k) of_block[0] += of_block[k];
-    mass += sum_of_lanes<A>(of_block[0]);
-  }
-  return A(mass);
-}
-
 template <typename T, bool kSpread>
 void backward_rows(const Problem<T>& p, ChunkRange range) {
   for (int64_t row = range.begin; row < range.end; ++row) {
@@ -444,11 +420,8 @@ void backward_rows(const Problem<T>& p, ChunkRange range) {
       continue;
     }
     const RowCoefficients<T, kSpread> q(p, row);
-    Statistic<T> mass = 0;
-    if constexpr (kSpread)
-      if (!has_class<kSpread>(p)) mass = mass_of_row<T>(q, p.o.classes);
     const T* x = p.logits + p.offset(p.o.logits_strides, row);
-    const RowGradient<T, kSpread> gradient(p, row, q, mass);
+    const RowGradient<T, kSpread> gradient(p, row, q);
     if (is_short_row<T>(p.o.classes)) {
       write_short_row_anew(gradient, x, int(p.o.classes));
     } else {

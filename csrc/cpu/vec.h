@@ -367,6 +367,10 @@ FUSEDLOSS_INLINE double exp(double x) {
 FUSEDLOSS_INLINE long double exp(long double x) {
   return std::exp(x);
 }
+template <typename A>
+FUSEDLOSS_INLINE A product(A a, A b) {
+  return rounded(a * b);
+}
 
 FUSEDLOSS_INLINE FloatV exp(FloatV x) {
   constexpr float kLowest = -110.f;

@@ -1,145 +1,36 @@
 // How a row of logits becomes a loss, and a gradient, on the GPU.
 //
-// Forward: a row's threads sweep its classes once. Each keeps the statistics of what it has seen (online softmax, see
+// The threads of a row sweep its classes once. Each keeps the statistics of what it has seen (online softmax, see
 // formulas/cross_entropy.h), a tile of several 16-byte vectors at a time: all loads, then the tile's maximum, one exp a
-// class, one rescaling. Shuffles and shared memory merge the threads' statistics, and one thread makes the row's loss
-// of them. For a mean or a sum, each block leaves the sum of its rows' losses in scratch, and a second launch, of one
-// block, adds those. Backward: one more sweep; with the statistics at hand it needs no exchange.
+// class, one rescaling. The threads merge their statistics, and one of them makes the row's loss of them. In training
+// they sweep once more, and write the gradient. What they read in the first sweep they have kept in shared memory, so
+// that the logits are read from memory once and the gradient is written once, and nothing else is of that size.
 //
-// So the forward pass reads the logits once, and the backward pass reads them once and writes the gradient once.
-// Nothing else is of that size: it takes as long as memory takes, as long as enough bytes are in flight.
+// Who shares a row is a matter of its length, and of how many there are (cross_entropy_plan.h decides):
+//   a thread                    very few classes, or rows that are neighbours in memory, as in (N, C, d1, …): "columns"
+//   several threads of columns  the same, where rows alone are too few
+//   some lanes of a warp        a few hundred classes
+//   a block                     thousands
+//   a cluster of blocks         more than the shared memory of one block keeps
+//   blocks apart                few, long rows: "split"; they meet in scratch memory, and a second kernel goes on
 //
-// Two layouts, each with its kernels:
-//   rows     a row's classes are neighbours in memory: a warp or a block takes a row
-//   columns  anything else, at its best where rows are neighbours in memory, as in (N, C, d1, …): a thread takes a
-//            row, and the loads of a warp are neighbours
+// Launches: the sum of the weights, if the mean's gradient needs it; the rows; the sum of the blocks' losses. Every sum
+// is taken in a fixed order, and no launch waits for the host.
 #include "cuda/cross_entropy_cuda.h"
 
-#include "cuda/reduce.cuh"
-#include "cuda/vec.cuh"
+#include "cuda/cross_entropy_row.cuh"
 
 namespace fusedloss::cuda {
 namespace {
 
-constexpr int kMaxThreads = 512;
-constexpr int kColumnThreads = 128;
-constexpr int kWarpsWithRows = 4;         // of a block whose warps take a row each
 constexpr int64_t kMaxClasses = 1 << 30;  // within a row, indices are int
 
 // Threads that a multiprocessor must hold at once. Said outright since the compiler, left to choose, spills registers
 // to make room for a few more.
 template <typename T, bool kSpread>
-constexpr int kResident = kSpread || sizeof(T) == 8 ? 512 : 1024;
-
-// ---- A row, its target distribution q, and the tiles it is swept in
-
-// What a kernel is given.
+constexpr int kResident = sizeof(T) == 8 ? 256 : kSpread ? 512 : 1024;
 template <typename T>
-struct Problem : CrossEntropyOptions {
-  explicit Problem(const CrossEntropyOptions& o)
-      : CrossEntropyOptions(o), smoothing(make_smoothing<Statistic<T>>(o.label_smoothing, o.classes)) {}
-
-  Smoothing<Statistic<T>> smoothing;
-};
-
-// kSpread: q is not 0 outside the target class, for there are probabilities or there is label smoothing.
-template <typename T, bool kSpread>
-struct Row {
-  using A = Statistic<T>;
-
-  const Problem<T>& o;
-  const int64_t number;
-  const int64_t outer, inner;  // its position
-  const T* const logits;       // [classes]
-  const T* const probability;  // [classes]; null for a class index
-  const int y;                 // the target class; -1 for probabilities, and where there is none
-  const A w_y;                 // its weight
-
-  __device__ __forceinline__ Row(const Problem<T>& problem, int64_t row)
-      : o(problem),
-        number(row),
-        outer(o.inner == 1 ? row : row / o.inner),
-        inner(row - outer * o.inner),
-        logits(at(o.logits, o.logits_strides)),
-        probability(kSpread && o.target_probability ? at(o.target_probability, o.target_strides) : nullptr),
-        y(kSpread && o.target_probability ? -1 : target_class(o.target_index[row])),
-        w_y(y < 0 ? A(0) : weight(y)) {}
-
-  // The row's first element in a tensor like the logits.
-  __device__ __forceinline__ const T* at(const void* tensor, const Strides& strides) const {
-    return static_cast<const T*>(tensor) + (outer * strides.outer + inner * strides.inner);
-  }
-  __device__ __forceinline__ int target_class(int64_t index) const {
-    return index == o.ignore_index || index < 0 || index >= o.classes ? -1 : int(index);
-  }
-  __device__ __forceinline__ A weight(int c) const { return o.weight ? static_cast<const A*>(o.weight)[c] : A(1); }
-  __device__ __forceinline__ A weight_sum() const {
-    return o.weight_sum ? *static_cast<const A*>(o.weight_sum) : A(o.classes);
-  }
-  __device__ __forceinline__ bool has_probabilities() const { return kSpread && probability != nullptr; }
-  // If not, the row adds nothing and is not even read: its target is ignored or, behind an assert, out of range.
-  __device__ __forceinline__ bool counts() const { return has_probabilities() || y >= 0; }
-};
-
-// What a thread holds of a row at a time. More packs are more bytes in flight, and more registers.
-template <typename T, bool kSpread, int kWidth>
-struct Tile {
-  static constexpr int kPacks = (kWidth == 1 ? 8 : 4) / (kSpread ? 2 : 1);
-
-  Pack<T, kWidth> x[kPacks];
-  Pack<T, kWidth> t[kPacks];  // probabilities only
-  int first[kPacks];          // class of a pack's first element; -1 behind the row's end
-
-  // The share's units from `unit` on. With kWidth = 1 the classes may lie apart.
-  __device__ __forceinline__ Tile(const Row<T, kSpread>& row, const Share<T>& share, int unit) {
-    const int units = share.template units<kWidth>();
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k, unit += share.step) {
-      first[k] = unit < units ? share.template first<kWidth>(unit) : -1;
-      if (unit < units) x[k] = load<kWidth>(row.logits + offset(first[k], row.o.logits_strides));
-    }
-    if (!row.has_probabilities()) return;
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k)
-      if (first[k] >= 0) t[k] = load<kWidth>(row.probability + offset(first[k], row.o.target_strides));
-  }
-
-  static __device__ __forceinline__ int64_t offset(int c, const Strides& strides) {
-    return kWidth == 1 ? c * strides.classes : c;
-  }
-
-  template <typename F>
-  __device__ __forceinline__ void for_each_pack(F f) const {
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k)
-      if (first[k] >= 0) f(k);
-  }
-  // Calls f(k, j) for every class held: element j of pack k.
-  template <typename F>
-  __device__ __forceinline__ void for_each(F f) const {
-    for_each_pack([&](int k) {
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) f(k, j);
-    });
-  }
-
-  // q of class (k, j); for a class index, without what the target class has above the others: kept * w_y.
-  __device__ __forceinline__ Statistic<T> coefficient(const Row<T, kSpread>& row, int k, int j) const {
-    if constexpr (!kSpread) return 0;
-    const Statistic<T> t_c = row.has_probabilities() ? t[k][j] : 0;
-    return probability_coefficient(t_c, row.weight(first[k] + j), row.o.smoothing);
-  }
-};
-
-// Calls f(tile) for every tile of a share whose units are kWidth classes wide.
-template <int kWidth, typename T, bool kSpread, typename F>
-__device__ __forceinline__ void sweep(const Row<T, kSpread>& row, const Share<T>& share, F f) {
-  using RowTile = Tile<T, kSpread, kWidth>;
-  for (int unit = share.thread; unit < share.template units<kWidth>(); unit += RowTile::kPacks * share.step)
-    f(RowTile(row, share, unit));
-}
-
-// ---- Forward
+constexpr int kRowThreads = sizeof(T) == 8 ? kMaxThreadsOfDoubles : kMaxThreads;
 
 // Sums over rows; in scratch, one for each block.
 struct Partial {
@@ -147,101 +38,151 @@ struct Partial {
   bool bad_target;
 };
 
-// Adds a thread's share of the row to its statistics.
-template <int kWidth, typename T, bool kSpread, typename A>
-__device__ __forceinline__ void absorb(RowState<A>& state, const Row<T, kSpread>& row, const Share<T>& share) {
-  sweep<kWidth>(row, share, [&](const Tile<T, kSpread, kWidth>& tile) {
-    A max = state.max;
-    tile.for_each([&](int k, int j) { max = math::max(max, tile.x[k][j]); });
-    A sum = 0, dot = 0, mass = 0;  // of the tile: short sums first round less
-    tile.for_each([&](int k, int j) {
-      const A x = tile.x[k][j] - shift(max), q = tile.coefficient(row, k, j);
-      sum += math::exp(x);
-      if (kSpread) dot += q * x;
-      if (kSpread) mass += q;
-    });
-    state = rescale(state, max);
-    state.sum += sum;
-    if (kSpread) state.dot += dot;
-    if (kSpread) state.mass += mass;
-  });
-}
-
 // The logit of the target class, asked for before the sweep so that nobody waits for it afterwards.
 template <typename T, bool kSpread>
 __device__ __forceinline__ Statistic<T> target_logit(const Row<T, kSpread>& row) {
   return row.y < 0 ? 0 : widen(row.logits[row.y * row.o.logits_strides.classes]);
 }
 
+// The same number, but the compiler does not know: else it would hold on to all that it knows of the row through the
+// first sweep, and registers would not suffice.
+__device__ __forceinline__ int64_t looked_up_again(int64_t number) {
+#if FUSEDLOSS_CUDA_ARCH
+  asm volatile("" : "+l"(number));
+#endif
+  return number;
+}
+
 // One thread of the row: statistics in, loss out. x_y is the target_logit.
 template <typename T, bool kSpread, typename A>
-__device__ __forceinline__ void finish_row(const Row<T, kSpread>& row, RowState<A> state, A x_y, Partial& sum) {
+__device__ __forceinline__ void finish_row(const Row<T, kSpread>& row, RowState<A> state, A scale, A x_y,
+                                           Partial& sum) {
   const Problem<T>& o = row.o;
-  A max = 0, inverse_sum = 0, loss[1] = {0};
+  A loss[1] = {0};
   if (row.counts()) {
-    max = state.max;
-    inverse_sum = 1 / state.sum;
     const A logsum = math::log(state.sum);
-    if (kSpread && row.y >= 0) state.mass = index_mass(A(0), row.weight_sum(), o.smoothing);  // not rounded C times
+    if (kSpread && row.y >= 0) state.mass = index_mass(A(0), o.sum_of_weights(), o.smoothing);  // not rounded C times
     if (kSpread) loss[0] = expected_negative_log_likelihood(state, logsum);
-    if (row.y >= 0) loss[0] += o.smoothing.kept * row.w_y * negative_log_likelihood(x_y, max, logsum);
+    if (row.y >= 0) loss[0] += o.smoothing.kept * row.w_y * negative_log_likelihood(x_y, state.max, logsum);
     sum.loss += double(loss[0]);
     sum.weight += row.has_probabilities() ? 1.0 : double(row.w_y);
-  } else if (o.target_index[row.number] != o.ignore_index) {
-    sum.bad_target = true;
+  } else {
+    state.max = scale = 0;
+    if (o.target_index[row.number] != o.ignore_index) sum.bad_target = true;
   }
-  static_cast<A*>(o.row_max)[row.number] = max;
-  static_cast<A*>(o.row_inverse_sum)[row.number] = inverse_sum;
+  static_cast<A*>(o.row_max)[row.number] = state.max;
+  static_cast<A*>(o.row_scale)[row.number] = scale;
   if (o.reduction == Reduction::kNone) store_loss<T>(o.loss, o.loss_dtype != o.dtype, row.number, loss);
 }
 
 // All threads of the block. The assert waits until here since a call that may return costs registers around it.
-__device__ __forceinline__ void finish_block(const CrossEntropyOptions& o, const Partial& of_thread) {
+__device__ __forceinline__ Partial finish_block(const Partial& of_thread) {
   assert(!of_thread.bad_target && "cross_entropy: a target is neither a class index nor ignore_index");
-  if (o.reduction == Reduction::kNone) return;
-  const Partial sum = {block_sum(of_thread.loss), block_sum(of_thread.weight), false};
-  if (threadIdx.x + threadIdx.y == 0) static_cast<Partial*>(o.scratch)[blockIdx.x] = sum;
+  return {block_sum(of_thread.loss), block_sum(of_thread.weight), false};
 }
 
-// A block has (threads of a row, rows) threads.
+__device__ __forceinline__ void leave(const CrossEntropyOptions& o, const Partial& of_thread) {
+  const Partial sum = finish_block(of_thread);
+  if (o.reduction != Reduction::kNone && threadIdx.x + threadIdx.y == 0)
+    static_cast<Partial*>(o.scratch)[blockIdx.x] = sum;
+}
+
 template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kMaxThreads, (kResident<T, kSpread> / kMaxThreads))
+__global__ void __launch_bounds__(kRowThreads<T>, (kResident<T, kSpread> / kRowThreads<T>))
     forward_rows(const Problem<T> o) {
-  Partial sum = {0, 0, false};
-  const int64_t rows = o.outer * o.inner;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; i < rows; i += int64_t(gridDim.x) * blockDim.y) {
-    const Row<T, kSpread> row(o, i);
-    const auto x_y = target_logit(row);
-    auto state = empty_row_state<Statistic<T>>();
-    if (row.counts()) {
-      const Share<T> share = {split(int(o.classes), row.logits, row.probability), int(threadIdx.x), int(blockDim.x)};
-      absorb<kVector<T>>(state, row, share);
-      absorb<1>(state, row, share);
+  using A = Statistic<T>;
+  constexpr int kPacks = kTilePacks<kSpread>;
+  const RowPlan& plan = o.plan;
+  const int rank = int(blockIdx.x % plan.blocks);  // among the blocks of a row
+  const int thread = rank * int(blockDim.x) + int(threadIdx.x), threads = plan.blocks * int(blockDim.x);
+  const Kept kept = {plan.kept_packs}, nothing = {0};
+  __shared__ Partial sums[kRowsOfBlock];  // a row's first thread has one for itself: registers are scarce
+  if (threadIdx.x == 0) sums[threadIdx.y] = {0, 0, false};
+  if (plan.cluster) cluster_sync();  // a block must have started before others write to its memory
+  int turn = 0;
+  for (int64_t first = int64_t(blockIdx.x / plan.blocks) * blockDim.y; first < plan.rows; first += plan.step, ++turn) {
+    // All lanes of a warp take part when statistics are merged, so those behind the last row come along.
+    const bool is_row = first + threadIdx.y < plan.rows;
+    const int64_t number = is_row ? first + threadIdx.y : plan.rows - 1;
+    auto state = empty_row_state<A>();
+    A scale;
+    {
+      const Row<T, kSpread> row(o, number);
+      const auto share = share_of(row, thread, threads);
+      const A x_y = target_logit(row);
+      if (is_row && row.counts()) {
+        absorb<kVector<T>, kPacks>(state, row, share, kept);
+        absorb<1, kPacks>(state, row, share, nothing);
+      }
       state = row_merge<kSpread>(state);
+      if (plan.split) {
+        if (threadIdx.x == 0) static_cast<RowState<A>*>(o.scratch)[number * plan.blocks + rank] = state;
+        continue;  // to be finished by finish_split
+      }
+      if (plan.cluster) state = cluster_merge<kSpread>(state, rank, plan.blocks, turn);
+      scale = scale_of(row, state);
+      if (is_row && thread == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
     }
-    if (threadIdx.x == 0) finish_row(row, state, x_y, sum);
+    if (o.grad_logits == nullptr || !is_row) continue;
+    const Row<T, kSpread> row(o, looked_up_again(number));
+    const auto share = share_of(row, thread, threads);
+    if (row.counts()) {
+      const auto of_row = row_gradient(row, state.max, scale);
+      write_gradient<kVector<T>, kPacks / 2>(row, of_row, share, kept);
+      write_gradient<1, kPacks / 2>(row, of_row, share, nothing);
+    } else {
+      write_zeros<kVector<T>>(row, share);
+      write_zeros<1>(row, share);
+    }
   }
-  finish_block(o, sum);
+  if (!plan.split) leave(o, thread == 0 ? sums[threadIdx.y] : Partial{0, 0, false});
 }
 
 template <typename T, bool kSpread>
 __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColumnThreads))
     forward_columns(const Problem<T> o) {
+  const int64_t rows = o.rows(), step = int64_t(gridDim.x) * blockDim.x;
+  const Share<T> share = {only_single<T>(int(o.classes)), int(threadIdx.y), int(blockDim.y)};
+  const Kept nothing = {0};
   Partial sum = {0, 0, false};
-  const int64_t rows = o.outer * o.inner;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < rows; i += int64_t(gridDim.x) * blockDim.x) {
-    const Row<T, kSpread> row(o, i);
+  for (int64_t first = int64_t(blockIdx.x) * blockDim.x; first < rows; first += step) {
+    const bool is_row = first + threadIdx.x < rows;
+    const Row<T, kSpread> row(o, is_row ? first + threadIdx.x : rows - 1);
+    const bool counts = is_row && row.counts();
     const auto x_y = target_logit(row);
     auto state = empty_row_state<Statistic<T>>();
-    if (row.counts()) absorb<1>(state, row, Share<T>{only_single<T>(int(o.classes)), 0, 1});
-    finish_row(row, state, x_y, sum);
+    if (counts) absorb<1, kColumnPacks<kSpread>>(state, row, share, nothing);
+    state = column_merge<kSpread, kColumnThreads>(state);
+    const auto scale = scale_of(row, state);
+    if (is_row && threadIdx.y == 0) finish_row(row, state, scale, x_y, sum);
+    if (row.grad == nullptr || !is_row) continue;
+    if (counts) {
+      write_gradient<1, kColumnPacks<kSpread> / 2>(row, row_gradient(row, state.max, scale), share, nothing);
+    } else {
+      write_zeros<1>(row, share);
+    }
   }
-  finish_block(o, sum);
+  leave(o, sum);
 }
 
-// One block: the blocks' sums in a fixed order, and the mean's division.
+// ---- After the rows, in one block
+
+// The loss of all rows.
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) finish(const CrossEntropyOptions o, int blocks) {
+__device__ __forceinline__ void conclude(const CrossEntropyOptions& o, double loss_sum, double weight_sum) {
+  const bool mean = o.reduction == Reduction::kMean;
+  const double loss[1] = {mean ? divide_by_total_weight(loss_sum, weight_sum) : loss_sum};
+  store_loss<T>(o.loss, o.loss_dtype != o.dtype, 0, loss);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_total_weight(const CrossEntropyOptions& o, double weight_sum) {
+  *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(weight_sum);
+}
+
+// The blocks' sums, in a fixed order.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) finish(const CrossEntropyOptions o, int blocks, bool weighed) {
   double loss_sum = 0, weight_sum = 0;
   for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
     loss_sum += static_cast<const Partial*>(o.scratch)[i].loss;
@@ -250,167 +191,174 @@ __global__ void __launch_bounds__(kMaxThreads) finish(const CrossEntropyOptions 
   loss_sum = block_sum(loss_sum);
   weight_sum = block_sum(weight_sum);
   if (threadIdx.x != 0) return;
-  const bool mean = o.reduction == Reduction::kMean;
-  const double loss[1] = {mean ? divide_by_total_weight(loss_sum, weight_sum) : loss_sum};
-  store_loss<T>(o.loss, o.loss_dtype != o.dtype, 0, loss);
-  if (mean) *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(weight_sum);
+  conclude<T>(o, loss_sum, weight_sum);
+  if (o.reduction == Reduction::kMean && !weighed) store_total_weight<T>(o, weight_sum);
 }
 
-// ---- Backward
-//
-//   d loss/dx_c = mass * p_c - q_c      p_c = exp(x_c - row_max) * row_inverse_sum, mass = sum(q)
-//
-// times grad_output, which the mean divides by total_weight.
-
-template <typename A>
-struct RowGradient {
-  A max, grad_output;
-  A scale;  // mass * row_inverse_sum
-  A q_y;    // what q has at a target class above the others: kept * w_y
-};
-
-// A thread's share of sum(q), which takes a sweep for probabilities.
-template <int kWidth, typename T, bool kSpread>
-__device__ __forceinline__ Statistic<T> mass_of_share(const Row<T, kSpread>& row, const Share<T>& share) {
-  Statistic<T> mass = 0;
-  sweep<kWidth>(row, share, [&](const Tile<T, kSpread, kWidth>& tile) {
-    Statistic<T> of_tile = 0;
-    tile.for_each([&](int k, int j) { of_tile += tile.coefficient(row, k, j); });
-    mass += of_tile;
-  });
-  return mass;
-}
-
-// For a row that counts; `mass` is given for probabilities.
-template <typename T, bool kSpread, typename A>
-__device__ __forceinline__ RowGradient<A> row_gradient(const Row<T, kSpread>& row, A mass) {
-  const Problem<T>& o = row.o;
-  A g[1];
-  load_loss<T>(o.grad_output, o.loss_dtype != o.dtype, row.number * o.grad_output_stride, g);
-  if (o.reduction == Reduction::kMean) g[0] = divide_by_total_weight(g[0], *static_cast<const A*>(o.total_weight));
-  if (row.y >= 0) mass = kSpread ? index_mass(row.w_y, row.weight_sum(), o.smoothing) : row.w_y;
-  const A inverse_sum = static_cast<const A*>(o.row_inverse_sum)[row.number];
-  return {static_cast<const A*>(o.row_max)[row.number], g[0], mass * inverse_sum,
-          o.smoothing.kept * row.w_y};
-}
-
-// Writes a thread's share of the gradient.
-template <int kWidth, typename T, bool kSpread, typename A>
-__device__ __forceinline__ void write_gradient(T* grad, const Row<T, kSpread>& row, const RowGradient<A>& of_row,
-                                               const Share<T>& share) {
-  using RowTile = Tile<T, kSpread, kWidth>;
-  sweep<kWidth>(row, share, [&](const RowTile& tile) {
-    tile.for_each_pack([&](int k) {
-      A values[kWidth];
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        const A q = tile.coefficient(row, k, j) + (j == row.y - tile.first[k] ? of_row.q_y : 0);
-        values[j] = logit_gradient(math::exp(tile.x[k][j] - of_row.max), of_row.scale, q, of_row.grad_output);
-      }
-      store_values(grad + RowTile::offset(tile.first[k], row.o.grad_strides), values);
-    });
-  });
-}
-
-// For a row that does not count: zeros, even where its logits are NaN.
-template <int kWidth, typename T>
-__device__ __forceinline__ void write_zeros(T* grad, int64_t class_stride, const Share<T>& share) {
-  const Statistic<T> zeros[kWidth] = {};
-  for (int unit = share.thread; unit < share.template units<kWidth>(); unit += share.step)
-    store_values(grad + share.template first<kWidth>(unit) * class_stride, zeros);
-}
-
-// A block has (threads of a row, rows) threads.
+// Split rows: a warp merges what a row's blocks have left, and finishes the row.
 template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kMaxThreads, (kResident<T, kSpread> / kMaxThreads))
-    backward_rows(const Problem<T> o) {
-  const int64_t rows = o.outer * o.inner;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; i < rows; i += int64_t(gridDim.x) * blockDim.y) {
+__global__ void __launch_bounds__(kMaxThreads) finish_split(const Problem<T> o) {
+  using A = Statistic<T>;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  Partial sum = {0, 0, false};
+  for (int64_t i = warp; i < o.rows(); i += blockDim.x / kWarp) {
     const Row<T, kSpread> row(o, i);
-    T* grad = const_cast<T*>(row.at(o.grad_logits, o.grad_strides));  // [classes]
-    const Share<T> share = {split(int(o.classes), row.logits, row.probability, grad), int(threadIdx.x),
-                            int(blockDim.x)};
-    if (!row.counts()) {
-      write_zeros<kVector<T>>(grad, 1, share);
-      write_zeros<1>(grad, 1, share);
-      continue;
+    const auto x_y = target_logit(row);
+    const auto* states = static_cast<const RowState<A>*>(o.scratch) + i * o.plan.blocks;
+    auto state = empty_row_state<A>();
+    for (int block = lane; block < o.plan.blocks; block += kWarp) state = merge(state, states[block]);
+    state = lanes_merge<kSpread>(state);
+    const A scale = scale_of(row, state);
+    if (lane == 0) finish_row(row, state, scale, x_y, sum);
+  }
+  sum = finish_block(sum);
+  if (threadIdx.x != 0 || o.reduction == Reduction::kNone) return;
+  conclude<T>(o, sum.loss, sum.weight);
+  if (o.reduction == Reduction::kMean) store_total_weight<T>(o, sum.weight);
+}
+
+// ---- What the mean divides by, before the rows whose gradient needs it
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) weigh(const Problem<T> o) {
+  double sum = 0;
+  const int64_t step = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < o.rows(); i += step) {
+    const int y = o.target_probability ? -1 : o.target_class(i);
+    sum += o.target_probability ? 1.0 : y >= 0 ? double(o.weight_of(y)) : 0.0;
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x != 0) return;
+  if (gridDim.x == 1) store_total_weight<T>(o, sum);
+  else static_cast<double*>(o.scratch)[blockIdx.x] = sum;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) finish_weigh(const CrossEntropyOptions o, int blocks) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += static_cast<const double*>(o.scratch)[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) store_total_weight<T>(o, sum);
+}
+
+// ---- The gradient alone, from the statistics that the forward pass has left: no thread waits for another
+
+template <typename T, bool kSpread>
+__global__ void __launch_bounds__(kRowThreads<T>, (kResident<T, kSpread> / kRowThreads<T>))
+    backward_rows(const Problem<T> o) {
+  if (gradient_is_ready<T>(o)) return;
+  using A = Statistic<T>;
+  const int blocks = o.plan.blocks, rank = int(blockIdx.x % blocks);
+  const int64_t first = int64_t(blockIdx.x / blocks) * blockDim.y + threadIdx.y;
+  const int64_t step = int64_t(gridDim.x / blocks) * blockDim.y;
+  const Kept nothing = {0};
+  for (int64_t i = first; i < o.rows(); i += step) {
+    const Row<T, kSpread> row(o, i);
+    const auto share = share_of(row, rank * int(blockDim.x) + int(threadIdx.x), blocks * int(blockDim.x));
+    if (row.counts()) {
+      const auto of_row = row_gradient(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i]);
+      write_gradient<kVector<T>, kTilePacks<kSpread> / 2>(row, of_row, share, nothing);
+      write_gradient<1, kTilePacks<kSpread> / 2>(row, of_row, share, nothing);
+    } else {
+      write_zeros<kVector<T>>(row, share);
+      write_zeros<1>(row, share);
     }
-    Statistic<T> mass = 0;
-    if (row.has_probabilities()) mass = row_sum(mass_of_share<kVector<T>>(row, share) + mass_of_share<1>(row, share));
-    const auto of_row = row_gradient(row, mass);
-    write_gradient<kVector<T>>(grad, row, of_row, share);
-    write_gradient<1>(grad, row, of_row, share);
   }
 }
 
 template <typename T, bool kSpread>
 __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColumnThreads))
     backward_columns(const Problem<T> o) {
-  const Share<T> share = {only_single<T>(int(o.classes)), 0, 1};
-  const int64_t rows = o.outer * o.inner;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < rows; i += int64_t(gridDim.x) * blockDim.x) {
+  if (gradient_is_ready<T>(o)) return;
+  using A = Statistic<T>;
+  const Share<T> share = {only_single<T>(int(o.classes)), int(threadIdx.y), int(blockDim.y)};
+  const int64_t rows = o.rows(), step = int64_t(gridDim.x) * blockDim.x;
+  const Kept nothing = {0};
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < rows; i += step) {
     const Row<T, kSpread> row(o, i);
-    T* grad = const_cast<T*>(row.at(o.grad_logits, o.grad_strides));  // [classes], grad_strides.classes apart
-    if (!row.counts()) {
-      write_zeros<1>(grad, o.grad_strides.classes, share);
-      continue;
+    if (row.counts()) {
+      const auto of_row = row_gradient(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i]);
+      write_gradient<1, kColumnPacks<kSpread> / 2>(row, of_row, share, nothing);
+    } else {
+      write_zeros<1>(row, share);
     }
-    const Statistic<T> mass = row.has_probabilities() ? mass_of_share<1>(row, share) : 0;
-    write_gradient<1>(grad, row, row_gradient(row, mass), share);
   }
 }
 
 // ---- Launch
 
-struct LaunchShape {
-  bool columns, spread;
-  dim3 grid, block;
-};
+// The grid of the kernel that weighs; 0 where nothing has to be weighed.
+unsigned weigh_grid(const CrossEntropyOptions& o, const RowPlan& plan) {
+  if (o.reduction != Reduction::kMean || o.grad_logits == nullptr || plan.split) return 0;
+  return grid_size(o, o.tuning.weigh_rows);
+}
 
-LaunchShape launch_shape(const CrossEntropyOptions& o, int64_t grad_class_stride = 1) {
-  const bool spread = o.target_probability != nullptr || o.label_smoothing > 0;
-  const bool neighbours = o.logits_strides.classes == 1 && grad_class_stride == 1 &&
-                          (o.target_probability == nullptr || o.target_strides.classes == 1);
-  // With fewer classes than half a warp has lanes, a thread takes a row in the rows layout too.
-  if (!neighbours || o.classes <= kWarp / 2) return {true, spread, grid_size(o.rows(), kColumnThreads), kColumnThreads};
-  if (o.classes <= 1024) return {false, spread, grid_size(o.rows(), kWarpsWithRows), dim3(kWarp, kWarpsWithRows)};
-  unsigned threads = 128;
-  while (threads < kMaxThreads && o.classes / (2 * threads) >= 32) threads *= 2;  // 32 classes are a tile, or two
-  return {false, spread, grid_size(o.rows(), 1), threads};
+template <typename T>
+cudaError_t launch_weigh(const CrossEntropyOptions& o, const RowPlan& plan, cudaStream_t stream) {
+  const unsigned grid = weigh_grid(o, plan);
+  if (grid == 0) return cudaSuccess;
+  const cudaError_t error = launch(weigh<T>, {grid, kMaxThreads}, stream, Problem<T>(o, plan));
+  if (error != cudaSuccess || grid == 1) return error;
+  return launch(finish_weigh<T>, {1, kMaxThreads}, stream, o, int(grid));
+}
+
+template <typename T>
+cudaError_t launch_backward(const CrossEntropyOptions& o, cudaStream_t stream) {
+  const RowPlan plan = plan_rows(o, /*with_exchange=*/false);
+  const bool spread = RowPlan::is_spread(o);
+  const auto kernel = plan.columns ? (spread ? backward_columns<T, true> : backward_columns<T, false>)
+                                   : (spread ? backward_rows<T, true> : backward_rows<T, false>);
+  return launch(kernel, plan.shape(o), stream, Problem<T>(o, plan));
+}
+
+template <typename T>
+cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cudaStream_t stream) {
+  const bool spread = RowPlan::is_spread(o);
+  const Problem<T> problem(o, plan);
+  cudaError_t error = launch_weigh<T>(o, plan, stream);
+  const auto kernel = plan.columns ? (spread ? forward_columns<T, true> : forward_columns<T, false>)
+                                   : (spread ? forward_rows<T, true> : forward_rows<T, false>);
+  if (error == cudaSuccess) error = launch(kernel, plan.shape(o), stream, problem);
+  if (error != cudaSuccess || !plan.split) return error;
+  error = launch(spread ? finish_split<T, true> : finish_split<T, false>, {1, kMaxThreads}, stream, problem);
+  if (error != cudaSuccess || o.grad_logits == nullptr) return error;
+  return launch_backward<T>(o, stream);
 }
 
 }  // namespace
 
-int64_t cross_entropy_scratch_bytes(const CrossEntropyOptions& o) {
-  return o.reduction == Reduction::kNone ? 0 : int64_t(launch_shape(o).grid.x) * int64_t(sizeof(Partial));
+cudaError_t cross_entropy_scratch_bytes(CrossEntropyOptions& o, int64_t& bytes) {
+  const cudaError_t error = complete(o.tuning);
+  const RowPlan plan = plan_rows(o, /*with_exchange=*/true);
+  const int64_t state = o.dtype == DType::kFloat64 ? sizeof(RowState<double>) : sizeof(RowState<float>);
+  const int64_t partials = plan.grid * int64_t(sizeof(Partial));
+  const int64_t weights = weigh_grid(o, plan) * int64_t(sizeof(double));
+  bytes = plan.split ? o.rows() * plan.blocks * state : partials > weights ? partials : weights;
+  return error;
 }
 
 cudaError_t cross_entropy_forward(const CrossEntropyOptions& o, cudaStream_t stream) {
   if (o.classes > kMaxClasses) return cudaErrorInvalidValue;
-  const LaunchShape shape = launch_shape(o);
   return on_dtype(o.dtype, [&](auto zero) {
     using T = decltype(zero);
+    const RowPlan plan = plan_rows(o, /*with_exchange=*/true);
     if (o.rows() > 0) {
-      const auto kernel = shape.columns ? (shape.spread ? forward_columns<T, true> : forward_columns<T, false>)
-                                        : (shape.spread ? forward_rows<T, true> : forward_rows<T, false>);
-      const cudaError_t error = launch(kernel, shape.grid, shape.block, stream, Problem<T>(o));
-      if (error != cudaSuccess) return error;
+      const cudaError_t error = launch_forward<T>(o, plan, stream);
+      if (error != cudaSuccess || plan.split) return error;
     }
     if (o.reduction == Reduction::kNone) return cudaSuccess;
-    return launch(finish<T>, 1, kMaxThreads, stream, o, int(shape.grid.x));
+    const int blocks = o.rows() > 0 ? int(plan.grid) : 0;
+    return launch(finish<T>, {1, kMaxThreads}, stream, o, blocks, o.rows() > 0 && weigh_grid(o, plan) > 0);
   });
 }
 
-cudaError_t cross_entropy_backward(const CrossEntropyOptions& o, cudaStream_t stream) {
-  if (o.classes > kMaxClasses) return cudaErrorInvalidValue;
-  if (o.rows() == 0 || o.classes == 0) return cudaSuccess;
-  const LaunchShape shape = launch_shape(o, o.grad_strides.classes);
-  return on_dtype(o.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const auto kernel = shape.columns ? (shape.spread ? backward_columns<T, true> : backward_columns<T, false>)
-                                      : (shape.spread ? backward_rows<T, true> : backward_rows<T, false>);
-    return launch(kernel, shape.grid, shape.block, stream, Problem<T>(o));
-  });
+cudaError_t cross_entropy_backward(const CrossEntropyOptions& given, cudaStream_t stream) {
+  if (given.classes > kMaxClasses) return cudaErrorInvalidValue;
+  if (given.rows() == 0 || given.classes == 0) return cudaSuccess;
+  CrossEntropyOptions o = given;
+  const cudaError_t error = complete(o.tuning);
+  if (error != cudaSuccess) return error;
+  return on_dtype(o.dtype, [&](auto zero) { return launch_backward<decltype(zero)>(o, stream); });
 }
 
 }  // namespace fusedloss::cuda

@@ -6,8 +6,9 @@
 
 namespace fusedloss::cuda {
 
-// Bytes that options.scratch must have for the forward pass.
-int64_t cross_entropy_scratch_bytes(const CrossEntropyOptions& options);
+// Bytes that options.scratch must have for the forward pass. Everything else in the options is set, but for what
+// options.tuning leaves to the device: this fills it in.
+cudaError_t cross_entropy_scratch_bytes(CrossEntropyOptions& options, int64_t& bytes);
 
 // Each launches on `stream` and returns the first error; no launch synchronises with the host.
 cudaError_t cross_entropy_forward(const CrossEntropyOptions& options, cudaStream_t stream);

@@ -1,5 +1,5 @@
-// How a kernel is launched and chosen. tests/cuda_emulator, which executes kernels on a CPU, defines FUSEDLOSS_LAUNCH
-// for itself; no kernel knows of it.
+// How a kernel is launched and chosen, and what the device has. tests/cuda_emulator, which executes kernels on a CPU,
+// defines FUSEDLOSS_LAUNCH for itself; no kernel knows of it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,34 +12,86 @@
 
 #include "options.h"
 
-#ifndef FUSEDLOSS_LAUNCH
-#define FUSEDLOSS_LAUNCH(kernel, grid, block, stream, ...) (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
-#endif
-
 // What this compiler pass makes code for: 900 is sm_90, 0 is a CPU.
 #ifdef __CUDA_ARCH__
 #define FUSEDLOSS_CUDA_ARCH __CUDA_ARCH__
 #else
 #define FUSEDLOSS_CUDA_ARCH 0
 #endif
+#if FUSEDLOSS_CUDA_ARCH >= 900 || defined(FUSEDLOSS_LAUNCH)
+#define FUSEDLOSS_HAS_CLUSTERS 1
+#else
+#define FUSEDLOSS_HAS_CLUSTERS 0
+#endif
 
 namespace fusedloss::cuda {
 
-// A grid is as large as its problem up to here, then its blocks take several shares each. The same on every GPU, so
-// that sums are added in the same order on every GPU.
-constexpr int64_t kMaxBlocks = 8192;
+// The shared memory that a launch asks for.
+extern __shared__ uint4 dynamic_shared_memory[];
 
-inline unsigned grid_size(int64_t work, int64_t work_of_a_block) {
-  const int64_t blocks = (work + work_of_a_block - 1) / work_of_a_block;
-  return unsigned(blocks < kMaxBlocks ? blocks : kMaxBlocks);
-}
+struct LaunchShape {
+  dim3 grid = 1, block = 1;
+  int cluster = 1;           // blocks
+  int64_t shared_bytes = 0;  // of dynamic_shared_memory
+};
 
+#ifndef FUSEDLOSS_LAUNCH
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
                    const Arguments&... arguments) {
-  FUSEDLOSS_LAUNCH(kernel, grid, block, stream, arguments...);
-  return cudaGetLastError();
+  constexpr int64_t kUnasked = 48 * 1024;  // what a block gets without this call
+  if (shape.shared_bytes > kUnasked) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = unsigned(shape.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = size_t(shape.shared_bytes);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
+#else
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t, const Arguments&... arguments) {
+  return FUSEDLOSS_LAUNCH(kernel, shape, arguments...);
+}
+#endif
+
+// The same with what is not given as the current device has it.
+inline cudaError_t complete(CudaTuning& tuning) {
+  thread_local int known = -1;
+  thread_local CudaTuning found;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const auto ask = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
+    return int64_t(value);
+  };
+  if (error == cudaSuccess && device != known) {
+    found.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
+    // Room for two blocks, so that one loads while the other stores; 2 KB of each are the system's and the kernel's.
+    const int64_t half = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2;
+    const int64_t most = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    found.kept_bytes = (half < most ? half : most) - 2048;
+    found.cluster_blocks = ask(cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1;
+    if (error == cudaSuccess) known = device;
+  }
+  if (tuning.multiprocessors == 0) tuning.multiprocessors = found.multiprocessors;
+  if (tuning.kept_bytes == 0) tuning.kept_bytes = found.kept_bytes;
+  if (tuning.cluster_blocks == 0) tuning.cluster_blocks = found.cluster_blocks;
+  return error;
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls f with a value of the type that dtype names: on_dtype(dtype, [&](auto zero) { using T = decltype(zero); … }).
 template <typename F>

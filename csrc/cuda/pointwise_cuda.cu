@@ -4,6 +4,7 @@
 // thread, and every tensor is read or written once.
 #include "cuda/pointwise_cuda.h"
 
+#include "cuda/grad_output.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vec.cuh"
 
@@ -44,10 +45,35 @@ __device__ __forceinline__ Split<T, int64_t> split_elements(const PointwiseOptio
              : split(o.numel, input, target, grad_input, grad_target, static_cast<const Statistic<T>*>(losses));
 }
 
-// A thread's sum where there is a reduction; else writes the losses.
+// d loss/d input = derivative(x, t) and d loss/d target = -derivative(x, t), times g; those that are wanted.
+template <int kWidth, typename Formula, typename T>
+__device__ __forceinline__ void write_gradients(const PointwiseOptions& o, int64_t i, const Pack<T, kWidth>& x,
+                                                const Pack<T, kWidth>& t, const Statistic<T> (&g)[kWidth]) {
+  if (o.grad_input == nullptr && o.grad_target == nullptr) return;
+  Statistic<T> grad[kWidth];
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) grad[j] = g[j] * Formula::derivative(x[j], t[j]);
+  if (o.grad_input != nullptr) store_values(static_cast<T*>(o.grad_input) + i, grad);
+  if (o.grad_target == nullptr) return;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) grad[j] = -grad[j];
+  store_values(static_cast<T*>(o.grad_target) + i, grad);
+}
+
+// Where one value serves all elements: it, which the mean divides by their number.
+template <int kWidth, typename T>
+__device__ __forceinline__ void common_grad_output(const PointwiseOptions& o, Statistic<T> (&g)[kWidth]) {
+  Statistic<T> one = grad_output_at<T>(o, 0);
+  if (o.reduction == Reduction::kMean) one /= Statistic<T>(o.numel);
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) g[j] = one;
+}
+
+// A thread's sum where there is a reduction; else writes the losses. Gradients too, where they are wanted already.
 template <int kWidth, typename Formula, typename T>
 __device__ __forceinline__ Statistic<T> forward_share(const PointwiseOptions& o, const Split<T, int64_t>& elements) {
-  Statistic<T> sum = 0;
+  Statistic<T> sum = 0, g[kWidth];
+  common_grad_output<kWidth, T>(o, g);
   for_each_pair<kWidth>(o, elements, [&](int64_t i, const Pack<T, kWidth>& x, const Pack<T, kWidth>& t) {
     Statistic<T> losses[kWidth];
 #pragma unroll
@@ -58,6 +84,7 @@ __device__ __forceinline__ Statistic<T> forward_share(const PointwiseOptions& o,
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) sum += losses[j];
     }
+    write_gradients<kWidth, Formula>(o, i, x, t, g);
   });
   return sum;
 }
@@ -83,29 +110,19 @@ __global__ void __launch_bounds__(kThreads) finish(const PointwiseOptions o, int
   store_loss<T>(o.loss, o.loss_dtype != o.dtype, 0, loss);
 }
 
-// d loss/d input = derivative(x, t) and d loss/d target = -derivative(x, t), times grad_output, which the mean
-// divides by numel.
 template <int kWidth, typename Formula, typename T>
 __device__ __forceinline__ void backward_share(const PointwiseOptions& o, const Split<T, int64_t>& elements) {
-  const bool wide = o.loss_dtype != o.dtype, one_for_all = o.grad_output_stride == 0;
-  Statistic<T> common[1];
-  load_loss<T>(o.grad_output, wide, 0, common);
-  if (o.reduction == Reduction::kMean) common[0] /= Statistic<T>(o.numel);
+  Statistic<T> g[kWidth];
+  common_grad_output<kWidth, T>(o, g);
   for_each_pair<kWidth>(o, elements, [&](int64_t i, const Pack<T, kWidth>& x, const Pack<T, kWidth>& t) {
-    Statistic<T> grad[kWidth];
-    if (!one_for_all) load_loss<T>(o.grad_output, wide, i, grad);
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) grad[j] = (one_for_all ? common[0] : grad[j]) * Formula::derivative(x[j], t[j]);
-    if (o.grad_input != nullptr) store_values(static_cast<T*>(o.grad_input) + i, grad);
-    if (o.grad_target == nullptr) return;
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) grad[j] = -grad[j];
-    store_values(static_cast<T*>(o.grad_target) + i, grad);
+    if (o.grad_output_stride != 0) load_loss<T>(o.grad_output, o.loss_dtype != o.dtype, i, g);
+    write_gradients<kWidth, Formula>(o, i, x, t, g);
   });
 }
 
 template <typename Formula, typename T>
 __global__ void __launch_bounds__(kThreads) backward(const PointwiseOptions o) {
+  if (gradient_is_ready<T>(o)) return;
   const auto elements = split_elements<T>(o, o.grad_output_stride != 0 ? o.grad_output : nullptr);
   backward_share<kVector<T>, Formula>(o, elements);
   backward_share<1, Formula>(o, elements);
@@ -113,7 +130,8 @@ __global__ void __launch_bounds__(kThreads) backward(const PointwiseOptions o) {
 
 unsigned grid_of(const PointwiseOptions& o) {
   const int64_t vector = o.dtype == DType::kFloat64 ? 2 : o.dtype == DType::kFloat32 ? 4 : 8;
-  return grid_size(o.numel, kThreads * kPacks * vector);
+  const int64_t blocks = divide_up(o.numel, kThreads * kPacks * vector);
+  return unsigned(blocks < o.tuning.max_blocks ? blocks : o.tuning.max_blocks);
 }
 
 template <typename Formula>
@@ -121,11 +139,11 @@ cudaError_t launch_forward(const PointwiseOptions& o, cudaStream_t stream) {
   return on_dtype(o.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (o.numel > 0) {
-      const cudaError_t error = launch(forward<Formula, T>, grid_of(o), kThreads, stream, o);
+      const cudaError_t error = launch(forward<Formula, T>, {grid_of(o), kThreads}, stream, o);
       if (error != cudaSuccess) return error;
     }
     if (o.reduction == Reduction::kNone) return cudaSuccess;
-    return launch(finish<T>, 1, kThreads, stream, o, int(grid_of(o)));
+    return launch(finish<T>, {1, kThreads}, stream, o, int(grid_of(o)));
   });
 }
 
@@ -133,8 +151,7 @@ template <typename Formula>
 cudaError_t launch_backward(const PointwiseOptions& o, cudaStream_t stream) {
   if (o.numel == 0) return cudaSuccess;
   return on_dtype(o.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    return launch(backward<Formula, T>, grid_of(o), kThreads, stream, o);
+    return launch(backward<Formula, decltype(zero)>, {grid_of(o), kThreads}, stream, o);
   });
 }
 

@@ -1,4 +1,4 @@
-// Sums, and merged row statistics, over a warp, a row's threads or a block. Every thread receives the result, and
+// Sums, and merged row statistics, over the threads that share a row or a block. Every thread receives the result, and
 // its bits depend on nothing but the inputs: values meet in a fixed order.
 #pragma once
 
@@ -8,30 +8,33 @@ namespace fusedloss::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kMaxCluster = 8;  // blocks; what every GPU that has clusters can do
 
+// Over each group of `lanes` neighbouring lanes, a power of two. All lanes of the warp take part.
 template <typename A>
-__device__ __forceinline__ A warp_sum(A value) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
-  return value;
-}
-
-template <typename A>
-__device__ __forceinline__ A warp_max(A value) {
+__device__ __forceinline__ A lanes_sum(A value, int lanes = kWarp) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    value = math::max(value, __shfl_xor_sync(kAllLanes, value, distance));
+    if (distance < lanes) value += __shfl_xor_sync(kAllLanes, value, distance);
   return value;
 }
 
-// Moving each lane to the warp's maximum first takes one exp a lane; merging lanes in pairs would take ten.
+template <typename A>
+__device__ __forceinline__ A lanes_max(A value, int lanes = kWarp) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    if (distance < lanes) value = math::max(value, __shfl_xor_sync(kAllLanes, value, distance));
+  return value;
+}
+
+// Moving each lane to the common maximum first takes one exp a lane; merging lanes in pairs would take ten.
 template <bool kSpread, typename A>
-__device__ __forceinline__ RowState<A> warp_merge(RowState<A> state) {
-  state = rescale(state, warp_max(state.max));
-  state.sum = warp_sum(state.sum);
+__device__ __forceinline__ RowState<A> lanes_merge(RowState<A> state, int lanes = kWarp) {
+  state = rescale(state, lanes_max(state.max, lanes));
+  state.sum = lanes_sum(state.sum, lanes);
   if constexpr (kSpread) {
-    state.dot = warp_sum(state.dot);
-    state.mass = warp_sum(state.mass);
+    state.dot = lanes_sum(state.dot, lanes);
+    state.mass = lanes_sum(state.mass, lanes);
   }
   return state;
 }
@@ -50,21 +53,65 @@ __device__ __forceinline__ V exchange_between_warps(const V& value, const V& non
 }
 
 __device__ __forceinline__ double block_sum(double value) {
-  return warp_sum(exchange_between_warps(warp_sum(value), 0.0));
+  return lanes_sum(exchange_between_warps(lanes_sum(value), 0.0));
 }
 
-// A row has blockDim.x threads: one warp of a block that holds several rows, or a whole block.
-template <typename A>
-__device__ __forceinline__ A row_sum(A value) {
-  value = warp_sum(value);
-  return blockDim.x == kWarp ? value : warp_sum(exchange_between_warps(value, A(0)));
-}
-
+// Over the threads of a row within a block: threadIdx.x in [0, blockDim.x), some lanes of a warp or the whole block.
 template <bool kSpread, typename A>
 __device__ __forceinline__ RowState<A> row_merge(RowState<A> state) {
-  state = warp_merge<kSpread>(state);
-  if (blockDim.x == kWarp) return state;
-  return warp_merge<kSpread>(exchange_between_warps(state, empty_row_state<A>()));
+  state = lanes_merge<kSpread>(state, int(blockDim.x));
+  if (blockDim.x <= kWarp) return state;
+  return lanes_merge<kSpread>(exchange_between_warps(state, empty_row_state<A>()));
 }
+
+// Over threadIdx.y in [0, blockDim.y), a power of two: the threads of a row whose neighbours along x have other rows.
+template <bool kSpread, int kThreads, typename A>
+__device__ __forceinline__ RowState<A> column_merge(RowState<A> state) {
+  if (blockDim.y == 1) return state;
+  __shared__ RowState<A> states[kThreads];
+  const int own = threadIdx.y * blockDim.x + threadIdx.x;
+  __syncthreads();  // the previous exchange has been read
+  states[own] = state;
+  for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.y < half) states[own] = merge(states[own], states[own + half * blockDim.x]);
+  }
+  __syncthreads();
+  return states[threadIdx.x];
+}
+
+// ---- Clusters: blocks that run at the same time, and reach into each other's shared memory
+
+#if FUSEDLOSS_HAS_CLUSTERS
+
+// Waits for all threads of the cluster, and orders what they did before.
+__device__ __forceinline__ void cluster_sync() {
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+
+// Over the blocks of a cluster, where all threads of a block have its state already. `turn` counts the calls; each block
+// tells all others its state, in one of two places in turn, so that one barrier is enough: what is written after the next
+// barrier is not what a slow block still reads.
+template <bool kSpread, typename A>
+__device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, int rank, int blocks, int turn) {
+  __shared__ RowState<A> of_block[2][kMaxCluster];
+  const int from = threadIdx.x % kMaxCluster;
+  if (int(threadIdx.x) < blocks)
+    *static_cast<RowState<A>*>(__cluster_map_shared_rank(&of_block[turn % 2][rank], threadIdx.x)) = state;
+  cluster_sync();
+  return lanes_merge<kSpread>(from < blocks ? of_block[turn % 2][from] : empty_row_state<A>(), kMaxCluster);
+}
+
+#else
+
+// Never launched in clusters.
+__device__ __forceinline__ void cluster_sync() {}
+template <bool kSpread, typename A>
+__device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, int, int, int) {
+  return state;
+}
+
+#endif
 
 }  // namespace fusedloss::cuda

@@ -41,6 +41,14 @@ struct Pack {
   static_assert(kWidth == kVector<T>);
   uint32_t words[4];
 
+  __device__ __forceinline__ uint4 as_vector() const { return {words[0], words[1], words[2], words[3]}; }
+  __device__ __forceinline__ void from_vector(uint4 v) {
+    words[0] = v.x;
+    words[1] = v.y;
+    words[2] = v.z;
+    words[3] = v.w;
+  }
+
   __device__ __forceinline__ Statistic<T> operator[](int i) const {
     if constexpr (sizeof(T) == 8) return as<double>(words[2 * i] | uint64_t(words[2 * i + 1]) << 32);
     else if constexpr (sizeof(T) == 4) return as<float>(words[i]);
@@ -72,11 +80,7 @@ __device__ __forceinline__ Pack<T, kWidth> load(const T* p) {
   if constexpr (kWidth == 1) {
     pack.element = *p;
   } else {
-    const uint4 words = *reinterpret_cast<const uint4*>(p);
-    pack.words[0] = words.x;
-    pack.words[1] = words.y;
-    pack.words[2] = words.z;
-    pack.words[3] = words.w;
+    pack.from_vector(*reinterpret_cast<const uint4*>(p));
   }
   return pack;
 }

@@ -12,7 +12,8 @@
 // m and sum stay apart: m + logsum in float32 would lose three digits at logits of 1e4.
 //
 // This file has no include guard and includes nothing: the CPU build compiles it once in the namespace of each
-// instruction set. The includer defines FUSEDLOSS_INLINE and provides exp and log in `math`.
+// instruction set. The includer defines FUSEDLOSS_INLINE and provides exp, log and product in `math`; a product is rounded
+// before something is added to it, so that terms that should cancel do.
 
 // What a sweep over some of a row's classes knows; `dot` and `mass` are used only where q is not a single class.
 // V is a scalar, or a vector whose lanes are rows of their own; hence conditions are masks, joined by |.
@@ -86,7 +87,7 @@ FUSEDLOSS_INLINE V probability_coefficient(V t, V w, Smoothing<A> s) {
 // sum(q) of a class-index target whose class has weight w_y.
 template <typename A>
 FUSEDLOSS_INLINE A index_mass(A w_y, A weight_sum, Smoothing<A> s) {
-  return s.kept * w_y + s.uniform * weight_sum;
+  return math::product(s.kept, w_y) + math::product(s.uniform, weight_sum);
 }
 
 // grad_output * d loss/dx_c, with e = exp(x_c - m) and scale = mass / sum.

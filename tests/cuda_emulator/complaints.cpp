@@ -39,13 +39,13 @@ int find_module(dl_phdr_info* info, size_t, void* result) {
 
 }  // namespace
 
-const Module& this_module() {
-  static Module module = {};
-  if (module.end == nullptr) {
-    *static_cast<volatile char*>(&anchor) = 0;  // the segment exists from the first access on
-    dl_iterate_phdr(find_module, &module);
-  }
-  return module;
+Module found;
+
+const Module& this_module() { return found; }
+
+void look_for_this_module() {
+  *static_cast<volatile char*>(&anchor) = 0;  // the segment exists from the first access on
+  dl_iterate_phdr(find_module, &found);
 }
 
 std::string place(const void* pc) {

@@ -2,8 +2,7 @@
 // emulator's runtime. It is included before the first line of the .cu file, which is otherwise compiled as it stands.
 //
 // The types and the conversions of bfloat16 and float16 are the toolkit's own. Only what the project's kernels may
-// reasonably use stands here; a kernel that uses something else does not compile, and it is added then. Clusters and
-// dynamic shared memory are not emulated.
+// reasonably use stands here; a kernel that uses something else does not compile, and it is added then.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -57,18 +56,21 @@ extern const dim3 blockDim __asm__("emulator_block_dim"), gridDim __asm__("emula
 extern const int planted_bug __asm__("emulator_planted_bug");
 
 int emulator_block_barrier(int predicate, SourceLine caller);  // -> how many threads came with a predicate != 0
+void emulator_cluster_barrier(SourceLine caller);
+void* emulator_shared_of_block(const void* p, unsigned rank);  // the same place in another block of the cluster
 uint64_t emulator_warp_op(WarpOp op, unsigned mask, uint64_t value, int source_lane, SourceLine caller);
 void emulator_fence();
 void emulator_before_atomic(void* p, int size);
-cudaError_t emulator_launch(dim3 grid, dim3 block, void (*thread)(void*), void* arguments, size_t size);
+cudaError_t emulator_launch(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, void (*thread)(void*),
+                            void* arguments, size_t size);
 }
 
 // ---- Launch
 
-// In place of kernel<<<grid, block, 0, stream>>>(arguments...).
+// In place of cudaLaunchKernelEx. A cluster has that many blocks along x.
 template <typename... Parameters, typename... Arguments>
-EMULATOR_UNCHECKED void launch_on_cpu(void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                                      const Arguments&... values) {
+EMULATOR_UNCHECKED cudaError_t launch_on_cpu(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster,
+                                             size_t shared_bytes, const Arguments&... values) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
@@ -77,9 +79,10 @@ EMULATOR_UNCHECKED void launch_on_cpu(void (*kernel)(Parameters...), dim3 grid, 
     const Call* call = static_cast<Call*>(p);
     std::apply(call->kernel, call->arguments);
   };
-  emulator_launch(grid, block, thread, &call, sizeof call);
+  return emulator_launch(grid, block, cluster, shared_bytes, thread, &call, sizeof call);
 }
-#define FUSEDLOSS_LAUNCH(kernel, grid, block, stream, ...) launch_on_cpu(kernel, grid, block, __VA_ARGS__)
+#define FUSEDLOSS_LAUNCH(kernel, shape, ...) \
+  launch_on_cpu(kernel, (shape).grid, (shape).block, unsigned((shape).cluster), size_t((shape).shared_bytes), __VA_ARGS__)
 
 // ---- Barriers and warps
 
@@ -96,6 +99,11 @@ inline int __syncthreads_and(int p, SourceLine caller = EMULATOR_CALLER) {
   return emulator_block_barrier(p == 0, caller) == 0;
 }
 inline void __threadfence() { emulator_fence(); }
+
+// Arriving and waiting are one here: the kernels do nothing in between.
+inline void __cluster_barrier_arrive() {}
+inline void __cluster_barrier_wait(SourceLine caller = EMULATOR_CALLER) { emulator_cluster_barrier(caller); }
+inline void* __cluster_map_shared_rank(const void* p, unsigned rank) { return emulator_shared_of_block(p, rank); }
 
 inline int emulator_lane() {
   return int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % warpSize;

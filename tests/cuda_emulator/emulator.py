@@ -19,6 +19,30 @@ class Strides(ctypes.Structure):
     _fields_ = [("outer", LONG), ("classes", LONG), ("inner", LONG)]
 
 
+class CudaTuning(ctypes.Structure):
+    _fields_ = [
+        *[("thread_classes", LONG), ("warp_bytes", LONG), ("split_classes", LONG)],
+        *[("weigh_rows", LONG), ("max_blocks", LONG)],
+        *[("multiprocessors", LONG), ("kept_bytes", LONG), ("cluster_blocks", LONG)],
+    ]
+
+    @classmethod
+    def of(cls, **given: int) -> CudaTuning:
+        defaults = {
+            "thread_classes": 16,
+            "warp_bytes": 4096,
+            "split_classes": 8192,
+            "weigh_rows": 8192,
+            "max_blocks": 8192,
+        }
+        # A GPU of one multiprocessor: never are there so few rows that blocks would share one.
+        return cls(**{**defaults, "multiprocessors": 1, "kept_bytes": 16384, "cluster_blocks": 1, **given})
+
+
+class Launch(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint) for name in ("grid", "block_x", "block_y", "cluster", "shared_bytes")]
+
+
 class CrossEntropyOptions(ctypes.Structure):
     _fields_ = [
         *[("dtype", INT), ("loss_dtype", INT), ("reduction", INT)],
@@ -26,11 +50,12 @@ class CrossEntropyOptions(ctypes.Structure):
         *[("ignore_index", LONG), ("label_smoothing", ctypes.c_double)],
         *[("logits", POINTER), ("logits_strides", Strides)],
         *[("target_index", POINTER), ("target_probability", POINTER), ("target_strides", Strides)],
-        *[("weight", POINTER), ("row_max", POINTER), ("row_inverse_sum", POINTER)],
+        *[("weight", POINTER), ("row_max", POINTER), ("row_scale", POINTER)],
         *[("total_weight", POINTER), ("weight_sum", POINTER)],
         *[("loss", POINTER), ("scratch", POINTER)],
         *[("grad_output", POINTER), ("grad_output_stride", LONG)],
         *[("grad_logits", POINTER), ("grad_strides", Strides)],
+        *[("grad_ready", ctypes.c_bool), ("grad_output_was_one", POINTER), ("tuning", CudaTuning)],
     ]
 
 
@@ -40,6 +65,7 @@ class PointwiseOptions(ctypes.Structure):
         *[("input", POINTER), ("target", POINTER), ("loss", POINTER), ("scratch", POINTER)],
         *[("grad_output", POINTER), ("grad_output_stride", LONG)],
         *[("grad_input", POINTER), ("grad_target", POINTER)],
+        *[("grad_ready", ctypes.c_bool), ("grad_output_was_one", POINTER), ("tuning", CudaTuning)],
     ]
 
 
@@ -51,6 +77,7 @@ class Emulator:
         self.library.emulator_message.restype = ctypes.c_char_p
         self.library.emulator_bytes_not_written.restype = ctypes.c_uint64
         self.library.emulator_bytes_not_written.argtypes = [POINTER]
+        self.library.emulator_launch_number.restype = ctypes.POINTER(Launch)
         for name in ("cross_entropy", "pointwise"):
             getattr(self.library, f"{name}_scratch").restype = LONG
         assert self.library.size_of_cross_entropy_options() == ctypes.sizeof(CrossEntropyOptions)
@@ -93,6 +120,10 @@ class Emulator:
     def call(self, launcher: str, options: ctypes.Structure) -> int:
         """-> the cudaError_t"""
         return getattr(self.library, launcher)(ctypes.byref(options))
+
+    def launches(self) -> list[Launch]:
+        """Since `reset`."""
+        return [self.library.emulator_launch_number(i)[0] for i in range(self.library.emulator_launch_count())]
 
     def complaints(self) -> list[str]:
         """What the checks have found since `reset`, with source lines in the place of addresses."""

@@ -7,8 +7,10 @@
 
 using namespace fusedloss;
 
-EMULATOR_EXPORT int64_t cross_entropy_scratch(const CrossEntropyOptions* o) {
-  return cuda::cross_entropy_scratch_bytes(*o);
+EMULATOR_EXPORT int64_t cross_entropy_scratch(CrossEntropyOptions* o) {
+  int64_t bytes = -1;
+  cuda::cross_entropy_scratch_bytes(*o, bytes);
+  return bytes;
 }
 EMULATOR_EXPORT int cross_entropy_forward(const CrossEntropyOptions* o) {
   return cuda::cross_entropy_forward(*o, nullptr);

@@ -11,9 +11,11 @@
 
 #include "runtime.h"
 
-namespace emulator {
-namespace {
+namespace fusedloss::cuda {
+thread_local uint4 dynamic_shared_memory[emulator::kMaxDynamicShared / sizeof(uint4)];
+}
 
+namespace emulator {
 constexpr size_t kGranule = 2;  // bytes that share a shadow; neighbouring 1-byte writes would look like a race
 
 struct Moment {
@@ -53,8 +55,11 @@ struct Region {
   void forget_accesses() { madvise(shadow, shadow_bytes(), MADV_DONTNEED); }
 };
 
+namespace {
+
 std::map<const char*, Region> buffers;  // by their first byte
-Region* shared = nullptr;               // the shared memory of the block that runs
+const Block* shown = nullptr;           // whose shared memory is there
+size_t dynamic_shared_bytes = 0;        // that the launch asked for
 const char *arguments_begin, *arguments_end;
 
 struct Released {
@@ -112,8 +117,17 @@ void check_granule(Region& region, size_t i, Access access, Moment me, const voi
   region.written[i] = true;
 }
 
+const char* dynamic_begin() { return reinterpret_cast<const char*>(fusedloss::cuda::dynamic_shared_memory); }
+
+// Where the running block's shared memory is shadowed.
+const char* in_own_copy(const char* p) {
+  const Module& m = this_module();
+  return p >= m.shared_begin && p < m.shared_end ? running->block->shared->begin + (p - m.shared_begin) : p;
+}
+
 Region* region_of(const char* p) {
-  if (p >= shared->begin && p < shared->end) return shared;
+  for (const Block& block : cluster)
+    if (p >= block.shared->begin && p < block.shared->end) return block.shared.get();
   auto it = buffers.upper_bound(p);
   if (it == buffers.begin() || p >= (--it)->second.end) return nullptr;
   return &it->second;
@@ -141,6 +155,12 @@ bool is_constant(const char* p) {
 void check_access(const void* address, size_t size, Access access, bool must_be_aligned, const void* pc) {
   const char* p = static_cast<const char*>(address);
   if (running == nullptr || is_own_stack(p)) return;
+  if (p + size > dynamic_begin() + dynamic_shared_bytes && p < dynamic_begin() + kMaxDynamicShared &&
+      p >= dynamic_begin()) {
+    complain("OUT OF BOUNDS", "behind the " + std::to_string(dynamic_shared_bytes) + " bytes of dynamic shared memory", pc);
+    stop();
+  }
+  p = in_own_copy(p);
   if (must_be_aligned && reinterpret_cast<uintptr_t>(p) % size != 0) {
     complain("MISALIGNED", std::to_string(size) + "-byte access", pc);
     stop();
@@ -160,19 +180,65 @@ void check_access(const void* address, size_t size, Access access, bool must_be_
   for (size_t i = size_t(p - region->begin) / kGranule; i <= last; ++i) check_granule(*region, i, access, me, pc);
 }
 
-void begin_launch(const void* arguments, size_t size) {
+void begin_launch(const void* arguments, size_t size, size_t shared_bytes) {
+  look_for_this_module();
   arguments_begin = static_cast<const char*>(arguments);
   arguments_end = arguments_begin + size;
+  dynamic_shared_bytes = shared_bytes;
   released.clear();
   for (auto& [begin, region] : buffers) region.forget_accesses();  // one launch happens before the next
-  delete shared;
-  shared = new Region(this_module().shared_begin, this_module().shared_end, false, false, "shared memory");
+  shown = nullptr;
 }
 
-void begin_block() {
-  std::memset(shared->begin, 0xff, size_t(shared->end - shared->begin));  // NaN, for whoever reads it all the same
-  shared->forget_accesses();
-  std::fill(shared->written.begin(), shared->written.end(), 0);
+void begin_block(Block& block) {
+  const Module& m = this_module();
+  const size_t size = size_t(m.shared_end - m.shared_begin);
+  if (block.shared == nullptr) {
+    char* copy = new char[size];
+    block.shared = {new Region(copy, copy + size, false, false, "shared memory"),
+                    [](Region* region) {
+                      delete[] region->begin;
+                      delete region;
+                    }};
+  }
+  std::memset(block.shared->begin, 0xff, size);  // NaN, for whoever reads it all the same
+  block.shared->forget_accesses();
+  std::fill(block.shared->written.begin(), block.shared->written.end(), 0);
+  if (shown == &block) shown = nullptr;
+}
+
+void show_shared_memory(const Block& block) {
+  if (shown == &block) return;
+  const Module& m = this_module();
+  const size_t size = size_t(m.shared_end - m.shared_begin);
+  if (shown != nullptr) std::memcpy(shown->shared->begin, m.shared_begin, size);
+  std::memcpy(m.shared_begin, block.shared->begin, size);
+  shown = &block;
+}
+
+extern "C" void* emulator_shared_of_block(const void* p, unsigned rank) {
+  const Module& m = this_module();
+  Block& own = *running->block;
+  if (rank >= cluster.size()) {
+    complain("NO SUCH BLOCK", "in the cluster, of " + std::to_string(cluster.size()));
+    stop();
+  }
+  Block& other = cluster[rank];
+  if (&own == &other) return const_cast<void*>(p);
+  if (own.barriers == 0 || !own.acquired.count(other.number))
+    complain("BLOCK MAY NOT HAVE STARTED", "whose memory is reached into before the first cluster barrier");
+  other.awaits_cluster = true;
+  return other.shared->begin + (static_cast<const char*>(p) - m.shared_begin);
+}
+
+void synchronise_cluster() {
+  for (Block& block : cluster) {
+    ++block.barriers;
+    block.awaits_cluster = false;
+  }
+  for (Block& block : cluster)
+    for (const Block& other : cluster)
+      if (&block != &other) block.acquired[other.number] = {other.barriers, block.barriers - 1, 0};
 }
 
 // Release: what this block did before the fence is known to whoever sees the atomic. Acquire: the reverse.

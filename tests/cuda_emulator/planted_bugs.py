@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-BARRIER = re.compile(r"\b__(syncthreads|syncwarp|threadfence)\w*\([^()]*\);")
+BARRIER = re.compile(r"\b(__syncthreads|__syncwarp|__threadfence|cluster_sync)\w*\([^()]*\);")
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,40 @@ class Bug:
 # What, in which file, where (the expression or statement between the two @), and what takes its place.
 LISTED = [
     ("lanes without a warp", "reduce.cuh", "of_warp[lane] : @none@", "value"),
-    ("warps not rescaled", "reduce.cuh", "@state = rescale(state, warp_max(state.max));@", ""),
+    ("lanes of another row", "reduce.cuh", "lanes_merge<kSpread>(state, @int(blockDim.x)@)", "kWarp"),
+    ("lanes not rescaled", "reduce.cuh", "@state = rescale(state, lanes_max(state.max, lanes));@", ""),
+    ("blocks of a cluster in one place", "reduce.cuh", "&of_block[@turn % 2@][rank]", "0"),
+    ("a block of a cluster left out", "reduce.cuh", "if (int(threadIdx.x) < @blocks@)", "blocks - 1"),
+    ("columns not merged", "reduce.cuh", "if (@blockDim.y == 1@) return state;", "true"),
     ("one vector too many", "vec.cuh", "{size, head, @(size - head) / kVector<T>@}", "(size - head) / kVector<T> + 1"),
     ("vectors from a misaligned start", "vec.cuh", "head = @to_boundary < size ? to_boundary : size@", "Index(0)"),
     ("alignment of other tensors ignored", "vec.cuh", "return @aligned@ ?", "true"),
     ("single elements in the wrong place", "vec.cuh", "return @unit < head@ ?", "true"),
     ("read off by one", "vec.cuh", "pack.element = @*p@;", "p[1]"),
-    ("read past a row's end", "cross_entropy_cuda.cu", "if (@unit < units@) x[k]", "true"),
-    ("tiles not rescaled", "cross_entropy_cuda.cu", "@state = rescale(state, max);@", "state.max = max;"),
-    ("large targets not checked", "cross_entropy_cuda.cu", "|| @index >= o.classes@ ?", "false"),
-    ("ignored rows not written", "cross_entropy_cuda.cu", "@write_zeros<1>(grad, 1, share);@", ""),
-    ("one sum for all blocks", "cross_entropy_cuda.cu", "(o.scratch)[@blockIdx.x@] = sum", "0"),
+    ("read past a row's end", "cross_entropy_row.cuh", "first[k] = @unit < units@ ?", "true"),
+    (
+        "more is kept than there is room for",
+        "cross_entropy_row.cuh",
+        "if (@number * kPacks < kept.packs@) tile.",
+        "true",
+    ),
+    ("kept in another thread's place", "cross_entropy_row.cuh", "dynamic_shared_memory[i * threads + @thread@]", "0"),
+    ("tiles not rescaled", "cross_entropy_row.cuh", "@state = rescale(state, max);@", "state.max = max;"),
+    ("large targets not checked", "cross_entropy_row.cuh", "|| @index >= classes@ ?", "false"),
+    ("rows behind the last one", "cross_entropy_cuda.cu", "is_row = @first + threadIdx.y < plan.rows@", "true"),
+    ("ignored rows not written", "cross_entropy_row.cuh", "unit < @share.template units<kWidth>()@; unit +=", "0"),
+    ("states of split rows mixed up", "cross_entropy_cuda.cu", "[number * plan.blocks + @rank@] = state", "0"),
+    (
+        "a split row's last block left out",
+        "cross_entropy_cuda.cu",
+        "block < @o.plan.blocks@; block",
+        "o.plan.blocks - 1",
+    ),
+    ("weights of the first block only", "cross_entropy_cuda.cu", "static_cast<double*>(o.scratch)[@blockIdx.x@]", "0"),
+    ("one sum for all blocks", "cross_entropy_cuda.cu", "static_cast<Partial*>(o.scratch)[@blockIdx.x@] = sum", "0"),
     ("one sum for all blocks", "pointwise_cuda.cu", "(o.scratch)[@blockIdx.x@] = of_block", "0"),
     ("pair past the end", "pointwise_cuda.cu", "if (@unit + k * step >= units@) continue", "false"),
+    ("a scaled gradient handed over", "grad_output.cuh", "return o.grad_ready && @is_one@;", "true"),
 ]
 
 
@@ -63,9 +84,8 @@ def missing_barriers(csrc: Path) -> list[Bug]:
     return found
 
 
-def plant(csrc: Path, copy: Path, bugs: list[Bug], max_blocks: int) -> None:
-    """A copy of the kernels in which `planted_bug == n` makes the n-th bug, counted from 1, and 0 none of them. Its
-    grids are so small that blocks take several shares of small problems."""
+def plant(csrc: Path, copy: Path, bugs: list[Bug]) -> None:
+    """A copy of the kernels in which `planted_bug == n` makes the n-th bug, counted from 1, and 0 none of them."""
     shutil.copytree(csrc, copy)
     # From the end of a file to its start, so that offsets hold.
     for number, bug in sorted(enumerate(bugs, 1), key=lambda numbered: -numbered[1].start):
@@ -73,11 +93,7 @@ def plant(csrc: Path, copy: Path, bugs: list[Bug], max_blocks: int) -> None:
         text = path.read_text()
         right = text[bug.start : bug.end]
         if right.endswith(";"):
-            both = f"if (planted_bug == {number}) {{ {bug.wrong} }} else {{ {right} }}"
+            both = f"{{ if (planted_bug == {number}) {{ {bug.wrong} }} else {{ {right} }} }}"
         else:
             both = f"(planted_bug == {number} ? ({bug.wrong}) : ({right}))"
         path.write_text(text[: bug.start] + both + text[bug.end :])
-    launch = copy / "cuda" / "launch.cuh"
-    text, replaced = re.subn(r"kMaxBlocks = \d+", f"kMaxBlocks = {max_blocks}", launch.read_text())
-    assert replaced == 1, "launch.cuh has changed: where is kMaxBlocks?"
-    launch.write_text(text)

@@ -10,11 +10,26 @@ from torch import Tensor
 
 from fusedloss import reference
 
-from .emulator import DTYPES, REDUCTIONS, CrossEntropyOptions, Emulator, PointwiseOptions, Strides
+from .emulator import DTYPES, REDUCTIONS, CrossEntropyOptions, CudaTuning, Emulator, PointwiseOptions, Strides
 
 LAYOUTS = ["contiguous", "expanded", "padded", "padded each", "inner", "inner last", "apart"]
 GAP_OFFSETS = [0, 0, 1, 2, 3, 4, 7]  # elements between a 256-byte boundary and a tensor's start
 GAPS = [0, 0, 1, 2, 3, 5, 8]  # elements behind each row
+# Small problems reach every kernel: as a large GPU would choose; rows of lanes, with and without room to keep what was
+# read; every row by a block; by a cluster; by blocks apart, some of them idle or all busy; columns of several threads a
+# row.
+TUNINGS = {
+    "default": {},
+    "nothing kept": {"kept_bytes": 1},
+    "warps": {"weigh_rows": 2, "thread_classes": 0, "warp_bytes": 1 << 20},
+    "blocks": {"thread_classes": 0, "warp_bytes": 0},
+    "clusters": {"thread_classes": 0, "warp_bytes": 0, "kept_bytes": 64, "cluster_blocks": 8},
+    "clusters that keep": {"warp_bytes": 0, "kept_bytes": 8192, "cluster_blocks": 4},
+    "split": {"thread_classes": 0, "warp_bytes": 0, "split_classes": 3, "multiprocessors": 20},
+    "split in two": {"warp_bytes": 0, "split_classes": 2000, "multiprocessors": 20},
+    "many multiprocessors": {"multiprocessors": 1000, "max_blocks": 2},
+    "loops": {"max_blocks": 2, "weigh_rows": 1, "cluster_blocks": 2, "kept_bytes": 2048},
+}
 
 
 def statistic(dtype: torch.dtype) -> torch.dtype:
@@ -124,6 +139,8 @@ class CrossEntropy(Problem):
         self.make_target(rng, target, weighted)
         self.make_grad_output(rng)
         self.choose_schedules(rng)
+        self.tuning = rng.choice(["default", *TUNINGS])
+        self.grad_in_forward = self.reduction != "none" and not self.in_place and rng.random() < 0.6
 
     def place(self, rng: random.Random) -> Placement:
         return Placement(self.layout, self.shape, rng)
@@ -165,33 +182,68 @@ class CrossEntropy(Problem):
         self.grad_stride = int(self.reduction == "none" and rng.random() < 0.7)  # 0: one value for all rows
         values = torch.randn(self.rows if self.grad_stride else 1, dtype=torch.float64) * rng.choice([1, 1, 64])
         self.grad_output = values.to(self.loss_dtype)
+        self.grad_output[self.grad_output == 1] = 2  # 1 is what the hand-over is about
 
     # ---- A run
 
     def launch(self, emulator: Emulator) -> dict[str, Tensor]:
         o = CrossEntropyOptions()
         logits = self.set_inputs(emulator, o)
+        if self.grad_in_forward:
+            grad = self.set_grad(emulator, o)
         outputs = self.set_outputs(emulator, o)
         self.call(emulator, "cross_entropy_forward", o)
         self.all_written(emulator, outputs)
+        if self.grad_in_forward:
+            self.all_written_but_gaps(emulator, grad)
+            self.check_hand_over(emulator, o, grad)
         return {**outputs, "grad_logits": self.backward(emulator, o, logits)}
 
     def backward(self, emulator: Emulator, o: CrossEntropyOptions, logits: Tensor) -> Tensor:
+        """What the forward pass has left, if anything, is not what this grad_output asks for."""
         o.grad_output = emulator.input(self.grad_output, "grad_output").data_ptr()
-        o.grad_output_stride = self.grad_stride
-        grad = logits
-        if not self.in_place:
-            grad = emulator.output(self.place_grad.span, self.dtype, "grad_logits", self.place_grad.offset)
-        o.grad_logits, o.grad_strides = grad.data_ptr(), Strides(*self.place_grad.strides)
+        o.grad_output_stride, o.grad_ready = self.grad_stride, self.grad_in_forward
+        was_one = emulator.input(torch.ones(1, dtype=torch.int32), "grad_output_was_one", read_only=False)
+        o.grad_output_was_one = was_one.data_ptr()
+        if self.in_place:
+            grad = logits
+            o.grad_logits, o.grad_strides = grad.data_ptr(), Strides(*self.place_grad.strides)
+        else:
+            grad = self.set_grad(emulator, o)
         self.call(emulator, "cross_entropy_backward", o)
         if not self.in_place:
-            gaps = (self.place_grad.span - self.rows * self.classes) * grad.element_size()
-            self.all_written(emulator, {"grad_logits": grad}, gaps)
+            self.all_written_but_gaps(emulator, grad)
+        assert bool(was_one) == (self.grad_stride == 1), f"{self}: grad_output_was_one is {was_one.item()}"
         return self.place_grad.view(grad)
+
+    def check_hand_over(self, emulator: Emulator, o: CrossEntropyOptions, grad: Tensor) -> None:
+        """The gradient that the forward pass has left is the one for a grad_output of 1, which does not touch it; and
+        it has the bits of one that a backward pass computes."""
+        left = grad.clone()
+        was_one = emulator.output(1, torch.int32, "grad_output_was_one")
+        o.grad_output = emulator.input(torch.ones(1, dtype=self.loss_dtype), "one").data_ptr()
+        o.grad_output_stride, o.grad_ready, o.grad_output_was_one = 0, True, was_one.data_ptr()
+        self.call(emulator, "cross_entropy_backward", o)
+        assert was_one == 1 and torch.equal(bits_of(grad), bits_of(left)), f"{self}: the hand-over"
+        o.grad_ready = False
+        computed = self.place_grad.view(self.set_grad(emulator, o))
+        self.call(emulator, "cross_entropy_backward", o)
+        same = torch.equal(bits_of(computed), bits_of(self.place_grad.view(left)))
+        assert same, f"{self}: the gradient of the forward pass differs from that of the backward pass"
+
+    def set_grad(self, emulator: Emulator, o: CrossEntropyOptions) -> Tensor:
+        grad = emulator.output(self.place_grad.span, self.dtype, "grad_logits", self.place_grad.offset)
+        o.grad_logits, o.grad_strides = grad.data_ptr(), Strides(*self.place_grad.strides)
+        return grad
+
+    def all_written_but_gaps(self, emulator: Emulator, grad: Tensor) -> None:
+        gaps = (self.place_grad.span - self.rows * self.classes) * grad.element_size()
+        self.all_written(emulator, {"grad_logits": grad}, gaps)
 
     def set_inputs(self, emulator: Emulator, o: CrossEntropyOptions) -> Tensor:
         o.dtype, o.loss_dtype, o.reduction = DTYPES[self.dtype], DTYPES[self.loss_dtype], REDUCTIONS[self.reduction]
         o.outer, o.classes, o.inner = self.shape
+        o.tuning = CudaTuning.of(**TUNINGS[self.tuning])
         o.ignore_index, o.label_smoothing = self.ignore_index, self.smoothing
         place = self.place_logits
         logits = emulator.input(place.fill(self.logits), "logits", place.offset, read_only=not self.in_place)
@@ -211,7 +263,7 @@ class CrossEntropy(Problem):
 
     def set_outputs(self, emulator: Emulator, o: CrossEntropyOptions) -> dict[str, Tensor]:
         wide = statistic(self.dtype)
-        outputs = {name: emulator.output(self.rows, wide, name) for name in ("row_max", "row_inverse_sum")}
+        outputs = {name: emulator.output(self.rows, wide, name) for name in ("row_max", "row_scale")}
         outputs["loss"] = emulator.output(self.rows if self.reduction == "none" else 1, self.loss_dtype, "loss")
         if self.reduction == "mean":
             outputs["total_weight"] = emulator.output(1, wide, "total_weight")
@@ -265,8 +317,11 @@ class MeanSquaredError(Problem):
         self.grad_stride = int(reduction == "none" and rng.random() < 0.7)
         values = torch.randn(numel if self.grad_stride else 1, dtype=torch.float64)
         self.grad_output = values.to(self.loss_dtype)
+        self.grad_output[self.grad_output == 1] = 2  # 1 is what the hand-over is about
         self.wanted = rng.choice([["input"], ["target"], ["input", "target"]])
         self.choose_schedules(rng)
+        self.tuning = rng.choice(["default", "loops"])
+        self.grad_in_forward = reduction != "none" and rng.random() < 0.5
 
     def launch(self, emulator: Emulator) -> dict[str, Tensor]:
         at = dict(
@@ -280,23 +335,47 @@ class MeanSquaredError(Problem):
         losses = self.numel if self.reduction == "none" else 1
         outputs = {"loss": emulator.output(losses, self.loss_dtype, "loss", at["loss"] if losses > 1 else 0)}
         o.loss = outputs["loss"].data_ptr()
+        o.tuning = CudaTuning.of(**TUNINGS[self.tuning])
         o.scratch = emulator.output(emulator.call("pointwise_scratch", o), torch.uint8, "scratch").data_ptr()
+        grads = {}
+        if self.grad_in_forward:
+            grads = self.set_grads(emulator, o, at)
         self.call(emulator, "pointwise_forward", o)
+        self.all_written(emulator, {**outputs, **grads})
+        left = {name: grad.clone() for name, grad in grads.items()}
 
-        o.grad_output = emulator.input(self.grad_output, "grad_output", at["grad_output"]).data_ptr()
-        o.grad_output_stride = self.grad_stride
+        for values, ready in [(torch.ones(1).to(self.grad_output), True), (self.grad_output, self.grad_in_forward)]:
+            is_one = values is not self.grad_output
+            if is_one and not self.grad_in_forward:
+                continue
+            o.grad_output = emulator.input(values, "grad_output", at["grad_output"]).data_ptr()
+            o.grad_output_stride, o.grad_ready = 0 if is_one else self.grad_stride, ready
+            was_one = emulator.input(torch.ones(1, dtype=torch.int32), "grad_output_was_one", read_only=False)
+            o.grad_output_was_one = was_one.data_ptr()
+            if not is_one:
+                grads = self.set_grads(emulator, o, at)
+            self.call(emulator, "pointwise_backward", o)
+            if is_one:  # what the forward pass has left is not touched
+                assert all(torch.equal(bits_of(grads[name]), bits_of(left[name])) for name in grads), (
+                    f"{self}: hand-over"
+                )
+                self.compare({f"{name} of 1": grad for name, grad in grads.items()}, torch.ones_like(values))
+            assert bool(was_one) == (is_one or self.grad_stride == 1 or self.numel == 0), f"{self}: was_one"
+        self.all_written(emulator, grads)
+        return {**outputs, **grads}
+
+    def set_grads(self, emulator: Emulator, o: PointwiseOptions, at: dict[str, int]) -> dict[str, Tensor]:
+        grads = {}
         for name in (f"grad_{wanted}" for wanted in self.wanted):
-            outputs[name] = emulator.output(self.numel, self.dtype, name, at[name])
-            setattr(o, name, outputs[name].data_ptr())
-        self.call(emulator, "pointwise_backward", o)
-        self.all_written(emulator, outputs)
-        return outputs
+            grads[name] = emulator.output(self.numel, self.dtype, name, at[name])
+            setattr(o, name, grads[name].data_ptr())
+        return grads
 
-    def compare(self, results: dict[str, Tensor]) -> None:
+    def compare(self, results: dict[str, Tensor], grad_output: Tensor | None = None) -> None:
         x, t = self.input.double().requires_grad_(), self.target.double().requires_grad_()
         loss = reference.mse_loss(x, t, self.reduction)
-        grad_output = self.grad_output.double()
+        grad_output = (self.grad_output if grad_output is None else grad_output).double()
         grads = torch.autograd.grad(loss, (x, t), grad_output.expand(self.numel) if loss.dim() else grad_output[0])
         expected = {"loss": loss.detach().reshape(-1), "grad_input": grads[0], "grad_target": grads[1]}
         for name, result in results.items():
-            assert_exact(result, expected[name], what=f"{self}: {name}")
+            assert_exact(result, expected[name.removesuffix(" of 1")], what=f"{self}: {name}")

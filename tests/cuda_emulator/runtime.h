@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -20,7 +21,7 @@ namespace emulator {
 
 struct Block;
 
-enum class State : uint8_t { kReady, kAtBarrier, kAtWarpOp, kDone };
+enum class State : uint8_t { kReady, kAtBarrier, kAtClusterBarrier, kAtWarpOp, kDone };
 
 // A CUDA thread.
 struct Thread {
@@ -40,7 +41,9 @@ struct Thread {
   uint64_t value, result;
 };
 
-// Blocks run one after another, and each finds shared memory in the same place.
+struct Region;  // memory.cpp
+
+// The blocks of a cluster run side by side, clusters one after another. A block without a cluster is one of its own.
 struct Block {
   // What an atomic has told about another block's past.
   struct Acquired {
@@ -51,15 +54,24 @@ struct Block {
 
   uint3 idx;
   uint32_t number;  // within the grid
-  uint32_t barriers;  // how many __syncthreads it has passed
+  uint32_t barriers;  // how many __syncthreads and cluster barriers it has passed
+  std::shared_ptr<Region> shared;  // its shared memory while another block runs; what was done to it at any time
+  bool awaits_cluster;  // has another block reached into it since the last cluster barrier, or can it not be sure of it?
   std::vector<Thread> threads;
   std::map<uint32_t, Acquired> acquired;  // by the other block's number
 };
 
 constexpr size_t kStackSize = 64 * 1024;
 constexpr uint32_t kMaxGrid = 1u << 19, kMaxBlock = 1024;  // as far as a Moment counts
+constexpr uint32_t kMaxCluster = 8;
+constexpr size_t kMaxDynamicShared = 16 * 1024;
+
+struct Launch {
+  unsigned grid, block_x, block_y, cluster, shared_bytes;
+};
 
 extern Thread* running;  // null while the host runs
+extern std::vector<Block> cluster;  // the blocks that run
 extern std::mt19937 random_bits;
 
 void maybe_preempt();        // lets another thread go first, now and then
@@ -72,8 +84,12 @@ enum class Access : uint8_t { kRead, kWrite, kAtomic };
 // By the running thread. `pc` is the instruction behind the access, for the message.
 void check_access(const void* p, size_t size, Access access, bool must_be_aligned, const void* pc);
 // Tells the memory that a launch, or a block, begins. A kernel may read its own arguments.
-void begin_launch(const void* arguments, size_t size);
-void begin_block();
+void begin_launch(const void* arguments, size_t size, size_t shared_bytes);
+void begin_block(Block& block);
+// Shared memory has one address for all blocks: this puts the block's there.
+void show_shared_memory(const Block& block);
+// All blocks of the cluster know what the others did before their common barrier.
+void synchronise_cluster();
 
 // ---- Complaints: complaints.cpp
 
@@ -89,5 +105,6 @@ struct Module {
   char *shared_begin, *shared_end;
 };
 const Module& this_module();
+void look_for_this_module();  // each OS thread has a segment of its own
 
 }  // namespace emulator

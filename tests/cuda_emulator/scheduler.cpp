@@ -39,6 +39,8 @@ emulator_switch:
 namespace emulator {
 
 Thread* running = nullptr;
+std::vector<Launch> launches;
+std::vector<Block> cluster;
 std::mt19937 random_bits;
 
 namespace {
@@ -92,6 +94,29 @@ void try_barrier(Block& block) {
       t.result = uint64_t(with_predicate);
       wake(t);
     }
+}
+
+// The same for all blocks of a cluster.
+void try_cluster_barrier() {
+  const Thread* first = nullptr;
+  bool some_returned = false;
+  for (const Block& block : cluster)
+    for (const Thread& t : block.threads) {
+      if (t.state == State::kDone) {
+        some_returned = true;
+        continue;
+      }
+      if (t.state != State::kAtClusterBarrier) return;
+      if (first == nullptr) first = &t;
+      if (!same_place(t.waits_at, first->waits_at))
+        complain("DIVERGENT BARRIER", place(first->waits_at) + " and " + place(t.waits_at));
+    }
+  if (first == nullptr) return;
+  if (some_returned) complain("BARRIER WITHOUT RETURNED THREADS", place(first->waits_at));
+  synchronise_cluster();
+  for (Block& block : cluster)
+    for (Thread& t : block.threads)
+      if (t.state == State::kAtClusterBarrier) wake(t);
 }
 
 // ---- Warp operations
@@ -161,30 +186,31 @@ void thread_main() {
   running->state = State::kDone;
   try_warp_op(*running->block, running->number);
   try_barrier(*running->block);
+  try_cluster_barrier();
   back_to_host();
   std::abort();  // nobody wakes a thread that is done
 }
 
 // Stacks stay for the next launch: the system gives their pages when they are first touched.
-char* stack_of(uint32_t thread) {
+char* stack_of(const Block& block, uint32_t thread) {
   static char* stacks = nullptr;
   if (stacks == nullptr) {
-    void* pages = mmap(nullptr, kMaxBlock * kStackSize, PROT_READ | PROT_WRITE,
+    void* pages = mmap(nullptr, kMaxCluster * kMaxBlock * kStackSize, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (pages == MAP_FAILED) std::abort();
     stacks = static_cast<char*>(pages);
   }
-  return stacks + thread * kStackSize;
+  return stacks + (size_t(&block - cluster.data()) * kMaxBlock + thread) * kStackSize;
 }
 
-void start(Block& block, uint32_t number) {
+void start_thread(Block& block, uint32_t number) {
   const dim3 size = emulator_block_dim;
   Thread& t = block.threads[number];
   t = {};
   t.block = &block;
   t.number = number;
   t.idx = {number % size.x, number / size.x % size.y, number / size.x / size.y};
-  t.stack = stack_of(number);
+  t.stack = stack_of(block, number);
   // What emulator_switch will pop: six registers, then thread_main as the address to return to.
   void** top = reinterpret_cast<void**>(t.stack + kStackSize - 16);
   *--top = nullptr;
@@ -198,33 +224,42 @@ void start(Block& block, uint32_t number) {
 void run(Thread* thread) {
   running = thread;
   emulator_thread_idx = thread->idx;
+  emulator_block_idx = thread->block->idx;
+  show_shared_memory(*thread->block);
   emulator_switch(&host_stack_pointer, thread->stack_pointer);
   running = nullptr;
 }
 
-void report_deadlock(Block& block) {
-  for (Thread& t : block.threads)
-    if (t.state != State::kDone) {
-      running = &t;  // for the message
-      complain("DEADLOCK", "waits for threads that never come, at " + place(t.waits_at));
-      running = nullptr;
-      stopped = true;
-      return;
-    }
+void report_deadlock() {
+  for (Block& block : cluster)
+    for (Thread& t : block.threads)
+      if (t.state != State::kDone) {
+        running = &t;  // for the message
+        complain("DEADLOCK", "waits for threads that never come, at " + place(t.waits_at));
+        running = nullptr;
+        stopped = true;
+        return;
+      }
 }
 
-void run_block(Block& block, uint32_t number) {
+void start(Block& block, uint32_t number) {
   const dim3 grid = emulator_grid_dim;
   block.number = number;
-  block.idx = emulator_block_idx = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
+  block.idx = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
   block.barriers = 0;
+  block.awaits_cluster = false;
   block.acquired.clear();
-  begin_block();
+  begin_block(block);
+  for (uint32_t t = 0; t < thread_count(); ++t) start_thread(block, t);
+}
+
+// The blocks from number `first` on.
+void run_cluster(uint32_t first) {
   ready.clear();
-  for (uint32_t t = 0; t < thread_count(); ++t) start(block, t);
+  for (uint32_t rank = 0; rank < cluster.size(); ++rank) start(cluster[rank], first + rank);
   for (size_t head = 0; head < ready.size() && !stopped;) {
     // One of those that have waited longest, so that nobody waits for ever.
-    const size_t choices = std::min<size_t>(ready.size() - head, thread_count());
+    const size_t choices = std::min<size_t>(ready.size() - head, cluster.size() * thread_count());
     if (seed != 0) std::swap(ready[head], ready[head + random_bits() % choices]);
     run(ready[head++]);
     if (head > 65536) {
@@ -232,12 +267,17 @@ void run_block(Block& block, uint32_t number) {
       head = 0;
     }
   }
-  if (!stopped) report_deadlock(block);
+  if (!stopped) report_deadlock();
+  for (const Block& block : cluster)
+    if (!stopped && block.awaits_cluster)
+      complain("BLOCK MAY HAVE ENDED", "whose memory is reached into after its last cluster barrier");
 }
 
-bool launchable(dim3 grid, dim3 block) {
+bool launchable(dim3 grid, dim3 block, unsigned cluster_size, size_t shared_bytes) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
-  return threads > 0 && threads <= kMaxBlock && blocks > 0 && blocks < kMaxGrid - 1 && grid.y < 65536 && grid.z < 65536;
+  return threads > 0 && threads <= kMaxBlock && blocks > 0 && blocks < kMaxGrid - 1 && grid.y < 65536 &&
+         grid.z < 65536 && cluster_size > 0 && cluster_size <= kMaxCluster && grid.x % cluster_size == 0 &&
+         shared_bytes <= kMaxDynamicShared;
 }
 
 }  // namespace
@@ -264,6 +304,13 @@ extern "C" int emulator_block_barrier(int predicate, SourceLine caller) {
   return int(running->result);
 }
 
+extern "C" void emulator_cluster_barrier(SourceLine caller) {
+  running->state = State::kAtClusterBarrier;
+  running->waits_at = caller;
+  try_cluster_barrier();
+  back_to_host();
+}
+
 extern "C" uint64_t emulator_warp_op(WarpOp op, unsigned mask, uint64_t value, int source_lane, SourceLine caller) {
   Thread& t = *running;
   if (!(mask >> t.number % warpSize & 1)) {
@@ -281,8 +328,9 @@ extern "C" uint64_t emulator_warp_op(WarpOp op, unsigned mask, uint64_t value, i
   return t.result;
 }
 
-extern "C" cudaError_t emulator_launch(dim3 grid, dim3 block, void (*thread)(void*), void* arguments, size_t size) {
-  if (!launchable(grid, block)) return last_error = cudaErrorInvalidConfiguration;
+extern "C" cudaError_t emulator_launch(dim3 grid, dim3 block, unsigned cluster_size, size_t shared_bytes,
+                                       void (*thread)(void*), void* arguments, size_t size) {
+  if (!launchable(grid, block, cluster_size, shared_bytes)) return last_error = cudaErrorInvalidConfiguration;
   emulator_grid_dim = grid;
   emulator_block_dim = block;
   kernel_thread = thread;
@@ -290,30 +338,60 @@ extern "C" cudaError_t emulator_launch(dim3 grid, dim3 block, void (*thread)(voi
   stopped = false;
   random_bits.seed(seed);
   accesses_left = preempt_every ? random_bits() % preempt_every : 0;
-  begin_launch(arguments, size);
+  begin_launch(arguments, size, shared_bytes);
   const size_t complaints_before = complaints();
+  launches.push_back({grid.x, block.x, block.y, cluster_size, unsigned(shared_bytes)});
 
-  std::vector<uint32_t> order(size_t(grid.x) * grid.y * grid.z);
-  for (size_t i = 0; i < order.size(); ++i) order[i] = uint32_t(i);
+  std::vector<uint32_t> order(size_t(grid.x) * grid.y * grid.z / cluster_size);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = uint32_t(i) * cluster_size;
   if (seed != 0) std::shuffle(order.begin(), order.end(), random_bits);
-  Block state;
-  state.threads.resize(thread_count());
-  for (const uint32_t number : order)
-    if (!stopped) run_block(state, number);
+  cluster.resize(cluster_size);
+  for (Block& b : cluster) b.threads.resize(thread_count());
+  for (const uint32_t first : order)
+    if (!stopped) run_cluster(first);
   if (complaints() > complaints_before) last_error = cudaErrorLaunchFailure;
   return last_error;
 }
 
-// Also forgets the last error.
+// Also forgets the last error, and what was launched.
 EMULATOR_EXPORT void emulator_schedule(unsigned with_seed, unsigned with_preempt_every) {
+  launches.clear();
   last_error = cudaSuccess;
   seed = with_seed;
   preempt_every = with_preempt_every;
 }
 
+EMULATOR_EXPORT unsigned emulator_launch_count() { return unsigned(launches.size()); }
+EMULATOR_EXPORT const Launch* emulator_launch_number(unsigned i) { return &launches[i]; }
+
 }  // namespace emulator
 
 // ---- The part of the CUDA runtime's API that the launchers call
+
+extern "C" cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+// A tiny GPU, so that small problems reach every kernel.
+extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = 16 * 1024;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 8 * 1024;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
 
 extern "C" cudaError_t cudaGetLastError() {
   const cudaError_t error = emulator::last_error;

@@ -88,7 +88,7 @@ __global__ void sum(float* input, int numel, float* partial, unsigned* ticket, f
 
 extern "C" __attribute__((visibility("default"))) int self_test(float* input, int numel, float* partial,
                                                                 unsigned* ticket, float* total) {
-  launch_on_cpu(sum, dim3(unsigned(numel + kThreads - 1) / kThreads), dim3(kThreads), input, numel, partial, ticket,
+  launch_on_cpu(sum, dim3(unsigned(numel + kThreads - 1) / kThreads), dim3(kThreads), 1, 0, input, numel, partial, ticket,
                 total);
   return cudaGetLastError();
 }

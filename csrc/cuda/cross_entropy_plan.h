@@ -1,0 +1,112 @@
+// Which threads share a row. Decided on the host, from sizes and what the device has; the kernels only follow.
+#pragma once
+
+#include "cuda/launch.cuh"
+
+namespace fusedloss::cuda {
+
+constexpr int kMaxThreads = 512;
+constexpr int kMaxThreadsOfDoubles = 256;  // for they take two registers each
+constexpr int kColumnThreads = 256;
+constexpr int kRowsOfBlock = 128;  // at most
+constexpr int kPackBytes = 16;
+
+// How many packs of logits a thread holds at a time, and as many of probabilities: bytes in flight against registers. In
+// columns, where a pack is one class. The sweep that writes takes half of them: half of its traffic is its stores.
+template <bool kSpread>
+constexpr int kTilePacks = kSpread ? 2 : 4;
+template <bool kSpread>
+constexpr int kColumnPacks = kSpread ? 4 : 8;
+
+// A block has (threads of a row, rows) threads; in columns, (rows, threads of a row), since there the neighbours of an
+// element in memory are of other rows.
+struct RowPlan {
+  dim3 block = 1;
+  unsigned grid = 1;
+  bool columns = false;
+  int64_t rows = 0, step = 0;  // a block's rows of one turn and of the next are a step apart
+  int blocks = 1;        // that share a row, if they are more
+  bool cluster = false;  // either in a cluster
+  bool split = false;    // or apart, to meet in scratch
+  int kept_packs = 0;    // of logits, of each thread, in shared memory
+
+  LaunchShape shape(const CrossEntropyOptions& o) const {
+    return {grid, block, cluster ? blocks : 1, kept_packs * kept_bytes_of_pack(o) * block.x * block.y};
+  }
+
+  static bool is_spread(const CrossEntropyOptions& o) { return o.target_probability || o.label_smoothing > 0; }
+  static int64_t kept_bytes_of_pack(const CrossEntropyOptions& o) {
+    return o.target_probability ? 2 * kPackBytes : kPackBytes;
+  }
+};
+
+inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+inline unsigned grid_size(const CrossEntropyOptions& o, int64_t work_of_a_block, int64_t blocks_together = 1) {
+  const int64_t groups = divide_up(o.rows(), work_of_a_block), most = o.tuning.max_blocks / blocks_together;
+  return unsigned((groups < most ? groups : most > 0 ? most : 1) * blocks_together);
+}
+
+// Rows are neighbours in memory, or nothing is. Fewer rows to a block, down to the 32 bytes that memory gives at once,
+// where that keeps more multiprocessors busy.
+inline RowPlan plan_columns(const CrossEntropyOptions& o) {
+  constexpr int64_t kLeastClasses = 16;  // of a thread
+  RowPlan plan;
+  plan.rows = o.rows();
+  plan.columns = true;
+  plan.block = dim3(kColumnThreads, 1);
+  while (plan.block.x * bytes_of(o.dtype) > 32 && o.classes >= 2 * plan.block.y * kLeastClasses &&
+         divide_up(o.rows(), plan.block.x) < 4 * o.tuning.multiprocessors) {
+    plan.block.x /= 2;
+    plan.block.y *= 2;
+  }
+  plan.grid = grid_size(o, plan.block.x);
+  plan.step = int64_t(plan.grid) * plan.block.x;
+  return plan;
+}
+
+// with_exchange: the threads of a row have to merge what they know; without_exchange: its statistics are known, as in
+// the backward pass.
+inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
+  const CudaTuning& t = o.tuning;
+  const bool keeps = with_exchange && o.grad_logits != nullptr;
+  const bool neighbours = o.logits_strides.classes == 1 &&
+                          (o.grad_logits == nullptr || o.grad_strides.classes == 1) &&
+                          (o.target_probability == nullptr || o.target_strides.classes == 1);
+  if (!neighbours || o.classes <= t.thread_classes) return plan_columns(o);
+
+  const int64_t packs = divide_up(o.classes * bytes_of(o.dtype), kPackBytes);
+  const int64_t tile_packs = RowPlan::is_spread(o) ? kTilePacks<true> : kTilePacks<false>;
+  const int64_t pack_bytes = RowPlan::kept_bytes_of_pack(o);
+  RowPlan plan;
+  plan.rows = o.rows();
+  if (o.classes * bytes_of(o.dtype) <= t.warp_bytes) {
+    unsigned lanes = 1;
+    while (lanes < 32 && lanes * tile_packs < packs) lanes *= 2;
+    plan.block = dim3(lanes, kRowsOfBlock / lanes);
+  } else {
+    const int64_t parts = divide_up(2 * t.multiprocessors, o.rows() > 0 ? o.rows() : 1);
+    const int64_t most_parts = o.classes / t.split_classes;
+    if (o.rows() < t.multiprocessors && most_parts >= 2) {
+      plan.blocks = int(parts < most_parts ? parts : most_parts);
+      plan.split = true;
+    } else if (keeps) {
+      while (2 * plan.blocks <= t.cluster_blocks && packs * pack_bytes > plan.blocks * t.kept_bytes) plan.blocks *= 2;
+      plan.cluster = plan.blocks > 1;
+    }
+    unsigned threads = 128;
+    const unsigned most_threads = o.dtype == DType::kFloat64 ? kMaxThreadsOfDoubles : kMaxThreads;
+    while (threads < most_threads && packs >= 2 * threads * tile_packs * plan.blocks) threads *= 2;
+    plan.block = dim3(threads);
+  }
+  plan.grid = grid_size(o, plan.block.y, plan.blocks);
+  plan.step = int64_t(plan.grid / plan.blocks) * plan.block.y;
+  if (keeps && !plan.split) {
+    const int64_t tiles = divide_up(packs, int64_t(plan.block.x) * plan.blocks * tile_packs);
+    const int64_t room = t.kept_bytes / (int64_t(plan.block.x) * plan.block.y * tile_packs * pack_bytes);
+    plan.kept_packs = int((tiles < room ? tiles : room) * tile_packs);
+  }
+  return plan;
+}
+
+}  // namespace fusedloss::cuda
