@@ -1,6 +1,11 @@
-"""The CUDA sources compile for every architecture they are meant for, without a warning. No GPU is needed for that."""
+"""The CUDA sources compile for every architecture they are meant for, without a warning, into code that keeps what a
+thread holds in registers and moves 16 bytes at a time. No GPU is needed for that."""
 
+import importlib.metadata
+import re
+import shutil
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -10,34 +15,191 @@ from fusedloss import _build
 CSRC = _build.csrc_directory()
 TOOLKIT = _build.find_toolkit()
 
+# The 16-byte accesses of global memory that a kernel must have; of two patterns that fit, the first counts.
+LOADS, STORES = "LDG", "STG"
+KERNELS = {
+    "finish*": [],  # a number or two for each row or block, not for each class
+    "weigh*": [],
+    "*columns*": [],  # a thread's classes lie apart; what a warp loads at once are neighbours
+    "forward_rows": [LOADS],
+    "forward": [LOADS, STORES],
+    "backward_rows": [LOADS, STORES],
+    "backward": [LOADS, STORES],
+}
 
-@pytest.mark.skipif(TOOLKIT is None, reason="no CUDA toolkit with nvcc is found")
-@pytest.mark.parametrize("source", sorted(CSRC.glob("cuda/*.cu")), ids=lambda path: path.name)
-def test_compiles_without_warnings(source: Path, tmp_path: Path):
+
+def compile_kernels(source: Path, folder: Path, *flags: str, architectures=_build.ARCHITECTURES) -> str:
+    """What nvcc and ptxas have to say; the cubins are left in the folder."""
+    warnings = ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v"]
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
+    command = [TOOLKIT.nvcc, "-std=c++17", "-O3", f"-I{CSRC}", *warnings, *targets, *flags, "--keep"]
+    command += ["--keep-dir", folder, "-c", source, "-o", folder / "kernels.o"]
+    run = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stderr
+
+
+def find_nvdisasm() -> str | None:
+    """The toolkit's, else the one that pip installed, which is not on the PATH."""
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    folders = [TOOLKIT.home / "bin", *(file.locate().parent for file in files if file.name == "nvdisasm")]
+    return next((found for folder in folders if (found := shutil.which("nvdisasm", path=folder))), None)
+
+
+def disassemble(folder: Path) -> dict[tuple[str, str], str]:
+    """The instructions of every kernel, by its cubin and mangled name."""
+    nvdisasm = find_nvdisasm()
+    if nvdisasm is None:
+        pytest.skip("no nvdisasm is found, pip install nvidia-cuda-nvdisasm brings one")
+    found = {}
+    for cubin in sorted(folder.glob("*.cubin")):
+        run = subprocess.run([nvdisasm, "--print-code", cubin], capture_output=True, text=True, check=True)
+        _, *sections = re.split(r"^\.text\.(\S+):$", run.stdout, flags=re.MULTILINE)
+        found |= {(cubin.name, name): code for name, code in zip(sections[::2], sections[1::2], strict=True)}
+    return found
+
+
+def kernel_name(mangled: str) -> str:
+    """_ZN4cuda12forward_rowsIfEEvv is forward_rows: the last of the names that follow their lengths."""
+    name, rest = mangled, re.sub("^_ZN?", "", mangled)
+    while length := re.match(r"\d+", rest):
+        end = length.end() + int(length[0])
+        name, rest = rest[length.end() : end], rest[end:]
+    return name
+
+
+def through_memory(log: str) -> list[str]:
+    """Kernels with registers that did not fit, or arrays that could not be kept in registers."""
+    frames = re.findall(r"Function properties for (\S+)\n\s*(\d+ bytes stack.*)", log)
+    assert frames, f"ptxas says nothing of stack frames: {log[-1000:]}"
+    return [f"{name}: {frame}" for name, frame in frames if set(re.findall(r"\d+", frame)) != {"0"}]
+
+
+def scalar_accesses(kernels: dict[tuple[str, str], str]) -> list[str]:
+    """Kernels without 16-byte accesses that KERNELS asks for, or that it does not know."""
+    found = []
+    for (cubin, mangled), code in kernels.items():
+        name = kernel_name(mangled)
+        wanted = next((wanted for pattern, wanted in KERNELS.items() if fnmatch(name, pattern)), None)
+        if wanted is None:
+            found.append(f"{name} is a new kernel: add to KERNELS in {Path(__file__).name} what it must load and store")
+        else:
+            missing = [access for access in wanted if not re.search(rf"\b{access}\.E[.\w]*\.128\b", code)]
+            found += [f"{cubin}: {mangled} has no 16-byte {access}" for access in missing]
+    return found
+
+
+needs_nvcc = pytest.mark.skipif(TOOLKIT is None, reason="no CUDA toolkit with nvcc is found")
+
+
+@pytest.fixture(scope="module", params=sorted(CSRC.glob("cuda/*.cu")), ids=lambda path: path.name)
+def compiled(request, tmp_path_factory) -> tuple[Path, str]:
+    """One compile for all tests: the folder with its cubins, and nvcc's log."""
     missing = set(_build.ARCHITECTURES) - set(TOOLKIT.supported())
     if missing:
         pytest.skip(f"nvcc of CUDA {TOOLKIT.version} does not know the architectures {missing}")
-    architectures = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in _build.ARCHITECTURES]
-    warnings = ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v,--warn-on-spills"]
-    command = [TOOLKIT.nvcc, "-std=c++17", "-O3", f"-I{CSRC}", *warnings, *architectures, "--threads=2"]
-    output = tmp_path / "kernels.o"
-    run = subprocess.run([*map(str, command), "-c", str(source), "-o", str(output)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert output.stat().st_size > 0
-    # Registers that did not fit, and arrays that were not kept in registers, go through memory.
-    spilled = [
-        line for line in run.stderr.splitlines() if "spill stores" in line and " 0 bytes spill stores" not in line
-    ]
-    assert not spilled, spilled[:5]
+    folder = tmp_path_factory.mktemp(request.param.stem)
+    return folder, compile_kernels(request.param, folder)
 
 
-@pytest.mark.skipif(TOOLKIT is None, reason="no CUDA toolkit with nvcc is found")
-def test_a_warning_fails(tmp_path: Path):
-    source = tmp_path / "warned.cu"
-    source.write_text("__global__ void kernel(int* p) { int unused; *p = 0; }\n")
-    command = [str(TOOLKIT.nvcc), "-Werror=all-warnings", "-arch=sm_80", "-c", str(source), "-o", str(tmp_path / "o.o")]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode != 0 and "unused" in run.stderr
+@needs_nvcc
+def test_compiles_without_warnings(compiled):
+    folder, _ = compiled
+    assert (folder / "kernels.o").stat().st_size > 0
+    assert len(list(folder.glob("*.cubin"))) == len(_build.ARCHITECTURES)
+
+
+@needs_nvcc
+def test_everything_stays_in_registers(compiled):
+    _, log = compiled
+    assert through_memory(log) == []
+
+
+@needs_nvcc
+def test_sweeps_access_16_bytes_at_a_time(compiled):
+    folder, _ = compiled
+    kernels = disassemble(folder)
+    assert len(kernels) >= len(_build.ARCHITECTURES)
+    assert scalar_accesses(kernels) == []
+
+
+# ---- the checks above do find what they look for
+
+
+def compile_bad(code: str, folder: Path, *flags: str) -> str:
+    (folder / "bad.cu").write_text(code)
+    return compile_kernels(folder / "bad.cu", folder, *flags, architectures=[80])
+
+
+@needs_nvcc
+def test_a_warning_is_found(tmp_path: Path):
+    with pytest.raises(AssertionError, match="unused"):
+        compile_bad("__global__ void forward(int* p) { int unused; *p = 0; }", tmp_path)
+
+
+DYNAMIC_INDEX = """
+__global__ void forward(const int* p, int* out) {
+  int array[64] = {};
+  for (int i = 0; i < 64; ++i) array[p[i]] += i;
+  *out = array[p[64]];
+}"""
+MANY_REGISTERS = """
+__global__ void forward(const float* p, float* out) {
+  float values[64], sum = 0;
+#pragma unroll
+  for (int i = 0; i < 64; ++i) values[i] = p[i * 32 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; ++i) sum = sum * values[i] + values[63 - i];
+  out[threadIdx.x] = sum;
+}"""
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("code", "flags", "what"),
+    [
+        (DYNAMIC_INDEX, [], "256 bytes stack frame, 0 bytes spill stores"),
+        (MANY_REGISTERS, ["-maxrregcount=32"], "[1-9][0-9]* bytes spill stores"),
+    ],
+    ids=["a dynamic index", "a spill"],
+)
+def test_memory_that_should_be_registers_is_found(code, flags, what, tmp_path: Path):
+    (found,) = through_memory(compile_bad(code, tmp_path, *flags))
+    assert "forward" in found and re.search(what, found)
+
+
+@needs_nvcc
+def test_what_fits_in_registers_is_not_found(tmp_path: Path):
+    assert through_memory(compile_bad(MANY_REGISTERS, tmp_path)) == []
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("copy", "missing"),
+    [
+        ("out[i] = in[i];", []),
+        ("out[i].x = in[i].x;", [LOADS, STORES]),
+        ("out[i].x = in[i].x * in[i].y * in[i].z * in[i].w;", [STORES]),
+        ("out[i] = make_int4(i, i, i, in[i].x);", [LOADS]),
+    ],
+)
+def test_an_access_of_less_than_16_bytes_is_found(copy, missing, tmp_path: Path):
+    signature = "__global__ void backward_rows(const int4* in, int4* out)"
+    compile_bad(signature + "{ const int i = threadIdx.x; " + copy + " }", tmp_path)
+    found = scalar_accesses(disassemble(tmp_path))
+    assert [line.rpartition(" ")[2] for line in found] == missing
+
+
+@needs_nvcc
+def test_a_kernel_that_nobody_has_classified_is_found(tmp_path: Path):
+    compile_bad("namespace a { template <class T> __global__ void sideways(T*) {} template __global__ void "
+                "sideways(int*); }", tmp_path)  # fmt: skip
+    (found,) = scalar_accesses(disassemble(tmp_path))
+    assert "sideways is a new kernel: add to KERNELS" in found
 
 
 @pytest.mark.parametrize("folder", ["cpu", "cuda", "formulas"])
