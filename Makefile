@@ -6,23 +6,38 @@ TORCH := torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# Another torch with CUDA, for make cuda-build; several GB.
+TORCH_CUDA := torch==2.14.1
+VENV_CUDA := .venv-cuda
+PIP_CUDA := $(VENV_CUDA)/bin/python -m pip --quiet --disable-pip-version-check
+# What computes on the CPU, and what torch is told of the ops. The others look at the checkout, or take long.
+TESTS_CUDA := $(addprefix tests/test_,$(addsuffix .py,cross_entropy mse_loss semantics accuracy autograd bad_input \
+	bounds fake_tensors opcheck grad_in_forward inplace_backward modules))
 SOURCES := setup.py fusedloss/_build.py $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help demo test bench lint format build wheel clean
+.PHONY: help demo test cuda-build bench lint format build wheel clean
 
 help:
-	@echo "make demo    train with fusedloss's losses beside torch's, show the curves and a table of times"
-	@echo "make test    run all tests"
-	@echo "make bench   measure against torch, eager and compiled"
-	@echo "make lint    check the style; make format puts it right"
-	@echo "make wheel   build the wheel and the source distribution into dist/"
-	@echo "make clean   remove everything that was built, .venv included"
+	@echo "make demo        train with fusedloss's losses beside torch's, show the curves and a table of times"
+	@echo "make test        run all tests"
+	@echo "make cuda-build  build with nvcc too, in $(VENV_CUDA), and run tests of the CPU through that; needs no GPU"
+	@echo "make bench       measure against torch, eager and compiled"
+	@echo "make lint        check the style; make format puts it right"
+	@echo "make wheel       build the wheel and the source distribution into dist/"
+	@echo "make clean       remove everything that was built, .venv and $(VENV_CUDA) included"
 
 demo: build
 	$(PY) -m benchmarks.demo
 
 test: build
 	$(PY) -m pytest tests
+
+# The tests are copied away from the checkout, whose own package would be imported in place of the installed one.
+cuda-build: $(VENV_CUDA)/built
+	@rm -rf $(VENV_CUDA)/away && mkdir $(VENV_CUDA)/away && cp -r pyproject.toml tests $(VENV_CUDA)/away
+	cd $(VENV_CUDA)/away && ../bin/python -c "from fusedloss import _backend; what = _backend.describe(); print(what); \
+		assert 'CPU and CUDA' in what and '(prebuilt)' in what"
+	cd $(VENV_CUDA)/away && ../bin/python -m pytest $(TESTS_CUDA)
 
 bench: build
 	$(PY) -m benchmarks
@@ -56,5 +71,22 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	@$(PY) -c "from fusedloss import _backend; print(_backend.describe())"
 	@touch $@
 
+$(VENV_CUDA)/installed: Makefile
+	@cd fusedloss && $(PYTHON) -c 'import _build; assert _build.find_toolkit(), "make: no CUDA toolkit with nvcc is found"'
+	@test -x $(VENV_CUDA)/bin/python || { $(PYTHON) -m venv $(VENV_CUDA) || { rm -rf $(VENV_CUDA); exit 1; }; }
+	@echo "make: installing $(TORCH_CUDA), with its CUDA libraries"
+	@$(PIP_CUDA) install "$(TORCH_CUDA)" "setuptools>=77" ninja
+	@touch $@
+
+# Builds in a folder of its own: in build/, each kind of build would make the other compile all over again.
+$(VENV_CUDA)/built: $(VENV_CUDA)/installed pyproject.toml $(SOURCES) $(wildcard fusedloss/*.py)
+	@echo "make: compiling the extension with nvcc"
+	@rm -rf $(VENV_CUDA)/dist
+	@FUSEDLOSS_CUDA=1 $(VENV_CUDA)/bin/python setup.py build --build-base $(VENV_CUDA)/build \
+		bdist_wheel --dist-dir $(VENV_CUDA)/dist > $(VENV_CUDA)/build.log 2>&1 || { cat $(VENV_CUDA)/build.log; exit 1; }
+	@$(PIP_CUDA) uninstall --yes fusedloss
+	@$(PIP_CUDA) install "$$(echo $(VENV_CUDA)/dist/*.whl)[test]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info fusedloss/_C.* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_CUDA) build dist *.egg-info fusedloss/_C.* .pytest_cache .ruff_cache .hypothesis
