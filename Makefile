@@ -72,7 +72,7 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	@touch $@
 
 $(VENV_CUDA)/installed: Makefile
-	@cd fusedloss && $(PYTHON) -c 'import _build; assert _build.find_toolkit(), "make: no CUDA toolkit with nvcc is found"'
+	@cd fusedloss && $(PYTHON) -c 'import sys, _build; sys.exit(_build.find_toolkit() is None and "make: no nvcc is found")'
 	@test -x $(VENV_CUDA)/bin/python || { $(PYTHON) -m venv $(VENV_CUDA) || { rm -rf $(VENV_CUDA); exit 1; }; }
 	@echo "make: installing $(TORCH_CUDA), with its CUDA libraries"
 	@$(PIP_CUDA) install "$(TORCH_CUDA)" "setuptools>=77" ninja
