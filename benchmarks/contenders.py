@@ -1,7 +1,7 @@
 """Who is timed: torch's module in eager mode, the same module under torch.compile, and fusedloss's.
 
-Two more stand beside them where a suite asks for it: torch's eager module in a process whose allocator asks for huge
-pages, and the machine's own copy into fresh memory, the limit of all.
+Others stand beside them where a suite asks for it: torch's eager module in a process whose allocator asks for huge
+pages, the peers, and the machine's own copy, the limit of all.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,9 @@ import fusedloss
 
 from .cases import Case
 from .copying import make_copy
+from .peers import PEERS, Loss
 from .timing import Step
 from .worker import EagerWithHugePages
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 EAGER_MODULES: dict[str, type[nn.Module]] = {"cross_entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 FUSED_MODULES: dict[str, type[nn.Module]] = {
@@ -46,11 +45,20 @@ CONTENDERS: dict[str, Callable[[Case], Loss]] = {"eager": eager, "compile": comp
 # Contenders that are no loss in this process.
 OTHERS: dict[str, Callable[[Case, list[tuple[Tensor, Tensor]]], Step]] = {
     "eager, THP": lambda case, inputs: EagerWithHugePages(case),
-    "copy": lambda case, inputs: make_copy(inputs[0][0]),
+    "copy": lambda case, inputs: make_copy([logits for logits, _ in inputs]),
 }
 
 
-def make_step(loss: Loss, case: Case, inputs: list[tuple[Tensor, Tensor]]) -> Step:
+def loss_of(name: str, case: Case) -> Loss:
+    return PEERS[name].load() if name in PEERS else CONTENDERS[name](case)
+
+
+def overwrites_logits(name: str) -> bool:
+    """Whatever the case says."""
+    return name in PEERS and PEERS[name].overwrites
+
+
+def make_step(loss: Loss, case: Case, inputs: list[tuple[Tensor, Tensor]], overwrites: bool = False) -> Step:
     """What one timed call does: the loss, or the loss, its backward and the release of the gradient.
 
     The gradient is dropped after every step, so that the next backward makes a new one, as after
@@ -73,23 +81,29 @@ def make_step(loss: Loss, case: Case, inputs: list[tuple[Tensor, Tensor]]) -> St
         loss(logits, target).backward()
         logits.grad = None
 
-    if case.in_place:
-        return step_on_a_result(loss, *inputs[0])
+    if case.in_place or overwrites:
+        return step_on_a_result(loss, case, *inputs[0])
     return Step(forward if case.step == "forward" else forward_and_backward)
 
 
-def step_on_a_result(loss: Loss, logits: Tensor, target: Tensor) -> Step:
-    """The loss and its backward pass on a result, which may be overwritten: it is made anew, outside the clock."""
-    memory, leaf = torch.empty_like(logits, requires_grad=False), torch.zeros((), requires_grad=True)
+def step_on_a_result(loss: Loss, case: Case, logits: Tensor, target: Tensor) -> Step:
+    """The same on a result, which may be overwritten: it is made anew, outside the clock."""
+    memory = torch.empty_like(logits, requires_grad=False)
+    # Of the logits' dtype and device: autograd would convert its gradient, inside the clock.
+    leaf = torch.zeros((), dtype=logits.dtype, device=logits.device, requires_grad=True)
 
     def restore() -> None:
         memory.copy_(logits.detach())
+
+    def forward() -> None:
+        with torch.no_grad():
+            loss(memory, target)
 
     def forward_and_backward() -> None:
         loss(ResultOf.apply(leaf, memory), target).backward()
         leaf.grad = None
 
-    return Step(forward_and_backward, prepare=restore)
+    return Step(forward if case.step == "forward" else forward_and_backward, prepare=restore)
 
 
 class ResultOf(torch.autograd.Function):

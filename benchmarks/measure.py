@@ -1,5 +1,6 @@
 """One case from start to end: build the contenders, verify them, weigh their memory, time them side by side."""
 
+import gc
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,13 +12,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from .cases import Case, bytes_moved, gradient_bytes, make_inputs
-from .contenders import CONTENDERS, OTHERS, Loss, eager, make_step
+from .contenders import OTHERS, eager, loss_of, make_step, overwrites_logits
 from .contention import start_watch
 from .memory import peak_extra_bytes
-from .timing import Effort, Step, Times, interleave, timer_for
+from .peers import Loss
+from .timing import Effort, Step, Times, host_seconds, interleave, timer_for
 from .worker import EagerWithHugePages
 
 MAX_COPIES = 64
+HOST_COUNTS_BELOW = 1 << 20  # bytes of logits: where a GPU takes less time than its host to launch the kernels
 PAUSE_BETWEEN_PROCESSES = 0.02
 # Of the loss, and of the largest entry of the gradient. Wide: the tests are the judge, this only keeps wrong kernels
 # out of a table of speeds.
@@ -31,6 +34,7 @@ class Measurement:
     times: Times | None = None
     peak_extra_bytes: int | None = None
     note: str = ""
+    host_seconds: float | None = None  # a call's, until the GPU has its work; of small cases on CUDA
 
 
 @dataclass(frozen=True)
@@ -54,20 +58,29 @@ class CaseResult:
         return moved / median / 1e9 if median else None
 
     def share_of_copy(self, name: str) -> float | None:
-        """Bytes that must move a second, as a part of those that a copy into fresh memory moves."""
+        """Bytes that must move a second, as a part of those that a copy moves."""
         mine, limit = self.gb_per_s(name), self.gb_per_s("copy")
         return mine / limit if mine and limit else None
 
 
 def measure_all(plan: Iterable[tuple[Case, list[str]]], effort: Effort, progress_console: Console) -> list[CaseResult]:
-    """Every case of the plan with its contenders, under a progress bar where there is a terminal to draw it."""
+    """Every case of the plan with its contenders, under a progress bar where there is a terminal to draw it.
+
+    An interrupt ends it after the cases that are done.
+    """
     plan = list(plan)
     results = []
     with progress_bar(progress_console) as progress:
         task = progress.add_task("", total=len(plan))
         for case, names in plan:
             progress.update(task, description=str(case), refresh=True)
-            results.append(measure_case(case, names, effort))
+            try:
+                results.append(measure_case(case, names, effort))
+            except RuntimeError as error:  # no memory for a case of this size, or a device that has failed
+                note = Measurement(note=first_line(error))
+                results.append(CaseResult(case, dict.fromkeys(names, note)))
+            except KeyboardInterrupt:
+                break
             progress.advance(task)
     return results
 
@@ -84,11 +97,11 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 
 def measure_case(case: Case, names: list[str], effort: Effort) -> CaseResult:
     """A contender that fails, or is wrong, gets a note instead of figures and stops nobody else."""
-    try:
-        inputs = [make_inputs(case, seed) for seed in range(copies(case))]
-        reference = reference_results(case, *inputs[0])
-    except RuntimeError as error:  # no memory for a case of this size
-        return CaseResult(case, {name: Measurement(note=first_line(error)) for name in names})
+    if case.device == "cuda":
+        gc.collect()  # what the case before has left, and the allocator keeps in blocks of its sizes
+        torch.cuda.empty_cache()
+    inputs = [make_inputs(case, seed) for seed in range(copies(case))]
+    reference = reference_results(case, *inputs[0])
     steps: dict[str, Step] = {}
     notes: dict[str, str] = {}
     for name in names:
@@ -96,9 +109,9 @@ def measure_case(case: Case, names: list[str], effort: Effort) -> CaseResult:
             if name in OTHERS:
                 steps[name], notes[name] = OTHERS[name](case, inputs), ""
                 continue
-            loss = CONTENDERS[name](case)
-            steps[name] = make_step(loss, case, inputs)
-            notes[name] = disagreement(loss, case, inputs[0], reference)
+            loss, overwrites = loss_of(name, case), overwrites_logits(name)
+            steps[name] = make_step(loss, case, inputs, overwrites)
+            notes[name] = disagreement(loss, case, inputs[0], reference, overwrites)
             steps[name]()  # compiles what is compiled at first use
         except Exception as error:  # a compiler can raise anything
             notes[name] = first_line(error)
@@ -110,7 +123,9 @@ def measure_case(case: Case, names: list[str], effort: Effort) -> CaseResult:
     times = interleave(sound, timer_for(case.device), effort, pause=PAUSE_BETWEEN_PROCESSES if helpers else 0.0)
     for helper in helpers:
         helper.close()
-    measurements = {name: Measurement(times.get(name), peaks.get(name), notes[name]) for name in names}
+    host_counts = case.device == "cuda" and gradient_bytes(case) < HOST_COUNTS_BELOW
+    host = {name: host_seconds(step) for name, step in sound.items() if host_counts and name not in OTHERS}
+    measurements = {name: Measurement(times.get(name), peaks.get(name), notes[name], host.get(name)) for name in names}
     return CaseResult(case, measurements, others_share())
 
 
@@ -130,20 +145,30 @@ def reference_results(case: Case, logits: Tensor, target: Tensor) -> tuple[Tenso
     return loss_and_gradient(eager(exact_case), exact_case, logits.detach().double().requires_grad_(), exact_target)
 
 
-def loss_and_gradient(loss: Loss, case: Case, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+def loss_and_gradient(
+    loss: Loss, case: Case, logits: Tensor, target: Tensor, overwrites: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """What one step computes, by the same path as the timed step, so that nothing else gets compiled for it."""
+    given = logits * 1 if case.in_place or overwrites else logits
     if case.step == "forward":
         with torch.no_grad():
-            return loss(logits, target), None
-    value = loss(logits * 1 if case.in_place else logits, target)
+            return loss(given, target), None
+    value = loss(given, target)
     value.backward()
     gradient, logits.grad = logits.grad, None
     return value.detach(), gradient
 
 
-def disagreement(loss: Loss, case: Case, inputs: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor | None]) -> str:
+def disagreement(
+    loss: Loss,
+    case: Case,
+    inputs: tuple[Tensor, Tensor],
+    reference: tuple[Tensor, Tensor | None],
+    overwrites: bool = False,
+) -> str:
     """Why the results are wrong, or nothing."""
-    for what, mine, exact in zip(("loss", "gradient"), loss_and_gradient(loss, case, *inputs), reference, strict=True):
+    results = loss_and_gradient(loss, case, *inputs, overwrites)
+    for what, mine, exact in zip(("loss", "gradient"), results, reference, strict=True):
         if exact is None:
             continue
         if mine is None:

@@ -12,6 +12,7 @@ import torch
 
 Timer = Callable[["Step", int], float]
 WARM_UP_CALLS = 3
+HOST_BATCHES, HOST_CALLS = 15, 50
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,35 @@ def cpu_timer(step: Step, calls: int) -> float:
 
 
 def cuda_timer(step: Step, calls: int) -> float:
-    """Seconds per call between two events of the stream; launches that the GPU waits for are part of it."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    """Seconds per call between two events of the stream; launches that the GPU waits for are part of it.
+
+    A step that is prepared has a pair of events for each call, so that the GPU's time for preparing is not counted.
+    """
+    spans = 1 if step.prepare is None else calls
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(spans)]
     torch.cuda.synchronize()
-    start.record()
-    for _ in range(calls):
-        step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
+    for start, end in events:
+        if step.prepare:
+            step.prepare()
+        start.record()
+        for _ in range(calls // spans):
+            step.run()
+        end.record()
+    torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in events) / 1e3 / calls
+
+
+def host_seconds(step: Step) -> float:
+    """Per call, until the host has handed its work to the GPU, which is not waited for; the median of a few batches.
+
+    A batch has few enough launches for the queue to take them all: a full one would make the host wait.
+    """
+    batches = []
+    for _ in range(HOST_BATCHES):
+        torch.cuda.synchronize()
+        batches.append(step.seconds(HOST_CALLS))
+    torch.cuda.synchronize()
+    return statistics.median(batches)
 
 
 def timer_for(device: str) -> Timer:

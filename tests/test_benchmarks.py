@@ -226,7 +226,7 @@ class Broken(nn.CrossEntropyLoss):
 def test_a_wrong_or_failing_contender_has_a_note_and_no_figures(
     module: type[nn.Module], note: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(measure.CONTENDERS, "fusedloss", lambda case: module())
+    monkeypatch.setitem(contenders.CONTENDERS, "fusedloss", lambda case: module())
     case = Case("cross_entropy", 8, 5, "float32", "forward+backward")
     result = measure_case(case, ["eager", "fusedloss"], BRIEF)
     assert result.measurements["fusedloss"].note.startswith(note)

@@ -1,0 +1,47 @@
+"""Other libraries' cross entropy on CUDA, timed where they are installed: an adapter each.
+
+cut-cross-entropy is not among them: it takes the hidden states and the last layer's weight, so that its time is mostly
+that of a matrix product which no other contender makes.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A mean over class indices, without options."""
+
+    module: str
+    loss: Callable[[ModuleType], Loss]
+    overwrites: bool  # the forward pass writes the gradient over the logits
+
+    def load(self) -> Loss:
+        return self.loss(importlib.import_module(self.module))
+
+
+PEERS: dict[str, Peer] = {
+    "liger": Peer("liger_kernel.transformers.cross_entropy", lambda m: m.LigerCrossEntropyLoss(), overwrites=True),
+    "quack": Peer(
+        "quack.cross_entropy",
+        lambda m: lambda logits, target: m.cross_entropy(logits, target, reduction="mean"),
+        overwrites=False,
+    ),
+}
+
+
+def missing() -> dict[str, str]:
+    """The peers that cannot be loaded here, and why."""
+    reasons = {}
+    for name, peer in PEERS.items():
+        try:
+            peer.load()
+        except Exception as error:  # what a package raises where its own needs are not met
+            reasons[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return reasons
