@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import signal
+from collections.abc import Container
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from . import machine, plot, report, suites
+from . import machine, peers, plot, report, suites
 from .arguments import Size, names_among, sizes, sizes_text
 from .cases import DTYPES, LOSSES, Case, all_cases
 from .contenders import CONTENDERS, warm_up
@@ -19,45 +21,57 @@ QUICK_SIZES: list[Size] = [(128, 10), (2048, 1000), (512, 16384)]
 DEFAULT_DTYPES = ["float32", "bfloat16"]
 EFFORT = Effort()
 SUITE_EFFORT = Effort(batch_seconds=1e-2)
+CUDA_EFFORT = Effort(max_rounds=51, seconds=0.25)
 QUICK_EFFORT = Effort(min_rounds=7, max_rounds=51, seconds=0.3)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    plan = plan_of(options)
+    absent = peers.missing() if options.suite == "cuda" else {}
+    plan = plan_of(options, absent)
     description = machine.describe()
     console = Console(soft_wrap=True)
     warm_up(options.device)
-    results = measure_all(
-        plan,
-        QUICK_EFFORT if options.quick else SUITE_EFFORT if options.suite else EFFORT,
-        Console(stderr=True),
-    )
+    results = measure_all(plan, effort_of(options), Console(stderr=True))
     asked_for = {name for _, contenders in plan for name in contenders}
     names = [name for name in report.COLUMNS if name in asked_for]
     console.print(machine.summary(description))
     report.print_results(console, results, names, options.device)
     console.print(report.legend(names, options.device), highlight=False)
+    for name, reason in absent.items():
+        console.print(f"note: {name} is left out: {reason}", style="yellow", markup=False)
     if options.quick and "compile" in names:
         console.print("--quick times torch.compile forward+backward only; without --quick it stands in every row.")
     if options.json:
         options.json.write_text(json.dumps(report.as_json(results, description), indent=1) + "\n")
         console.print(f"Figures written to {options.json}", markup=False)
     if options.plot:
-        draw = plot.draw_scaling if options.suite == "scaling" else plot.draw_ratios
+        draw = {"scaling": plot.draw_scaling, "cuda": plot.draw_shares}.get(options.suite, plot.draw_ratios)
         plot.save(options.plot, results, machine.summary(description), draw)
         console.print(f"Plot written to {options.plot}", markup=False)
     console.print(report.verdict(results))
+    if len(results) < len(plan):
+        raise SystemExit(f"interrupted after {len(results)} of {len(plan)} cases")
+    if any(result.median("fusedloss") is None for result in results):
+        raise SystemExit("fusedloss has no figures in some cases; the notes say why")
 
 
-def plan_of(options: argparse.Namespace) -> list[tuple[Case, list[str]]]:
+def effort_of(options: argparse.Namespace) -> Effort:
+    if options.suite:
+        return CUDA_EFFORT if options.suite == "cuda" else SUITE_EFFORT
+    return QUICK_EFFORT if options.quick else EFFORT
+
+
+def plan_of(options: argparse.Namespace, absent: Container[str] = ()) -> list[tuple[Case, list[str]]]:
     """The cases, in the order of the table, and who is timed in each."""
     if options.suite:
-        cases, names = {
-            "cpu": (suites.cpu, suites.CPU_CONTENDERS),
-            "scaling": (suites.scaling, suites.SCALING_CONTENDERS),
+        cases, names_in = {
+            "cpu": (suites.cpu, lambda case: suites.CPU_CONTENDERS),
+            "cuda": (suites.cuda, suites.cuda_contenders),
+            "scaling": (suites.scaling, lambda case: suites.SCALING_CONTENDERS),
         }[options.suite]
-        return [(case, [name for name in names if name != "compile" or not options.no_compile]) for case in cases()]
+        out = {*absent, *(["compile"] if options.no_compile else [])}
+        return [(case, [name for name in names_in(case) if name not in out]) for case in cases()]
     cases = all_cases(options.loss, options.sizes, options.dtype, options.device)
     return [(case, contenders_of(case, options)) for case in cases]
 
@@ -95,9 +109,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--suite",
-        choices=["cpu", "scaling"],
+        choices=["cpu", "cuda", "scaling"],
         help="a fixed set of cases instead of --sizes, --dtype and --loss: 'cpu', what docs/kernels.md quotes, also "
-        "against eager with huge pages and against the machine's copy (about 10 min); 'scaling', 1e3 to 1e8 elements",
+        "against eager with huge pages and against the machine's copy (about 10 min); 'cuda', also against the GPU's "
+        "copy, and liger-kernel and quack-kernels where installed (about 3 min); 'scaling', 1e3 to 1e8 elements",
     )
     parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: under 90 s on two cores")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes seconds a case")
@@ -105,9 +120,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table into FILE, a .png or .svg")
     options = parser.parse_args(argv)
     if options.suite and (options.quick or options.sizes or options.dtype or options.loss or options.device != "cpu"):
-        parser.error("--suite has its own sizes, dtypes and losses, all on the CPU")
+        parser.error("--suite has its own sizes, dtypes, losses and device")
+    if options.suite == "cuda":
+        options.device = "cuda"
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU, and torch sees none")
+        parser.error(f"{'--suite' if options.suite else '--device'} cuda needs a GPU, and torch sees none")
     for name, path in (("--json", options.json), ("--plot", options.plot)):
         if path and not path.resolve().parent.is_dir():
             parser.error(f"{name} {path}: the directory {path.resolve().parent} does not exist")
@@ -120,4 +137,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does: what is measured when a time-box ends the run is printed and written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()

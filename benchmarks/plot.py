@@ -9,6 +9,7 @@ from matplotlib.figure import Figure  # without pyplot, which would look for a s
 from .measure import CaseResult
 
 COLORS = {"eager": "tab:orange", "eager, THP": "tab:red", "compile": "tab:blue"}
+SHARES = {"fusedloss": "black", "eager": "tab:orange", "compile": "tab:blue", "liger": "tab:green", "quack": "tab:red"}
 
 
 def save(path: Path, results: list[CaseResult], where: str, draw: Callable[[Axes, list[CaseResult]], None]) -> None:
@@ -33,6 +34,20 @@ def draw_ratios(axis: Axes, results: list[CaseResult]) -> None:
     axis.set_yticks([line + 0.4 - height / 2 for line in range(len(results))], [str(result.case) for result in results])
     axis.invert_yaxis()
     axis.set(xlabel="times faster than … (1: as fast)")
+    axis.legend()
+
+
+def draw_shares(axis: Axes, results: list[CaseResult]) -> None:
+    """Everyone's bytes that must move a second, as a part of the copy's: a line a case, a mark a contender."""
+    for name, color in SHARES.items():
+        shares = [(share, line) for line, result in enumerate(results) if (share := result.share_of_copy(name))]
+        if shares:
+            axis.plot(*zip(*shares, strict=True), "o", color=color, label=name)
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_yticks(range(len(results)), [str(result.case) for result in results])
+    axis.invert_yaxis()
+    axis.grid(True, alpha=0.3)
+    axis.set(xlim=(0, None), xlabel="bytes that must move a second, over those of the GPU's own copy")
     axis.legend()
 
 

@@ -16,7 +16,11 @@ from .memory import METHOD
 
 SCHEMA = 2
 NOTHING = "-"
-COLUMNS = ["eager", "eager, THP", "compile", "fusedloss", "copy"]
+COLUMNS = ["eager", "eager, THP", "compile", "fusedloss", "liger", "quack", "copy"]
+COPY = {
+    "cpu": "read once and written into fresh memory mapped as fusedloss's gradient",
+    "cuda": "read once and written into memory already there, by the driver or by a kernel, whichever is faster",
+}
 
 
 def table(results: list[CaseResult], names: list[str], device: str) -> Table:
@@ -62,7 +66,7 @@ def print_results(console: Console, results: list[CaseResult], names: list[str],
     needed = console.measure(drawn, options=console.options.update(width=1000)).maximum
     console.width = max(console.width, needed)
     console.print(drawn)
-    for note in notes(results) + unrest(results):
+    for note in notes(results) + unrest(results) + host_times(results):
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
 
 
@@ -76,10 +80,12 @@ def legend(names: list[str], device: str) -> str:
         )
     if "copy" in names:
         more += (
-            "\ncopy: the logits, read once and written into fresh memory mapped as fusedloss's gradient; of copy: "
+            f"\ncopy: the logits, {COPY[device]}; of copy: "
             "fusedloss's GB/s as a part of the copy's. in place: the logits are the result of an operation, made anew "
             "outside the clock; only fusedloss overwrites them."
         )
+    if "liger" in names:
+        more += "\nliger overwrites the logits in every case: for it they are made anew outside the clock."
     return (
         "ms: median and half the interquartile range in percent, all contenders interleaved on the same inputs, every "
         "gradient new; fwd runs under no_grad, fwd+bwd frees the gradient.\n"
@@ -134,6 +140,16 @@ def notes(results: list[CaseResult]) -> list[str]:
         for name, measurement in result.measurements.items()
         if measurement.note
     ]
+
+
+def host_times(results: list[CaseResult]) -> list[str]:
+    """What a call takes of the host alone, a line for each case that is small enough for it to matter."""
+    lines = []
+    for result in results:
+        timed = {name: m.host_seconds for name, m in result.measurements.items() if m.host_seconds is not None}
+        each = ", ".join(f"{name} {seconds * 1e6:.3g}" for name, seconds in timed.items())
+        lines += [f"{result.case}: microseconds of the host, the GPU not waited for: {each}"] if timed else []
+    return lines
 
 
 def unrest(results: list[CaseResult]) -> list[str]:
@@ -198,6 +214,7 @@ def figure(result: CaseResult, name: str, measurement: Measurement) -> dict[str,
         "gb_per_s": result.gb_per_s(name),
         "share_of_copy": result.share_of_copy(name),
         "others_share_of_cores": result.others_share,
+        "host_s": measurement.host_seconds,
         "peak_extra_bytes": measurement.peak_extra_bytes,
         "note": measurement.note,
     }

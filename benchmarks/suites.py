@@ -1,10 +1,15 @@
 """Fixed sets of cases, each an answer to one question."""
 
-from .cases import Case
+import itertools
+
+from .cases import DTYPES, PASSES, Case, Pass
 
 LARGE = [(1024, 32000), (512, 128256), (2048, 50257)]
 SCALING_CONTENDERS = ["eager", "fusedloss"]
 CPU_CONTENDERS = ["eager", "eager, THP", "compile", "fusedloss", "copy"]
+CUDA_BYTES = 1 << 28  # at least, of logits: several times what a GPU's second-level cache holds
+CUDA_CLASSES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 50257, 65536, 131072, 262144)
+AGAINST_ALL = (1024, 4096, 32768, 131072, 262144)  # of them, where the compiler and the peers are timed as well
 
 
 def cpu() -> list[Case]:
@@ -38,3 +43,35 @@ def scaling() -> list[Case]:
         *((1, classes) for classes in (1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)),
     ]
     return [Case("cross_entropy", *size, "float32", "forward+backward") for size in dict.fromkeys(sizes)]
+
+
+def cuda() -> list[Case]:
+    """How near to the memory's own speed are the losses on a GPU, over classes, dtypes and options?"""
+
+    def cross_entropy(
+        rows: int, classes: int, dtype: str, *inner: int, step: Pass = "forward+backward", **options: object
+    ) -> Case:
+        return Case("cross_entropy", rows, classes, dtype, step, "cuda", inner, **options)
+
+    def large(classes: int, dtype: str, **options: object) -> Case:
+        return cross_entropy(-(-CUDA_BYTES // (classes * DTYPES[dtype].itemsize)), classes, dtype, **options)
+
+    dtypes = ("bfloat16", "float32")
+    options = ({"target": "probabilities"}, {"label_smoothing": 0.1}, {"weighted": True}, {"in_place": True})
+    return [
+        *(large(classes, dtype, step=step) for dtype, classes, step in itertools.product(dtypes, CUDA_CLASSES, PASSES)),
+        *(large(32768, dtype, **option) for dtype, option in itertools.product(dtypes, options)),
+        *(cross_entropy(8, 32000, dtype, 1024) for dtype in dtypes),
+        *(cross_entropy(16, 21, dtype, 512, 512) for dtype in dtypes),
+        *(cross_entropy(8, 262144, dtype, step=step) for dtype, step in itertools.product(dtypes, PASSES)),
+        *(cross_entropy(128, 10, "float32", step=step) for step in PASSES),
+        *(Case("mse", 1 << 17, 1 << 10, dtype, step, "cuda") for dtype, step in itertools.product(dtypes, PASSES)),
+    ]
+
+
+def cuda_contenders(case: Case) -> list[str]:
+    """Compiling a contender takes seconds a case: only where it says most."""
+    against_all = not case.variant and not case.inner and case.classes in AGAINST_ALL
+    compiled = ["compile"] if against_all and case.step == "forward+backward" else []
+    peers = ["liger", "quack"] if against_all and case.loss == "cross_entropy" else []
+    return ["eager", *compiled, "fusedloss", *peers, "copy"]

@@ -428,7 +428,7 @@ def test_lists_may_be_repeated_or_comma_separated() -> None:
         (["--loss", "l1"], "'l1' is not one of cross_entropy, mse"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--plot", "figures.gif"], "--plot figures.gif: expected a name that ends in .png or .svg"),
-        (["--suite", "cpu", "--quick"], "--suite has its own sizes, dtypes and losses, all on the CPU"),
+        (["--suite", "cpu", "--quick"], "--suite has its own sizes, dtypes, losses and device"),
         (["--json", "/no/such/place/figures.json"], "the directory /no/such/place does not exist"),
     ],
 )
@@ -445,9 +445,10 @@ def test_cuda_without_a_gpu_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        command.main(["--device", "cuda"])
-    assert "--device cuda needs a GPU, and torch sees none" in capsys.readouterr().err
+    for option in ("--device", "--suite"):
+        with pytest.raises(SystemExit):
+            command.main([option, "cuda"])
+        assert f"{option} cuda needs a GPU, and torch sees none" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
