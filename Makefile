@@ -15,13 +15,14 @@ TESTS_CUDA := $(addprefix tests/test_,$(addsuffix .py,cross_entropy mse_loss sem
 	bounds fake_tensors opcheck grad_in_forward inplace_backward modules))
 SOURCES := setup.py fusedloss/_build.py $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help demo test cuda-build bench lint format build wheel clean
+.PHONY: help demo test cuda-build bench gpu lint format build wheel clean
 
 help:
 	@echo "make demo        train with fusedloss's losses beside torch's, show the curves and a table of times"
 	@echo "make test        run all tests"
 	@echo "make cuda-build  build with nvcc too, in $(VENV_CUDA), and run tests of the CPU through that; needs no GPU"
 	@echo "make bench       measure against torch, eager and compiled"
+	@echo "make gpu         on a machine with a GPU, in the Python there: build, test, sanitize and measure the CUDA kernels"
 	@echo "make lint        check the style; make format puts it right"
 	@echo "make wheel       build the wheel and the source distribution into dist/"
 	@echo "make clean       remove everything that was built, .venv and $(VENV_CUDA) included"
@@ -41,6 +42,10 @@ cuda-build: $(VENV_CUDA)/built
 
 bench: build
 	$(PY) -m benchmarks
+
+# No .venv: torch, and the toolkit that fits it, are those of the machine.
+gpu:
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .

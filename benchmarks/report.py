@@ -40,7 +40,7 @@ def table(results: list[CaseResult], names: list[str], device: str) -> Table:
         drawn.add_column("of\ncopy", justify="right", no_wrap=True)
     for name in with_memory:
         drawn.add_column(f"{name}\npeak", justify="right", no_wrap=True)
-    for result, following in zip(results, [*results[1:], None], strict=True):
+    for result, following in zip(results, [*results, None][1:], strict=True):
         case = result.case
         drawn.add_row(
             case.loss,
