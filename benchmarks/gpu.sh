@@ -50,7 +50,7 @@ sanitize() {
         # torch asks the driver for what it may lack, and checks the answer: those are no errors.
         [[ $tool == memcheck ]] && options+=(--report-api-errors no)
         # Tensors in allocations of their own: in a block that they share, no access would be out of bounds.
-        step sanitize.log "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        step sanitize.log "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=4 \
             compute-sanitizer "${options[@]}" "$python" -m benchmarks.representative
     done
 }
@@ -60,7 +60,7 @@ run_tests() {
     "$python" -c 'import xdist' 2>/dev/null && several=(-n 8)
     # Its tensors fill much of the card: no other test runs beside it.
     step gpu.log test_large 100 "${pytest[@]}" tests/test_large.py
-    step gpu.log test 200 env TORCHINDUCTOR_COMPILE_THREADS=4 "${pytest[@]}" "${several[@]}" \
+    step gpu.log test 200 env TORCHINDUCTOR_COMPILE_THREADS=4 OMP_NUM_THREADS=2 "${pytest[@]}" "${several[@]}" \
         --ignore tests/test_large.py --ignore tests/test_cuda_emulator.py tests
 }
 
@@ -69,7 +69,7 @@ profile() {
     local metrics=gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
     metrics+=,dram__bytes_read.sum,dram__bytes_write.sum,lts__t_sector_hit_rate.pct
     metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread
-    step profile.log profile 60 ncu --clock-control none --profile-from-start off --metrics "$metrics" \
+    step profile.log profile 90 ncu --clock-control none --profile-from-start off --metrics "$metrics" \
         "$python" -m benchmarks.profiled
 }
 

@@ -1,8 +1,8 @@
 """`python -m benchmarks.representative`: one small problem for each way through the kernels, against the reference.
 
-Of each, the loss, and the gradients for a grad_output of 1 and of another value. It takes seconds, and so can be run
-under tools that slow a GPU down by orders of magnitude: values are drawn, and judged, on the CPU, and the device does
-no more than the losses.
+Of each, the loss, the gradients for a grad_output of 1 and of another value, and the latter in the logits' place. It
+takes seconds, and so can be run under tools that slow a GPU down by orders of magnitude: values are drawn, and judged,
+on the CPU, and the device does no more than the losses.
 """
 
 import argparse
@@ -101,7 +101,12 @@ def compute(
     other = (torch.rand(loss.shape, generator=generator) + 0.25).to(DTYPES[problem.dtype])
     (of_one,) = torch.autograd.grad(loss, input, torch.ones_like(loss), retain_graph=True)
     (of_other,) = torch.autograd.grad(loss, input, other.to(loss))
-    return {"loss": loss, "gradient": of_one, "gradient of other": of_other}
+    results = {"loss": loss, "gradient": of_one, "gradient of other": of_other}
+    if problem.loss == "cross_entropy":
+        in_place = {"inplace_backward": True} if losses is functional else {}
+        loss = losses.cross_entropy(input * 1, target, **options, **in_place)
+        (results["gradient in place"],) = torch.autograd.grad(loss, input, other.to(loss))
+    return results
 
 
 def error(mine: Tensor, exact: Tensor, dtype: str) -> float:
