@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     absent = peers.missing() if options.suite == "cuda" else {}
     plan = plan_of(options, absent)
-    description = machine.describe()
+    description = {**machine.describe(), "peers": peers.versions()}
     console = Console(soft_wrap=True)
     warm_up(options.device)
     results = measure_all(plan, effort_of(options), Console(stderr=True))

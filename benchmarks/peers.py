@@ -4,9 +4,11 @@ cut-cross-entropy is not among them: it takes the hidden states and the last lay
 that of a matrix product which no other contender makes.
 """
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from types import ModuleType
 
 from torch import Tensor
@@ -18,6 +20,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Peer:
     """A mean over class indices, without options."""
 
+    package: str
     module: str
     loss: Callable[[ModuleType], Loss]
     overwrites: bool  # the forward pass writes the gradient over the logits
@@ -27,13 +30,28 @@ class Peer:
 
 
 PEERS: dict[str, Peer] = {
-    "liger": Peer("liger_kernel.transformers.cross_entropy", lambda m: m.LigerCrossEntropyLoss(), overwrites=True),
+    "liger": Peer(
+        "liger-kernel",
+        "liger_kernel.transformers.cross_entropy",
+        lambda m: m.LigerCrossEntropyLoss(),
+        overwrites=True,
+    ),
     "quack": Peer(
+        "quack-kernels",
         "quack.cross_entropy",
         lambda m: lambda logits, target: m.cross_entropy(logits, target, reduction="mean"),
         overwrites=False,
     ),
 }
+
+
+def versions() -> dict[str, str]:
+    """Of the peers that are installed."""
+    found = {}
+    for name, peer in PEERS.items():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(peer.package)
+    return found
 
 
 def missing() -> dict[str, str]:

@@ -152,6 +152,13 @@ def liger_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(sys.modules, "quack", None)  # cannot be imported
 
+    def version(package: str) -> str:
+        if package != "liger-kernel":
+            raise peers.metadata.PackageNotFoundError(package)
+        return "1.2.3"
+
+    monkeypatch.setattr(peers.metadata, "version", version)
+
 
 @pytest.mark.usefixtures("liger_alone")
 def test_the_suite_is_printed_written_and_drawn(
@@ -177,7 +184,9 @@ def test_the_suite_is_printed_written_and_drawn(
     printed = capsys.readouterr().out
     assert "note: quack is left out: ModuleNotFoundError" in printed
     assert "liger\npeak" not in printed and "vs" in printed and "of copy" in printed
-    figures = json.loads(files[0].read_text())["figures"]
+    written = json.loads(files[0].read_text())
+    assert written["peers"] == {"liger": "1.2.3"}
+    figures = written["figures"]
     assert {figure["note"] for figure in figures} == {""}
     assert {figure["contender"] for figure in figures} == {"eager", "fusedloss", "liger", "copy"}
     assert all(figure["share_of_copy"] > 0 for figure in figures)
