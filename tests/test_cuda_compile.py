@@ -21,7 +21,7 @@ KERNELS = {
     "finish*": [],  # a number or two for each row or block, not for each class
     "weigh*": [],
     "*columns*": [],  # a thread's classes lie apart; what a warp loads at once are neighbours
-    "forward_rows": [LOADS],
+    "forward_rows": [LOADS, STORES],
     "forward": [LOADS, STORES],
     "backward_rows": [LOADS, STORES],
     "backward": [LOADS, STORES],

@@ -9,10 +9,10 @@ namespace {
 
 // Independent accumulators, to hide the latency of an addition.
 constexpr int kUnroll = 4;
-// Elements summed in the statistics' type before the sum goes on in double: 16 to each lane of each accumulator, so that a
-// narrow vector rounds no more often than a wide one.
+// Elements summed in the statistics' type before the sum goes on in double: so many to each lane of each accumulator, so
+// that a narrow vector rounds no more often than a wide one. For float64 double is not wider: there, few long blocks.
 template <typename T>
-constexpr int64_t kSumBlock = 16 * kUnroll * kLanesOf<T>;
+constexpr int64_t kSumBlock = (sizeof(Statistic<T>) == 8 ? 128 : 16) * kUnroll * kLanesOf<T>;
 
 // Writes the losses of n <= a vector's elements where they are wanted, and returns them; lanes n and up are 0.
 template <typename F, bool kWhole, typename T>
