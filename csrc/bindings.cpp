@@ -33,7 +33,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return mse_loss_forward(input, target, reduction, autocast).loss;
       },
       no_gil);
-  m.def("mse_loss_backward", &mse_loss_backward, no_gil);
+  m.def(
+      "mse_loss_backward",
+      [](const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target, int64_t reduction,
+         bool want_input, bool want_target) {
+        return mse_loss_backward(grad_output, input, target, reduction, want_input, want_target);
+      },
+      no_gil);
   m.def("set_debug", &set_debug);
   m.def("cpu_capability", [] { return cpu::name_of(cpu::instruction_set()); });
   // For the tests, which have no machine that lacks AVX2.

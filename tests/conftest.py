@@ -1,12 +1,24 @@
 """What all tests share: devices, and a fresh seed for every run, printed so that a failure can be repeated."""
 
+import importlib.util
 import os
 import random
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from fusedloss import _backend
+
+# Another build of the extension, to run tests with: tests/test_cuda_op_layer.py makes one.
+if path := os.environ.get("FUSEDLOSS_TEST_EXTENSION"):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    _backend.use(module)
 
 SEED = int(os.environ.get("FUSEDLOSS_TEST_SEED", random.SystemRandom().randrange(2**31)))
 

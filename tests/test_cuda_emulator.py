@@ -231,7 +231,7 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
         for tuning in TUNINGS:
             for layout, classes, rows in [("contiguous", 257, 6), ("contiguous", 4099, 3), ("inner", 40, 300)]:
                 problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), "mean", layout, rows)
-                problem.tuning = tuning
+                problem.tuning, problem.grad_in_forward = tuning, not problem.in_place
                 problems.append(problem)
     if file != "cross_entropy_cuda.cu":
         problems += [MeanSquaredError(rng, dtype, numel, "mean") for numel in (9, 257, 20011)]

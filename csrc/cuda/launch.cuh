@@ -10,6 +10,9 @@
 #undef NDEBUG
 #include <cassert>
 
+#include <atomic>
+#include <mutex>
+
 #include "options.h"
 
 // What this compiler pass makes code for: 900 is sm_90, 0 is a CPU.
@@ -65,30 +68,46 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
 }
 #endif
 
-// The same with what is not given as the current device has it.
-inline cudaError_t complete(CudaTuning& tuning) {
-  thread_local int known = -1;
-  thread_local CudaTuning found;
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
+inline cudaError_t ask_device(int device, CudaTuning& answer) {
+  cudaError_t error = cudaSuccess;
   const auto ask = [&](cudaDeviceAttr attribute) {
     int value = 0;
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
     return int64_t(value);
   };
-  if (error == cudaSuccess && device != known) {
-    found.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
-    // Room for two blocks, so that one loads while the other stores; 2 KB of each are the system's and the kernel's.
-    const int64_t half = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2;
-    const int64_t most = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    found.kept_bytes = (half < most ? half : most) - 2048;
-    found.cluster_blocks = ask(cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1;
-    if (error == cudaSuccess) known = device;
-  }
-  if (tuning.multiprocessors == 0) tuning.multiprocessors = found.multiprocessors;
-  if (tuning.kept_bytes == 0) tuning.kept_bytes = found.kept_bytes;
-  if (tuning.cluster_blocks == 0) tuning.cluster_blocks = found.cluster_blocks;
+  answer.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
+  // Room for two blocks, so that one loads while the other stores; 2 KB of each are the system's and the kernel's.
+  const int64_t half = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2;
+  const int64_t most = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  answer.kept_bytes = (half < most ? half : most) - 2048;
+  answer.cluster_blocks = ask(cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1;
   return error;
+}
+
+// Fills in what is not given, as the current device has it.
+inline cudaError_t complete(CudaTuning& tuning) {
+  constexpr int kDevices = 64;  // whose answers are remembered
+  static CudaTuning answers[kDevices];
+  static std::atomic<bool> known[kDevices];
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const bool remembered = device < kDevices && known[device].load(std::memory_order_acquire);
+  CudaTuning answer = remembered ? answers[device] : CudaTuning();
+  if (!remembered) {
+    error = ask_device(device, answer);
+    if (error != cudaSuccess) return error;
+    static std::mutex one_at_a_time;
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    if (device < kDevices && !known[device].load(std::memory_order_relaxed)) {
+      answers[device] = answer;
+      known[device].store(true, std::memory_order_release);
+    }
+  }
+  if (tuning.multiprocessors == 0) tuning.multiprocessors = answer.multiprocessors;
+  if (tuning.kept_bytes == 0) tuning.kept_bytes = answer.kept_bytes;
+  if (tuning.cluster_blocks == 0) tuning.cluster_blocks = answer.cluster_blocks;
+  return cudaSuccess;
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

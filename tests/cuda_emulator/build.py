@@ -34,23 +34,46 @@ def missing() -> str:
     return ""
 
 
-def build(csrc: Path, folder: Path, self_test: bool = False) -> Path:
+def build(csrc: Path, folder: Path, self_test: bool = False, checked: bool = True) -> Path:
     """The library of the kernels in `csrc`. What lies in `folder` already, made of the same contents, is used again."""
-    sources = (
-        sorted(csrc.glob("cuda/*.cu")) + ([HERE / "self_test.cu"] if self_test else []) + sorted(HERE.glob("*.cpp"))
-    )
+    kernels = sorted(csrc.glob("cuda/*.cu")) + ([HERE / "self_test.cu"] if self_test else [])
+    sources = [*kernels, *sorted(HERE.glob("*.cpp"))]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(lambda source: _compile(source, csrc, folder), sources))
-    library = folder / f"kernels-{_digest(*(path.name for path in objects))}.so"
+        objects = list(pool.map(lambda source: _compile(source, csrc, folder, checked), sources))
+    library = folder / f"libkernels-{_digest(*(path.name for path in objects))}.so"
     return _make(library, ["g++", "-shared", "-Wl,-z,defs", *objects])
 
 
-def _compile(source: Path, csrc: Path, folder: Path) -> Path:
+def build_extension(csrc: Path, folder: Path) -> Path:
+    """fusedloss's extension with the emulated kernels in the place of CUDA's, serving CPU tensors. Only results are
+    checked: memory comes from torch, which the emulator knows nothing of."""
+    # A library of its own, since all of its thread-local memory is taken for the kernels' shared memory.
+    kernels = build(csrc, folder, checked=False)
+    target = folder / f"extension-{kernels.stem}"
+    target.mkdir(exist_ok=True)
+    (target / "lock").unlink(missing_ok=True)  # of a run that was killed; torch would wait for ever
+    plan = _build.make_plan(csrc, cuda=False)
+    macros = [f"-D{_build.CUDA_MACRO}", "-DFUSEDLOSS_EMULATED_CUDA"]
+    with plan.environment() as cpp_extension:
+        module = cpp_extension.load(
+            name="fusedloss_emulated",
+            sources=[str(path) for path in plan.sources],
+            extra_cflags=[*plan.cxx_flags, *macros, "-isystem", str(_build.find_toolkit().home / "include")],
+            extra_ldflags=[*plan.link_flags, str(kernels), f"-Wl,-rpath,{folder}"],
+            extra_include_paths=[str(csrc)],
+            build_directory=str(target),
+        )
+    return Path(module.__file__)
+
+
+def _compile(source: Path, csrc: Path, folder: Path, checked: bool) -> Path:
     home = _build.find_toolkit().home
     # As a system's headers, the toolkit's are spared the warnings.
     includes = [f"-I{HERE}", f"-I{csrc}", "-isystem", home / "include", "-isystem", home / "include" / "cccl"]
     is_kernel = source.suffix == ".cu"
-    flags = [*FLAGS, *([*CHECKED, "-include", "cuda_on_cpu.h", "-x", "c++"] if is_kernel else ["-O2"])]
+    flags = [*FLAGS, *(CHECKED if is_kernel and checked else ["-O2"])]
+    if is_kernel:
+        flags += ["-include", "cuda_on_cpu.h", "-x", "c++"]
     headers = [*HERE.glob("*.h"), *(path for path in _build.header_files(csrc) if is_kernel or path.suffix == ".h")]
     contents = [path.name + path.read_text() for path in [source, *sorted(headers)]]
     target = folder / f"{source.stem}-{_digest(str(home), str(shutil.which('g++')), *flags, *contents)}.o"

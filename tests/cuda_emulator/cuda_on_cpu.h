@@ -15,6 +15,12 @@
 #include <tuple>
 #include <type_traits>
 
+// The launchers, for the extension that is linked with them: their first declaration makes them visible.
+#pragma GCC visibility push(default)
+#include "cuda/cross_entropy_cuda.h"
+#include "cuda/pointwise_cuda.h"
+#pragma GCC visibility pop
+
 // Code that works for the emulator, not for the kernel: its own loads and stores are not checked.
 #define EMULATOR_UNCHECKED __attribute__((no_sanitize("thread", "undefined")))
 

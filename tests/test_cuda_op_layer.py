@@ -1,0 +1,74 @@
+"""The CUDA branch of the op files, without a GPU: what it checks, allocates, lays out and launches.
+
+The extension is built with the emulated kernels in the place of CUDA's; they serve CPU tensors, and other test files run
+over them. The emulated GPU is a tiny one, so that small problems reach every kernel.
+"""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from cuda_emulator import build
+
+from fusedloss import _build
+
+MISSING = build.missing()
+pytestmark = pytest.mark.skipif(MISSING != "", reason=MISSING or "not skipped")
+
+# Test files, and which of their tests. The dtypes that are left out are the kernels' matter: test_cuda_emulator.py.
+FILES = {
+    "cross_entropy": "not float64 and not bfloat16",
+    "semantics": "bfloat16",
+    "mse_loss": "",
+    "autograd": "",
+    # On the CPU a hand-over is no call of the backward pass; on CUDA the kernels decide.
+    "grad_in_forward": "not the_way_that_is_taken",
+    "inplace_backward": "",
+    "modules": "",
+    "opcheck": "",
+    "bad_input": "",
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What pytest said of each file; "" where all is well. Two run at a time: together they take minutes."""
+    cache = getattr(request.config, "cache", None)
+    folder = cache.mkdir("cuda_emulator") if cache else tmp_path_factory.mktemp("cuda_emulator")
+    extension = build.build_extension(_build.csrc_directory(), folder)
+
+    def run(name: str) -> str:
+        environment = {**os.environ, "FUSEDLOSS_TEST_EXTENSION": str(extension), "OMP_NUM_THREADS": "1"}
+        if name == "bad_input":  # else an index out of range fails a device assert
+            environment["FUSEDLOSS_DEBUG"] = "1"
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", FILES[name]]
+        path = Path(__file__).with_name(f"test_{name}.py")
+        done = subprocess.run(
+            [*command, str(path)], env=environment, cwd=request.config.rootpath, capture_output=True, text=True
+        )
+        return "" if done.returncode == 0 else done.stdout[-6000:] + done.stderr[-2000:]
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(FILES, pool.map(run, FILES), strict=True))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_over_the_emulated_kernels(name, outcomes):
+    assert outcomes[name] == ""
+
+
+def test_it_is_the_emulated_extension(outcomes, request):
+    """That the files above ran over it: its backward pass of a grad_output of 1 is a call of the kernels."""
+    extension = build.build_extension(_build.csrc_directory(), request.config.cache.mkdir("cuda_emulator"))
+    code = (
+        "import tests.conftest, torch, fusedloss, fusedloss._backend as b\n"
+        "print(b.extension().__file__, b.extension().with_cuda)"
+    )
+    environment = {**os.environ, "FUSEDLOSS_TEST_EXTENSION": str(extension)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=request.config.rootpath, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(extension), "True"], done.stderr
