@@ -197,6 +197,35 @@ def test_gradient_of_a_target_out_of_range(classes, bad, emulator, rng):
     assert (grad[0, :, 0] == 0).all()
 
 
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_offsets_beyond_32_bits(layout, tuning, emulator, rng):
+    """In rows, three rows lie 2^31 elements apart; in columns, the classes of three rows do."""
+    stride = 2**31 + 12
+    problem = CrossEntropy(
+        rng, torch.float32, 37, *rng.choice(TARGETS[:6]), reduction="sum", layout="contiguous", rows=3
+    )
+    problem.tuning = tuning
+    emulator.reset(1)
+    o = CrossEntropyOptions()
+    problem.set_inputs(emulator, o)
+    o.grad_output = emulator.input(problem.grad_output, "grad_output").data_ptr()
+    pieces = problem.logits[:, :, 0] if layout == "rows" else problem.logits[:, :, 0].T.contiguous()
+    with (
+        emulator.far_apart(pieces, stride, "logits") as logits,
+        emulator.far_apart(pieces, stride, "grad_logits", is_output=True) as grad,
+    ):
+        if layout == "columns":
+            o.outer, o.inner = 1, 3
+        o.logits_strides = o.grad_strides = Strides(stride, 1, 1) if layout == "rows" else Strides(0, stride, 1)
+        o.logits, o.grad_logits = logits[0].data_ptr(), grad[0].data_ptr()
+        outputs = problem.set_outputs(emulator, o)
+        problem.call(emulator, "cross_entropy_forward", o)
+        problem.call(emulator, "cross_entropy_backward", o)
+        found = torch.stack(grad).clone() if layout == "rows" else torch.stack(grad, 1).clone()
+    problem.compare({**outputs, "grad_logits": found.unsqueeze(2)})
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_rows(dtype, reduction, emulator):

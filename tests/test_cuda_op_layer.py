@@ -1,7 +1,7 @@
 """The CUDA branch of the op files, without a GPU: what it checks, allocates, lays out and launches.
 
-The extension is built with the emulated kernels in the place of CUDA's; they serve CPU tensors, and other test files run
-over them. The emulated GPU is a tiny one, so that small problems reach every kernel.
+The extension is built with the emulated kernels in the place of CUDA's; they serve CPU tensors, and other test files
+run over them. The emulated GPU is a tiny one, so that small problems reach every kernel.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""On the CPU the forward pass may leave the gradient, to be handed over. Nobody must be able to tell."""
+"""The forward pass may leave the gradient, to be handed over. Nobody must be able to tell."""
 
 import pytest
 import torch
@@ -28,25 +28,28 @@ def events(run) -> set[str]:
     return {event.name for event in profiler.events()}
 
 
-def cases(shape: tuple[int, ...], dtype: torch.dtype):
+def cases(shape: tuple[int, ...], dtype: torch.dtype, device: str):
     classes = shape[min(1, len(shape) - 1)]
     rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
-    weight = torch.rand(classes).to(dtype) + 0.1
-    indices = torch.randint(0, classes, rows)
+    weight = (torch.rand(classes) + 0.1).to(device, dtype)
+    indices = torch.randint(0, classes, rows, device=device)
     if rows:
         indices.view(-1)[0] = -100
     yield indices, {}
     yield indices, {"weight": weight}
     yield indices, {"weight": weight, "label_smoothing": 0.1}
-    yield torch.rand(shape).softmax(min(1, len(shape) - 1)).to(dtype), {"weight": weight, "label_smoothing": 0.1}
+    yield (
+        torch.rand(shape).softmax(min(1, len(shape) - 1)).to(device, dtype),
+        {"weight": weight, "label_smoothing": 0.1},
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_is_the_same_gradient_bit_for_bit(shape, dtype, reduction):
-    for target, options in cases(shape, dtype):
-        x = (torch.randn(shape) * 3).to(dtype).requires_grad_()
+def test_it_is_the_same_gradient_bit_for_bit(shape, dtype, reduction, device):
+    for target, options in cases(shape, dtype, device):
+        x = (torch.randn(shape) * 3).to(device, dtype).requires_grad_()
         loss = fused.cross_entropy(x, target, reduction=reduction, **options)
         (handed_over,) = torch.autograd.grad(loss, x, retain_graph=True)
         (computed,) = torch.autograd.grad(loss, x)
@@ -54,7 +57,8 @@ def test_it_is_the_same_gradient_bit_for_bit(shape, dtype, reduction):
         exact = x.detach().double().requires_grad_()
         reference.cross_entropy(exact, target, reduction=reduction, **options).backward()
         assert exact.grad is not None
-        assert_exact(handed_over, exact.grad, scale=1.0 if reduction == "sum" else None, what="gradient")
+        # Several times the largest entry: over 140,000 classes the reference, in float64, has an error of its own.
+        assert_exact(handed_over, exact.grad, scale=4 * exact.grad.abs().max().item(), what="gradient")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

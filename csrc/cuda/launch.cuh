@@ -10,7 +10,7 @@
 #undef NDEBUG
 #include <cassert>
 
-#include <atomic>
+#include <map>
 #include <mutex>
 
 #include "options.h"
@@ -86,27 +86,21 @@ inline cudaError_t ask_device(int device, CudaTuning& answer) {
 
 // Fills in what is not given, as the current device has it.
 inline cudaError_t complete(CudaTuning& tuning) {
-  constexpr int kDevices = 64;  // whose answers are remembered
-  static CudaTuning answers[kDevices];
-  static std::atomic<bool> known[kDevices];
+  static std::mutex one_at_a_time;
+  static std::map<int, CudaTuning> answers;  // by device
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  const bool remembered = device < kDevices && known[device].load(std::memory_order_acquire);
-  CudaTuning answer = remembered ? answers[device] : CudaTuning();
-  if (!remembered) {
-    error = ask_device(device, answer);
-    if (error != cudaSuccess) return error;
-    static std::mutex one_at_a_time;
-    const std::lock_guard<std::mutex> lock(one_at_a_time);
-    if (device < kDevices && !known[device].load(std::memory_order_relaxed)) {
-      answers[device] = answer;
-      known[device].store(true, std::memory_order_release);
-    }
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const auto [answer, is_new] = answers.try_emplace(device);
+  if (is_new) error = ask_device(device, answer->second);
+  if (error != cudaSuccess) {
+    answers.erase(answer);
+    return error;
   }
-  if (tuning.multiprocessors == 0) tuning.multiprocessors = answer.multiprocessors;
-  if (tuning.kept_bytes == 0) tuning.kept_bytes = answer.kept_bytes;
-  if (tuning.cluster_blocks == 0) tuning.cluster_blocks = answer.cluster_blocks;
+  if (tuning.multiprocessors == 0) tuning.multiprocessors = answer->second.multiprocessors;
+  if (tuning.kept_bytes == 0) tuning.kept_bytes = answer->second.kept_bytes;
+  if (tuning.cluster_blocks == 0) tuning.cluster_blocks = answer->second.cluster_blocks;
   return cudaSuccess;
 }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -101,6 +104,29 @@ class Emulator:
     def output(self, numel: int, dtype: torch.dtype, name: str, offset: int = 0) -> Tensor:
         """Memory that must be written before it is read."""
         return self._allocate(numel, dtype, name, offset, False, False)
+
+    @contextlib.contextmanager
+    def far_apart(self, pieces: Tensor, stride: int, name: str, is_output: bool = False) -> Iterator[list[Tensor]]:
+        """-> the rows of `pieces`, `stride` elements apart. Memory in between is never touched: it takes no room."""
+        size, step = pieces[0].nbytes, stride * pieces.element_size()
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = POINTER
+        libc.mmap.argtypes = [POINTER, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, LONG]
+        span = (len(pieces) - 1) * step + size
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+        start = libc.mmap(None, span, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        assert start not in (None, ctypes.c_void_p(-1).value), f"mmap: {ctypes.get_errno()}"
+        try:
+            rows = []
+            for i, piece in enumerate(pieces):
+                memory = (ctypes.c_uint8 * size).from_address(start + i * step)
+                rows.append(torch.frombuffer(memory, dtype=pieces.dtype).copy_(piece))
+                begin, written = POINTER(start + i * step), int(not is_output)
+                self.library.emulator_add_buffer(begin, ctypes.c_size_t(size), written, written, f"{name} {i}".encode())
+            yield rows
+        finally:
+            self.library.emulator_forget_buffers()
+            libc.munmap(POINTER(start), ctypes.c_size_t(span))
 
     def _allocate(self, numel, dtype, name, offset, read_only, is_written) -> Tensor:
         size = torch.empty((), dtype=dtype).element_size()
