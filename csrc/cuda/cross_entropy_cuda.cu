@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kRowThreads<T>, (kResident<T, kSpread> / kRowT
   const RowPlan& plan = o.plan;
   const int rank = int(blockIdx.x % plan.blocks);  // among the blocks of a row
   const int thread = rank * int(blockDim.x) + int(threadIdx.x), threads = plan.blocks * int(blockDim.x);
-  const Kept kept = {plan.kept_packs}, nothing = {0};
+  const Kept kept(plan.kept_packs), nothing(0);
   __shared__ Partial sums[kRowsOfBlock];  // a row's first thread has one for itself: registers are scarce
   if (threadIdx.x == 0) sums[threadIdx.y] = {0, 0, false};
   if (plan.cluster) cluster_sync();  // a block must have started before others write to its memory
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColu
     forward_columns(const Problem<T> o) {
   const int64_t rows = o.rows(), step = int64_t(gridDim.x) * blockDim.x;
   const Share<T> share = {only_single<T>(int(o.classes)), int(threadIdx.y), int(blockDim.y)};
-  const Kept nothing = {0};
+  const Kept nothing(0);
   Partial sum = {0, 0, false};
   for (int64_t first = int64_t(blockIdx.x) * blockDim.x; first < rows; first += step) {
     const bool is_row = first + threadIdx.x < rows;
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kRowThreads<T>, (kResident<T, kSpread> / kRowT
   const int blocks = o.plan.blocks, rank = int(blockIdx.x % blocks);
   const int64_t first = int64_t(blockIdx.x / blocks) * blockDim.y + threadIdx.y;
   const int64_t step = int64_t(gridDim.x / blocks) * blockDim.y;
-  const Kept nothing = {0};
+  const Kept nothing(0);
   for (int64_t i = first; i < o.rows(); i += step) {
     const Row<T, kSpread> row(o, i);
     const auto share = share_of(row, rank * int(blockDim.x) + int(threadIdx.x), blocks * int(blockDim.x));
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColu
   using A = Statistic<T>;
   const Share<T> share = {only_single<T>(int(o.classes)), int(threadIdx.y), int(blockDim.y)};
   const int64_t rows = o.rows(), step = int64_t(gridDim.x) * blockDim.x;
-  const Kept nothing = {0};
+  const Kept nothing(0);
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < rows; i += step) {
     const Row<T, kSpread> row(o, i);
     if (row.counts()) {

@@ -77,87 +77,78 @@ __device__ __forceinline__ Share<T> share_of(const Row<T, kSpread>& row, int thr
 // reads them, so no barrier is needed.
 struct Kept {
   int packs;
+  uint4* own;  // [packs], as many elements apart as the block has threads
 
-  static __device__ __forceinline__ uint4& pack(int i) {
-    const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
-    return dynamic_shared_memory[i * threads + thread];
-  }
+  explicit __device__ __forceinline__ Kept(int packs)
+      : packs(packs), own(dynamic_shared_memory + threadIdx.y * blockDim.x + threadIdx.x) {}
+  __device__ __forceinline__ uint4& pack(int i) const { return own[i * int(blockDim.x * blockDim.y)]; }
 };
 
-// What a thread holds of a row at a time: kPacks packs of kWidth neighbouring classes.
-template <typename T, bool kSpread, int kWidth, int kPacks>
+// What a thread holds of a row at a time: kPacks packs of kWidth neighbouring classes. kWhole: all of them lie in the
+// row, so that nothing stands between one pack's instructions and the next one's.
+template <typename T, bool kSpread, int kWidth, int kPacks, bool kWhole>
 struct Tile {
-
   Pack<T, kWidth> x[kPacks];
-  Pack<T, kWidth> t[kPacks];  // probabilities only
+  Pack<T, kWidth> t[kPacks] = {};  // probabilities only
   int first[kPacks];          // class of a pack's first element; -1 behind the row's end
-
-  static __device__ __forceinline__ int count(const Share<T>& share) {
-    const int units = share.template units<kWidth>() - share.thread, step = kPacks * share.step;
-    return (units + step - 1) / step;  // units may be negative, and more than -step
-  }
 
   // A share's tile; with kWidth = 1 the classes may lie apart.
   __device__ __forceinline__ Tile(const Row<T, kSpread>& row, const Share<T>& share, int number, const Kept& kept) {
-    const int units = share.template units<kWidth>();
     int unit = share.thread + number * kPacks * share.step;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k, unit += share.step)
-      first[k] = unit < units ? share.template first<kWidth>(unit) : -1;
+      first[k] = kWhole || unit < share.template units<kWidth>() ? share.template first<kWidth>(unit) : -1;
     if constexpr (kWidth > 1) {
-      if (number * kPacks < kept.packs) take(row, number);
-      else load_all(row);
-    } else {
-      load_all(row);
+      if (number * kPacks < kept.packs) {
+        take(row, number, kept);
+        return;
+      }
     }
+    load_all(row);
   }
 
   __device__ __forceinline__ void load_all(const Row<T, kSpread>& row) {
+    // What is not there is 0, lest registers be held for what was there before.
 #pragma unroll
     for (int k = 0; k < kPacks; ++k)
-      if (first[k] >= 0) x[k] = load<kWidth>(row.logits + offset(first[k], row.o.logits_strides));
+      x[k] = is_there(k) ? load<kWidth>(row.logits + offset(first[k], row.o.logits_strides)) : Pack<T, kWidth>();
     if (!row.has_probabilities()) return;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k)
-      if (first[k] >= 0) t[k] = load<kWidth>(row.probability + offset(first[k], row.o.target_strides));
+      t[k] = is_there(k) ? load<kWidth>(row.probability + offset(first[k], row.o.target_strides)) : Pack<T, kWidth>();
   }
 
-  __device__ __forceinline__ void keep(const Row<T, kSpread>& row, int number) const {
+  __device__ __forceinline__ void keep(const Row<T, kSpread>& row, int number, const Kept& kept) const {
     const int place = number * kPacks, step = row.has_probabilities() ? 2 : 1;
     for_each_pack([&](int k) {
-      Kept::pack(step * (place + k)) = x[k].as_vector();
-      if (row.has_probabilities()) Kept::pack(step * (place + k) + 1) = t[k].as_vector();
+      kept.pack(step * (place + k)) = x[k].as_vector();
+      if (row.has_probabilities()) kept.pack(step * (place + k) + 1) = t[k].as_vector();
     });
   }
-  __device__ __forceinline__ void take(const Row<T, kSpread>& row, int number) {
+  __device__ __forceinline__ void take(const Row<T, kSpread>& row, int number, const Kept& kept) {
     const int place = number * kPacks, step = row.has_probabilities() ? 2 : 1;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      if (first[k] < 0) continue;
-      x[k].from_vector(Kept::pack(step * (place + k)));
-      if (row.has_probabilities()) t[k].from_vector(Kept::pack(step * (place + k) + 1));
+      if (!is_there(k)) continue;
+      x[k].from_vector(kept.pack(step * (place + k)));
+      if (row.has_probabilities()) t[k].from_vector(kept.pack(step * (place + k) + 1));
     }
   }
+
   static __device__ __forceinline__ int64_t offset(int c, const Strides& strides) {
     return kWidth == 1 ? c * strides.classes : c;
   }
+  __device__ __forceinline__ bool is_there(int k) const { return kWhole || first[k] >= 0; }
 
   template <typename F>
   __device__ __forceinline__ void for_each_pack(F f) const {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k)
-      if (first[k] >= 0) f(k);
-  }
-  // Calls f(k, j) for every class held: element j of pack k.
-  template <typename F>
-  __device__ __forceinline__ void for_each(F f) const {
-    for_each_pack([&](int k) {
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) f(k, j);
-    });
+      if (is_there(k)) f(k);
   }
 
-  // q of class (k, j); for a class index, without what the target class has above the others: kept * w_y.
+  // q of class (k, j), element j of pack k; for a class index, without what the target class has above the others:
+  // kept * w_y.
   __device__ __forceinline__ Statistic<T> coefficient(const Row<T, kSpread>& row, int k, int j) const {
     if constexpr (!kSpread) return 0;
     const auto w = row.o.weight_of(first[k] + j);
@@ -166,33 +157,70 @@ struct Tile {
   }
 };
 
+// A share's tiles: `whole` ones, then those that may end behind the row. Only of vectors: for single classes, code of
+// their own would cost more registers than it saves instructions.
+struct TileCount {
+  int whole, all;
+
+  template <int kWidth, int kPacks, typename T>
+  static __device__ __forceinline__ TileCount of(const Share<T>& share) {
+    const int units = share.template units<kWidth>() - share.thread;  // of this thread and those after it
+    const int own = units > 0 ? (units + share.step - 1) / share.step : 0;
+    return {kWidth > 1 ? own / kPacks : 0, (own + kPacks - 1) / kPacks};
+  }
+};
+
 // ---- The first sweep: statistics
+
+// Fewer roundings in a row, and fewer additions that wait for one another, than one after the other.
+template <typename A, int kCount>
+__device__ __forceinline__ A sum_of(A (&values)[kCount]) {
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2)
+#pragma unroll
+    for (int i = 0; i < half; ++i) values[i] += values[i + half];
+  return values[0];
+}
+
+template <typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
+__device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kSpread>& row,
+                                            const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile) {
+  A max = state.max;
+  tile.for_each_pack([&](int k) { max = math::max(max, tile.x[k].max()); });
+  state = rescale(state, max);
+  const A reference = shift(max);
+  tile.for_each_pack([&](int k) {
+    A e[kWidth], dot[kWidth], mass[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const A x = tile.x[k][j] - reference;
+      e[j] = math::exp(x);
+      mass[j] = tile.coefficient(row, k, j);
+      dot[j] = mass[j] * x;
+    }
+    state.sum += sum_of(e);
+    if (kSpread) state.dot += sum_of(dot);
+    if (kSpread) state.mass += sum_of(mass);
+  });
+}
 
 // Adds a thread's share of the row to its statistics, and keeps what there is room for.
 template <int kWidth, int kPacks, typename T, bool kSpread, typename A>
 __device__ __forceinline__ void absorb(RowState<A>& state, const Row<T, kSpread>& row, const Share<T>& share,
                                        const Kept& kept) {
-  using RowTile = Tile<T, kSpread, kWidth, kPacks>;
-  const int tiles = RowTile::count(share);
-#pragma unroll 1
-  for (int number = 0; number < tiles; ++number) {
-    const RowTile tile(row, share, number, Kept{0});
+  const auto tiles = TileCount::of<kWidth, kPacks>(share);
+  const auto absorb_next = [&](const auto& tile, int number) {
     if constexpr (kWidth > 1)
-      if (number * kPacks < kept.packs) tile.keep(row, number);
-    A max = state.max;
-    tile.for_each([&](int k, int j) { max = math::max(max, tile.x[k][j]); });
-    A sum = 0, dot = 0, mass = 0;  // of the tile: short sums first round less
-    tile.for_each([&](int k, int j) {
-      const A x = tile.x[k][j] - shift(max), q = tile.coefficient(row, k, j);
-      sum += math::exp(x);
-      if (kSpread) dot += q * x;
-      if (kSpread) mass += q;
-    });
-    state = rescale(state, max);
-    state.sum += sum;
-    if (kSpread) state.dot += dot;
-    if (kSpread) state.mass += mass;
-  }
+      if (number * kPacks < kept.packs) tile.keep(row, number, kept);
+    absorb_tile(state, row, tile);
+  };
+  int number = 0;
+#pragma unroll 1
+  for (; number < tiles.whole; ++number)
+    absorb_next(Tile<T, kSpread, kWidth, kPacks, true>(row, share, number, Kept(0)), number);
+#pragma unroll 1
+  for (; number < tiles.all; ++number)
+    absorb_next(Tile<T, kSpread, kWidth, kPacks, false>(row, share, number, Kept(0)), number);
 }
 
 // ---- The second sweep: the gradient
@@ -223,24 +251,32 @@ __device__ __forceinline__ RowGradient<A> row_gradient(const Row<T, kSpread>& ro
   return {max, scale, g, math::product(o.smoothing.kept, row.w_y)};
 }
 
+template <typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
+__device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
+                                           const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile) {
+  tile.for_each_pack([&](int k) {
+    A values[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const A q = tile.coefficient(row, k, j) + (j == row.y - tile.first[k] ? of_row.q_y : 0);
+      values[j] = logit_gradient(math::exp(tile.x[k][j] - of_row.max), of_row.scale, q, of_row.grad_output);
+    }
+    store_values(row.grad + tile.offset(tile.first[k], row.o.grad_strides), values);
+  });
+}
+
 // Writes a thread's share of the gradient: what was kept last, while the cache may still hold what was not kept.
 template <int kWidth, int kPacks, typename T, bool kSpread, typename A>
 __device__ __forceinline__ void write_gradient(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
                                                const Share<T>& share, const Kept& kept) {
-  using RowTile = Tile<T, kSpread, kWidth, kPacks>;
+  const auto tiles = TileCount::of<kWidth, kPacks>(share);
+  int number = tiles.all - 1;
 #pragma unroll 1
-  for (int number = RowTile::count(share) - 1; number >= 0; --number) {
-    const RowTile tile(row, share, number, kept);
-    tile.for_each_pack([&](int k) {
-      A values[kWidth];
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        const A q = tile.coefficient(row, k, j) + (j == row.y - tile.first[k] ? of_row.q_y : 0);
-        values[j] = logit_gradient(math::exp(tile.x[k][j] - of_row.max), of_row.scale, q, of_row.grad_output);
-      }
-      store_values(row.grad + RowTile::offset(tile.first[k], row.o.grad_strides), values);
-    });
-  }
+  for (; number >= tiles.whole; --number)
+    write_tile(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number, kept));
+#pragma unroll 1
+  for (; number >= 0; --number)
+    write_tile(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number, kept));
 }
 
 // For a row that does not count: zeros, even where its logits are NaN.
@@ -249,8 +285,7 @@ __device__ __forceinline__ void write_zeros(const Row<T, kSpread>& row, const Sh
   const Statistic<T> zeros[kWidth] = {};
 #pragma unroll 1
   for (int unit = share.thread; unit < share.template units<kWidth>(); unit += share.step)
-    store_values(row.grad + Tile<T, kSpread, kWidth, 1>::offset(share.template first<kWidth>(unit), row.o.grad_strides),
-                 zeros);
+    store_values(row.grad + share.template first<kWidth>(unit) * row.o.grad_strides.classes, zeros);
 }
 
 }  // namespace fusedloss::cuda

@@ -49,6 +49,14 @@ struct Pack {
     words[3] = v.w;
   }
 
+  // Of 16-bit elements, two at a time.
+  __device__ __forceinline__ Statistic<T> max() const {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) return max_of_pairs<__nv_bfloat162>();
+    else if constexpr (std::is_same_v<T, __half>) return max_of_pairs<__half2>();
+    else if constexpr (sizeof(T) == 8) return ::fmax((*this)[0], (*this)[1]);
+    else return ::fmaxf(::fmaxf((*this)[0], (*this)[1]), ::fmaxf((*this)[2], (*this)[3]));
+  }
+
   __device__ __forceinline__ Statistic<T> operator[](int i) const {
     if constexpr (sizeof(T) == 8) return as<double>(words[2 * i] | uint64_t(words[2 * i + 1]) << 32);
     else if constexpr (sizeof(T) == 4) return as<float>(words[i]);
@@ -61,8 +69,14 @@ struct Pack {
   static __device__ __forceinline__ To as(From bits) {
     static_assert(sizeof(To) == sizeof(From));
     To value;
-    memcpy(&value, &bits, sizeof(To));
+    memcpy(static_cast<void*>(&value), &bits, sizeof(To));
     return value;
+  }
+  template <typename Pair>
+  __device__ __forceinline__ float max_of_pairs() const {
+    const Pair max = __hmax2(__hmax2(as<Pair>(words[0]), as<Pair>(words[1])),
+                             __hmax2(as<Pair>(words[2]), as<Pair>(words[3])));
+    return ::fmaxf(widen(max.x), widen(max.y));
   }
   __device__ __forceinline__ uint16_t half_word(int i) const { return uint16_t(words[i / 2] >> i % 2 * 16); }
 };
@@ -71,6 +85,7 @@ template <typename T>
 struct Pack<T, 1> {
   T element;
 
+  __device__ __forceinline__ Statistic<T> max() const { return widen(element); }
   __device__ __forceinline__ Statistic<T> operator[](int) const { return widen(element); }
 };
 
