@@ -100,7 +100,7 @@ std::atomic<bool> grad_output_was_one_on_cpu = true;
 bool grad_output_was_one(const at::Tensor& input) {
 #ifdef FUSEDLOSS_WITH_CUDA
   if (on_cuda(input)) {
-    const volatile int32_t* const flag = grad_output_was_one_on_cuda();
+    const volatile int32_t* const flag = grad_output_was_one_on_cuda(input);
     return flag != nullptr && *flag != 0;
   }
 #endif

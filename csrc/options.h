@@ -20,7 +20,7 @@ struct Strides {
 // to every kernel, which is how the tests reach them.
 struct CudaTuning {
   int64_t thread_classes = 16;   // up to so many neighbouring classes, a thread takes a row
-  int64_t warp_bytes = 4096;     // up to so many bytes of a row, a warp or a part of one does
+  int64_t warp_bytes = 8192;     // up to so many bytes of a row, a warp or a part of one does, if it keeps the row
   int64_t split_classes = 8192;  // where rows are few, several blocks share one, with so many classes each at least
   int64_t weigh_rows = 8192;     // of a block that adds up the rows' weights
   int64_t max_blocks = 8192;     // a grid is as large as its problem up to here; then its blocks take several shares

@@ -124,7 +124,7 @@ std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_outp
   if (on_cuda(input)) {
     if (!per_element) {
       o.grad_ready = gradients.are_ready;
-      o.grad_output_was_one = grad_output_was_one_on_cuda();
+      o.grad_output_was_one = grad_output_was_one_on_cuda(input);
     }
     run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::pointwise_backward(o, stream); });
     return {gradients.of_input, gradients.of_target};

@@ -62,7 +62,7 @@ void run_on_cuda(const char* op, const at::Tensor&, Launch launch) {
   TORCH_CHECK(error == cudaSuccess, op, ": error ", int(error), " of the emulated CUDA");
 }
 
-inline int32_t* allocate_host_flag() { return new int32_t; }
+inline int32_t* allocate_host_flag(const at::Tensor&) { return new int32_t; }
 
 #elif defined(FUSEDLOSS_WITH_CUDA)
 
@@ -71,15 +71,17 @@ template <typename Launch>
 void run_on_cuda(const char* op, const at::Tensor& tensor, Launch launch) {
   const c10::cuda::CUDAGuard guard(tensor.device());
   const cudaError_t error = launch(c10::cuda::getCurrentCUDAStream().stream());
+  if (error != cudaSuccess) cudaGetLastError();  // which would else be taken for the next launch's
   TORCH_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
 }
 
-// In memory that every device can write to; null if there is none.
-inline int32_t* allocate_host_flag() {
+// In memory that every device can write to; null if there is none. Asked of the tensor's device: it is in use already.
+inline int32_t* allocate_host_flag(const at::Tensor& tensor) {
+  const c10::cuda::CUDAGuard guard(tensor.device());
   const c10::cuda::CUDAStreamCaptureModeGuard allow(cudaStreamCaptureModeRelaxed);  // a graph may be captured just now
   void* flag = nullptr;
   const cudaError_t error = cudaHostAlloc(&flag, sizeof(int32_t), cudaHostAllocPortable | cudaHostAllocMapped);
-  if (error != cudaSuccess) cudaGetLastError();  // which would else be someone else's error
+  if (error != cudaSuccess) cudaGetLastError();
   return error == cudaSuccess ? static_cast<int32_t*>(flag) : nullptr;
 }
 
@@ -87,9 +89,9 @@ inline int32_t* allocate_host_flag() {
 
 #if defined(FUSEDLOSS_WITH_CUDA)
 // Where the backward pass on a device tells whether the last grad_output was 1, without the host waiting for it.
-inline int32_t* grad_output_was_one_on_cuda() {
-  static int32_t* const flag = [] {
-    int32_t* const fresh = allocate_host_flag();
+inline int32_t* grad_output_was_one_on_cuda(const at::Tensor& tensor) {
+  static int32_t* const flag = [&] {
+    int32_t* const fresh = allocate_host_flag(tensor);
     if (fresh != nullptr) *fresh = 1;
     return fresh;
   }();

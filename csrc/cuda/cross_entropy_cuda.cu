@@ -29,8 +29,8 @@ constexpr int64_t kMaxClasses = 1 << 30;  // within a row, indices are int
 // to make room for a few more.
 template <typename T, bool kSpread>
 constexpr int kResident = sizeof(T) == 8 ? 256 : kSpread ? 512 : 1024;
-template <typename T>
-constexpr int kRowThreads = sizeof(T) == 8 ? kMaxThreadsOfDoubles : kMaxThreads;
+template <typename T, bool kSpread>
+constexpr int kRowThreads = sizeof(T) == 8 || kSpread ? kFewerThreads : kMaxThreads;
 
 // Sums over rows; in scratch, one for each block.
 struct Partial {
@@ -38,10 +38,11 @@ struct Partial {
   bool bad_target;
 };
 
-// The logit of the target class, asked for before the sweep so that nobody waits for it afterwards.
+// The logit of the target class, asked for before the sweep, so that nobody waits for it afterwards; and not widened, so
+// that nobody waits for it beforehand.
 template <typename T, bool kSpread>
-__device__ __forceinline__ Statistic<T> target_logit(const Row<T, kSpread>& row) {
-  return row.y < 0 ? 0 : widen(row.logits[row.y * row.o.logits_strides.classes]);
+__device__ __forceinline__ T ask_for_target_logit(const Row<T, kSpread>& row) {
+  return row.y < 0 ? T() : row.logits[row.y * row.o.logits_strides.classes];
 }
 
 // The same number, but the compiler does not know: else it would hold on to all that it knows of the row through the
@@ -53,9 +54,9 @@ __device__ __forceinline__ int64_t looked_up_again(int64_t number) {
   return number;
 }
 
-// One thread of the row: statistics in, loss out. x_y is the target_logit.
+// One thread of the row: statistics in, loss out. x_y: the target class's.
 template <typename T, bool kSpread, typename A>
-__device__ __forceinline__ void finish_row(const Row<T, kSpread>& row, RowState<A> state, A scale, A x_y,
+__device__ __forceinline__ void finish_row(const Row<T, kSpread>& row, RowState<A> state, A scale, T x_y,
                                            Partial& sum) {
   const Problem<T>& o = row.o;
   A loss[1] = {0};
@@ -63,7 +64,7 @@ __device__ __forceinline__ void finish_row(const Row<T, kSpread>& row, RowState<
     const A logsum = math::log(state.sum);
     if (kSpread && row.y >= 0) state.mass = index_mass(A(0), o.sum_of_weights(), o.smoothing);  // not rounded C times
     if (kSpread) loss[0] = expected_negative_log_likelihood(state, logsum);
-    if (row.y >= 0) loss[0] += o.smoothing.kept * row.w_y * negative_log_likelihood(x_y, state.max, logsum);
+    if (row.y >= 0) loss[0] += o.smoothing.kept * row.w_y * negative_log_likelihood(widen(x_y), state.max, logsum);
     sum.loss += double(loss[0]);
     sum.weight += row.has_probabilities() ? 1.0 : double(row.w_y);
   } else {
@@ -88,7 +89,7 @@ __device__ __forceinline__ void leave(const CrossEntropyOptions& o, const Partia
 }
 
 template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kRowThreads<T>, (kResident<T, kSpread> / kRowThreads<T>))
+__global__ void __launch_bounds__(kRowThreads<T, kSpread>, (kResident<T, kSpread> / kRowThreads<T, kSpread>))
     forward_rows(const Problem<T> o) {
   using A = Statistic<T>;
   constexpr int kPacks = kTilePacks<kSpread>;
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kRowThreads<T>, (kResident<T, kSpread> / kRowT
     {
       const Row<T, kSpread> row(o, number);
       const auto share = share_of(row, thread, threads);
-      const A x_y = target_logit(row);
+      const T x_y = ask_for_target_logit(row);
       if (is_row && row.counts()) {
         absorb<kVector<T>, kPacks>(state, row, share, kept);
         absorb<1, kPacks>(state, row, share, nothing);
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColu
     const bool is_row = first + threadIdx.x < rows;
     const Row<T, kSpread> row(o, is_row ? first + threadIdx.x : rows - 1);
     const bool counts = is_row && row.counts();
-    const auto x_y = target_logit(row);
+    const T x_y = ask_for_target_logit(row);
     auto state = empty_row_state<Statistic<T>>();
     if (counts) absorb<1, kColumnPacks<kSpread>>(state, row, share, nothing);
     state = column_merge<kSpread, kColumnThreads>(state);
@@ -195,21 +196,25 @@ __global__ void __launch_bounds__(kMaxThreads) finish(const CrossEntropyOptions 
   if (o.reduction == Reduction::kMean && !weighed) store_total_weight<T>(o, weight_sum);
 }
 
-// Split rows: a warp merges what a row's blocks have left, and finishes the row.
+// Split rows: some lanes of a warp merge what a row's blocks have left, and finish the row.
 template <typename T, bool kSpread>
 __global__ void __launch_bounds__(kMaxThreads) finish_split(const Problem<T> o) {
   using A = Statistic<T>;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int lanes = 1;
+  while (lanes < kWarp && lanes < o.plan.blocks) lanes *= 2;
+  const int lane = threadIdx.x % lanes, rows_at_once = blockDim.x / lanes;
   Partial sum = {0, 0, false};
-  for (int64_t i = warp; i < o.rows(); i += blockDim.x / kWarp) {
-    const Row<T, kSpread> row(o, i);
-    const auto x_y = target_logit(row);
-    const auto* states = static_cast<const RowState<A>*>(o.scratch) + i * o.plan.blocks;
+  for (int64_t first = 0; first < o.plan.rows; first += rows_at_once) {
+    const int64_t i = first + threadIdx.x / lanes;
+    const bool is_row = i < o.plan.rows;
+    const Row<T, kSpread> row(o, is_row ? i : 0);
+    const T x_y = ask_for_target_logit(row);
+    const auto* states = static_cast<const RowState<A>*>(o.scratch) + row.number * o.plan.blocks;
     auto state = empty_row_state<A>();
-    for (int block = lane; block < o.plan.blocks; block += kWarp) state = merge(state, states[block]);
-    state = lanes_merge<kSpread>(state);
+    for (int block = lane; block < o.plan.blocks; block += lanes) state = merge(state, states[block]);
+    state = lanes_merge<kSpread>(state, lanes);
     const A scale = scale_of(row, state);
-    if (lane == 0) finish_row(row, state, scale, x_y, sum);
+    if (is_row && lane == 0) finish_row(row, state, scale, x_y, sum);
   }
   sum = finish_block(sum);
   if (threadIdx.x != 0 || o.reduction == Reduction::kNone) return;
@@ -244,7 +249,7 @@ __global__ void __launch_bounds__(kMaxThreads) finish_weigh(const CrossEntropyOp
 // ---- The gradient alone, from the statistics that the forward pass has left: no thread waits for another
 
 template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kRowThreads<T>, (kResident<T, kSpread> / kRowThreads<T>))
+__global__ void __launch_bounds__(kRowThreads<T, kSpread>, (kResident<T, kSpread> / kRowThreads<T, kSpread>))
     backward_rows(const Problem<T> o) {
   if (gradient_is_ready<T>(o)) return;
   using A = Statistic<T>;
@@ -303,7 +308,10 @@ cudaError_t launch_weigh(const CrossEntropyOptions& o, const RowPlan& plan, cuda
 }
 
 template <typename T>
-cudaError_t launch_backward(const CrossEntropyOptions& o, cudaStream_t stream) {
+cudaError_t launch_backward(CrossEntropyOptions o, cudaStream_t stream) {
+  // Mostly there is nothing left to do, and many blocks would take long to find that out.
+  const int64_t few = 8 * o.tuning.multiprocessors;
+  if (o.grad_ready && o.tuning.max_blocks > few) o.tuning.max_blocks = few;
   const RowPlan plan = plan_rows(o, /*with_exchange=*/false);
   const bool spread = RowPlan::is_spread(o);
   const auto kernel = plan.columns ? (spread ? backward_columns<T, true> : backward_columns<T, false>)
@@ -328,7 +336,7 @@ cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cu
 }  // namespace
 
 cudaError_t cross_entropy_scratch_bytes(CrossEntropyOptions& o, int64_t& bytes) {
-  const cudaError_t error = complete(o.tuning);
+  const cudaError_t error = complete(o.tuning, reinterpret_cast<const void*>(&finish<float>));
   const RowPlan plan = plan_rows(o, /*with_exchange=*/true);
   const int64_t state = o.dtype == DType::kFloat64 ? sizeof(RowState<double>) : sizeof(RowState<float>);
   const int64_t partials = plan.grid * int64_t(sizeof(Partial));
@@ -356,7 +364,7 @@ cudaError_t cross_entropy_backward(const CrossEntropyOptions& given, cudaStream_
   if (given.classes > kMaxClasses) return cudaErrorInvalidValue;
   if (given.rows() == 0 || given.classes == 0) return cudaSuccess;
   CrossEntropyOptions o = given;
-  const cudaError_t error = complete(o.tuning);
+  const cudaError_t error = complete(o.tuning, reinterpret_cast<const void*>(&finish<float>));
   if (error != cudaSuccess) return error;
   return on_dtype(o.dtype, [&](auto zero) { return launch_backward<decltype(zero)>(o, stream); });
 }

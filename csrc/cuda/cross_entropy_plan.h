@@ -6,7 +6,7 @@
 namespace fusedloss::cuda {
 
 constexpr int kMaxThreads = 512;
-constexpr int kMaxThreadsOfDoubles = 256;  // for they take two registers each
+constexpr int kFewerThreads = 256;  // for float64, and where q is spread: kernels that need more registers
 constexpr int kColumnThreads = 256;
 constexpr int kRowsOfBlock = 128;  // at most
 constexpr int kPackBytes = 16;
@@ -31,7 +31,8 @@ struct RowPlan {
   int kept_packs = 0;    // of logits, of each thread, in shared memory
 
   LaunchShape shape(const CrossEntropyOptions& o) const {
-    return {grid, block, cluster ? blocks : 1, kept_packs * kept_bytes_of_pack(o) * block.x * block.y};
+    return {grid, block, cluster ? blocks : 1, kept_packs * kept_bytes_of_pack(o) * block.x * block.y,
+            o.tuning.kept_bytes};
   }
 
   static bool is_spread(const CrossEntropyOptions& o) { return o.target_probability || o.label_smoothing > 0; }
@@ -80,12 +81,16 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
   const int64_t pack_bytes = RowPlan::kept_bytes_of_pack(o);
   RowPlan plan;
   plan.rows = o.rows();
-  if (o.classes * bytes_of(o.dtype) <= t.warp_bytes) {
+  // Where there are rows enough, few threads take each: what a row costs besides its classes, it costs each thread.
+  const bool many_rows = o.rows() >= 16 * t.multiprocessors;
+  const int64_t warp_bytes = !many_rows ? t.warp_bytes / 4 : keeps ? t.warp_bytes : 2 * t.warp_bytes;
+  if (o.classes * bytes_of(o.dtype) <= warp_bytes) {
+    const int64_t of_lane = (many_rows ? 2 : 1) * tile_packs;
     unsigned lanes = 1;
-    while (lanes < 32 && lanes * tile_packs < packs) lanes *= 2;
+    while (lanes < 32 && (lanes * of_lane < packs || (lanes < 8 && 2 * lanes <= packs))) lanes *= 2;
     plan.block = dim3(lanes, kRowsOfBlock / lanes);
   } else {
-    const int64_t parts = divide_up(2 * t.multiprocessors, o.rows() > 0 ? o.rows() : 1);
+    const int64_t parts = divide_up(8 * t.multiprocessors, o.rows() > 0 ? o.rows() : 1);
     const int64_t most_parts = o.classes / t.split_classes;
     if (o.rows() < t.multiprocessors && most_parts >= 2) {
       plan.blocks = int(parts < most_parts ? parts : most_parts);
@@ -95,8 +100,8 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
       plan.cluster = plan.blocks > 1;
     }
     unsigned threads = 128;
-    const unsigned most_threads = o.dtype == DType::kFloat64 ? kMaxThreadsOfDoubles : kMaxThreads;
-    while (threads < most_threads && packs >= 2 * threads * tile_packs * plan.blocks) threads *= 2;
+    const unsigned most_threads = o.dtype == DType::kFloat64 || RowPlan::is_spread(o) ? kFewerThreads : kMaxThreads;
+    while (threads < most_threads && packs >= 4 * threads * tile_packs * plan.blocks) threads *= 2;
     plan.block = dim3(threads);
   }
   plan.grid = grid_size(o, plan.block.y, plan.blocks);

@@ -149,24 +149,36 @@ struct Tile {
 
   // q of class (k, j), element j of pack k; for a class index, without what the target class has above the others:
   // kept * w_y.
+  template <bool kWeighted>
   __device__ __forceinline__ Statistic<T> coefficient(const Row<T, kSpread>& row, int k, int j) const {
     if constexpr (!kSpread) return 0;
-    const auto w = row.o.weight_of(first[k] + j);
+    const Statistic<T> w = kWeighted ? row.o.weight_of(first[k] + j) : 1;
     return row.has_probabilities() ? probability_coefficient(t[k][j], w, row.o.smoothing)
                                    : math::product(row.o.smoothing.uniform, w);
   }
 };
 
-// A share's tiles: `whole` ones, then those that may end behind the row. Only of vectors: for single classes, code of
-// their own would cost more registers than it saves instructions.
+// f(true_type()) where classes have weights of their own that count, else f(false_type()): to ask at each class costs
+// as much as all else.
+template <bool kSpread, typename T, typename F>
+__device__ __forceinline__ void with_or_without_weights(const Problem<T>& o, F f) {
+  if constexpr (kSpread) {
+    if (o.weight != nullptr) return f(std::true_type());
+  }
+  f(std::false_type());
+}
+
+// A thread's tiles: `whole` ones, as many for every thread of the row, then one more that ends behind the row if there
+// are more in all. Of single classes all are counted as the latter: code of their own would cost more registers than it
+// saves instructions.
 struct TileCount {
   int whole, all;
 
   template <int kWidth, int kPacks, typename T>
   static __device__ __forceinline__ TileCount of(const Share<T>& share) {
-    const int units = share.template units<kWidth>() - share.thread;  // of this thread and those after it
-    const int own = units > 0 ? (units + share.step - 1) / share.step : 0;
-    return {kWidth > 1 ? own / kPacks : 0, (own + kPacks - 1) / kPacks};
+    const int units = share.template units<kWidth>(), together = kPacks * share.step;
+    const int whole = units / together, all = whole + (share.thread < units - whole * together);
+    return {kWidth > 1 ? whole : 0, all};
   }
 };
 
@@ -182,7 +194,7 @@ __device__ __forceinline__ A sum_of(A (&values)[kCount]) {
   return values[0];
 }
 
-template <typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
+template <bool kWeighted, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kSpread>& row,
                                             const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile) {
   A max = state.max;
@@ -195,7 +207,7 @@ __device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kSp
     for (int j = 0; j < kWidth; ++j) {
       const A x = tile.x[k][j] - reference;
       e[j] = math::exp(x);
-      mass[j] = tile.coefficient(row, k, j);
+      mass[j] = tile.template coefficient<kWeighted>(row, k, j);
       dot[j] = mass[j] * x;
     }
     state.sum += sum_of(e);
@@ -209,18 +221,20 @@ template <int kWidth, int kPacks, typename T, bool kSpread, typename A>
 __device__ __forceinline__ void absorb(RowState<A>& state, const Row<T, kSpread>& row, const Share<T>& share,
                                        const Kept& kept) {
   const auto tiles = TileCount::of<kWidth, kPacks>(share);
-  const auto absorb_next = [&](const auto& tile, int number) {
-    if constexpr (kWidth > 1)
-      if (number * kPacks < kept.packs) tile.keep(row, number, kept);
-    absorb_tile(state, row, tile);
-  };
-  int number = 0;
+  with_or_without_weights<kSpread>(row.o, [&](auto weighted) {
+    const auto absorb_next = [&](const auto& tile, int number) {
+      if constexpr (kWidth > 1)
+        if (number * kPacks < kept.packs) tile.keep(row, number, kept);
+      absorb_tile<decltype(weighted)::value>(state, row, tile);
+    };
+    int number = 0;
 #pragma unroll 1
-  for (; number < tiles.whole; ++number)
-    absorb_next(Tile<T, kSpread, kWidth, kPacks, true>(row, share, number, Kept(0)), number);
+    for (; number < tiles.whole; ++number)
+      absorb_next(Tile<T, kSpread, kWidth, kPacks, true>(row, share, number, Kept(0)), number);
 #pragma unroll 1
-  for (; number < tiles.all; ++number)
-    absorb_next(Tile<T, kSpread, kWidth, kPacks, false>(row, share, number, Kept(0)), number);
+    for (; number < tiles.all; ++number)
+      absorb_next(Tile<T, kSpread, kWidth, kPacks, false>(row, share, number, Kept(0)), number);
+  });
 }
 
 // ---- The second sweep: the gradient
@@ -233,7 +247,13 @@ template <typename A>
 struct RowGradient {
   A max, scale, grad_output;
   A q_y;  // what q has at a target class above the others: kept * w_y
+  A scale_times_grad_output;
 };
+
+template <typename T, bool kSpread>
+__device__ __forceinline__ Statistic<T> target_logit(const Row<T, kSpread>& row) {
+  return widen(row.logits[row.y * row.o.logits_strides.classes]);
+}
 
 template <typename T, bool kSpread, typename A>
 __device__ __forceinline__ A scale_of(const Row<T, kSpread>& row, const RowState<A>& state) {
@@ -248,20 +268,33 @@ __device__ __forceinline__ RowGradient<A> row_gradient(const Row<T, kSpread>& ro
   const Problem<T>& o = row.o;
   A g = grad_output_at<T>(o, row.number);
   if (o.reduction == Reduction::kMean) g = divide_by_total_weight(g, *static_cast<const A*>(o.total_weight));
-  return {max, scale, g, math::product(o.smoothing.kept, row.w_y)};
+  return {max, scale, g, math::product(o.smoothing.kept, row.w_y), scale * g};
 }
 
-template <typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
+template <bool kWeighted, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
                                            const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile) {
   tile.for_each_pack([&](int k) {
+    const auto gradient = [&](A x, A q) {
+      return logit_gradient(math::exp(x - of_row.max), of_row.scale, q, of_row.grad_output);
+    };
+    // The target class is put right afterwards, by whoever has it: looking out for it costs more.
+    const int y = row.y - tile.first[k];
+    const bool has_target = unsigned(y) < unsigned(kWidth);
+    A of_target[1] = {0};
+    if (has_target) {
+      A q = of_row.q_y;
+      if (kSpread) q += math::product(row.o.smoothing.uniform, row.w_y);
+      of_target[0] = gradient(target_logit(row), q);
+    }
     A values[kWidth];
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      const A q = tile.coefficient(row, k, j) + (j == row.y - tile.first[k] ? of_row.q_y : 0);
-      values[j] = logit_gradient(math::exp(tile.x[k][j] - of_row.max), of_row.scale, q, of_row.grad_output);
-    }
-    store_values(row.grad + tile.offset(tile.first[k], row.o.grad_strides), values);
+    for (int j = 0; j < kWidth; ++j)
+      values[j] = kSpread ? gradient(tile.x[k][j], tile.template coefficient<kWeighted>(row, k, j))
+                          : math::exp(tile.x[k][j] - of_row.max) * of_row.scale_times_grad_output;
+    T* const grad = row.grad + tile.offset(tile.first[k], row.o.grad_strides);
+    store_values(grad, values);
+    if (has_target) store_values(grad + y, of_target);
   });
 }
 
@@ -270,13 +303,16 @@ template <int kWidth, int kPacks, typename T, bool kSpread, typename A>
 __device__ __forceinline__ void write_gradient(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
                                                const Share<T>& share, const Kept& kept) {
   const auto tiles = TileCount::of<kWidth, kPacks>(share);
-  int number = tiles.all - 1;
+  with_or_without_weights<kSpread>(row.o, [&](auto weighted) {
+    constexpr bool kWeighted = decltype(weighted)::value;
+    int number = tiles.all - 1;
 #pragma unroll 1
-  for (; number >= tiles.whole; --number)
-    write_tile(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number, kept));
+    for (; number >= tiles.whole; --number)
+      write_tile<kWeighted>(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number, kept));
 #pragma unroll 1
-  for (; number >= 0; --number)
-    write_tile(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number, kept));
+    for (; number >= 0; --number)
+      write_tile<kWeighted>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number, kept));
+  });
 }
 
 // For a row that does not count: zeros, even where its logits are NaN.

@@ -36,16 +36,16 @@ struct LaunchShape {
   dim3 grid = 1, block = 1;
   int cluster = 1;           // blocks
   int64_t shared_bytes = 0;  // of dynamic_shared_memory
+  int64_t shared_limit = 0;  // what a launch of this kernel may ever ask for
 };
 
 #ifndef FUSEDLOSS_LAUNCH
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
                    const Arguments&... arguments) {
-  constexpr int64_t kUnasked = 48 * 1024;  // what a block gets without this call
-  if (shape.shared_bytes > kUnasked) {
+  if (shape.shared_bytes > 0) {  // always the same limit, so that threads of the host do not get into each other's way
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_limit));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute cluster = {};
@@ -68,7 +68,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
 }
 #endif
 
-inline cudaError_t ask_device(int device, CudaTuning& answer) {
+// kernel: any of this build.
+inline cudaError_t ask_device(int device, const void* kernel, CudaTuning& answer) {
   cudaError_t error = cudaSuccess;
   const auto ask = [&](cudaDeviceAttr attribute) {
     int value = 0;
@@ -76,16 +77,19 @@ inline cudaError_t ask_device(int device, CudaTuning& answer) {
     return int64_t(value);
   };
   answer.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
-  // Room for two blocks, so that one loads while the other stores; 2 KB of each are the system's and the kernel's.
+  // Room for two blocks, so that one loads while the other stores; 6 KB of each are the system's and the kernel's own.
   const int64_t half = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2;
   const int64_t most = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  answer.kept_bytes = (half < most ? half : most) - 2048;
-  answer.cluster_blocks = ask(cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1;
+  answer.kept_bytes = (half < most ? half : most) - 6 * 1024;
+  // The driver may have compiled the kernels from PTX for an older GPU, without the code for clusters.
+  cudaFuncAttributes compiled = {};
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, kernel);
+  answer.cluster_blocks = ask(cudaDevAttrComputeCapabilityMajor) >= 9 && compiled.ptxVersion >= 90 ? 8 : 1;
   return error;
 }
 
 // Fills in what is not given, as the current device has it.
-inline cudaError_t complete(CudaTuning& tuning) {
+inline cudaError_t complete(CudaTuning& tuning, const void* kernel) {
   static std::mutex one_at_a_time;
   static std::map<int, CudaTuning> answers;  // by device
   int device = 0;
@@ -93,7 +97,7 @@ inline cudaError_t complete(CudaTuning& tuning) {
   if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const auto [answer, is_new] = answers.try_emplace(device);
-  if (is_new) error = ask_device(device, answer->second);
+  if (is_new) error = ask_device(device, kernel, answer->second);
   if (error != cudaSuccess) {
     answers.erase(answer);
     return error;

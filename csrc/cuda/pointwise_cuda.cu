@@ -148,8 +148,11 @@ cudaError_t launch_forward(const PointwiseOptions& o, cudaStream_t stream) {
 }
 
 template <typename Formula>
-cudaError_t launch_backward(const PointwiseOptions& o, cudaStream_t stream) {
+cudaError_t launch_backward(PointwiseOptions o, cudaStream_t stream) {
   if (o.numel == 0) return cudaSuccess;
+  // Mostly there is nothing left to do, and many blocks would take long to find that out.
+  constexpr int64_t kFew = 1024;
+  if (o.grad_ready && o.tuning.max_blocks > kFew) o.tuning.max_blocks = kFew;
   return on_dtype(o.dtype, [&](auto zero) {
     return launch(backward<Formula, decltype(zero)>, {grid_of(o), kThreads}, stream, o);
   });

@@ -91,8 +91,8 @@ __device__ __forceinline__ void cluster_sync() {
 }
 
 // Over the blocks of a cluster, where all threads of a block have its state already. `turn` counts the calls; each block
-// tells all others its state, in one of two places in turn, so that one barrier is enough: what is written after the next
-// barrier is not what a slow block still reads.
+// tells all others its state, in one of two places in turn, so that one barrier is enough: no block is more than one
+// barrier ahead of another, so what it writes for the next turn is not what a slow one still reads of this.
 template <bool kSpread, typename A>
 __device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, int rank, int blocks, int turn) {
   __shared__ RowState<A> of_block[2][kMaxCluster];
@@ -105,8 +105,8 @@ __device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, i
 
 #else
 
-// Never launched in clusters.
-__device__ __forceinline__ void cluster_sync() {}
+// Never launched in clusters: the host asks whether these were compiled.
+__device__ __forceinline__ void cluster_sync() { __trap(); }
 template <bool kSpread, typename A>
 __device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, int, int, int) {
   return state;

@@ -393,6 +393,12 @@ extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribu
   }
 }
 
+extern "C" cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
+
 extern "C" cudaError_t cudaGetLastError() {
   const cudaError_t error = emulator::last_error;
   emulator::last_error = cudaSuccess;
