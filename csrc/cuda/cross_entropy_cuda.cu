@@ -129,8 +129,7 @@ __global__ void __launch_bounds__(kRowThreads<T, kSpread>, (kResident<T, kSpread
     const auto share = share_of(row, thread, threads);
     if (row.counts()) {
       const auto of_row = row_gradient(row, state.max, scale);
-      write_gradient<kVector<T>, kPacks / 2>(row, of_row, share, kept);
-      write_gradient<1, kPacks / 2>(row, of_row, share, nothing);
+      write_gradient<false>(row, of_row, share, kept);
     } else {
       write_zeros<kVector<T>>(row, share);
       write_zeros<1>(row, share);
@@ -158,7 +157,7 @@ __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColu
     if (is_row && threadIdx.y == 0) finish_row(row, state, scale, x_y, sum);
     if (row.grad == nullptr || !is_row) continue;
     if (counts) {
-      write_gradient<1, kColumnPacks<kSpread> / 2>(row, row_gradient(row, state.max, scale), share, nothing);
+      write_gradient<true>(row, row_gradient(row, state.max, scale), share, nothing);
     } else {
       write_zeros<1>(row, share);
     }
@@ -262,8 +261,7 @@ __global__ void __launch_bounds__(kRowThreads<T, kSpread>, (kResident<T, kSpread
     const auto share = share_of(row, rank * int(blockDim.x) + int(threadIdx.x), blocks * int(blockDim.x));
     if (row.counts()) {
       const auto of_row = row_gradient(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i]);
-      write_gradient<kVector<T>, kTilePacks<kSpread> / 2>(row, of_row, share, nothing);
-      write_gradient<1, kTilePacks<kSpread> / 2>(row, of_row, share, nothing);
+      write_gradient<false>(row, of_row, share, nothing);
     } else {
       write_zeros<kVector<T>>(row, share);
       write_zeros<1>(row, share);
@@ -283,7 +281,7 @@ __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColu
     const Row<T, kSpread> row(o, i);
     if (row.counts()) {
       const auto of_row = row_gradient(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i]);
-      write_gradient<1, kColumnPacks<kSpread> / 2>(row, of_row, share, nothing);
+      write_gradient<true>(row, of_row, share, nothing);
     } else {
       write_zeros<1>(row, share);
     }

@@ -90,17 +90,20 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
     while (lanes < 32 && (lanes * of_lane < packs || (lanes < 8 && 2 * lanes <= packs))) lanes *= 2;
     plan.block = dim3(lanes, kRowsOfBlock / lanes);
   } else {
+    const unsigned most_threads = o.dtype == DType::kFloat64 || RowPlan::is_spread(o) ? kFewerThreads : kMaxThreads;
     const int64_t parts = divide_up(8 * t.multiprocessors, o.rows() > 0 ? o.rows() : 1);
     const int64_t most_parts = o.classes / t.split_classes;
     if (o.rows() < t.multiprocessors && most_parts >= 2) {
       plan.blocks = int(parts < most_parts ? parts : most_parts);
       plan.split = true;
     } else if (keeps) {
-      while (2 * plan.blocks <= t.cluster_blocks && packs * pack_bytes > plan.blocks * t.kept_bytes) plan.blocks *= 2;
+      // Whole tiles are kept; of tiny memories, in tests, count what there is.
+      const int64_t whole = t.kept_bytes - t.kept_bytes % (most_threads * tile_packs * pack_bytes);
+      const int64_t room = whole > 0 ? whole : t.kept_bytes;
+      while (2 * plan.blocks <= t.cluster_blocks && packs * pack_bytes > plan.blocks * room) plan.blocks *= 2;
       plan.cluster = plan.blocks > 1;
     }
     unsigned threads = 128;
-    const unsigned most_threads = o.dtype == DType::kFloat64 || RowPlan::is_spread(o) ? kFewerThreads : kMaxThreads;
     while (threads < most_threads && packs >= 4 * threads * tile_packs * plan.blocks) threads *= 2;
     plan.block = dim3(threads);
   }

@@ -250,11 +250,6 @@ struct RowGradient {
   A scale_times_grad_output;
 };
 
-template <typename T, bool kSpread>
-__device__ __forceinline__ Statistic<T> target_logit(const Row<T, kSpread>& row) {
-  return widen(row.logits[row.y * row.o.logits_strides.classes]);
-}
-
 template <typename T, bool kSpread, typename A>
 __device__ __forceinline__ A scale_of(const Row<T, kSpread>& row, const RowState<A>& state) {
   const A mass = row.has_probabilities() ? state.mass
@@ -271,37 +266,30 @@ __device__ __forceinline__ RowGradient<A> row_gradient(const Row<T, kSpread>& ro
   return {max, scale, g, math::product(o.smoothing.kept, row.w_y), scale * g};
 }
 
+// Grad_output times d loss/dx_c for a class of logit x.
+template <typename A>
+__device__ __forceinline__ A gradient_of(const RowGradient<A>& of_row, A x, A q) {
+  return logit_gradient(math::exp(x - of_row.max), of_row.scale, q, of_row.grad_output);
+}
+
+// As if none were the target class.
 template <bool kWeighted, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
                                            const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile) {
   tile.for_each_pack([&](int k) {
-    const auto gradient = [&](A x, A q) {
-      return logit_gradient(math::exp(x - of_row.max), of_row.scale, q, of_row.grad_output);
-    };
-    // The target class is put right afterwards, by whoever has it: looking out for it costs more.
-    const int y = row.y - tile.first[k];
-    const bool has_target = unsigned(y) < unsigned(kWidth);
-    A of_target[1] = {0};
-    if (has_target) {
-      A q = of_row.q_y;
-      if (kSpread) q += math::product(row.o.smoothing.uniform, row.w_y);
-      of_target[0] = gradient(target_logit(row), q);
-    }
     A values[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j)
-      values[j] = kSpread ? gradient(tile.x[k][j], tile.template coefficient<kWeighted>(row, k, j))
+      values[j] = kSpread ? gradient_of(of_row, A(tile.x[k][j]), tile.template coefficient<kWeighted>(row, k, j))
                           : math::exp(tile.x[k][j] - of_row.max) * of_row.scale_times_grad_output;
-    T* const grad = row.grad + tile.offset(tile.first[k], row.o.grad_strides);
-    store_values(grad, values);
-    if (has_target) store_values(grad + y, of_target);
+    store_values(row.grad + tile.offset(tile.first[k], row.o.grad_strides), values);
   });
 }
 
-// Writes a thread's share of the gradient: what was kept last, while the cache may still hold what was not kept.
+// A thread's tiles, those kept last, while the cache may still hold what was not kept.
 template <int kWidth, int kPacks, typename T, bool kSpread, typename A>
-__device__ __forceinline__ void write_gradient(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
-                                               const Share<T>& share, const Kept& kept) {
+__device__ __forceinline__ void write_tiles(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
+                                            const Share<T>& share, const Kept& kept) {
   const auto tiles = TileCount::of<kWidth, kPacks>(share);
   with_or_without_weights<kSpread>(row.o, [&](auto weighted) {
     constexpr bool kWeighted = decltype(weighted)::value;
@@ -313,6 +301,36 @@ __device__ __forceinline__ void write_gradient(const Row<T, kSpread>& row, const
     for (; number >= 0; --number)
       write_tile<kWeighted>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number, kept));
   });
+}
+
+// Is the row's target class in this thread's share?
+template <typename T, bool kSpread>
+__device__ __forceinline__ bool has_target(const Row<T, kSpread>& row, const Share<T>& share) {
+  if (row.y < 0) return false;
+  const int in_vectors = share.vectors * kVector<T>, behind_head = row.y - share.head;
+  const int unit = behind_head < 0             ? row.y
+                   : behind_head >= in_vectors ? row.y - in_vectors
+                                               : behind_head / kVector<T>;
+  return unit % share.step == share.thread;
+}
+
+// Writes a thread's share of the gradient. The target class is put right afterwards: looking out for it in every pack
+// costs more. Its logit is read before, as the gradient may be written over it.
+template <bool kColumns, typename T, bool kSpread, typename A>
+__device__ __forceinline__ void write_gradient(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
+                                               const Share<T>& share, const Kept& kept) {
+  const bool mine = has_target(row, share);
+  const T x_y = mine ? row.logits[row.y * row.o.logits_strides.classes] : T();
+  if constexpr (kColumns) {
+    write_tiles<1, kColumnPacks<kSpread> / 2>(row, of_row, share, kept);
+  } else {
+    write_tiles<kVector<T>, kTilePacks<kSpread> / 2>(row, of_row, share, kept);
+    write_tiles<1, kTilePacks<kSpread> / 2>(row, of_row, share, Kept(0));
+  }
+  if (!mine) return;
+  const A q = of_row.q_y + (kSpread ? math::product(row.o.smoothing.uniform, row.w_y) : A(0));
+  const A of_target[1] = {gradient_of(of_row, A(widen(x_y)), q)};
+  store_values(row.grad + row.y * row.o.grad_strides.classes, of_target);
 }
 
 // For a row that does not count: zeros, even where its logits are NaN.

@@ -48,6 +48,8 @@ LISTED = [
         "own(dynamic_shared_memory + @threadIdx.y * blockDim.x + threadIdx.x@)",
         "0",
     ),
+    ("target class left as the others", "cross_entropy_row.cuh", "if (@!mine@) return;", "true"),
+    ("target class of another thread", "cross_entropy_row.cuh", "return unit % share.step == @share.thread@;", "0"),
     ("tiles not rescaled", "cross_entropy_row.cuh", "@state = rescale(state, max);@", "state.max = max;"),
     ("large targets not checked", "cross_entropy_row.cuh", "|| @index >= classes@ ?", "false"),
     ("rows behind the last one", "cross_entropy_cuda.cu", "is_row = @first + threadIdx.y < plan.rows@", "true"),
