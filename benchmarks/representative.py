@@ -30,6 +30,12 @@ LONG_ROWS = [(2, 200_003)]
 FEW_ROWS = [(1, 131_072)]
 COLUMNS = [(3, 7, 37), (2, 100, 8, 8), (2, 1031, 40)]
 MANY_ROWS = [(6000, 17)]
+# As many rows as a GPU has multiprocessors, so that none is split: kept by a block, and by a cluster.
+KEPT_ROWS: list[tuple[str, tuple[int, int], dict[str, Any]]] = [
+    ("bfloat16", (150, 20_000), {"label_smoothing": 0.1}),
+    ("bfloat16", (150, 70_001), {}),
+    ("float32", (150, 65_536), {"probabilities": True}),
+]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"reduction": "sum", "ignore_index": IGNORED},
@@ -56,6 +62,8 @@ class Problem:
 def problems() -> Iterator[Problem]:
     shapes = [*FEW_CLASSES, *WARP_ROWS, *BLOCK_ROWS, *LONG_ROWS, *FEW_ROWS, *COLUMNS, *MANY_ROWS]
     for dtype, shape, options in itertools.product(DTYPES, shapes, OPTIONS):
+        yield Problem("cross_entropy", dtype, shape, options)
+    for dtype, shape, options in KEPT_ROWS:
         yield Problem("cross_entropy", dtype, shape, options)
     for dtype, elements, reduction in itertools.product(DTYPES, ELEMENTS, ("mean", "sum", "none")):
         yield Problem("mse_loss", dtype, (elements,), {"reduction": reduction})
