@@ -9,8 +9,8 @@
 // Who shares a row is a matter of its length, and of how many there are (cross_entropy_plan.h decides):
 //   a thread                    very few classes, or rows that are neighbours in memory, as in (N, C, d1, …): "columns"
 //   several threads of columns  the same, where rows alone are too few
-//   some lanes of a warp        a few hundred classes
-//   a block                     thousands
+//   some lanes of a warp        up to a few thousand classes
+//   a block                     more than those
 //   a cluster of blocks         more than the shared memory of one block keeps
 //   blocks apart                few, long rows: "split"; they meet in scratch memory, and a second kernel goes on
 //

@@ -90,7 +90,7 @@ template <typename T, bool kSpread, int kWidth, int kPacks, bool kWhole>
 struct Tile {
   Pack<T, kWidth> x[kPacks];
   Pack<T, kWidth> t[kPacks] = {};  // probabilities only
-  int first[kPacks];          // class of a pack's first element; -1 behind the row's end
+  int first[kPacks];               // class of a pack's first element; -1 behind the row's end
 
   // A share's tile; with kWidth = 1 the classes may lie apart.
   __device__ __forceinline__ Tile(const Row<T, kSpread>& row, const Share<T>& share, int number, const Kept& kept) {
@@ -169,16 +169,15 @@ __device__ __forceinline__ void with_or_without_weights(const Problem<T>& o, F f
 }
 
 // A thread's tiles: `whole` ones, as many for every thread of the row, then one more that ends behind the row if there
-// are more in all. Of single classes all are counted as the latter: code of their own would cost more registers than it
-// saves instructions.
+// are more in all.
 struct TileCount {
   int whole, all;
 
   template <int kWidth, int kPacks, typename T>
   static __device__ __forceinline__ TileCount of(const Share<T>& share) {
     const int units = share.template units<kWidth>(), together = kPacks * share.step;
-    const int whole = units / together, all = whole + (share.thread < units - whole * together);
-    return {kWidth > 1 ? whole : 0, all};
+    const int whole = units / together;
+    return {whole, whole + (share.thread < units - whole * together)};
   }
 };
 
