@@ -144,7 +144,7 @@ struct GradsOfForward {
       grads[i] = std::move(found->second).toTensor();
       ctx->saved_data.erase(found);
     }
-    if (on_cuda(grad_output) || !grad_output.is_cpu() || grad_output.dim() != 0) return;
+    if (on_cuda(grad_output) || grad_output.dim() != 0) return;
     const bool one = is_one(grad_output);
     grad_output_was_one_on_cpu = one;
     are_asked_for = one && (grads[0].defined() || grads[1].defined());

@@ -70,6 +70,8 @@ struct CrossEntropyOptions {
   CudaTuning tuning;
 
   int64_t rows() const { return outer * inner; }
+  // Has the target distribution q of a row more than one class? See formulas/cross_entropy.h.
+  bool is_spread() const { return target_probability != nullptr || label_smoothing > 0; }
 };
 
 // A loss of one element each of input and target: MSE and its family.

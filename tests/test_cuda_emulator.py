@@ -30,8 +30,8 @@ pytestmark = pytest.mark.skipif(MISSING != "", reason=MISSING or "not skipped")
 CSRC = _build.csrc_directory()
 BUGS = [*planted_bugs.listed_bugs(CSRC), *planted_bugs.missing_barriers(CSRC)]
 
-# Threads that share a row: one alone (up to 16 classes), a warp (up to 1024), a block. Sizes that vectors divide, and
-# others; the last one takes 256 threads.
+# Threads that share a row: one alone (up to 16 classes), some lanes of a warp (a few thousand), a block. Sizes that
+# vectors divide, and others.
 CLASSES = [1, 2, 7, 16, 17, 33, 100, 1000, 1031, 8195]
 TARGETS = [
     (target, weighted, smoothing)
@@ -44,22 +44,16 @@ SIZES = [0, 1, 3, 8, 9, 31, 257, 1000, 4099, 20011]
 
 
 @pytest.fixture(scope="session")
-def library_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cache = getattr(request.config, "cache", None)
-    return cache.mkdir("cuda_emulator") if cache else tmp_path_factory.mktemp("cuda_emulator")
+def emulator(emulator_folder: Path) -> Emulator:
+    return Emulator(build.build(CSRC, emulator_folder, self_test=True))
 
 
 @pytest.fixture(scope="session")
-def emulator(library_folder: Path) -> Emulator:
-    return Emulator(build.build(CSRC, library_folder, self_test=True))
-
-
-@pytest.fixture(scope="session")
-def buggy(library_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+def buggy(emulator_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     """Copies of the kernels with, where asked for, one of the BUGS."""
     copy = tmp_path_factory.mktemp("planted") / "csrc"
     planted_bugs.plant(CSRC, copy, BUGS)
-    return Emulator(build.build(copy, library_folder))
+    return Emulator(build.build(copy, emulator_folder))
 
 
 @pytest.fixture

@@ -34,11 +34,13 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def extension(emulator_folder: Path) -> Path:
+    return build.build_extension(_build.csrc_directory(), emulator_folder)
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest, extension: Path) -> dict[str, str]:
     """What pytest said of each file; "" where all is well. Two run at a time: together they take minutes."""
-    cache = getattr(request.config, "cache", None)
-    folder = cache.mkdir("cuda_emulator") if cache else tmp_path_factory.mktemp("cuda_emulator")
-    extension = build.build_extension(_build.csrc_directory(), folder)
 
     def run(name: str) -> str:
         environment = {**os.environ, "FUSEDLOSS_TEST_EXTENSION": str(extension), "OMP_NUM_THREADS": "1"}
@@ -60,9 +62,8 @@ def test_over_the_emulated_kernels(name, outcomes):
     assert outcomes[name] == ""
 
 
-def test_it_is_the_emulated_extension(outcomes, request):
-    """That the files above ran over it: its backward pass of a grad_output of 1 is a call of the kernels."""
-    extension = build.build_extension(_build.csrc_directory(), request.config.cache.mkdir("cuda_emulator"))
+def test_it_is_the_emulated_extension(extension, request):
+    """That the files above ran over it."""
     code = (
         "import tests.conftest, torch, fusedloss, fusedloss._backend as b\n"
         "print(b.extension().__file__, b.extension().with_cuda)"

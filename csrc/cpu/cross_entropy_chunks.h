@@ -7,11 +7,6 @@
 
 namespace fusedloss::cpu {
 
-// Has the target distribution q of a row more than one class? See formulas/cross_entropy.h.
-inline bool is_spread(const CrossEntropyOptions& o) {
-  return o.target_probability != nullptr || o.label_smoothing > 0;
-}
-
 // Either a row's classes lie side by side ("rows"), or the rows themselves do ("columns"): [outer, classes, inner]
 // with inner stride 1, as in (N, C, d1, …).
 inline bool in_rows(const CrossEntropyOptions& o) {

@@ -41,12 +41,12 @@ void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
 
 template <typename T>
 void forward(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
-  is_spread(o) ? forward_chunks<T, true>(o, begin, end) : forward_chunks<T, false>(o, begin, end);
+  o.is_spread() ? forward_chunks<T, true>(o, begin, end) : forward_chunks<T, false>(o, begin, end);
 }
 
 template <typename T>
 void backward(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
-  is_spread(o) ? backward_chunks<T, true>(o, begin, end) : backward_chunks<T, false>(o, begin, end);
+  o.is_spread() ? backward_chunks<T, true>(o, begin, end) : backward_chunks<T, false>(o, begin, end);
 }
 
 template <typename A>

@@ -30,7 +30,7 @@ constexpr int64_t kMaxClasses = 1 << 30;  // within a row, indices are int
 template <typename T, bool kSpread>
 constexpr int kResident = sizeof(T) == 8 ? 256 : kSpread ? 512 : 1024;
 template <typename T, bool kSpread>
-constexpr int kRowThreads = sizeof(T) == 8 || kSpread ? kFewerThreads : kMaxThreads;
+constexpr int kRowThreads = max_row_threads(sizeof(T) == 8, kSpread);
 
 // Sums over rows; in scratch, one for each block.
 struct Partial {
@@ -127,13 +127,7 @@ __global__ void __launch_bounds__(kRowThreads<T, kSpread>, (kResident<T, kSpread
     if (o.grad_logits == nullptr || !is_row) continue;
     const Row<T, kSpread> row(o, looked_up_again(number));
     const auto share = share_of(row, thread, threads);
-    if (row.counts()) {
-      const auto of_row = row_gradient(row, state.max, scale);
-      write_gradient<false>(row, of_row, share, kept);
-    } else {
-      write_zeros<kVector<T>>(row, share);
-      write_zeros<1>(row, share);
-    }
+    write_row<false>(row, state.max, scale, share, kept);
   }
   if (!plan.split) leave(o, thread == 0 ? sums[threadIdx.y] : Partial{0, 0, false});
 }
@@ -141,26 +135,20 @@ __global__ void __launch_bounds__(kRowThreads<T, kSpread>, (kResident<T, kSpread
 template <typename T, bool kSpread>
 __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColumnThreads))
     forward_columns(const Problem<T> o) {
-  const int64_t rows = o.rows(), step = int64_t(gridDim.x) * blockDim.x;
+  const RowPlan& plan = o.plan;
   const Share<T> share = {only_single<T>(int(o.classes)), int(threadIdx.y), int(blockDim.y)};
   const Kept nothing(0);
   Partial sum = {0, 0, false};
-  for (int64_t first = int64_t(blockIdx.x) * blockDim.x; first < rows; first += step) {
-    const bool is_row = first + threadIdx.x < rows;
-    const Row<T, kSpread> row(o, is_row ? first + threadIdx.x : rows - 1);
-    const bool counts = is_row && row.counts();
+  for (int64_t first = int64_t(blockIdx.x) * blockDim.x; first < plan.rows; first += plan.step) {
+    const bool is_row = first + threadIdx.x < plan.rows;
+    const Row<T, kSpread> row(o, is_row ? first + threadIdx.x : plan.rows - 1);
     const T x_y = ask_for_target_logit(row);
     auto state = empty_row_state<Statistic<T>>();
-    if (counts) absorb<1, kColumnPacks<kSpread>>(state, row, share, nothing);
+    if (is_row && row.counts()) absorb<1, kColumnPacks<kSpread>>(state, row, share, nothing);
     state = column_merge<kSpread, kColumnThreads>(state);
     const auto scale = scale_of(row, state);
     if (is_row && threadIdx.y == 0) finish_row(row, state, scale, x_y, sum);
-    if (row.grad == nullptr || !is_row) continue;
-    if (counts) {
-      write_gradient<true>(row, row_gradient(row, state.max, scale), share, nothing);
-    } else {
-      write_zeros<1>(row, share);
-    }
+    if (row.grad != nullptr && is_row) write_row<true>(row, state.max, scale, share, nothing);
   }
   leave(o, sum);
 }
@@ -227,7 +215,7 @@ template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) weigh(const Problem<T> o) {
   double sum = 0;
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < o.rows(); i += step) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < o.plan.rows; i += step) {
     const int y = o.target_probability ? -1 : o.target_class(i);
     sum += o.target_probability ? 1.0 : y >= 0 ? double(o.weight_of(y)) : 0.0;
   }
@@ -239,9 +227,7 @@ __global__ void __launch_bounds__(kMaxThreads) weigh(const Problem<T> o) {
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) finish_weigh(const CrossEntropyOptions o, int blocks) {
-  double sum = 0;
-  for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += static_cast<const double*>(o.scratch)[i];
-  sum = block_sum(sum);
+  const double sum = sum_of_blocks(o.scratch, blocks);
   if (threadIdx.x == 0) store_total_weight<T>(o, sum);
 }
 
@@ -252,20 +238,14 @@ __global__ void __launch_bounds__(kRowThreads<T, kSpread>, (kResident<T, kSpread
     backward_rows(const Problem<T> o) {
   if (gradient_is_ready<T>(o)) return;
   using A = Statistic<T>;
-  const int blocks = o.plan.blocks, rank = int(blockIdx.x % blocks);
-  const int64_t first = int64_t(blockIdx.x / blocks) * blockDim.y + threadIdx.y;
-  const int64_t step = int64_t(gridDim.x / blocks) * blockDim.y;
+  const RowPlan& plan = o.plan;
+  const int rank = int(blockIdx.x % plan.blocks);
+  const int thread = rank * int(blockDim.x) + int(threadIdx.x), threads = plan.blocks * int(blockDim.x);
   const Kept nothing(0);
-  for (int64_t i = first; i < o.rows(); i += step) {
+  for (int64_t i = int64_t(blockIdx.x / plan.blocks) * blockDim.y + threadIdx.y; i < plan.rows; i += plan.step) {
     const Row<T, kSpread> row(o, i);
-    const auto share = share_of(row, rank * int(blockDim.x) + int(threadIdx.x), blocks * int(blockDim.x));
-    if (row.counts()) {
-      const auto of_row = row_gradient(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i]);
-      write_gradient<false>(row, of_row, share, nothing);
-    } else {
-      write_zeros<kVector<T>>(row, share);
-      write_zeros<1>(row, share);
-    }
+    const auto share = share_of(row, thread, threads);
+    write_row<false>(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i], share, nothing);
   }
 }
 
@@ -275,16 +255,10 @@ __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColu
   if (gradient_is_ready<T>(o)) return;
   using A = Statistic<T>;
   const Share<T> share = {only_single<T>(int(o.classes)), int(threadIdx.y), int(blockDim.y)};
-  const int64_t rows = o.rows(), step = int64_t(gridDim.x) * blockDim.x;
   const Kept nothing(0);
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < rows; i += step) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < o.plan.rows; i += o.plan.step) {
     const Row<T, kSpread> row(o, i);
-    if (row.counts()) {
-      const auto of_row = row_gradient(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i]);
-      write_gradient<true>(row, of_row, share, nothing);
-    } else {
-      write_zeros<1>(row, share);
-    }
+    write_row<true>(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i], share, nothing);
   }
 }
 
@@ -307,11 +281,9 @@ cudaError_t launch_weigh(const CrossEntropyOptions& o, const RowPlan& plan, cuda
 
 template <typename T>
 cudaError_t launch_backward(CrossEntropyOptions o, cudaStream_t stream) {
-  // Mostly there is nothing left to do, and many blocks would take long to find that out.
-  const int64_t few = 8 * o.tuning.multiprocessors;
-  if (o.grad_ready && o.tuning.max_blocks > few) o.tuning.max_blocks = few;
+  if (o.grad_ready && o.tuning.max_blocks > kHandOverBlocks) o.tuning.max_blocks = kHandOverBlocks;
   const RowPlan plan = plan_rows(o, /*with_exchange=*/false);
-  const bool spread = RowPlan::is_spread(o);
+  const bool spread = o.is_spread();
   const auto kernel = plan.columns ? (spread ? backward_columns<T, true> : backward_columns<T, false>)
                                    : (spread ? backward_rows<T, true> : backward_rows<T, false>);
   return launch(kernel, plan.shape(o), stream, Problem<T>(o, plan));
@@ -319,7 +291,7 @@ cudaError_t launch_backward(CrossEntropyOptions o, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cudaStream_t stream) {
-  const bool spread = RowPlan::is_spread(o);
+  const bool spread = o.is_spread();
   const Problem<T> problem(o, plan);
   cudaError_t error = launch_weigh<T>(o, plan, stream);
   const auto kernel = plan.columns ? (spread ? forward_columns<T, true> : forward_columns<T, false>)
@@ -331,10 +303,14 @@ cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cu
   return launch_backward<T>(o, stream);
 }
 
+cudaError_t complete_tuning(CudaTuning& tuning) {
+  return complete(tuning, reinterpret_cast<const void*>(&finish<float>));
+}
+
 }  // namespace
 
 cudaError_t cross_entropy_scratch_bytes(CrossEntropyOptions& o, int64_t& bytes) {
-  const cudaError_t error = complete(o.tuning, reinterpret_cast<const void*>(&finish<float>));
+  const cudaError_t error = complete_tuning(o.tuning);
   const RowPlan plan = plan_rows(o, /*with_exchange=*/true);
   const int64_t state = o.dtype == DType::kFloat64 ? sizeof(RowState<double>) : sizeof(RowState<float>);
   const int64_t partials = plan.grid * int64_t(sizeof(Partial));
@@ -362,7 +338,7 @@ cudaError_t cross_entropy_backward(const CrossEntropyOptions& given, cudaStream_
   if (given.classes > kMaxClasses) return cudaErrorInvalidValue;
   if (given.rows() == 0 || given.classes == 0) return cudaSuccess;
   CrossEntropyOptions o = given;
-  const cudaError_t error = complete(o.tuning, reinterpret_cast<const void*>(&finish<float>));
+  const cudaError_t error = complete_tuning(o.tuning);
   if (error != cudaSuccess) return error;
   return on_dtype(o.dtype, [&](auto zero) { return launch_backward<decltype(zero)>(o, stream); });
 }

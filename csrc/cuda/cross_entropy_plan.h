@@ -6,10 +6,12 @@
 namespace fusedloss::cuda {
 
 constexpr int kMaxThreads = 512;
-constexpr int kFewerThreads = 256;  // for float64, and where q is spread: kernels that need more registers
 constexpr int kColumnThreads = 256;
 constexpr int kRowsOfBlock = 128;  // at most
 constexpr int kPackBytes = 16;
+
+// Of a block that takes a row, at most: fewer where a thread needs more registers.
+constexpr int max_row_threads(bool is_float64, bool is_spread) { return is_float64 || is_spread ? 256 : kMaxThreads; }
 
 // How many packs of logits a thread holds at a time, and as many of probabilities: bytes in flight against registers. In
 // columns, where a pack is one class. The sweep that writes takes half of them: half of its traffic is its stores.
@@ -25,23 +27,20 @@ struct RowPlan {
   unsigned grid = 1;
   bool columns = false;
   int64_t rows = 0, step = 0;  // a block's rows of one turn and of the next are a step apart
-  int blocks = 1;        // that share a row, if they are more
-  bool cluster = false;  // either in a cluster
-  bool split = false;    // or apart, to meet in scratch
-  int kept_packs = 0;    // of logits, of each thread, in shared memory
+  int blocks = 1;              // that share a row, if they are more
+  bool cluster = false;        // either in a cluster
+  bool split = false;          // or apart, to meet in scratch
+  int kept_packs = 0;          // of logits, of each thread, in shared memory
 
   LaunchShape shape(const CrossEntropyOptions& o) const {
     return {grid, block, cluster ? blocks : 1, kept_packs * kept_bytes_of_pack(o) * block.x * block.y,
             o.tuning.kept_bytes};
   }
 
-  static bool is_spread(const CrossEntropyOptions& o) { return o.target_probability || o.label_smoothing > 0; }
   static int64_t kept_bytes_of_pack(const CrossEntropyOptions& o) {
     return o.target_probability ? 2 * kPackBytes : kPackBytes;
   }
 };
-
-inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 inline unsigned grid_size(const CrossEntropyOptions& o, int64_t work_of_a_block, int64_t blocks_together = 1) {
   const int64_t groups = divide_up(o.rows(), work_of_a_block), most = o.tuning.max_blocks / blocks_together;
@@ -77,7 +76,7 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
   if (!neighbours || o.classes <= t.thread_classes) return plan_columns(o);
 
   const int64_t packs = divide_up(o.classes * bytes_of(o.dtype), kPackBytes);
-  const int64_t tile_packs = RowPlan::is_spread(o) ? kTilePacks<true> : kTilePacks<false>;
+  const int64_t tile_packs = o.is_spread() ? kTilePacks<true> : kTilePacks<false>;
   const int64_t pack_bytes = RowPlan::kept_bytes_of_pack(o);
   RowPlan plan;
   plan.rows = o.rows();
@@ -90,7 +89,7 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
     while (lanes < 32 && (lanes * of_lane < packs || (lanes < 8 && 2 * lanes <= packs))) lanes *= 2;
     plan.block = dim3(lanes, kRowsOfBlock / lanes);
   } else {
-    const unsigned most_threads = o.dtype == DType::kFloat64 || RowPlan::is_spread(o) ? kFewerThreads : kMaxThreads;
+    const unsigned most_threads = max_row_threads(o.dtype == DType::kFloat64, o.is_spread());
     const int64_t parts = divide_up(8 * t.multiprocessors, o.rows() > 0 ? o.rows() : 1);
     const int64_t most_parts = o.classes / t.split_classes;
     if (o.rows() < t.multiprocessors && most_parts >= 2) {

@@ -20,7 +20,6 @@ struct Problem : CrossEntropyOptions {
   RowPlan plan;
   Smoothing<A> smoothing;
 
-  __device__ __forceinline__ int64_t rows() const { return outer * inner; }
   // -1 where there is none: the target is ignored or, behind an assert, out of range.
   __device__ __forceinline__ int target_class(int64_t row) const {
     const int64_t index = target_index[row];
@@ -339,6 +338,18 @@ __device__ __forceinline__ void write_zeros(const Row<T, kSpread>& row, const Sh
 #pragma unroll 1
   for (int unit = share.thread; unit < share.template units<kWidth>(); unit += share.step)
     store_values(row.grad + share.template first<kWidth>(unit) * row.o.grad_strides.classes, zeros);
+}
+
+// A thread's share of the gradient of any row, from its statistics.
+template <bool kColumns, typename T, bool kSpread, typename A>
+__device__ __forceinline__ void write_row(const Row<T, kSpread>& row, A max, A scale, const Share<T>& share,
+                                          const Kept& kept) {
+  if (row.counts()) {
+    write_gradient<kColumns>(row, row_gradient(row, max, scale), share, kept);
+  } else {
+    if constexpr (!kColumns) write_zeros<kVector<T>>(row, share);
+    write_zeros<1>(row, share);
+  }
 }
 
 }  // namespace fusedloss::cuda

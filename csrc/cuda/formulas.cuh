@@ -26,16 +26,11 @@ FUSEDLOSS_INLINE float exp(float x) {
 FUSEDLOSS_INLINE double exp(double x) { return ::exp(x); }
 
 // Rounded, where the compiler would fuse it with a sum that it is part of.
-FUSEDLOSS_INLINE float product(float a, float b) {
+template <typename A>
+FUSEDLOSS_INLINE A product(A a, A b) {
 #if FUSEDLOSS_CUDA_ARCH
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-FUSEDLOSS_INLINE double product(double a, double b) {
-#if FUSEDLOSS_CUDA_ARCH
-  return __dmul_rn(a, b);
+  if constexpr (sizeof(A) == 8) return __dmul_rn(a, b);
+  else return __fmul_rn(a, b);
 #else
   return a * b;
 #endif

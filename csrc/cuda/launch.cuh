@@ -63,7 +63,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
 }
 #else
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t, const Arguments&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t,
+                   const Arguments&... arguments) {
   return FUSEDLOSS_LAUNCH(kernel, shape, arguments...);
 }
 #endif
@@ -109,6 +110,11 @@ inline cudaError_t complete(CudaTuning& tuning, const void* kernel) {
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+// The most blocks for a backward pass whose gradient is ready: mostly there is nothing left to do, and many blocks would
+// take long to find that out.
+constexpr int64_t kHandOverBlocks = 1024;
 
 // Calls f with a value of the type that dtype names: on_dtype(dtype, [&](auto zero) { using T = decltype(zero); … }).
 template <typename F>

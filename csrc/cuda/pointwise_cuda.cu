@@ -102,9 +102,7 @@ __global__ void __launch_bounds__(kThreads) forward(const PointwiseOptions o) {
 // One block: the blocks' sums in a fixed order, and the mean's division.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) finish(const PointwiseOptions o, int blocks) {
-  double sum = 0;
-  for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += static_cast<const double*>(o.scratch)[i];
-  sum = block_sum(sum);
+  const double sum = sum_of_blocks(o.scratch, blocks);
   if (threadIdx.x != 0) return;
   const double loss[1] = {o.reduction == Reduction::kMean ? sum / double(o.numel) : sum};
   store_loss<T>(o.loss, o.loss_dtype != o.dtype, 0, loss);
@@ -129,8 +127,7 @@ __global__ void __launch_bounds__(kThreads) backward(const PointwiseOptions o) {
 }
 
 unsigned grid_of(const PointwiseOptions& o) {
-  const int64_t vector = o.dtype == DType::kFloat64 ? 2 : o.dtype == DType::kFloat32 ? 4 : 8;
-  const int64_t blocks = divide_up(o.numel, kThreads * kPacks * vector);
+  const int64_t blocks = divide_up(o.numel, kThreads * kPacks * (16 / bytes_of(o.dtype)));
   return unsigned(blocks < o.tuning.max_blocks ? blocks : o.tuning.max_blocks);
 }
 
@@ -150,9 +147,7 @@ cudaError_t launch_forward(const PointwiseOptions& o, cudaStream_t stream) {
 template <typename Formula>
 cudaError_t launch_backward(PointwiseOptions o, cudaStream_t stream) {
   if (o.numel == 0) return cudaSuccess;
-  // Mostly there is nothing left to do, and many blocks would take long to find that out.
-  constexpr int64_t kFew = 1024;
-  if (o.grad_ready && o.tuning.max_blocks > kFew) o.tuning.max_blocks = kFew;
+  if (o.grad_ready && o.tuning.max_blocks > kHandOverBlocks) o.tuning.max_blocks = kHandOverBlocks;
   return on_dtype(o.dtype, [&](auto zero) {
     return launch(backward<Formula, decltype(zero)>, {grid_of(o), kThreads}, stream, o);
   });

@@ -56,6 +56,13 @@ __device__ __forceinline__ double block_sum(double value) {
   return lanes_sum(exchange_between_warps(lanes_sum(value), 0.0));
 }
 
+// What the blocks of the launch before have left, one number each, by the threads of one block.
+__device__ __forceinline__ double sum_of_blocks(const void* left, int blocks) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += static_cast<const double*>(left)[i];
+  return block_sum(sum);
+}
+
 // Over the threads of a row within a block: threadIdx.x in [0, blockDim.x), some lanes of a warp or the whole block.
 template <bool kSpread, typename A>
 __device__ __forceinline__ RowState<A> row_merge(RowState<A> state) {

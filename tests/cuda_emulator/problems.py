@@ -342,27 +342,30 @@ class MeanSquaredError(Problem):
             grads = self.set_grads(emulator, o, at)
         self.call(emulator, "pointwise_forward", o)
         self.all_written(emulator, {**outputs, **grads})
-        left = {name: grad.clone() for name, grad in grads.items()}
-
-        for values, ready in [(torch.ones(1).to(self.grad_output), True), (self.grad_output, self.grad_in_forward)]:
-            is_one = values is not self.grad_output
-            if is_one and not self.grad_in_forward:
-                continue
-            o.grad_output = emulator.input(values, "grad_output", at["grad_output"]).data_ptr()
-            o.grad_output_stride, o.grad_ready = 0 if is_one else self.grad_stride, ready
-            was_one = emulator.input(torch.ones(1, dtype=torch.int32), "grad_output_was_one", read_only=False)
-            o.grad_output_was_one = was_one.data_ptr()
-            if not is_one:
-                grads = self.set_grads(emulator, o, at)
-            self.call(emulator, "pointwise_backward", o)
-            if is_one:  # what the forward pass has left is not touched
-                assert all(torch.equal(bits_of(grads[name]), bits_of(left[name])) for name in grads), (
-                    f"{self}: hand-over"
-                )
-                self.compare({f"{name} of 1": grad for name, grad in grads.items()}, torch.ones_like(values))
-            assert bool(was_one) == (is_one or self.grad_stride == 1 or self.numel == 0), f"{self}: was_one"
+        if self.grad_in_forward:
+            self.check_hand_over(emulator, o, at["grad_output"], grads)
+        grads = self.set_grads(emulator, o, at)
+        was_one = self.backward(emulator, o, at["grad_output"], self.grad_output, self.grad_stride)
+        assert was_one == (self.grad_stride == 1 or self.numel == 0), f"{self}: grad_output_was_one is {was_one}"
         self.all_written(emulator, grads)
         return {**outputs, **grads}
+
+    def backward(self, emulator: Emulator, o: PointwiseOptions, offset: int, values: Tensor, stride: int) -> bool:
+        """-> what it said of grad_output; True where it said nothing."""
+        o.grad_output = emulator.input(values, "grad_output", offset).data_ptr()
+        o.grad_output_stride, o.grad_ready = stride, self.grad_in_forward
+        was_one = emulator.input(torch.ones(1, dtype=torch.int32), "grad_output_was_one", read_only=False)
+        o.grad_output_was_one = was_one.data_ptr()
+        self.call(emulator, "pointwise_backward", o)
+        return bool(was_one)
+
+    def check_hand_over(self, emulator: Emulator, o: PointwiseOptions, offset: int, grads: dict[str, Tensor]) -> None:
+        """What the forward pass has left is the gradient for a grad_output of 1, which does not touch it."""
+        left = {name: bits_of(grad) for name, grad in grads.items()}
+        one = torch.ones(1, dtype=self.loss_dtype)
+        assert self.backward(emulator, o, offset, one, 0), f"{self}: grad_output_was_one"
+        assert all(torch.equal(bits_of(grads[name]), left[name]) for name in grads), f"{self}: the hand-over"
+        self.compare({f"{name} of 1": grad for name, grad in grads.items()}, one)
 
     def set_grads(self, emulator: Emulator, o: PointwiseOptions, at: dict[str, int]) -> dict[str, Tensor]:
         grads = {}

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 
 #include "runtime.h"
 
@@ -70,49 +71,43 @@ bool same_place(SourceLine a, SourceLine b) { return a.line == b.line && std::st
 
 // ---- Barriers
 
-// Opens the block's barrier once every thread waits at it, or has returned.
-void try_barrier(Block& block) {
+// Do all threads that have not returned wait at one barrier, of this kind? Then -> how many came with a predicate.
+std::optional<int> all_wait(const Block* blocks, size_t count, State at_barrier) {
   const Thread* first = nullptr;
   int with_predicate = 0;
   bool some_returned = false;
-  for (const Thread& t : block.threads) {
-    if (t.state == State::kDone) {
-      some_returned = true;
-      continue;
+  for (const Block* block = blocks; block < blocks + count; ++block)
+    for (const Thread& t : block->threads) {
+      if (t.state == State::kDone) {
+        some_returned = true;
+        continue;
+      }
+      if (t.state != at_barrier) return std::nullopt;
+      if (first == nullptr) first = &t;
+      if (!same_place(t.waits_at, first->waits_at))
+        complain("DIVERGENT BARRIER", place(first->waits_at) + " and " + place(t.waits_at));
+      with_predicate += t.predicate;
     }
-    if (t.state != State::kAtBarrier) return;
-    if (first == nullptr) first = &t;
-    if (!same_place(t.waits_at, first->waits_at))
-      complain("DIVERGENT BARRIER", place(first->waits_at) + " and " + place(t.waits_at));
-    with_predicate += t.predicate;
-  }
-  if (first == nullptr) return;
+  if (first == nullptr) return std::nullopt;
   if (some_returned) complain("BARRIER WITHOUT RETURNED THREADS", place(first->waits_at));
+  return with_predicate;
+}
+
+// Opens the block's barrier once every thread waits at it, or has returned.
+void try_barrier(Block& block) {
+  const auto with_predicate = all_wait(&block, 1, State::kAtBarrier);
+  if (!with_predicate) return;
   ++block.barriers;
   for (Thread& t : block.threads)
     if (t.state == State::kAtBarrier) {
-      t.result = uint64_t(with_predicate);
+      t.result = uint64_t(*with_predicate);
       wake(t);
     }
 }
 
 // The same for all blocks of a cluster.
 void try_cluster_barrier() {
-  const Thread* first = nullptr;
-  bool some_returned = false;
-  for (const Block& block : cluster)
-    for (const Thread& t : block.threads) {
-      if (t.state == State::kDone) {
-        some_returned = true;
-        continue;
-      }
-      if (t.state != State::kAtClusterBarrier) return;
-      if (first == nullptr) first = &t;
-      if (!same_place(t.waits_at, first->waits_at))
-        complain("DIVERGENT BARRIER", place(first->waits_at) + " and " + place(t.waits_at));
-    }
-  if (first == nullptr) return;
-  if (some_returned) complain("BARRIER WITHOUT RETURNED THREADS", place(first->waits_at));
+  if (!all_wait(cluster.data(), cluster.size(), State::kAtClusterBarrier)) return;
   synchronise_cluster();
   for (Block& block : cluster)
     for (Thread& t : block.threads)
