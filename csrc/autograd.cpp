@@ -11,14 +11,16 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cross_entropy_loss.h>
-#include <ATen/ops/mse_loss.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <array>
+#include <algorithm>
 #include <atomic>
 #include <optional>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "ops.h"
 #include "plain.h"
@@ -78,11 +80,10 @@ CrossEntropyResult run_cross_entropy_forward(const at::Tensor& input, const at::
                                autocast_to_float32(input), with_grad);
 }
 
-MSELossResult run_mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction,
-                                   bool grad_input, bool grad_target) {
-  RECORD_FUNCTION(grad_input || grad_target ? "fusedloss::mse_loss_forward_with_grad" : "fusedloss::mse_loss_forward",
-                  Inputs());
-  return mse_loss_forward(input, target, reduction, autocast_to_float32(input), grad_input, grad_target);
+PointwiseResult run_pointwise_forward(const PointwiseCall& call, const std::vector<bool>& with_grads) {
+  const bool any = std::find(with_grads.begin(), with_grads.end(), true) != with_grads.end();
+  RECORD_FUNCTION("fusedloss::" + call.loss.name + (any ? "_forward_with_grad" : "_forward"), Inputs());
+  return pointwise_forward(call, autocast_to_float32(call.operands[0]), with_grads);
 }
 
 // ---- the gradient in the forward pass ----
@@ -125,34 +126,38 @@ bool is_one(const at::Tensor& value) {
   }
 }
 
-constexpr const char* kGradsOfForward[] = {"grad", "grad of target"};
+constexpr const char* kGradsOfForward[kMaxOperands] = {"grad",           "grad of target",    "grad of tensor 2",
+                                                       "grad of tensor 3", "grad of tensor 4", "grad of tensor 5",
+                                                       "grad of tensor 6", "grad of tensor 7"};
 
-void keep_grads_of_forward(AutogradContext* ctx, const at::Tensor& grad, const at::Tensor& grad_of_target = {}) {
-  if (grad.defined()) ctx->saved_data[kGradsOfForward[0]] = grad;
-  if (grad_of_target.defined()) ctx->saved_data[kGradsOfForward[1]] = grad_of_target;
+void keep_grads_of_forward(AutogradContext* ctx, at::TensorList grads) {
+  for (size_t i = 0; i < grads.size(); ++i)
+    if (grads[i].defined()) ctx->saved_data[kGradsOfForward[i]] = grads[i];
 }
 
 // The gradients that the forward pass has left; from here on they are the caller's.
 struct GradsOfForward {
-  std::array<at::Tensor, 2> grads;
+  variable_list grads;
   bool are_asked_for = false;  // as they are
 
-  GradsOfForward(AutogradContext* ctx, const at::Tensor& grad_output) {
-    for (size_t i = 0; i < grads.size(); ++i) {
+  GradsOfForward(AutogradContext* ctx, const at::Tensor& grad_output, size_t count) : grads(count) {
+    bool any = false;
+    for (size_t i = 0; i < count; ++i) {
       const auto found = ctx->saved_data.find(kGradsOfForward[i]);
       if (found == ctx->saved_data.end()) continue;
       grads[i] = std::move(found->second).toTensor();
       ctx->saved_data.erase(found);
+      any = true;
     }
     if (on_cuda(grad_output) || grad_output.dim() != 0) return;
     const bool one = is_one(grad_output);
     grad_output_was_one_on_cpu = one;
-    are_asked_for = one && (grads[0].defined() || grads[1].defined());
+    are_asked_for = one && any;
   }
 };
 
-void drop_grads_of_forward(AutogradContext* ctx) {
-  for (const char* name : kGradsOfForward) ctx->saved_data.erase(name);
+void drop_grads_of_forward(AutogradContext* ctx, size_t count) {
+  for (size_t i = 0; i < count; ++i) ctx->saved_data.erase(kGradsOfForward[i]);
 }
 
 // ---- the gradient in the logits' place
@@ -206,7 +211,7 @@ class CrossEntropy : public Function<CrossEntropy> {
 
     at::Tensor grad;
     if (must_compose(grad_output)) {
-      drop_grads_of_forward(ctx);
+      drop_grads_of_forward(ctx, 1);
       const auto dtype = grad_output.scalar_type();  // float32 where the forward pass ran under autocast
       grad = composed_gradients({input}, grad_output, [&](const variable_list& views) {
         return at::cross_entropy_loss(views[0].to(dtype), target.to(target.is_floating_point() ? dtype : at::kLong),
@@ -214,12 +219,12 @@ class CrossEntropy : public Function<CrossEntropy> {
                                       ignore_index, label_smoothing);
       })[0];
     } else if (!is_plain(grad_output)) {
-      drop_grads_of_forward(ctx);
+      drop_grads_of_forward(ctx, 1);
       using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                                    const at::Tensor&, int64_t, int64_t, double);
       grad = call_registered_op<Signature>("fusedloss::cross_entropy_backward", grad_output, input, target, weight,
                                            statistics, reduction, ignore_index, label_smoothing);
-    } else if (const GradsOfForward left(ctx, grad_output); left.are_asked_for) {
+    } else if (const GradsOfForward left(ctx, grad_output, 1); left.are_asked_for) {
       grad = left.grads[0];
     } else {
       RECORD_FUNCTION("fusedloss::cross_entropy_backward", Inputs());
@@ -236,51 +241,72 @@ class CrossEntropy : public Function<CrossEntropy> {
   }
 };
 
-class MSELoss : public Function<MSELoss> {
+class Pointwise : public Function<Pointwise> {
  public:
   static constexpr bool is_traceable = true;
 
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                            int64_t reduction) {
-    const bool with_grads = grad_in_forward(input, reduction);
-    const auto [loss, grad_input, grad_target] = run_mse_loss_forward(
-        input, target, reduction, with_grads && input.requires_grad(), with_grads && target.requires_grad());
-    keep_grads_of_forward(ctx, grad_input, grad_target);
-    ctx->save_for_backward({input, target});
+  static at::Tensor forward(AutogradContext* ctx, at::TensorList operands, int64_t loss,
+                            c10::ArrayRef<double> parameters, int64_t reduction, std::optional<int64_t> divisor) {
+    const PointwiseCall call = {pointwise_loss(loss), operands, parameters, reduction, divisor};
+    std::vector<bool> with_grads;
+    if (grad_in_forward(operands[0], reduction))
+      for (const auto& operand : operands) with_grads.push_back(operand.requires_grad());
+    auto [value, grads] = run_pointwise_forward(call, with_grads);
+    keep_grads_of_forward(ctx, grads);
+    ctx->save_for_backward(operands.vec());
+    ctx->saved_data["loss"] = loss;
     ctx->saved_data["reduction"] = reduction;
-    return loss;
+    if (!parameters.empty()) ctx->saved_data["parameters"] = parameters.vec();
+    if (divisor) ctx->saved_data["divisor"] = *divisor;
+    return value;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &input = saved[0], &target = saved[1], &grad_output = grad_outputs[0];
-    const int64_t reduction = ctx->saved_data["reduction"].toInt();
+    const variable_list operands = ctx->get_saved_variables();
+    const at::Tensor& grad_output = grad_outputs[0];
+    const auto given = [&](const char* name) { return ctx->saved_data.count(name) != 0; };
+    const auto parameters =
+        given("parameters") ? ctx->saved_data["parameters"].toDoubleVector() : std::vector<double>();
+    const auto divisor = given("divisor") ? std::optional(ctx->saved_data["divisor"].toInt()) : std::nullopt;
+    const PointwiseCall call = {pointwise_loss(ctx->saved_data["loss"].toInt()), operands, parameters,
+                                ctx->saved_data["reduction"].toInt(), divisor};
+    std::vector<bool> wanted;
+    for (size_t k = 0; k < operands.size(); ++k) wanted.push_back(ctx->needs_input_grad(k));
 
-    at::Tensor grad_input, grad_target;
+    variable_list grads;
     if (must_compose(grad_output)) {
-      drop_grads_of_forward(ctx);
+      drop_grads_of_forward(ctx, operands.size());
       const auto dtype = grad_output.scalar_type();
-      const auto grads = composed_gradients({input, target}, grad_output, [&](const variable_list& views) {
-        return at::mse_loss(views[0].to(dtype), views[1].to(dtype), reduction);
+      grads = composed_gradients(operands, grad_output, [&](variable_list views) {
+        for (auto& view : views) view = view.to(dtype);
+        return call.loss.composed(views, parameters, call.reduction, divisor);
       });
-      grad_input = grads[0];
-      grad_target = grads[1];
     } else if (!is_plain(grad_output)) {
-      drop_grads_of_forward(ctx);
-      using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t);
-      grad_input =
-          call_registered_op<Signature>("fusedloss::mse_loss_backward", grad_output, input, target, reduction);
-      grad_target = -grad_input;
-    } else if (const GradsOfForward left(ctx, grad_output); left.are_asked_for) {
-      grad_input = left.grads[0];
-      grad_target = left.grads[1];
+      drop_grads_of_forward(ctx, operands.size());
+      grads = backward_by_registered_op(grad_output, call, wanted);
+    } else if (GradsOfForward left(ctx, grad_output, operands.size()); left.are_asked_for) {
+      grads = left.grads;
     } else {
-      RECORD_FUNCTION("fusedloss::mse_loss_backward", Inputs());
-      std::tie(grad_input, grad_target) = mse_loss_backward(
-          grad_output, input, target, reduction, ctx->needs_input_grad(0), ctx->needs_input_grad(1), left.grads[0],
-          left.grads[1]);
+      RECORD_FUNCTION("fusedloss::" + call.loss.name + "_backward", Inputs());
+      grads = pointwise_backward(grad_output, call, wanted, std::move(left.grads));
     }
-    return {grad_input, grad_target, at::Tensor()};
+    grads.resize(operands.size() + 4);  // nothing for the other arguments
+    return grads;
+  }
+
+ private:
+  static variable_list backward_by_registered_op(const at::Tensor& grad_output, const PointwiseCall& call,
+                                                 const std::vector<bool>& wanted) {
+    using Signature = std::vector<at::Tensor>(const at::Tensor&, at::TensorList, const std::string&,
+                                              c10::ArrayRef<double>, int64_t, std::optional<int64_t>, c10::List<bool>);
+    c10::List<bool> mask;
+    for (const bool is_wanted : wanted) mask.push_back(is_wanted);
+    const auto found = call_registered_op<Signature>("fusedloss::pointwise_backward", grad_output, call.operands,
+                                                     call.loss.name, call.parameters, call.reduction, call.divisor, mask);
+    variable_list grads;
+    auto next = found.begin();
+    for (const bool is_wanted : wanted) grads.push_back(is_wanted ? *next++ : at::Tensor());
+    return grads;
   }
 };
 
@@ -294,11 +320,14 @@ OptionalTensor cross_entropy(const at::Tensor& input, const at::Tensor& target, 
   return run_cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, false).loss;
 }
 
-OptionalTensor mse_loss(const at::Tensor& input, const at::Tensor& target, int64_t reduction) {
-  if (!mse_loss_covers(input, target)) return std::nullopt;
-  if (at::GradMode::is_enabled() && (input.requires_grad() || target.requires_grad()))
-    return MSELoss::apply(input, target, reduction);
-  return run_mse_loss_forward(input, target, reduction, false, false).loss;
+OptionalTensor pointwise(int64_t loss, at::TensorList operands, c10::ArrayRef<double> parameters, int64_t reduction,
+                         std::optional<int64_t> divisor) {
+  const PointwiseCall call = {pointwise_loss(loss), operands, parameters, reduction, divisor};
+  if (!pointwise_covers(call.loss, operands)) return std::nullopt;
+  const auto requires_grad = [](const at::Tensor& operand) { return operand.requires_grad(); };
+  if (at::GradMode::is_enabled() && std::any_of(operands.begin(), operands.end(), requires_grad))
+    return Pointwise::apply(operands, loss, parameters, reduction, divisor);
+  return run_pointwise_forward(call, {}).loss;
 }
 
 }  // namespace fusedloss

@@ -1,3 +1,4 @@
+#include <pybind11/functional.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/instruction_set.h"
@@ -9,7 +10,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fusedloss;
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def("cross_entropy", &cross_entropy, no_gil);
-  m.def("mse_loss", &mse_loss, no_gil);
   m.def(
       "cross_entropy_forward",
       [](const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
@@ -27,17 +27,27 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                       label_smoothing);
       },
       no_gil);
+  m.def("add_pointwise_loss", &add_pointwise_loss);
   m.def(
-      "mse_loss_forward",
-      [](const at::Tensor& input, const at::Tensor& target, int64_t reduction, bool autocast) {
-        return mse_loss_forward(input, target, reduction, autocast).loss;
+      "pointwise",
+      [](int64_t loss, const std::vector<at::Tensor>& operands, const std::vector<double>& parameters,
+         int64_t reduction, std::optional<int64_t> divisor) {
+        return pointwise(loss, operands, parameters, reduction, divisor);
       },
       no_gil);
   m.def(
-      "mse_loss_backward",
-      [](const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target, int64_t reduction,
-         bool want_input, bool want_target) {
-        return mse_loss_backward(grad_output, input, target, reduction, want_input, want_target);
+      "pointwise_forward",
+      [](int64_t loss, const std::vector<at::Tensor>& operands, const std::vector<double>& parameters,
+         int64_t reduction, std::optional<int64_t> divisor, bool autocast) {
+        return pointwise_forward({pointwise_loss(loss), operands, parameters, reduction, divisor}, autocast).loss;
+      },
+      no_gil);
+  m.def(
+      "pointwise_backward",
+      [](const at::Tensor& grad_output, int64_t loss, const std::vector<at::Tensor>& operands,
+         const std::vector<double>& parameters, int64_t reduction, std::optional<int64_t> divisor,
+         const std::vector<bool>& wanted) {
+        return pointwise_backward(grad_output, {pointwise_loss(loss), operands, parameters, reduction, divisor}, wanted);
       },
       no_gil);
   m.def("set_debug", &set_debug);

@@ -4,18 +4,30 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <tuple>
+#include <vector>
+
+#include "pointwise_registry.h"
 
 namespace fusedloss {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// One call of a pointwise loss. The operands have one shape, that of input, which is the first; broadcasting is the
+// caller's. divisor: what the mean divides by, their number if it is not given.
+struct PointwiseCall {
+  const PointwiseLoss& loss;
+  at::TensorList operands;
+  c10::ArrayRef<double> parameters;
+  int64_t reduction;
+  std::optional<int64_t> divisor;
+};
+
 // The losses, with autograd; nothing where the kernels do not cover the call, which then is torch's own function's.
-// `reduction` is torch's number for it. input and target of mse_loss have one shape; broadcasting is the caller's.
-// inplace_backward: the gradient is written over input.
+// `reduction` is torch's number for it. inplace_backward: the gradient is written over input.
 OptionalTensor cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                              int64_t reduction, int64_t ignore_index, double label_smoothing, bool inplace_backward);
-OptionalTensor mse_loss(const at::Tensor& input, const at::Tensor& target, int64_t reduction);
+OptionalTensor pointwise(int64_t loss, at::TensorList operands, c10::ArrayRef<double> parameters, int64_t reduction,
+                         std::optional<int64_t> divisor);
 
 // Whether a class index out of range is found on the host, before a kernel is launched. On the CPU it is found anyway.
 void set_debug(bool enabled);
@@ -23,7 +35,7 @@ void set_debug(bool enabled);
 // Do the kernels compute this call and its gradients? Arguments that torch would refuse are covered: the forward pass
 // refuses them with a message of its own.
 bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight);
-bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target);
+bool pointwise_covers(const PointwiseLoss& loss, at::TensorList operands);
 
 struct CrossEntropyResult {
   at::Tensor loss;        // under autocast float32, whatever the input
@@ -45,19 +57,16 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
                                   int64_t ignore_index, double label_smoothing, bool in_place = false,
                                   const at::Tensor& ready = {});
 
-struct MSELossResult {
-  at::Tensor loss;  // under autocast float32, whatever the input
-  at::Tensor grad_input, grad_target;  // if asked for
+struct PointwiseResult {
+  at::Tensor loss;                // under autocast float32, whatever the input
+  std::vector<at::Tensor> grads;  // of each operand, if asked for
 };
 
 // Gradients at once as above.
-MSELossResult mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction, bool autocast,
-                               bool grad_input = false, bool grad_target = false);
+PointwiseResult pointwise_forward(const PointwiseCall& call, bool autocast, const std::vector<bool>& with_grads = {});
 
-// -> the gradients of input and target, times grad_output; undefined where not wanted. ready_…: as above, where wanted.
-std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                                     const at::Tensor& target, int64_t reduction, bool want_input,
-                                                     bool want_target, const at::Tensor& ready_input = {},
-                                                     const at::Tensor& ready_target = {});
+// -> the gradients of the operands, times grad_output; undefined where not wanted. ready: as above, where wanted.
+std::vector<at::Tensor> pointwise_backward(const at::Tensor& grad_output, const PointwiseCall& call,
+                                           const std::vector<bool>& wanted, std::vector<at::Tensor> ready = {});
 
 }  // namespace fusedloss

@@ -74,28 +74,34 @@ struct CrossEntropyOptions {
   bool is_spread() const { return target_probability != nullptr || label_smoothing > 0; }
 };
 
-// A loss of one element each of input and target: MSE and its family.
+constexpr int kMaxOperands = 8, kMaxParameters = 16;
+
+// A loss of one element of each of its operands (input, which comes first, target, weights, …): MSE, its family, and
+// losses of the user's own.
 struct PointwiseOptions {
-  DType dtype;       // of input, target and their gradients
+  DType dtype;       // of the operands and their gradients
   DType loss_dtype;  // of loss and grad_output: dtype or the statistics' type
   Reduction reduction;
   int64_t numel;
+  double divisor;  // what the mean divides by
 
-  const void* input;   // [numel] contiguous
-  const void* target;  // [numel] contiguous
+  int operands;
+  const void* operand[kMaxOperands];     // of each operand, [numel] contiguous
+  int64_t operand_stride[kMaxOperands];  // 1, or 0 where one value serves all elements
+  double parameter[kMaxParameters];
 
-  void* loss;     // [numel] for kNone, else [1]
+  void* loss;     // [numel] for kNone, else [1]; null in the backward pass
   void* scratch;  // forward only; as many bytes as the launcher asks for, 16-byte aligned
 
   const void* grad_output;     // [numel] for kNone, else [1]; null is 1
   int64_t grad_output_stride;  // 0 where one value serves all elements
-  void* grad_input;            // [numel]; null where it is not wanted; in the forward pass: write it there already
-  void* grad_target;           // [numel]; null where it is not wanted
+  void* grad[kMaxOperands];    // of each operand, [numel]; null where it is not wanted; in the forward pass: write it
+                               // there already
 
   bool grad_ready;  // as above
   int32_t* grad_output_was_one;
 
-  CudaTuning tuning;
+  int64_t max_blocks = 8192;  // of a grid, as in CudaTuning
 };
 
 }  // namespace fusedloss

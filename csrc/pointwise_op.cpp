@@ -3,6 +3,11 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "checks.h"
 #include "cpu/pointwise_cpu.h"
 #include "huge_pages.h"
@@ -23,116 +28,144 @@ at::Tensor empty_beside(const at::Tensor& t, at::ScalarType type) {
   return fresh;
 }
 
-// The options of one call, and the tensors whose memory they point to. Elements are paired by their place in memory,
-// so input and target must be dense and in the same order; gradients and losses are laid out as they are.
+// The options of one call, and the tensors whose memory they point to. Elements are paired by their place in memory, so
+// input, the first operand, must be dense and the others in the same order, or one value each; gradients and losses are
+// laid out as input is.
 struct Call {
+  const char* op;
+  const PointwiseLoss& loss;
   PointwiseOptions o = {};
-  at::Tensor input, target;
+  std::vector<at::Tensor> operands;
 
-  Call(const char* op, const at::Tensor& input_, const at::Tensor& target_, int64_t reduction) {
-    o.dtype = check_dtype(op, "input", input_);
-    o.reduction = check_reduction(op, reduction);
-    check_same_device(op, "target", target_, input_);
-    TORCH_CHECK(input_.sizes() == target_.sizes(), op, ": target must have the shape of input, ", input_.sizes(),
-                ", got ", target_.sizes());
-    TORCH_CHECK(input_.scalar_type() == target_.scalar_type(), op, ": target must have the dtype of input, ",
-                input_.scalar_type(), ", got ", target_.scalar_type());
-    input = input_.is_non_overlapping_and_dense() ? input_ : input_.clone();
-    target = target_.strides() == input.strides() ? target_ : empty_beside(input, input.scalar_type()).copy_(target_);
+  Call(const PointwiseCall& call) : op(call.loss.name.c_str()), loss(call.loss), operands(call.operands.vec()) {
+    TORCH_CHECK_VALUE(!operands.empty() && operands.size() <= size_t(kMaxOperands), op, ": got ", operands.size(),
+                      " tensors, expected 1 to ", kMaxOperands);
+    TORCH_CHECK_VALUE(call.parameters.size() <= size_t(kMaxParameters), op, ": got ", call.parameters.size(),
+                      " parameters, expected at most ", kMaxParameters);
+    at::Tensor& input = operands[0];
+    o.dtype = check_dtype(op, "input", input);
+    o.reduction = check_reduction(op, call.reduction);
+    for (size_t k = 1; k < operands.size(); ++k) check_operand(int(k));
+    if (!input.is_non_overlapping_and_dense()) input = input.clone();
+    o.operands = int(operands.size());
+    for (int k = 0; k < o.operands; ++k) place(k);
     o.numel = input.numel();
-    o.input = input.const_data_ptr();
-    o.target = target.const_data_ptr();
+    o.divisor = call.divisor ? double(*call.divisor) : double(o.numel);
+    std::copy(call.parameters.begin(), call.parameters.end(), o.parameter);
+  }
+
+  const at::Tensor& input() const { return operands[0]; }
+
+ private:
+  void check_operand(int k) const {
+    const at::Tensor &operand = operands[size_t(k)], &input = operands[0];
+    const std::string name = k == 1 ? "target" : "tensor " + std::to_string(k);
+    check_same_device(op, name.c_str(), operand, input);
+    TORCH_CHECK(operand.sizes() == input.sizes(), op, ": ", name, " must have the shape of input, ", input.sizes(),
+                ", got ", operand.sizes());
+    TORCH_CHECK(operand.scalar_type() == input.scalar_type(), op, ": ", name, " must have the dtype of input, ",
+                input.scalar_type(), ", got ", operand.scalar_type());
+  }
+
+  void place(int k) {
+    at::Tensor& operand = operands[size_t(k)];
+    o.operand_stride[k] = k > 0 && is_one_value(operand) ? 0 : 1;
+    if (o.operand_stride[k] == 1 && operand.strides() != input().strides())
+      operand = empty_beside(input(), operand.scalar_type()).copy_(operand);
+    o.operand[k] = operand.const_data_ptr();
   }
 };
 
-// The gradients of a call that are wanted, which its options then point to.
+// The gradients of a call that are wanted, which its options then point to; `ready`: those that the forward pass has left.
 struct Gradients {
-  at::Tensor of_input, of_target;
-  bool are_ready;  // the forward pass has left all of them
+  std::vector<at::Tensor> of;
+  bool are_ready = true;  // all of them
 
-  Gradients(Call& call, bool want_input, bool want_target, const at::Tensor& ready_input = {},
-            const at::Tensor& ready_target = {})
-      : of_input(ready_input),
-        of_target(ready_target),
-        are_ready((!want_input || ready_input.defined()) && (!want_target || ready_target.defined())) {
-    if (want_input && !of_input.defined()) of_input = empty_beside(call.input, call.input.scalar_type());
-    if (want_target && !of_target.defined()) of_target = empty_beside(call.input, call.input.scalar_type());
-    call.o.grad_input = want_input ? of_input.data_ptr() : nullptr;
-    call.o.grad_target = want_target ? of_target.data_ptr() : nullptr;
+  Gradients(Call& call, const std::vector<bool>& wanted, std::vector<at::Tensor> ready = {}) : of(std::move(ready)) {
+    of.resize(call.operands.size());
+    for (size_t k = 0; k < of.size() && k < wanted.size(); ++k) {
+      if (!wanted[k]) continue;
+      are_ready = are_ready && of[k].defined();
+      if (!of[k].defined()) of[k] = empty_beside(call.input(), call.input().scalar_type());
+      call.o.grad[k] = of[k].data_ptr();
+    }
   }
 };
 
-void run_forward(const char* op, Call& call) {
+void run_forward(Call& call) {
   PointwiseOptions& o = call.o;
 #ifdef FUSEDLOSS_WITH_CUDA
-  if (on_cuda(call.input)) {
-    const auto scratch = call.input.new_empty({cuda::pointwise_scratch_bytes(o)}, at::kByte);
+  if (on_cuda(call.input())) {
+    const auto scratch = call.input().new_empty({cuda::pointwise_scratch_bytes(o)}, at::kByte);
     o.scratch = scratch.data_ptr();
-    run_on_cuda(op, call.input, [&](cudaStream_t stream) { return cuda::pointwise_forward(o, stream); });
+    run_on_cuda(call.op, call.input(), [&](cudaStream_t stream) { return call.loss.on_cuda->forward(o, stream); });
     return;
   }
 #endif
   const HostScratch scratch(cpu::pointwise_scratch_bytes(o));
   o.scratch = scratch.data();
   run_on_cpu(cpu::pointwise_chunks(o), cpu::kPointwiseGrain,
-             [&](int64_t begin, int64_t end) { cpu::pointwise_forward(o, begin, end); });
+             [&](int64_t begin, int64_t end) { cpu::pointwise(*call.loss.on_cpu, o, begin, end); });
   cpu::pointwise_finish(o);
 }
 
 }  // namespace
 
-bool mse_loss_covers(const at::Tensor& input, const at::Tensor& target) {
-  // torch promotes mixed types.
-  return is_ours(input) && is_plain(target) && input.scalar_type() == target.scalar_type();
+bool pointwise_covers(const PointwiseLoss& loss, at::TensorList operands) {
+  const at::Tensor& input = operands[0];
+  if (!is_ours(input)) return false;
+  for (const at::Tensor& operand : operands)  // torch promotes mixed types
+    if (!is_plain(operand) || operand.scalar_type() != input.scalar_type()) return false;
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (on_cuda(input)) return loss.on_cuda != nullptr;
+#endif
+  return loss.on_cpu != nullptr;
 }
 
-MSELossResult mse_loss_forward(const at::Tensor& input, const at::Tensor& target, int64_t reduction, bool autocast,
-                               bool grad_input, bool grad_target) {
-  constexpr const char* kOp = "mse_loss";
-  Call call(kOp, input, target, reduction);
+PointwiseResult pointwise_forward(const PointwiseCall& given, bool autocast, const std::vector<bool>& with_grads) {
+  Call call(given);
   PointwiseOptions& o = call.o;
-  const auto type = loss_type(input, autocast);
-  const auto loss = o.reduction == Reduction::kNone ? empty_beside(call.input, type) : input.new_empty({}, type);
+  const auto type = loss_type(call.input(), autocast);
+  const auto loss =
+      o.reduction == Reduction::kNone ? empty_beside(call.input(), type) : call.input().new_empty({}, type);
   o.loss = loss.data_ptr();
   o.loss_dtype = *kernel_dtype(loss.scalar_type());
-  const Gradients gradients(call, grad_input, grad_target);
-  run_forward(kOp, call);
-  return {loss, gradients.of_input, gradients.of_target};
+  Gradients gradients(call, with_grads);
+  run_forward(call);
+  return {loss, std::move(gradients.of)};
 }
 
-std::tuple<at::Tensor, at::Tensor> mse_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                                     const at::Tensor& target, int64_t reduction, bool want_input,
-                                                     bool want_target, const at::Tensor& ready_input,
-                                                     const at::Tensor& ready_target) {
-  constexpr const char* kOp = "mse_loss";
-  Call call(kOp, input, target, reduction);
+std::vector<at::Tensor> pointwise_backward(const at::Tensor& grad_output, const PointwiseCall& given,
+                                           const std::vector<bool>& wanted, std::vector<at::Tensor> ready) {
+  Call call(given);
   PointwiseOptions& o = call.o;
-  check_same_device(kOp, "grad_output", grad_output, input);
+  const at::Tensor& input = call.input();
+  check_same_device(call.op, "grad_output", grad_output, input);
   const bool per_element = o.reduction == Reduction::kNone;
-  TORCH_CHECK(per_element ? grad_output.sizes() == input.sizes() : grad_output.numel() == 1, kOp,
+  TORCH_CHECK(per_element ? grad_output.sizes() == input.sizes() : grad_output.numel() == 1, call.op,
               ": grad_output must have the shape of the loss, got ", grad_output.sizes());
-  o.loss_dtype = check_loss_dtype(kOp, "grad_output", grad_output, input);
+  o.loss_dtype = check_loss_dtype(call.op, "grad_output", grad_output, input);
   const bool one_value = !per_element || is_one_value(grad_output);
   at::Tensor upstream = grad_output;
-  if (!one_value && grad_output.strides() != call.input.strides())
-    upstream = empty_beside(call.input, grad_output.scalar_type()).copy_(grad_output);
+  if (!one_value && grad_output.strides() != input.strides())
+    upstream = empty_beside(input, grad_output.scalar_type()).copy_(grad_output);
   o.grad_output = upstream.const_data_ptr();
   o.grad_output_stride = one_value ? 0 : 1;
 
-  const Gradients gradients(call, want_input, want_target, ready_input, ready_target);
+  Gradients gradients(call, wanted, std::move(ready));
 #ifdef FUSEDLOSS_WITH_CUDA
   if (on_cuda(input)) {
     if (!per_element) {
       o.grad_ready = gradients.are_ready;
       o.grad_output_was_one = grad_output_was_one_on_cuda(input);
     }
-    run_on_cuda(kOp, input, [&](cudaStream_t stream) { return cuda::pointwise_backward(o, stream); });
-    return {gradients.of_input, gradients.of_target};
+    run_on_cuda(call.op, input, [&](cudaStream_t stream) { return call.loss.on_cuda->backward(o, stream); });
+    return std::move(gradients.of);
   }
 #endif
   run_on_cpu(cpu::pointwise_chunks(o), cpu::kPointwiseGrain,
-             [&](int64_t begin, int64_t end) { cpu::pointwise_backward(o, begin, end); });
-  return {gradients.of_input, gradients.of_target};
+             [&](int64_t begin, int64_t end) { cpu::pointwise(*call.loss.on_cpu, o, begin, end); });
+  return std::move(gradients.of);
 }
 
 }  // namespace fusedloss

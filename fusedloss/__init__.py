@@ -1,13 +1,42 @@
-"""Fused loss kernels for PyTorch, to be used in place of `nn.CrossEntropyLoss` and `nn.MSELoss`.
+"""Fused loss kernels for PyTorch, to be used in place of `nn.CrossEntropyLoss`, `nn.MSELoss` and their kin.
 
 import fusedloss
 criterion = fusedloss.CrossEntropyLoss()  # was: nn.CrossEntropyLoss()
+criterion = fusedloss.custom_loss("log(cosh(input - target))")  # a loss of your own
 """
 
 from . import functional, jit
 from ._backend import debug
 from ._patch import patch, unpatch
 from ._version import __version__
-from .modules import CrossEntropyLoss, MSELoss
+from .modules import (
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    GaussianNLLLoss,
+    HuberLoss,
+    KLDivLoss,
+    L1Loss,
+    MSELoss,
+    PoissonNLLLoss,
+    SmoothL1Loss,
+    SoftMarginLoss,
+)
 
-__all__ = ["CrossEntropyLoss", "MSELoss", "__version__", "debug", "functional", "jit", "patch", "unpatch"]
+__all__ = [
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "GaussianNLLLoss",
+    "HuberLoss",
+    "KLDivLoss",
+    "L1Loss",
+    "MSELoss",
+    "PoissonNLLLoss",
+    "SmoothL1Loss",
+    "SoftMarginLoss",
+    "__version__",
+    "debug",
+    "functional",
+    "jit",
+    "patch",
+    "unpatch",
+]

@@ -16,7 +16,18 @@ import torch.nn.functional as F
 
 from . import functional
 
-_NAMES = ("cross_entropy", "mse_loss")
+_NAMES = (
+    "cross_entropy",
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "binary_cross_entropy_with_logits",
+    "kl_div",
+    "poisson_nll_loss",
+    "gaussian_nll_loss",
+    "soft_margin_loss",
+)
 _FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
 
 _lock = threading.RLock()
@@ -25,7 +36,7 @@ _replaced: dict[str, Callable] = {}
 
 
 class patch:
-    """Replace `torch.nn.functional.cross_entropy` and `mse_loss` by the fused ones, in the whole process.
+    """Replace `torch.nn.functional.cross_entropy`, `mse_loss` and its family by the fused ones, in the whole process.
 
     `fusedloss.patch()` does so until `fusedloss.unpatch()`; `with fusedloss.patch():` for a block, `@fusedloss.patch()`
     for the calls of a function. What the kernels do not cover is computed by torch's own functions, as ever.

@@ -79,3 +79,81 @@ class MSELoss(nn.MSELoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.mse_loss(input, target, reduction=self.reduction)
+
+
+class L1Loss(nn.L1Loss):
+    """`torch.nn.L1Loss`, fused. The arguments, shapes and results are torch's; the formula is in
+    `fusedloss.functional.l1_loss`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.l1_loss(input, target, reduction=self.reduction)
+
+
+class SmoothL1Loss(nn.SmoothL1Loss):
+    """`torch.nn.SmoothL1Loss`, fused. The arguments, shapes and results are torch's; the formula is in
+    `fusedloss.functional.smooth_l1_loss`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
+class HuberLoss(nn.HuberLoss):
+    """`torch.nn.HuberLoss`, fused. The arguments, shapes and results are torch's; the formula is in
+    `fusedloss.functional.huber_loss`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
+
+
+class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+    """`torch.nn.BCEWithLogitsLoss`, fused. The arguments, shapes and results are torch's; the formula is in
+    `fusedloss.functional.binary_cross_entropy_with_logits`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(
+            input, target, weight=self.weight, reduction=self.reduction, pos_weight=self.pos_weight
+        )
+
+
+class KLDivLoss(nn.KLDivLoss):
+    """`torch.nn.KLDivLoss`, fused. The arguments, shapes and results are torch's; the formula is in
+    `fusedloss.functional.kl_div`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
+
+
+class PoissonNLLLoss(nn.PoissonNLLLoss):
+    """`torch.nn.PoissonNLLLoss`, fused. The arguments, shapes and results are torch's; the formula is in
+    `fusedloss.functional.poisson_nll_loss`.
+    """
+
+    def forward(self, log_input: Tensor, target: Tensor) -> Tensor:
+        return functional.poisson_nll_loss(
+            log_input, target, log_input=self.log_input, full=self.full, eps=self.eps, reduction=self.reduction
+        )
+
+
+class GaussianNLLLoss(nn.GaussianNLLLoss):
+    """`torch.nn.GaussianNLLLoss`, fused. The arguments, shapes and results are torch's; the formula is in
+    `fusedloss.functional.gaussian_nll_loss`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
+        return functional.gaussian_nll_loss(
+            input, target, var, full=self.full, eps=self.eps, reduction=self.reduction
+        )
+
+
+class SoftMarginLoss(nn.SoftMarginLoss):
+    """`torch.nn.SoftMarginLoss`, fused. The arguments, shapes and results are torch's; the formula is in
+    `fusedloss.functional.soft_margin_loss`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.soft_margin_loss(input, target, reduction=self.reduction)

@@ -17,10 +17,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy as torch_cross_entropy
-from torch.nn.functional import mse_loss as torch_mse_loss
 from torch.overrides import _get_current_function_mode_stack
 
-from . import _backend
+from . import _backend, pointwise_losses
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _REDUCTIONS = ("none", "mean", "sum")  # at torch's number for each
@@ -53,7 +52,7 @@ def _has_kernels(device_type: str) -> bool:
 _has_kernels._dynamo_marked_constant = True
 
 
-def _accepts(*tensors: object) -> bool:
+def accepts(*tensors: object) -> bool:
     """Can an op take these? Not where something is active that knows torch's own functions only."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return False
@@ -75,7 +74,7 @@ def cross_entropy_covers(input: Tensor, target: Tensor, weight: Tensor | None) -
 
     Sizes are not compared here but by the fake kernel: the compiler may not know them before the graph runs.
     """
-    if not _accepts(input, target, *([] if weight is None else [weight])) or input.dim() == 0:
+    if not accepts(input, target, *([] if weight is None else [weight])) or input.dim() == 0:
         return False
     if not torch.compiler.is_compiling() and input.shape[min(1, input.dim() - 1)] == 0:
         return False
@@ -87,9 +86,12 @@ def cross_entropy_covers(input: Tensor, target: Tensor, weight: Tensor | None) -
     return is_index and target.dim() == len(_rows(input))
 
 
-def mse_loss_covers(input: Tensor, target: Tensor) -> bool:
+def pointwise_covers(operands: Sequence[Tensor]) -> bool:
     """Is this call the op's? What torch broadcasts, promotes or refuses is left to torch."""
-    return _accepts(input, target) and target.shape == input.shape and target.dtype == input.dtype
+    input = operands[0]
+    return accepts(*operands) and all(
+        operand.shape == input.shape and operand.dtype == input.dtype for operand in operands[1:]
+    )
 
 
 def cross_entropy(
@@ -105,8 +107,10 @@ def cross_entropy(
     )[0]
 
 
-def mse_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
-    return torch.ops.fusedloss.mse_loss_forward(input, target, reduction, False)
+def pointwise(
+    operands: Sequence[Tensor], loss: str, parameters: Sequence[float], reduction: int, divisor: int | None
+) -> Tensor:
+    return torch.ops.fusedloss.pointwise_forward(operands, loss, parameters, reduction, divisor, False)
 
 
 # ---- their schemas, kernels and fake kernels ----
@@ -144,11 +148,19 @@ def _fake_cross_entropy_forward(input, target, weight, reduction, ignore_index, 
     )
 
 
-def _fake_mse_loss_forward(input, target, reduction, autocast):
+def _fake_pointwise_forward(operands, loss, parameters, reduction, divisor, autocast):
+    input = operands[0]
     dtype = _statistics_dtype(input) if autocast else input.dtype
     return (
         torch.empty_like(input, dtype=dtype) if _REDUCTIONS[reduction] == "none" else input.new_empty((), dtype=dtype)
     )
+
+
+def _pointwise_backward(grad_output, operands, loss, parameters, reduction, divisor, wanted):
+    grads = _backend.extension().pointwise_backward(
+        grad_output, pointwise_losses.number_of(loss), operands, parameters, reduction, divisor, wanted
+    )
+    return [grad for grad, is_wanted in zip(grads, wanted, strict=True) if is_wanted]
 
 
 _define(
@@ -166,16 +178,19 @@ _define(
     lambda grad_output, input, *_: torch.empty_like(input),
 )
 _define(
-    "mse_loss_forward",
-    "(Tensor input, Tensor target, int reduction, bool autocast) -> Tensor",
-    lambda *args: _backend.extension().mse_loss_forward(*args),
-    _fake_mse_loss_forward,
+    "pointwise_forward",
+    "(Tensor[] operands, str loss, float[] parameters, int reduction, SymInt? divisor, bool autocast) -> Tensor",
+    lambda operands, loss, *args: _backend.extension().pointwise_forward(
+        pointwise_losses.number_of(loss), operands, *args
+    ),
+    _fake_pointwise_forward,
 )
-_define(  # the gradient of input; that of target is its negative
-    "mse_loss_backward",
-    "(Tensor grad_output, Tensor input, Tensor target, int reduction) -> Tensor",
-    lambda *args: _backend.extension().mse_loss_backward(*args, True, False)[0],
-    lambda grad_output, input, *_: torch.empty_like(input),
+_define(  # the gradients of the operands that are wanted
+    "pointwise_backward",
+    "(Tensor grad_output, Tensor[] operands, str loss, float[] parameters, int reduction, SymInt? divisor,"
+    " bool[] wanted) -> Tensor[]",
+    _pointwise_backward,
+    lambda grad_output, operands, *options: [torch.empty_like(operands[0]) for wanted in options[-1] if wanted],
 )
 
 
@@ -191,21 +206,24 @@ def _obey_autocast(name: str, autocast_position: int) -> None:
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
         def kernel(*args: Any, keys: torch._C.DispatchKeySet = keys) -> Any:
+            input = args[0] if isinstance(args[0], Tensor) else args[0][0]
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return op(*args[:autocast_position], args[0].dtype != torch.float64)
+                return op(*args[:autocast_position], input.dtype != torch.float64)
 
         _library.impl(name, kernel, key)
 
 
 _library = torch.library.Library("fusedloss", "FRAGMENT")
 _obey_autocast("cross_entropy_forward", 6)
-_obey_autocast("mse_loss_forward", 3)
+_obey_autocast("pointwise_forward", 5)
 
 
 # ---- their derivatives ----
 
 
-def _composed_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+def _composed_gradients(
+    function: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequence[Tensor], grad: Tensor | Sequence[Tensor]
+) -> list[Tensor | None]:
     """grad times the derivative of function(*inputs) by each input that requires one, as torch's operations have it.
 
     Taken at views: the graph behind the inputs belongs to the backward pass that is under way.
@@ -264,36 +282,53 @@ def _cross_entropy_backward_gradients(ctx: Any, grad: Tensor) -> tuple:
     return *grads, *(None,) * 6
 
 
-def _save_mse_loss_forward(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, target, ctx.reduction, _ = inputs
-    ctx.save_for_backward(input, target)
+def _save_pointwise_forward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    operands, *ctx.options, _ = inputs
+    ctx.save_for_backward(*operands)
 
 
-def _mse_loss_forward_gradients(ctx: Any, grad_output: Tensor) -> tuple:
-    input, target = ctx.saved_tensors
-    grad = torch.ops.fusedloss.mse_loss_backward(grad_output, input, target, ctx.reduction)
-    return grad if ctx.needs_input_grad[0] else None, -grad if ctx.needs_input_grad[1] else None, None, None
+def _pointwise_forward_gradients(ctx: Any, grad_output: Tensor) -> tuple:
+    wanted = list(ctx.needs_input_grad[0])
+    operands = list(ctx.saved_tensors)
+    if torch._C._functorch.is_batchedtensor(grad_output):  # torch makes no rule for an op of lists
+        found = _pointwise_gradients(operands, wanted, ctx.options, grad_output, create_graph=False)
+    else:
+        found = torch.ops.fusedloss.pointwise_backward(grad_output, operands, *ctx.options, wanted)
+    grads = iter(found)
+    parameters = ctx.options[1]
+    return [next(grads) if each else None for each in wanted], None, [None] * len(parameters), None, None, None
 
 
-def _save_mse_loss_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.reduction = inputs
-    ctx.save_for_backward(*tensors)
+def _save_pointwise_backward(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    grad_output, operands, *ctx.options, ctx.wanted = inputs
+    ctx.save_for_backward(grad_output, *operands)
 
 
-def _mse_loss_backward_gradients(ctx: Any, grad: Tensor) -> tuple:
-    def gradient(grad_output: Tensor, input: Tensor, target: Tensor) -> Tensor:
-        def loss(x: Tensor) -> Tensor:
-            return torch_mse_loss(x, target.to(x.dtype), reduction=_REDUCTIONS[ctx.reduction])
+def _pointwise_backward_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple:
+    def gradients(grad_output: Tensor, *operands: Tensor) -> Sequence[Tensor]:
+        return _pointwise_gradients(operands, ctx.wanted, ctx.options, grad_output, create_graph=True)
 
-        return _gradient(loss, input, grad_output)
+    of_grad_output, *of_operands = _composed_gradients(gradients, ctx.saved_tensors, grads)
+    none = (None, [None] * len(ctx.options[1]), None, None, [None] * len(ctx.wanted))
+    return of_grad_output, of_operands, *none
 
-    return *_composed_gradients(gradient, ctx.saved_tensors, grad), None
+
+def _pointwise_gradients(
+    operands: Sequence[Tensor], wanted: Sequence[bool], options: Sequence, grad_output: Tensor, create_graph: bool
+) -> Sequence[Tensor]:
+    """grad_output times the derivatives of the loss by the operands that are wanted, as torch's operations have it."""
+    loss, *others = options
+    with torch.enable_grad():
+        at = [operand if operand.requires_grad else operand.detach().requires_grad_() for operand in operands]
+        of = pointwise_losses.composed(loss, [x.to(grad_output.dtype) for x in at], *others)
+    by = [x for x, is_wanted in zip(at, wanted, strict=True) if is_wanted]
+    return torch.autograd.grad(of, by, grad_output, create_graph=create_graph)
 
 
 for _name, _gradients, _save in (
     ("cross_entropy_forward", _cross_entropy_forward_gradients, _save_cross_entropy_forward),
     ("cross_entropy_backward", _cross_entropy_backward_gradients, _save_cross_entropy_backward),
-    ("mse_loss_forward", _mse_loss_forward_gradients, _save_mse_loss_forward),
-    ("mse_loss_backward", _mse_loss_backward_gradients, _save_mse_loss_backward),
+    ("pointwise_forward", _pointwise_forward_gradients, _save_pointwise_forward),
+    ("pointwise_backward", _pointwise_backward_gradients, _save_pointwise_backward),
 ):
     torch.library.register_autograd(f"fusedloss::{_name}", _gradients, setup_context=_save)

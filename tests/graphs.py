@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 CLASSES = 7
 OLD = release(torch.__version__) < (2, 13)
 CE, CE_BACKWARD = "fusedloss.cross_entropy_forward", "fusedloss.cross_entropy_backward"
-MSE, MSE_BACKWARD = "fusedloss.mse_loss_forward", "fusedloss.mse_loss_backward"
+MSE, MSE_BACKWARD = "fusedloss.pointwise_forward", "fusedloss.pointwise_backward"
 
 
 KINDS = ["indices", "smoothed", "probabilities", "mse"]

@@ -49,25 +49,38 @@ def cross_entropy_backward_samples(device: str):
         yield what, (torch.randn_like(loss).requires_grad_(), input, target, weight, statistics, *options)
 
 
-def mse_loss_forward_samples(device: str):
-    for what, input, _, reduction, autocast in samples(device, list(LAYOUTS)):
-        target = torch.randn_like(input).requires_grad_(reduction != 1)
-        yield what, (input, target, reduction, autocast)
-        yield what + ", contiguous target", (input, target.detach().contiguous(), reduction, autocast)
+# A loss of the family with a parameter, and one with three operands.
+POINTWISE = [("mse_loss", 2, []), ("smooth_l1_loss", 2, [0.5]), ("gaussian_nll_loss", 3, [1e-6, 0.0])]
 
 
-def mse_loss_backward_samples(device: str):
-    for what, input, _, reduction, autocast in samples(device, list(LAYOUTS)):
-        target = torch.randn_like(input).requires_grad_(reduction != 1)
-        loss = torch.ops.fusedloss.mse_loss_forward(input.detach(), target.detach(), reduction, autocast)
-        yield what, (torch.randn_like(loss).requires_grad_(), input, target, reduction)
+def pointwise_arguments(device: str):
+    for i, (what, input, _, reduction, autocast) in enumerate(samples(device, list(LAYOUTS))):
+        loss, count, parameters = POINTWISE[i % len(POINTWISE)]
+        others = [torch.rand_like(input).requires_grad_(reduction != 1) for _ in range(count - 1)]
+        divisor = 3 if loss == "mse_loss" and reduction == 1 else None
+        yield f"{loss}, {what}", ([input, *others], loss, parameters, reduction, divisor), autocast
+
+
+def pointwise_forward_samples(device: str):
+    for what, (operands, *options), autocast in pointwise_arguments(device):
+        yield what, (operands, *options, autocast)
+        contiguous = [operands[0], *(operand.detach().contiguous() for operand in operands[1:])]
+        yield what + ", contiguous others", (contiguous, *options, autocast)
+
+
+def pointwise_backward_samples(device: str):
+    for what, (operands, *options), autocast in pointwise_arguments(device):
+        detached = [operand.detach() for operand in operands]
+        loss = torch.ops.fusedloss.pointwise_forward(detached, *options, autocast)
+        wanted = [operand.requires_grad for operand in operands]
+        yield what, (torch.randn_like(loss).requires_grad_(), operands, *options, wanted)
 
 
 SAMPLES = {
     "cross_entropy_forward": cross_entropy_forward_samples,
     "cross_entropy_backward": cross_entropy_backward_samples,
-    "mse_loss_forward": mse_loss_forward_samples,
-    "mse_loss_backward": mse_loss_backward_samples,
+    "pointwise_forward": pointwise_forward_samples,
+    "pointwise_backward": pointwise_backward_samples,
 }
 REGISTERED = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedloss::"))
 

@@ -6,6 +6,7 @@
 namespace fusedloss::cpu {
 
 enum class InstructionSet { kPortable, kAvx2, kAvx512 };
+constexpr int kInstructionSets = 3;
 
 // The best one this machine has, or the one that the environment variable FUSEDLOSS_CPU names, which is read once.
 InstructionSet instruction_set();

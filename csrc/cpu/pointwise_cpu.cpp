@@ -19,16 +19,12 @@ int64_t pointwise_scratch_bytes(const PointwiseOptions& o) {
   return pointwise_chunks(o) * int64_t(sizeof(double));
 }
 
-void pointwise_forward(const PointwiseOptions& o, int64_t begin, int64_t end) {
-  FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(mse_forward<T>(o, begin, end)));
+void pointwise(const PointwiseFormula& formula, const PointwiseOptions& o, int64_t begin, int64_t end) {
+  FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(evaluate<T>(formula, o, begin, end)));
 }
 
 void pointwise_finish(const PointwiseOptions& o) {
   FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(finish<T>(o)));
-}
-
-void pointwise_backward(const PointwiseOptions& o, int64_t begin, int64_t end) {
-  FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(mse_backward<T>(o, begin, end)));
 }
 
 }  // namespace fusedloss::cpu

@@ -1,12 +1,13 @@
 #pragma once
 
+#include "cpu/pointwise_formula.h"
 #include "options.h"
 
 namespace fusedloss::cpu {
 
 // Elements of a chunk. The cut depends on the size alone, so that results do not depend on how many threads share
 // the chunks.
-constexpr int64_t kPointwiseChunk = 8192;
+constexpr int64_t kPointwiseChunk = 16 * kPointwiseBlock;
 // Chunks that a thread should have before it is worth waking.
 constexpr int64_t kPointwiseGrain = 4;
 
@@ -15,10 +16,10 @@ int64_t pointwise_chunks(const PointwiseOptions& options);
 // Bytes that options.scratch must have for the forward pass.
 int64_t pointwise_scratch_bytes(const PointwiseOptions& options);
 
-// Forward: every chunk once, from any thread; then pointwise_finish, which reduces what they left in scratch.
-void pointwise_forward(const PointwiseOptions& options, int64_t begin_chunk, int64_t end_chunk);
+// Either pass: every chunk once, from any thread; the forward pass then reduces, by pointwise_finish, what they left in
+// scratch.
+void pointwise(const PointwiseFormula& formula, const PointwiseOptions& options, int64_t begin_chunk,
+               int64_t end_chunk);
 void pointwise_finish(const PointwiseOptions& options);
-
-void pointwise_backward(const PointwiseOptions& options, int64_t begin_chunk, int64_t end_chunk);
 
 }  // namespace fusedloss::cpu

@@ -1,51 +1,152 @@
-// Losses of one element each of input and target, for one instruction set; F is a formula, such as SquaredError.
+// Losses of one element of each operand, for one instruction set: whatever is not the formula. Blocks of elements are
+// given to it in the statistics' type, where they are or widened in a buffer; what it leaves is summed or stored.
 // Included by cpu/instruction_sets.h, so without include guard.
 
 namespace fusedloss::cpu::FUSEDLOSS_ISA {
 namespace {
 
 #include "cpu/vec.h"
-#include "formulas/squared_error.h"
 
-// Independent accumulators, to hide the latency of an addition.
-constexpr int kUnroll = 4;
-// Elements summed in the statistics' type before the sum goes on in double: so many to each lane of each accumulator, so
-// that a narrow vector rounds no more often than a wide one. For float64 double is not wider: there, few long blocks.
 template <typename T>
-constexpr int64_t kSumBlock = (sizeof(Statistic<T>) == 8 ? 128 : 16) * kUnroll * kLanesOf<T>;
-
-// Writes the losses of n <= a vector's elements where they are wanted, and returns them; lanes n and up are 0.
-template <typename F, bool kWhole, typename T>
-FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V loss_of(const PointwiseOptions& o, int64_t i, int n) {
-  using A = Statistic<T>;
-  const auto x = load_lanes<kWhole>(static_cast<const T*>(o.input) + i, n);
-  const auto t = load_lanes<kWhole>(static_cast<const T*>(o.target) + i, n);
-  auto loss = F::value(x, t);
-  if (o.reduction == Reduction::kNone) {
-    if (o.loss_dtype == o.dtype) {
-      store_lanes<kWhole>(static_cast<T*>(o.loss) + i, loss, n);
-    } else {
-      store_lanes<kWhole>(static_cast<A*>(o.loss) + i, loss, n);
-    }
-  }
-  if constexpr (!kWhole) loss = lanes_from(n, A{}) ? typename Simd<A>::V{} : loss;
-  return loss;
+void widen(const T* from, Statistic<T>* to, int n) {
+  constexpr int kLanes = kLanesOf<T>;
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  if (i < n) store(to + i, load_first(from + i, n - i));  // whole vectors: the formula knows no others
 }
 
-// The sum over elements [begin, begin + n).
-template <typename F, typename T>
-FUSEDLOSS_INLINE Statistic<T> sum_block(const PointwiseOptions& o, int64_t begin, int n) {
-  using A = Statistic<T>;
-  using V = typename Simd<A>::V;
+template <typename T>
+void narrow(const Statistic<T>* from, T* to, int n) {
   constexpr int kLanes = kLanesOf<T>;
-  V sum[kUnroll] = {};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  if (i < n) store_first(to + i, load(from + i), n - i);
+}
+
+template <typename A>
+void fill(A* to, A value) {
+  for (int64_t i = 0; i < kPointwiseBlock; i += Simd<A>::kLanes) store(to + i, typename Simd<A>::V{} + value);
+}
+
+// In double, by independent accumulators, which hide the latency of an addition.
+template <typename A>
+double sum_of(const A* values, int n) {
+  typedef A Part __attribute__((vector_size(Simd<double>::kLanes * sizeof(A))));
+  constexpr int kLanes = Simd<double>::kLanes, kUnroll = 4;
+  DoubleV sum[kUnroll] = {};
   int i = 0;
   for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
-    FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) sum[k] += loss_of<F, true, T>(o, begin + i + k * kLanes, kLanes);
+    FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) {
+      Part part;
+      __builtin_memcpy(&part, values + i + k * kLanes, sizeof part);
+      sum[k] += __builtin_convertvector(part, DoubleV);
+    }
   }
-  for (; i + kLanes <= n; i += kLanes) sum[0] += loss_of<F, true, T>(o, begin + i, kLanes);
-  if (i < n) sum[0] += loss_of<F, false, T>(o, begin + i, n - i);
-  return sum_of_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  double rest = 0;
+  for (; i < n; ++i) rest += double(values[i]);
+  return sum_of_lanes<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+}
+
+template <typename T>
+class Evaluation {
+ public:
+  Evaluation(const PointwiseFormula& formula, const PointwiseOptions& o) : o_(o), operands_(o.operands) {
+    if constexpr (sizeof(A) == 8) {
+      on_block_ = formula.of_double[int(instruction_set())];
+    } else {
+      on_block_ = formula.of_float[int(instruction_set())];
+    }
+    for (int k = 0; k < operands_; ++k) {
+      if (o.operand_stride[k] == 0) fill(operand_[k], load_one(static_cast<const T*>(o.operand[k])));
+      if (o.grad[k] != nullptr) block_.wrt |= 1u << k;
+    }
+    block_.operand = operand_of_block_;
+    block_.parameter = o.parameter;
+    block_.grad_output = grad_output_;
+    block_.grad = grad_of_block_;
+    if (block_.wrt != 0 && o.grad_output_stride == 0) fill(grad_output_, common_grad_output());
+  }
+
+  // Elements [begin, begin + n) -> the sum of their losses, where one is wanted.
+  double run(int64_t begin, int n) {
+    constexpr int kLanes = kLanesOf<T>;
+    block_.size = (n + kLanes - 1) / kLanes * kLanes;
+    const bool whole = block_.size == n;  // else a vector would reach beyond the tensors' end
+    for (int k = 0; k < operands_; ++k) {
+      operand_of_block_[k] = operand_[k];
+      if (o_.operand_stride[k] != 0)
+        operand_of_block_[k] = read(static_cast<const T*>(o_.operand[k]) + begin, operand_[k], n, whole);
+      grad_of_block_[k] = in_place<T>(whole && o_.grad[k] != nullptr) ? at<A>(o_.grad[k], begin) : grad_[k];
+    }
+    if (block_.wrt != 0 && o_.grad_output_stride != 0) {
+      block_.grad_output = loss_is_wide() ? read(at<const A>(o_.grad_output, begin), grad_output_, n, whole)
+                                          : read(at<const T>(o_.grad_output, begin), grad_output_, n, whole);
+    }
+    const bool store_losses = o_.loss != nullptr && o_.reduction == Reduction::kNone;
+    const bool losses_in_place = store_losses && whole && (loss_is_wide() || in_place<T>(true));
+    block_.loss = o_.loss == nullptr ? nullptr : losses_in_place ? at<A>(o_.loss, begin) : loss_;
+
+    on_block_(block_);
+
+    for (int k = 0; k < operands_; ++k)
+      if (o_.grad[k] != nullptr && grad_of_block_[k] == grad_[k]) narrow(grad_[k], at<T>(o_.grad[k], begin), n);
+    if (!store_losses) return o_.loss == nullptr ? 0 : sum_of(loss_, n);
+    if (losses_in_place) return 0;
+    loss_is_wide() ? narrow(loss_, at<A>(o_.loss, begin), n) : narrow(loss_, at<T>(o_.loss, begin), n);
+    return 0;
+  }
+
+ private:
+  using A = Statistic<T>;
+
+  template <typename U, typename Memory>
+  static U* at(Memory* memory, int64_t i) {
+    return static_cast<U*>(memory) + i;
+  }
+  // May the formula work on the tensor itself, if `whole`?
+  template <typename U>
+  static bool in_place(bool whole) {
+    return std::is_same_v<U, A> && whole;
+  }
+  template <typename U>
+  static const void* read(const U* from, A* buffer, int n, bool whole) {
+    if (in_place<U>(whole)) return from;
+    widen(from, buffer, n);
+    return buffer;
+  }
+
+  bool loss_is_wide() const { return o_.loss_dtype != o_.dtype; }
+
+  // With the mean's division.
+  A common_grad_output() const {
+    const A g = o_.grad_output == nullptr ? A(1)
+                : loss_is_wide()          ? *at<const A>(o_.grad_output, 0)
+                                          : load_one(at<const T>(o_.grad_output, 0));
+    return o_.reduction == Reduction::kMean ? g / A(o_.divisor) : g;
+  }
+
+  const PointwiseOptions& o_;
+  const int operands_;
+  void (*on_block_)(const PointwiseBlock&);
+  PointwiseBlock block_ = {};
+  const void* operand_of_block_[kMaxOperands];
+  void* grad_of_block_[kMaxOperands];
+  alignas(64) A operand_[kMaxOperands][kPointwiseBlock];
+  alignas(64) A grad_[kMaxOperands][kPointwiseBlock];
+  alignas(64) A loss_[kPointwiseBlock];
+  alignas(64) A grad_output_[kPointwiseBlock];
+};
+
+template <typename T>
+void evaluate(const PointwiseFormula& formula, const PointwiseOptions& o, int64_t begin_chunk, int64_t end_chunk) {
+  Evaluation<T> evaluation(formula, o);
+  for (int64_t k = begin_chunk; k < end_chunk; ++k) {
+    const int64_t end = std::min((k + 1) * kPointwiseChunk, o.numel);
+    double sum = 0;
+    for (int64_t i = k * kPointwiseChunk; i < end; i += kPointwiseBlock)
+      sum += evaluation.run(i, int(std::min(kPointwiseBlock, end - i)));
+    if (o.scratch != nullptr) static_cast<double*>(o.scratch)[k] = sum;
+  }
 }
 
 // The chunks' sums in their order, in double; rounded once.
@@ -54,82 +155,12 @@ void finish(const PointwiseOptions& o) {
   if (o.reduction == Reduction::kNone) return;
   double sum = 0;
   for (int64_t k = 0; k < pointwise_chunks(o); ++k) sum += static_cast<const double*>(o.scratch)[k];
-  const auto loss = Statistic<T>(o.reduction == Reduction::kMean ? sum / double(o.numel) : sum);
+  const auto loss = Statistic<T>(o.reduction == Reduction::kMean ? sum / o.divisor : sum);
   if (o.loss_dtype == o.dtype) {
     store_one(static_cast<T*>(o.loss), loss);
   } else {
     *static_cast<Statistic<T>*>(o.loss) = loss;
   }
-}
-
-// grad_output of the elements from i on, with the mean's division.
-template <bool kWhole, typename T>
-FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V upstream(const PointwiseOptions& o, int64_t i, int n) {
-  using A = Statistic<T>;
-  using V = typename Simd<A>::V;
-  const bool narrow = o.loss_dtype == o.dtype;
-  const auto* as_t = static_cast<const T*>(o.grad_output);
-  const auto* as_a = static_cast<const A*>(o.grad_output);
-  if (o.grad_output_stride != 0) return narrow ? load_lanes<kWhole>(as_t + i, n) : load_lanes<kWhole>(as_a + i, n);
-  const A g = o.grad_output == nullptr ? 1 : narrow ? load_one(as_t) : *as_a;
-  return V{} + (o.reduction == Reduction::kMean ? g / A(o.numel) : g);
-}
-
-template <typename F, bool kWhole, typename T>
-FUSEDLOSS_INLINE void gradient_of(const PointwiseOptions& o, typename Simd<Statistic<T>>::V g, int64_t i, int n) {
-  const auto x = load_lanes<kWhole>(static_cast<const T*>(o.input) + i, n);
-  const auto t = load_lanes<kWhole>(static_cast<const T*>(o.target) + i, n);
-  const auto grad = g * F::derivative(x, t);
-  if (o.grad_input != nullptr) store_lanes<kWhole>(static_cast<T*>(o.grad_input) + i, grad, n);
-  if (o.grad_target != nullptr) store_lanes<kWhole>(static_cast<T*>(o.grad_target) + i, -grad, n);
-}
-
-// d loss/d input = g * F::derivative, d loss/d target = the negative; of elements [i, end).
-template <typename F, typename T>
-FUSEDLOSS_INLINE void write_gradients(const PointwiseOptions& o, int64_t i, int64_t end) {
-  constexpr int kLanes = kLanesOf<T>;
-  const bool one_g = o.grad_output_stride == 0;
-  auto g = one_g ? upstream<true, T>(o, 0, kLanes) : typename Simd<Statistic<T>>::V{};
-  for (; i + kLanes <= end; i += kLanes) {
-    if (!one_g) g = upstream<true, T>(o, i, kLanes);
-    gradient_of<F, true, T>(o, g, i, kLanes);
-  }
-  if (i < end) {
-    const int n = int(end - i);
-    if (!one_g) g = upstream<false, T>(o, i, n);
-    gradient_of<F, false, T>(o, g, i, n);
-  }
-}
-
-// Where gradients are wanted they are written too, while L1 holds the elements.
-template <typename F, typename T>
-void forward(const PointwiseOptions& o, int64_t begin_chunk, int64_t end_chunk) {
-  const bool with_grad = o.grad_input != nullptr || o.grad_target != nullptr;
-  for (int64_t k = begin_chunk; k < end_chunk; ++k) {
-    const int64_t end = std::min((k + 1) * kPointwiseChunk, o.numel);
-    double sum = 0;
-    for (int64_t i = k * kPointwiseChunk; i < end; i += kSumBlock<T>) {
-      const int64_t block_end = std::min(i + kSumBlock<T>, end);
-      sum += sum_block<F, T>(o, i, int(block_end - i));
-      if (with_grad) write_gradients<F, T>(o, i, block_end);
-    }
-    static_cast<double*>(o.scratch)[k] = sum;
-  }
-}
-
-template <typename F, typename T>
-void backward(const PointwiseOptions& o, int64_t begin_chunk, int64_t end_chunk) {
-  write_gradients<F, T>(o, begin_chunk * kPointwiseChunk, std::min(end_chunk * kPointwiseChunk, o.numel));
-}
-
-// The family's members.
-template <typename T>
-void mse_forward(const PointwiseOptions& o, int64_t begin, int64_t end) {
-  forward<SquaredError, T>(o, begin, end);
-}
-template <typename T>
-void mse_backward(const PointwiseOptions& o, int64_t begin, int64_t end) {
-  backward<SquaredError, T>(o, begin, end);
 }
 
 }  // namespace

@@ -1,0 +1,197 @@
+// The elementary functions of a vector, over their whole domain, for formulas/dual.h; within a few ulp. Included inside
+// the namespace of each instruction set after cpu/vec.h, so without include guard.
+//
+// What most losses are made of is written out here. The rest is the C library's: in its vector version, libmvec, which
+// comes with it on x86-64, or else lane by lane.
+
+#if defined(__x86_64__) && defined(__GLIBC__)
+// Their names hold the instruction set (b: SSE, d: AVX2, e: AVX-512), the number of lanes and the arguments.
+#define FUSEDLOSS_CONCATENATE_(a, b, c) a##b##c
+#define FUSEDLOSS_CONCATENATE(a, b, c) FUSEDLOSS_CONCATENATE_(a, b, c)
+#if FUSEDLOSS_VECTOR_BYTES == 64
+#define FUSEDLOSS_LIBMVEC(arguments, name) FUSEDLOSS_CONCATENATE(_ZGVeN16, arguments##_, name##f)
+#define FUSEDLOSS_LIBMVEC_DOUBLE(arguments, name) FUSEDLOSS_CONCATENATE(_ZGVeN8, arguments##_, name)
+#elif FUSEDLOSS_VECTOR_BYTES == 32
+#define FUSEDLOSS_LIBMVEC(arguments, name) FUSEDLOSS_CONCATENATE(_ZGVdN8, arguments##_, name##f)
+#define FUSEDLOSS_LIBMVEC_DOUBLE(arguments, name) FUSEDLOSS_CONCATENATE(_ZGVdN4, arguments##_, name)
+#else
+#define FUSEDLOSS_LIBMVEC(arguments, name) FUSEDLOSS_CONCATENATE(_ZGVbN4, arguments##_, name##f)
+#define FUSEDLOSS_LIBMVEC_DOUBLE(arguments, name) FUSEDLOSS_CONCATENATE(_ZGVbN2, arguments##_, name)
+#endif
+extern "C" {
+FloatV FUSEDLOSS_LIBMVEC(v, sin)(FloatV);
+FloatV FUSEDLOSS_LIBMVEC(v, cos)(FloatV);
+FloatV FUSEDLOSS_LIBMVEC(vv, pow)(FloatV, FloatV);
+DoubleV FUSEDLOSS_LIBMVEC_DOUBLE(v, sin)(DoubleV);
+DoubleV FUSEDLOSS_LIBMVEC_DOUBLE(v, cos)(DoubleV);
+DoubleV FUSEDLOSS_LIBMVEC_DOUBLE(v, log)(DoubleV);
+DoubleV FUSEDLOSS_LIBMVEC_DOUBLE(vv, pow)(DoubleV, DoubleV);
+}
+#endif
+
+namespace elementary {
+
+FUSEDLOSS_INLINE float element(FloatV v) {
+  return v[0];
+}
+FUSEDLOSS_INLINE double element(DoubleV v) {
+  return v[0];
+}
+
+template <typename V>
+FUSEDLOSS_INLINE V constant(double value) {
+  return V{} + decltype(element(V{}))(value);
+}
+
+template <typename M, typename V>
+FUSEDLOSS_INLINE V select(M condition, V a, V b) {
+  return condition ? a : b;
+}
+
+FUSEDLOSS_INLINE FloatV abs(FloatV x) {
+  return (FloatV)((FloatI)x & 0x7fffffff);
+}
+FUSEDLOSS_INLINE DoubleV abs(DoubleV x) {
+  return (DoubleV)((DoubleI)x & 0x7fffffffffffffff);
+}
+
+template <typename V, typename F>
+FUSEDLOSS_INLINE V by_lanes(V x, F f) {
+  for (int lane = 0; lane < int(sizeof x / sizeof x[0]); ++lane) x[lane] = f(x[lane]);
+  return x;
+}
+
+FUSEDLOSS_INLINE FloatV sqrt(FloatV x) {
+#if FUSEDLOSS_VECTOR_BYTES == 64
+  return (FloatV)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+#elif FUSEDLOSS_VECTOR_BYTES == 32
+  return (FloatV)_mm256_sqrt_ps((__m256)x);
+#else
+  return by_lanes(x, [](float lane) { return std::sqrt(lane); });
+#endif
+}
+FUSEDLOSS_INLINE DoubleV sqrt(DoubleV x) {
+#if FUSEDLOSS_VECTOR_BYTES == 64
+  return (DoubleV)_mm512_maskz_sqrt_pd(0xff, (__m512d)x);
+#elif FUSEDLOSS_VECTOR_BYTES == 32
+  return (DoubleV)_mm256_sqrt_pd((__m256d)x);
+#else
+  return by_lanes(x, [](double lane) { return std::sqrt(lane); });
+#endif
+}
+
+// ---- exp and its kin; a NaN passes each `select`
+
+FUSEDLOSS_INLINE FloatV exp(FloatV x) {
+  return math::exp(select(x > 89.f, FloatV{} + 89.f, x));
+}
+FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
+  return math::exp(select(x > 710., DoubleV{} + 710., x));
+}
+
+// 2^n (exp(r) - 1) + (2^n - 1), with n and r as in math::exp: nothing cancels, whatever n is. Half of it is computed
+// first, because 2^n alone overflows where the result does not yet.
+FUSEDLOSS_INLINE FloatV expm1(FloatV x) {
+  constexpr float kRound = 0x1.8p23f;
+  x = select(x > 89.f, FloatV{} + 89.f, select(x < -25.f, FloatV{} - 25.f, x));
+  const FloatV shifted = x * 1.44269504f + kRound;
+  const FloatV n = shifted - kRound;
+  const FloatV r = (x - n * 0.693145752f) - n * 1.42860682e-6f;
+  FloatV q = FloatV{} + 1.39263256e-3f;
+  q = q * r + 8.36329275e-3f;
+  q = q * r + 4.16665538e-2f;
+  q = q * r + 1.66665763e-1f;
+  q = q * r + 0.5f;
+  const FloatV small = r * r * q + r;
+  const FloatI exponent = (FloatI)shifted - (FloatI)(FloatV{} + kRound);
+  const FloatV half_power = (FloatV)((exponent + 126) << 23);
+  const FloatV half = half_power * small + (half_power - 0.5f);
+  return half + half;
+}
+FUSEDLOSS_INLINE DoubleV expm1(DoubleV x) {
+  return by_lanes(x, [](double lane) { return std::expm1(lane); });
+}
+
+// As math::log, and NaN for what is negative, exact for what is subnormal.
+FUSEDLOSS_INLINE FloatV log(FloatV x) {
+  const FloatI subnormal = x < 0x1p-126f;
+  const FloatV log = math::log(select(subnormal, x * 0x1p32f, x)) - select(subnormal, FloatV{} + 22.1807098f, FloatV{});
+  return select(x < 0.f, FloatV{} + NAN, log);
+}
+FUSEDLOSS_INLINE DoubleV log(DoubleV x) {
+#if defined(FUSEDLOSS_LIBMVEC)
+  return FUSEDLOSS_LIBMVEC_DOUBLE(v, log)(x);
+#else
+  return by_lanes(x, [](double lane) { return std::log(lane); });
+#endif
+}
+
+// log(u) with u = 1 + x rounded, and what the rounding took away. Where u is infinite there is nothing to put right.
+template <typename V>
+FUSEDLOSS_INLINE V log1p(V x) {
+  const V zero = constant<V>(0), one = constant<V>(1);
+  const V u = x + one, lost = x - (u - one);
+  return log(u) + select((u < constant<V>(INFINITY)) & (u > zero), lost / u, zero);
+}
+
+// From e^2|x| - 1; beyond 10 (20) it is 1.
+template <typename V>
+FUSEDLOSS_INLINE V tanh(V x) {
+  const V magnitude = abs(x), limit = constant<V>(20);
+  const V power = expm1(select(magnitude > limit, limit + limit, magnitude + magnitude));
+  const V tangent = power / (power + constant<V>(2));
+  return select(x < constant<V>(0), V(-tangent), tangent);
+}
+
+// ---- the C library's
+
+#if defined(FUSEDLOSS_LIBMVEC)
+FUSEDLOSS_INLINE FloatV sin(FloatV x) {
+  return FUSEDLOSS_LIBMVEC(v, sin)(x);
+}
+FUSEDLOSS_INLINE FloatV cos(FloatV x) {
+  return FUSEDLOSS_LIBMVEC(v, cos)(x);
+}
+FUSEDLOSS_INLINE FloatV pow(FloatV x, FloatV y) {
+  return FUSEDLOSS_LIBMVEC(vv, pow)(x, y);
+}
+FUSEDLOSS_INLINE DoubleV sin(DoubleV x) {
+  return FUSEDLOSS_LIBMVEC_DOUBLE(v, sin)(x);
+}
+FUSEDLOSS_INLINE DoubleV cos(DoubleV x) {
+  return FUSEDLOSS_LIBMVEC_DOUBLE(v, cos)(x);
+}
+FUSEDLOSS_INLINE DoubleV pow(DoubleV x, DoubleV y) {
+  return FUSEDLOSS_LIBMVEC_DOUBLE(vv, pow)(x, y);
+}
+#else
+template <typename V>
+FUSEDLOSS_INLINE V sin(V x) {
+  return by_lanes(x, [](auto lane) { return std::sin(lane); });
+}
+template <typename V>
+FUSEDLOSS_INLINE V cos(V x) {
+  return by_lanes(x, [](auto lane) { return std::cos(lane); });
+}
+template <typename V>
+FUSEDLOSS_INLINE V pow(V x, V y) {
+  for (int lane = 0; lane < int(sizeof x / sizeof x[0]); ++lane) x[lane] = std::pow(x[lane], y[lane]);
+  return x;
+}
+#endif
+
+template <typename V>
+FUSEDLOSS_INLINE V atan(V x) {
+  return by_lanes(x, [](auto lane) { return std::atan(lane); });
+}
+template <typename V>
+FUSEDLOSS_INLINE V erf(V x) {
+  return by_lanes(x, [](auto lane) { return std::erf(lane); });
+}
+
+}  // namespace elementary
+
+#undef FUSEDLOSS_LIBMVEC
+#undef FUSEDLOSS_LIBMVEC_DOUBLE
+#undef FUSEDLOSS_CONCATENATE
+#undef FUSEDLOSS_CONCATENATE_

@@ -1,0 +1,150 @@
+// The family of losses with one element each of input and target. A formula is written once: on dual numbers it gives
+// its derivatives too, on the CPU and on the GPU. `loss` takes the operands, which are tensors, and then the parameters,
+// which are one number for a call.
+//
+// A new loss is a struct here, its name in the list at the end, and its function and module in fusedloss/.
+//
+// Without include guard, as formulas/cross_entropy.h, and for the same reason.
+
+// (input - target)^2
+struct MSELoss {
+  static constexpr int kOperands = 2, kParameters = 0;
+  template <typename V, typename X, typename T>
+  static FUSEDLOSS_INLINE auto loss(X input, T target) {
+    return square(input - target);
+  }
+};
+
+// |input - target|
+struct L1Loss {
+  static constexpr int kOperands = 2, kParameters = 0;
+  template <typename V, typename X, typename T>
+  static FUSEDLOSS_INLINE auto loss(X input, T target) {
+    return abs(input - target);
+  }
+};
+
+// A parabola within beta, and beyond it the line with slope 1 that continues it.
+struct SmoothL1Loss {
+  static constexpr int kOperands = 2, kParameters = 1;
+  template <typename V, typename X, typename T, typename P>
+  static FUSEDLOSS_INLINE auto loss(X input, T target, P beta) {
+    const auto distance = abs(input - target);
+    return where(distance < beta, 0.5 * square(distance) / beta, distance - 0.5 * beta);
+  }
+};
+
+// The same, times delta.
+struct HuberLoss {
+  static constexpr int kOperands = 2, kParameters = 1;
+  template <typename V, typename X, typename T, typename P>
+  static FUSEDLOSS_INLINE auto loss(X input, T target, P delta) {
+    const auto distance = abs(input - target);
+    return where(distance < delta, 0.5 * square(distance), delta * (distance - 0.5 * delta));
+  }
+};
+
+// -(target log p + (1 - target) log(1 - p)) with p = sigmoid(input). Of log p and log(1 - p), each from input, the
+// derivatives do not cancel, however sure p is.
+struct BCEWithLogitsLoss {
+  static constexpr int kOperands = 2, kParameters = 0;
+  template <typename V, typename X, typename T>
+  static FUSEDLOSS_INLINE auto loss(X input, T target) {
+    return (1 - target) * softplus(input) - target * logsigmoid(input);
+  }
+};
+
+// The same with a weight for each element, and another for its positive part.
+struct WeightedBCEWithLogitsLoss {
+  static constexpr int kOperands = 4, kParameters = 0;
+  template <typename V, typename X, typename T, typename W, typename P>
+  static FUSEDLOSS_INLINE auto loss(X input, T target, W weight, P pos_weight) {
+    return weight * ((1 - target) * softplus(input) - pos_weight * target * logsigmoid(input));
+  }
+};
+
+// target (log target - input), where input is a log-probability; 0 where target is.
+struct KLDivLoss {
+  static constexpr int kOperands = 2, kParameters = 0;
+  template <typename V, typename X, typename T>
+  static FUSEDLOSS_INLINE auto loss(X input, T target) {
+    return xlogy(target, target) - target * input;
+  }
+};
+
+// The same, where target is a log-probability too.
+struct KLDivLogTargetLoss {
+  static constexpr int kOperands = 2, kParameters = 0;
+  template <typename V, typename X, typename T>
+  static FUSEDLOSS_INLINE auto loss(X input, T target) {
+    return exp(target) * (target - input);
+  }
+};
+
+// -log P(target) of a Poisson distribution without its constant, log(target!): rate - target log(rate). input is the
+// logarithm of the rate, or (kLog false) the rate, to which eps is added before its logarithm is taken. kFull: with
+// Stirling's approximation of the constant, for targets above 1.
+template <bool kLog, bool kFull>
+struct PoissonNLLLossOf {
+  static constexpr int kOperands = 2, kParameters = 1;
+  template <typename V, typename X, typename T, typename P>
+  static FUSEDLOSS_INLINE auto loss(X input, T target, P eps) {
+    if constexpr (kFull) {
+      const auto stirling = target * log(target) - target + 0.5 * log(6.283185307179586 * target);
+      return variable_part<V>(input, target, eps) + where(target <= 1, constant<V>(0), stirling);
+    } else {
+      return variable_part<V>(input, target, eps);
+    }
+  }
+
+ private:
+  template <typename V, typename X, typename T, typename P>
+  static FUSEDLOSS_INLINE auto variable_part(X input, T target, P eps) {
+    if constexpr (kLog) {
+      return exp(input) - target * input;
+    } else {
+      return input - target * log(input + eps);
+    }
+  }
+};
+using PoissonNLLLoss = PoissonNLLLossOf<true, false>;
+using PoissonNLLFullLoss = PoissonNLLLossOf<true, true>;
+using PoissonNLLRateLoss = PoissonNLLLossOf<false, false>;
+using PoissonNLLRateFullLoss = PoissonNLLLossOf<false, true>;
+
+// -log of the normal density with mean input and variance var, up to `constant_part`. A var below eps counts as eps, but
+// keeps its derivative, as torch has it.
+struct GaussianNLLLoss {
+  static constexpr int kOperands = 3, kParameters = 2;
+  template <typename V, typename X, typename T, typename W, typename P>
+  static FUSEDLOSS_INLINE auto loss(X input, T target, W var, P eps, P constant_part) {
+    const auto raised = raise_to(var, eps.value);
+    return 0.5 * (log(raised) + square(input - target) / raised) + constant_part;
+  }
+};
+
+// log(1 + e^(-target input)), target being 1 or -1
+struct SoftMarginLoss {
+  static constexpr int kOperands = 2, kParameters = 0;
+  template <typename V, typename X, typename T>
+  static FUSEDLOSS_INLINE auto loss(X input, T target) {
+    return softplus(-target * input);
+  }
+};
+
+// All of them, by the names that fusedloss/ knows them by.
+#define FUSEDLOSS_POINTWISE_LOSSES(X)                                        \
+  X(mse_loss, MSELoss)                                                       \
+  X(l1_loss, L1Loss)                                                         \
+  X(smooth_l1_loss, SmoothL1Loss)                                            \
+  X(huber_loss, HuberLoss)                                                   \
+  X(binary_cross_entropy_with_logits, BCEWithLogitsLoss)                     \
+  X(weighted_binary_cross_entropy_with_logits, WeightedBCEWithLogitsLoss)    \
+  X(kl_div, KLDivLoss)                                                       \
+  X(kl_div_log_target, KLDivLogTargetLoss)                                   \
+  X(poisson_nll_loss, PoissonNLLLoss)                                        \
+  X(poisson_nll_loss_full, PoissonNLLFullLoss)                               \
+  X(poisson_nll_loss_of_rate, PoissonNLLRateLoss)                            \
+  X(poisson_nll_loss_of_rate_full, PoissonNLLRateFullLoss)                   \
+  X(gaussian_nll_loss, GaussianNLLLoss)                                      \
+  X(soft_margin_loss, SoftMarginLoss)

@@ -1,0 +1,106 @@
+"""The pointwise losses by name: those of csrc/formulas/pointwise.h, and those compiled from a user's expression.
+
+A name is what graphs hold. The extension knows a loss by a number, which it is given at its first use.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _backend
+
+
+@dataclass(frozen=True)
+class PointwiseLoss:
+    name: str
+    # (*operands, *parameters) -> the loss of each element, composed of torch's operations
+    elementwise: Callable[..., Tensor]
+    # -> the addresses of its formulas for the CPU and for CUDA; 0 and 0 for those of the extension itself
+    formulas: Callable[[], tuple[int, int]] = lambda: (0, 0)
+
+
+_losses: dict[str, PointwiseLoss] = {}
+_numbers: dict[ModuleType, dict[str, int]] = {}
+
+
+def add(loss: PointwiseLoss) -> None:
+    _losses[loss.name] = loss
+
+
+def number_of(name: str) -> int:
+    """Its number in the extension that is used now."""
+    extension = _backend.extension()
+    numbers = _numbers.get(extension)
+    if numbers is None:
+        numbers = _numbers.setdefault(extension, {})
+    number = numbers.get(name)
+    if number is None:
+        with _backend.lock:
+            number = numbers.get(name)
+            if number is None:
+                formulas = _losses[name].formulas()
+                number = extension.add_pointwise_loss(name, *formulas, lambda *args: composed(name, *args))
+                numbers[name] = number
+    return number
+
+
+def composed(
+    name: str, operands: Sequence[Tensor], parameters: Sequence[float], reduction: int, divisor: int | None
+) -> Tensor:
+    """The loss, composed of torch's operations; `reduction` is torch's number for it."""
+    losses = _losses[name].elementwise(*operands, *parameters)
+    if reduction == 0:
+        return losses
+    if reduction == 1 and divisor is None:
+        return losses.mean()
+    return losses.sum() / divisor if reduction == 1 else losses.sum()
+
+
+# ---- those of this library
+#
+# Composed of torch's own functions, taken here, where `patch` has not replaced them.
+
+
+def _by_torch(function: Callable[..., Tensor], *names: str, **options: object) -> Callable[..., Tensor]:
+    """The function, with parameters of these names after the operands."""
+
+    def elementwise(*arguments: object) -> Tensor:
+        operands, parameters = arguments[: len(arguments) - len(names)], arguments[len(arguments) - len(names) :]
+        return function(*operands, **dict(zip(names, parameters, strict=True)), **options, reduction="none")
+
+    return elementwise
+
+
+def _gaussian(input: Tensor, target: Tensor, var: Tensor, eps: float, constant_part: float) -> Tensor:
+    raised = var + (var.detach().clamp(min=eps) - var.detach())  # with the derivative of var, as torch has it
+    return 0.5 * (torch.log(raised) + (input - target) ** 2 / raised) + constant_part
+
+
+_bce = F.binary_cross_entropy_with_logits
+_weighted_bce = lambda input, target, weight, pos_weight, *, reduction, bce=_bce: bce(  # noqa: E731
+    input, target, weight, pos_weight=pos_weight, reduction=reduction
+)
+GAUSSIAN_CONSTANT = 0.5 * math.log(2 * math.pi)
+
+for _name, _elementwise in {
+    "mse_loss": _by_torch(F.mse_loss),
+    "l1_loss": _by_torch(F.l1_loss),
+    "smooth_l1_loss": _by_torch(F.smooth_l1_loss, "beta"),
+    "huber_loss": _by_torch(F.huber_loss, "delta"),
+    "binary_cross_entropy_with_logits": _by_torch(_bce),
+    "weighted_binary_cross_entropy_with_logits": _by_torch(_weighted_bce),
+    "kl_div": _by_torch(F.kl_div),
+    "kl_div_log_target": _by_torch(F.kl_div, log_target=True),
+    "poisson_nll_loss": _by_torch(F.poisson_nll_loss, "eps"),
+    "poisson_nll_loss_full": _by_torch(F.poisson_nll_loss, "eps", full=True),
+    "poisson_nll_loss_of_rate": _by_torch(F.poisson_nll_loss, "eps", log_input=False),
+    "poisson_nll_loss_of_rate_full": _by_torch(F.poisson_nll_loss, "eps", log_input=False, full=True),
+    "gaussian_nll_loss": _gaussian,
+    "soft_margin_loss": _by_torch(F.soft_margin_loss),
+}.items():
+    add(PointwiseLoss(_name, _elementwise))
