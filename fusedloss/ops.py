@@ -282,25 +282,36 @@ def _cross_entropy_backward_gradients(ctx: Any, grad: Tensor) -> tuple:
     return *grads, *(None,) * 6
 
 
+def _no_gradients(arguments: Sequence) -> list:
+    """Nothing for each argument, in the structure that torch sees in it: of lists, only in empty ones or of tensors."""
+    return [[] if isinstance(argument, list) and not argument else None for argument in arguments]
+
+
+def _is_batch(grad_output: Tensor) -> bool:
+    """Of either vmap; the older one's key, that of is_grads_batched, has no name in Python."""
+    return "Batched" in repr(torch._C._dispatch_keys(grad_output))
+
+
 def _save_pointwise_forward(ctx: Any, inputs: tuple, output: Tensor) -> None:
     operands, *ctx.options, _ = inputs
+    ctx.nothing = _no_gradients(inputs[1:])
     ctx.save_for_backward(*operands)
 
 
 def _pointwise_forward_gradients(ctx: Any, grad_output: Tensor) -> tuple:
     wanted = list(ctx.needs_input_grad[0])
     operands = list(ctx.saved_tensors)
-    if torch._C._functorch.is_batchedtensor(grad_output):  # torch makes no rule for an op of lists
+    if _is_batch(grad_output):  # torch makes no rule for an op of lists
         found = _pointwise_gradients(operands, wanted, ctx.options, grad_output, create_graph=False)
     else:
         found = torch.ops.fusedloss.pointwise_backward(grad_output, operands, *ctx.options, wanted)
     grads = iter(found)
-    parameters = ctx.options[1]
-    return [next(grads) if each else None for each in wanted], None, [None] * len(parameters), None, None, None
+    return [next(grads) if each else None for each in wanted], *ctx.nothing
 
 
 def _save_pointwise_backward(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     grad_output, operands, *ctx.options, ctx.wanted = inputs
+    ctx.nothing = _no_gradients(inputs[2:])
     ctx.save_for_backward(grad_output, *operands)
 
 
@@ -309,8 +320,7 @@ def _pointwise_backward_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple:
         return _pointwise_gradients(operands, ctx.wanted, ctx.options, grad_output, create_graph=True)
 
     of_grad_output, *of_operands = _composed_gradients(gradients, ctx.saved_tensors, grads)
-    none = (None, [None] * len(ctx.options[1]), None, None, [None] * len(ctx.wanted))
-    return of_grad_output, of_operands, *none
+    return of_grad_output, of_operands, *ctx.nothing
 
 
 def _pointwise_gradients(
