@@ -9,6 +9,7 @@ from . import functional, jit
 from ._backend import debug
 from ._patch import patch, unpatch
 from ._version import __version__
+from .custom import custom_loss
 from .modules import (
     BCEWithLogitsLoss,
     CrossEntropyLoss,
@@ -34,6 +35,7 @@ __all__ = [
     "SmoothL1Loss",
     "SoftMarginLoss",
     "__version__",
+    "custom_loss",
     "debug",
     "functional",
     "jit",

@@ -137,8 +137,8 @@ def check_names(tensors: Sequence[str], parameters: Sequence[str]) -> None:
             raise ValueError(f"custom_loss: {what} {name!r} {fault}; choose another name")
 
 
-def parse(text: str, tensors: Sequence[str], parameters: Sequence[str]) -> Expression:
-    """Read a formula of these tensors and parameters.
+def parse(text: str, tensors: Sequence[str], parameters: Sequence[str], is_loss: bool = True) -> Expression:
+    """Read a formula of these tensors and parameters; that of a loss must use input, that of a derivative need not.
 
     Raises:
         TypeError: text is not a str.
@@ -150,6 +150,8 @@ def parse(text: str, tensors: Sequence[str], parameters: Sequence[str]) -> Expre
     reader = _Reader(text.strip(), tensors, parameters)
     try:
         tree = reader.whole()
+        if is_loss and "input" not in reader.names:
+            raise reader.refusal("the expression does not use 'input'")
     except (RecursionError, MemoryError):
         raise reader.refusal("the expression is nested too deeply") from None
     return Expression(text, tree, tuple(reader.names))
@@ -186,10 +188,7 @@ class _Reader:
         except ValueError as error:  # null bytes, surrogates
             raise self.refusal(str(error)) from None
         self.check_depth(given)
-        tree = self.number(given)
-        if "input" not in self.names:
-            raise self.refusal("the expression does not use 'input'")
-        return tree
+        return self.number(given)
 
     def refusal(self, message: str, line: int = 0, column: int = 0) -> ValueError:
         line = min(line, len(self.lines) - 1)
@@ -431,7 +430,7 @@ def _torch_tree(node: ast.expr) -> ast.expr:
 def to_cpp(expression: Expression) -> str:
     """The formula as an expression of C++, where a tensor or parameter x is called argument_x.
 
-    Every literal is a double; a function or an operator may have one on any side, but only where has them on both.
+    Its functions and operators are those of csrc/formulas/dual.h; V is what the formula is computed on.
     """
     return _cpp(expression.tree)
 
@@ -439,7 +438,7 @@ def to_cpp(expression: Expression) -> str:
 def _cpp(node: ast.expr) -> str:
     match node:
         case ast.Constant(value=value):
-            return f"({value!r})" if math.copysign(1, value) < 0 else repr(value)
+            return f"constant<V>({value!r})"
         case ast.Name(id=name):
             return _argument(name)
         case ast.UnaryOp(op=ast.Invert()):

@@ -155,7 +155,7 @@ def mse_loss(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if weight is None:
-        loss = _fused("mse_loss", (input, target), reduction, warns=True)
+        loss = fused("mse_loss", (input, target), reduction, warns=True)
         if loss is not None:
             return loss
     return _by_torch(torch_mse_loss, input, target, reduction=reduction, weight=weight)
@@ -179,7 +179,7 @@ def l1_loss(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if weight is None:
-        loss = _fused("l1_loss", (input, target), reduction, warns=True)
+        loss = fused("l1_loss", (input, target), reduction, warns=True)
         if loss is not None:
             return loss
     return _by_torch(torch_l1_loss, input, target, reduction=reduction, weight=weight)
@@ -209,7 +209,7 @@ def smooth_l1_loss(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if beta >= 0:
-        loss = _fused("smooth_l1_loss", (input, target), reduction, (beta,), warns=True)
+        loss = fused("smooth_l1_loss", (input, target), reduction, (beta,), warns=True)
         if loss is not None:
             return loss
     return _by_torch(torch_smooth_l1_loss, input, target, reduction=reduction, beta=beta)
@@ -237,7 +237,7 @@ def huber_loss(
     Other arguments, result and errors are those of `mse_loss`; a delta that is not positive is a RuntimeError.
     """
     if weight is None and delta > 0:
-        loss = _fused("huber_loss", (input, target), reduction, (delta,), warns=True)
+        loss = fused("huber_loss", (input, target), reduction, (delta,), warns=True)
         if loss is not None:
             return loss
     return _by_torch(torch_huber_loss, input, target, reduction=reduction, delta=delta, **_if_given(weight=weight))
@@ -279,11 +279,11 @@ def binary_cross_entropy_with_logits(
     loss = None
     if weight is None and pos_weight is None:
         if _have_one_shape(input, target):
-            loss = _fused("binary_cross_entropy_with_logits", (input, target), reduction)
+            loss = fused("binary_cross_entropy_with_logits", (input, target), reduction)
     elif _have_one_shape(input, target, weight, pos_weight):
         one = input.new_ones(())
         operands = (input, target, one if weight is None else weight, one if pos_weight is None else pos_weight)
-        loss = _fused("weighted_binary_cross_entropy_with_logits", operands, reduction)
+        loss = fused("weighted_binary_cross_entropy_with_logits", operands, reduction)
     if loss is not None:
         return loss
     return _by_torch(
@@ -332,9 +332,9 @@ def kl_div(
     name = "kl_div_log_target" if log_target else "kl_div"
     if reduction == "batchmean":
         number, divisor = ("mean", input.shape[0]) if input.dim() > 0 else ("sum", None)
-        loss = _fused(name, (input, target), number, divisor=divisor)
+        loss = fused(name, (input, target), number, divisor=divisor)
     else:
-        loss = _fused(name, (input, target), reduction)
+        loss = fused(name, (input, target), reduction)
     if loss is not None:
         return loss
     with warnings.catch_warnings():
@@ -373,7 +373,7 @@ def poisson_nll_loss(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if reduction in ("none", "mean", "sum"):
         name = f"poisson_nll_loss{'' if log_input else '_of_rate'}{'_full' if full else ''}"
-        loss = _fused(name, (input, target), reduction, (eps,))
+        loss = fused(name, (input, target), reduction, (eps,))
         if loss is not None:
             return loss
     options = {"log_input": log_input, "full": full, "eps": eps, "reduction": reduction}
@@ -421,7 +421,7 @@ def gaussian_nll_loss(
         others = sum(size for size, own in zip(var.shape, input.shape, strict=False) if size != own)
         if fits or (var.dim() == input.dim() and others == 1):
             parameters = (eps, GAUSSIAN_CONSTANT if full else 0.0)
-            loss = _fused("gaussian_nll_loss", (input, target, var), reduction, parameters)
+            loss = fused("gaussian_nll_loss", (input, target, var), reduction, parameters)
             if loss is not None:
                 return loss
     return _by_torch(torch_gaussian_nll_loss, input, target, var, full=full, eps=eps, reduction=reduction)
@@ -443,7 +443,7 @@ def soft_margin_loss(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    loss = _fused("soft_margin_loss", (input, target), reduction)
+    loss = fused("soft_margin_loss", (input, target), reduction)
     if loss is not None:
         return loss
     return _by_torch(torch_soft_margin_loss, input, target, reduction=reduction)
@@ -480,7 +480,7 @@ def _covers(*operands: Tensor) -> bool:
     return _is_eager(operands) or ops.accepts(*operands)
 
 
-def _fused(
+def fused(
     name: str,
     operands: Sequence[Tensor],
     reduction: str,

@@ -1,4 +1,4 @@
-"""Compile the extension at its first use, with torch.utils.cpp_extension.load, and keep the result.
+"""Compile at first use, with torch.utils.cpp_extension.load, and keep the result: the extension, and custom losses.
 
     fusedloss.jit.load()           # compile now and not at the first loss; a notebook shows the wait where it belongs
     fusedloss.jit.load(cuda=True)  # with CUDA, or an error that names what is missing
@@ -30,9 +30,11 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -70,9 +72,35 @@ def compiled_module(plan: Plan, cache: Path | None = None, verbose: bool = False
     """The module that the plan describes. The caller holds _backend.lock; other processes are kept out here."""
     key = cache_key(plan)
     if key not in _loaded:
-        folder = (cache or cache_directory()) / f"{plan.device}-{key}"
-        _loaded[key] = _finished(folder) or _compile_once(plan, key, folder, verbose)
+        what = Build(
+            plan,
+            name=f"fusedloss_{plan.device}_{key}",
+            folder=(cache or cache_directory()) / f"{plan.device}-{key}",
+            says=plan.summary(),
+            seconds=_estimate(plan),
+            opens=_import,
+        )
+        _loaded[key] = compiled(what, verbose)
     return _loaded[key]
+
+
+@dataclass(frozen=True)
+class Build:
+    """Something to be compiled once, and found in its folder of the cache from then on."""
+
+    plan: Plan
+    name: str  # of the library, without its ending
+    folder: Path
+    says: str  # what is compiled, for the line that tells
+    seconds: int  # about
+    opens: Callable[[Path], Any]  # the library -> what is made of it; OSError or ImportError where that fails
+    generated: Mapping[str, str] = field(default_factory=dict)  # sources and headers, in place of the plan's sources
+
+
+def compiled(build: Build, verbose: bool = False) -> Any:
+    """What `opens` makes of the library, which is compiled if it is not there."""
+    opened = _finished(build)
+    return _compile_once(build, verbose) if opened is None else opened
 
 
 def cache_directory() -> Path:
@@ -84,7 +112,7 @@ def cache_directory() -> Path:
     return (Path(shared).expanduser().absolute() if shared else Path.home() / ".cache") / "fusedloss"
 
 
-def cache_key(plan: Plan) -> str:
+def cache_key(plan: Plan, generated: Mapping[str, str] | None = None) -> str:
     """A hash of all that could change the build. torch's own key knows neither its full version nor any header."""
     parts: list[object] = [
         torch.__version__,
@@ -102,56 +130,63 @@ def cache_key(plan: Plan) -> str:
     ]
     if plan.toolkit:
         parts += [str(plan.toolkit.home), plan.toolkit.version, [os.environ.get(name) for name in _CUDA_ENVIRONMENT]]
-    for path in [*plan.sources, *header_files(plan.csrc)]:
+    if generated is not None:
+        parts += sorted(generated.items())
+    for path in [*([] if generated else plan.sources), *header_files(plan.csrc)]:
         parts += [path.relative_to(plan.csrc).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
 
-def _compile_once(plan: Plan, key: str, folder: Path, verbose: bool) -> ModuleType:
+def _compile_once(build: Build, verbose: bool) -> Any:
     if find_ninja() is None:
         raise BuildError("ninja is missing, which compiling at first use needs; get it with: pip install ninja")
-    folder = _writable(folder)
-    with _locked(folder) as alone:
-        module = _finished(folder)  # by the process that was waited for
-        if module is None:
+    build = replace(build, folder=_writable(build.folder))
+    with _locked(build.folder) as alone:
+        opened = _finished(build)  # by the process that was waited for
+        if opened is None:
             if alone:
-                for leftover in folder.glob("attempt-*"):
+                for leftover in build.folder.glob("attempt-*"):
                     shutil.rmtree(leftover, ignore_errors=True)
-            module = _compile(plan, key, folder, verbose)
-    return module
+            opened = _compile(build, verbose)
+    return opened
 
 
-def _compile(plan: Plan, key: str, folder: Path, verbose: bool) -> ModuleType:
-    attempt = Path(tempfile.mkdtemp(prefix="attempt-", dir=folder))
+def _compile(build: Build, verbose: bool) -> Any:
+    plan = build.plan
+    attempt = Path(tempfile.mkdtemp(prefix="attempt-", dir=build.folder))
+    for name, text in build.generated.items():
+        (attempt / name).write_text(text)
+    sources = [attempt / name for name in build.generated if not name.endswith(".h")] or plan.sources
     start = time.perf_counter()
     try:
         with plan.environment() as cpp_extension:
-            about = f"once, about {_estimate(plan)} s"
-            _say(f"fusedloss: compiling {plan.summary()} ({about}) ...", end="\n" if verbose else " ")
-            module = cpp_extension.load(
-                name=f"fusedloss_{plan.device}_{key}",
-                sources=[str(path) for path in plan.sources],
+            about = f"once, about {build.seconds} s"
+            _say(f"fusedloss: compiling {build.says} ({about}) ...", end="\n" if verbose else " ")
+            loaded = cpp_extension.load(
+                name=build.name,
+                sources=[str(path) for path in sources],
                 extra_cflags=plan.cxx_flags,
                 extra_cuda_cflags=plan.nvcc_flags,
                 extra_ldflags=plan.link_flags,
-                extra_include_paths=[str(plan.csrc)],
+                extra_include_paths=[str(plan.csrc), str(attempt)],
                 build_directory=str(attempt),
                 with_cuda=plan.toolkit is not None,
+                is_python_module=not build.generated,
                 verbose=verbose,
             )
     except BaseException as error:
         _say("failed")
         shutil.rmtree(attempt, ignore_errors=True)
         if isinstance(error, Exception):
-            raise _failure(error, folder) from None
+            raise _failure(error, build.folder) from None
         raise
     _say(f"{time.perf_counter() - start:.1f} s")
-    _publish(plan, module, folder)
-    return module
+    library = Path(loaded if build.generated else loaded.__file__)
+    _publish(plan, library, build.folder)
+    return build.opens(library) if build.generated else loaded
 
 
-def _publish(plan: Plan, module: ModuleType, folder: Path) -> None:
-    library = Path(module.__file__ or "")
+def _publish(plan: Plan, library: Path, folder: Path) -> None:
     for leftover in library.parent.iterdir():
         if leftover != library and leftover.is_file():
             leftover.unlink()
@@ -162,20 +197,22 @@ def _publish(plan: Plan, module: ModuleType, folder: Path) -> None:
     draft.replace(folder / "done.json")
 
 
-def _finished(folder: Path) -> ModuleType | None:
-    """The finished build in this folder; None if there is none, or one that cannot be loaded and is to be made anew."""
+def _finished(build: Build) -> Any | None:
+    """The finished build; None if there is none, or one that cannot be loaded and is to be made anew."""
     try:
-        done = json.loads((folder / "done.json").read_text())
-        library = folder / done["file"]
-        if library.stat().st_size != done["size"]:
-            return None
-        spec = importlib.util.spec_from_file_location(library.stem, library)
-        if spec is None or spec.loader is None:
-            return None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        done = json.loads((build.folder / "done.json").read_text())
+        library = build.folder / done["file"]
+        return build.opens(library) if library.stat().st_size == done["size"] else None
     except (OSError, ValueError, KeyError, ImportError):
         return None
+
+
+def _import(library: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(library.stem, library)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{library} is no module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -104,6 +104,16 @@ FUSEDLOSS_INLINE Dual<V, kA | kB> chain(V value, V by_a, const Dual<V, kA>& a, V
   }
 }
 
+// For derivatives that are given by hand: a without any, and a with a further slope, by b.
+template <typename V, unsigned kA>
+FUSEDLOSS_INLINE Dual<V, 0> plain(const Dual<V, kA>& a) {
+  return {a.value};
+}
+template <typename V, unsigned kA, unsigned kSlope, unsigned kB>
+FUSEDLOSS_INLINE auto with_slope(const Dual<V, kA>& a, const Dual<V, kSlope>& slope, const Dual<V, kB>& b) {
+  return chain(a.value, elementary::constant<V>(1), a, slope.value, b);
+}
+
 // ---- arithmetic and comparisons, also with numbers
 
 template <typename V, unsigned kA>

@@ -1,0 +1,367 @@
+"""A loss of your own: one expression in, a fused kernel out.
+
+    criterion = fusedloss.custom_loss("where(abs(input - target) < delta, square(input - target), 0)", delta=1.0)
+
+The expression is printed as a formula of C++ beside those of csrc/formulas/pointwise.h, compiled once with the same
+kernels around it, and kept in the cache of `fusedloss.jit` by its content. Its derivatives come from the formula itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import keyword
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import _reduction
+
+from . import _backend, functional, jit, pointwise_losses
+from ._build import BuildError, Plan, make_plan
+from .expression import Expression, parse, to_cpp, to_torch
+
+# Tensors that an expression may use without further ado, and how many it may use in all, as csrc/options.h has it.
+USUAL_TENSORS = ("input", "target", "weight", "mask")
+MAX_TENSORS, MAX_PARAMETERS = 8, 16
+_SECONDS = {"cpu": 8, "cuda": 40}  # to compile one, about
+
+
+def custom_loss(
+    expression: str,
+    *,
+    reduction: str = "mean",
+    tensors: Sequence[str] = (),
+    derivative: Mapping[str, str] | None = None,
+    **parameters: float,
+) -> CustomLoss:
+    """A loss of your own as an `nn.Module`, computed by a fused kernel that is compiled from `expression`.
+
+    >>> criterion = fusedloss.custom_loss("log(cosh(input - target))")
+    >>> criterion = fusedloss.custom_loss("weight * maximum(q * (target - input), (q - 1) * (target - input))", q=0.9)
+    >>> loss = criterion(input, target, weight=weight)
+
+    It is compiled here and now, for the CPU and, where a CUDA toolkit and a GPU are found, for CUDA: some seconds the
+    first time, after which it is found in the cache. Forward and backward are one pass over memory, vectorised, with the
+    sum in float64; it works under autocast, `torch.compile(fullgraph=True)`, `torch.func`, forward-mode AD, and has
+    second derivatives, which are composed of torch's operations.
+
+    Args:
+        expression: the loss of one element, in the syntax of Python: `input`, `target`, further names as below, numbers,
+            `pi`, `+ - * / **`, comparisons joined by `&`, `|` and `~`, and the functions of
+            `fusedloss.expression.FUNCTIONS`, which are torch's of the same names: `where(condition, a, b)`, `abs`, `exp`,
+            `log`, `maximum`, `clamp`, `softplus`, … Derivatives at kinks are torch's too: 0 for abs at 0, half to each of
+            two equal arguments of maximum, 1 for clamp at its bounds.
+        reduction: 'none', 'mean' (by the number of elements) or 'sum'. Default 'mean'.
+        tensors: names of further tensors. `weight` and `mask` need not be named.
+        derivative: expressions for the derivatives by hand, `{"input": "sign(input - target)"}`; a tensor that is not
+            named has none then. Default: that of the expression.
+        parameters: named numbers in the expression. They become attributes of the module, are read at each call, and
+            are not compiled in: `criterion.q = 0.8` takes effect at once.
+
+    Returns:
+        A module, called as `criterion(input, target, weight=…)`. The tensors broadcast; integers and bool become what
+        the others are, float types are promoted as torch promotes them. A scalar, or with 'none' the broadcast shape; of
+        input's dtype, under autocast float32.
+
+    Raises:
+        ValueError: the expression has something in it that is not allowed, at the place the message points to; a name
+            cannot be used; or reduction is unknown. No compiler is run before all is checked.
+        TypeError: the expression is no str, or a parameter no number.
+        RuntimeError: there is no compiler, or it failed.
+    """
+    return CustomLoss(expression, reduction, tensors, derivative, parameters)
+
+
+class CustomLoss(nn.Module):
+    """What `custom_loss` returns."""
+
+    def __init__(
+        self,
+        expression: str,
+        reduction: str,
+        tensors: Sequence[str],
+        derivative: Mapping[str, str] | None,
+        parameters: Mapping[str, float],
+    ) -> None:
+        super().__init__()
+        _reduction.get_enum(reduction)
+        if isinstance(tensors, str):
+            raise TypeError(f"custom_loss: tensors must be a sequence of names, not the str {tensors!r}")
+        self.expression = expression
+        self.reduction = reduction
+        self.tensors = tuple(tensors)
+        self.derivative = dict(derivative) if derivative is not None else None
+        self.parameter_names = tuple(parameters)
+        for name, value in parameters.items():
+            if hasattr(self, name) or keyword.iskeyword(name):
+                raise ValueError(f"custom_loss: parameter {name!r} is an attribute of every module; choose another name")
+            setattr(self, name, _number(name, value))
+        self._prepare()
+        pointwise_losses.number_of(self._formula.name)
+
+    def forward(self, input: Tensor, target: Tensor | None = None, **tensors: Tensor) -> Tensor:
+        given = {"input": input, **tensors} if target is None else {"input": input, "target": target, **tensors}
+        operands = [given.get(name) for name in self._formula.operands]
+        if len(given) != len(operands) or any(operand is None for operand in operands):
+            self._check_names(given)
+            operands = [given[name] for name in self._formula.operands]
+        if any(operand.dtype != input.dtype for operand in operands) or not input.dtype.is_floating_point:
+            dtype = _common_dtype(operands)
+            operands = [operand.to(dtype) for operand in operands]
+        parameters = [getattr(self, name) for name in self._formula.parameters]
+        loss = functional.fused(self._formula.name, operands, self.reduction, parameters)
+        return self._composed(operands, parameters) if loss is None else loss
+
+    def extra_repr(self) -> str:
+        parameters = "".join(f", {name}={getattr(self, name)}" for name in self.parameter_names)
+        return f"{self.expression!r}, reduction={self.reduction!r}{parameters}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_formula"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._formula = _formula(self.expression, self.tensors, self.derivative, self.parameter_names)
+        pointwise_losses.add(
+            pointwise_losses.PointwiseLoss(self._formula.name, self._formula.elementwise, self._formula.compiled)
+        )
+
+    def _check_names(self, given: Mapping[str, Tensor]) -> None:
+        missing = [name for name in self._formula.operands if name not in given]
+        if missing:
+            raise TypeError(f"custom_loss: {self.expression!r} needs the tensor {missing[0]!r}, which is not given")
+        known = (*USUAL_TENSORS[:2], *self._formula.operands)
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise TypeError(f"custom_loss: {self.expression!r} has no tensor {unknown[0]!r}, expected {', '.join(known)}")
+
+    def _composed(self, operands: list[Tensor], parameters: list[float]) -> Tensor:
+        """By torch's operations; what the kernels compute in float32 is computed so here too."""
+        input = operands[0]
+        narrow = input.dtype in (torch.bfloat16, torch.float16)
+        if narrow:
+            operands = [operand.float() for operand in operands]
+        number = _reduction.get_enum(self.reduction)
+        loss = pointwise_losses.composed(self._formula.name, operands, parameters, number, None)
+        return loss.to(input.dtype) if narrow and not torch.is_autocast_enabled(input.device.type) else loss
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool | str | bytes) or (isinstance(value, Tensor) and value.dim() > 0):
+        raise TypeError(f"custom_loss: parameter {name!r} must be a number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"custom_loss: parameter {name!r} must be a number, got {type(value).__name__}") from None
+
+
+def _common_dtype(operands: Sequence[Tensor]) -> torch.dtype:
+    """As torch promotes float types; integers and bool take part only where there is no other."""
+    dtypes = {operand.dtype for operand in operands if operand.dtype.is_floating_point or operand.dtype.is_complex}
+    common = dtypes.pop() if dtypes else torch.get_default_dtype()
+    for dtype in dtypes:
+        common = torch.promote_types(common, dtype)
+    return common
+
+
+# ---- from expressions to a formula
+
+
+@dataclass(frozen=True)
+class _Formula:
+    expression: Expression
+    operands: tuple[str, ...]  # the tensors that it uses, input first
+    parameters: tuple[str, ...]
+    slopes: dict[str, Expression] = field(hash=False)  # derivatives by hand; empty where there are none
+
+    @property
+    def name(self) -> str:
+        """What graphs call it: readable, and different where anything about it is."""
+        return f"custom_loss({self.expression.text.strip()})#{hashlib.sha256(self.cpp().encode()).hexdigest()[:12]}"
+
+    def elementwise(self, *arguments: Any) -> Tensor:
+        names = (*self.operands, *self.parameters)
+        value = to_torch(self.expression, names)
+        if not self.slopes:
+            return value(*arguments)
+        slopes = [to_torch(self.slopes[name], names) if name in self.slopes else None for name in self.operands]
+        return _GivenDerivative.apply(value, slopes, len(self.operands), *arguments)
+
+    def cpp(self) -> str:
+        """The header that csrc/cpu/pointwise_formulas.h and csrc/cuda/pointwise.cuh include in the place of ours."""
+        names = [*self.operands, *self.parameters]
+        types = ", ".join(f"typename T{i}" for i in range(len(names)))
+        arguments = ", ".join(f"T{i} argument_{name}" for i, name in enumerate(names))
+        return _HEADER.format(
+            operands=len(self.operands),
+            parameters=len(self.parameters),
+            types=types,
+            arguments=arguments,
+            body=self._body(names),
+        )
+
+    def _body(self, names: Sequence[str]) -> str:
+        value = to_cpp(self.expression)
+        if not self.slopes:
+            return f"return {value};"
+        plain = ", ".join(f"auto argument_{name}" for name in names)
+        values = ", ".join(f"plain(argument_{name})" for name in names)
+
+        def without_derivative(expression: str) -> str:
+            return f"[&]({plain}) {{ return {expression}; }}({values})"
+
+        result = without_derivative(value)
+        for name, slope in self.slopes.items():
+            result = f"with_slope({result}, {without_derivative(to_cpp(slope))}, argument_{name})"
+        return f"return {result};"
+
+    def compiled(self) -> tuple[int, int]:
+        """The addresses of its formulas for the CPU and for CUDA (0 without it)."""
+        cuda = None if _backend.extension().with_cuda else False
+        try:
+            plan = make_plan(cuda=cuda, needs_gpu=True)
+            with _backend.lock:
+                return _load(self, plan)
+        except BuildError as error:
+            raise RuntimeError(f"fusedloss: {self.expression.text!r} cannot be compiled: {error}") from None
+
+
+def _formula(
+    expression: str, tensors: Sequence[str], derivative: Mapping[str, str] | None, parameters: Sequence[str]
+) -> _Formula:
+    known = (*USUAL_TENSORS, *tensors)
+    known = tuple(name for name in dict.fromkeys(known) if name not in parameters or name in ("input", "target"))
+    loss = parse(expression, known, parameters)
+    slopes = {}
+    for name, text in (derivative or {}).items():
+        if name not in known:
+            raise ValueError(f"custom_loss: derivative by {name!r}, which is no tensor; the tensors are {', '.join(known)}")
+        slopes[name] = parse(text, known, parameters, is_loss=False)
+    used = {name for one in (loss, *slopes.values()) for name in one.names} | set(slopes)
+    operands = tuple(name for name in known if name in used)
+    if len(operands) > MAX_TENSORS or len(parameters) > MAX_PARAMETERS:
+        raise ValueError(
+            f"custom_loss: got {len(operands)} tensors and {len(parameters)} parameters, "
+            f"expected at most {MAX_TENSORS} and {MAX_PARAMETERS}"
+        )
+    if derivative is not None and not slopes:
+        raise ValueError("custom_loss: derivative is empty, expected an expression for one tensor at least")
+    return _Formula(loss, operands, tuple(name for name in parameters if name in used), slopes)
+
+
+class _GivenDerivative(torch.autograd.Function):
+    """The value of a formula, with derivatives that are given by hand."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Callable, slopes: Sequence[Callable | None], operands: int, *arguments: Any) -> Tensor:
+        return value(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, ctx.slopes, operands, *arguments = inputs
+        ctx.parameters = arguments[operands:]
+        ctx.save_for_backward(*arguments[:operands])
+        ctx.save_for_forward(*arguments[:operands])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        operands = ctx.saved_tensors
+        grads = [
+            None
+            if slope is None or not needed
+            else (grad_output * slope(*operands, *ctx.parameters)).sum_to_size(operand.shape)
+            for slope, operand, needed in zip(ctx.slopes, operands, ctx.needs_input_grad[3:], strict=False)
+        ]
+        return None, None, None, *grads, *(None for _ in ctx.parameters)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
+        operands = ctx.saved_tensors
+        result = None
+        for slope, tangent in zip(ctx.slopes, tangents[3:], strict=False):
+            if slope is not None and tangent is not None:
+                part = tangent * slope(*operands, *ctx.parameters)
+                result = part if result is None else result + part
+        return result
+
+
+# ---- from a formula to a library
+
+_HEADER = """\
+struct CustomLoss {{
+  static constexpr int kOperands = {operands}, kParameters = {parameters};
+  template <typename V, {types}>
+  static FUSEDLOSS_INLINE auto loss({arguments}) {{
+    {body}
+  }}
+}};
+#define FUSEDLOSS_POINTWISE_LOSSES(X) X(custom_loss, CustomLoss)
+"""
+
+_CPU_SOURCE = """\
+#include "cpu/pointwise_formula.h"
+#define FUSEDLOSS_FORMULAS "formula.h"
+#define FUSEDLOSS_KERNELS "cpu/pointwise_formulas.h"
+#include "cpu/instruction_sets.h"
+
+namespace fusedloss::cpu {{
+extern "C" __attribute__((visibility("default"))) const PointwiseFormula {symbol};
+extern "C" const PointwiseFormula {symbol} = FUSEDLOSS_FORMULA_TABLE(custom_loss);
+}}
+"""
+
+_CUDA_SOURCE = """\
+#include "cuda/pointwise.cuh"
+
+namespace fusedloss::cuda {{
+namespace {{
+#include "formula.h"
+}}
+extern "C" __attribute__((visibility("default"))) const PointwiseFormula {symbol};
+extern "C" const PointwiseFormula {symbol} = formula_of<CustomLoss>();
+}}
+"""
+
+_libraries: dict[str, tuple[int, int]] = {}
+
+
+def _load(formula: _Formula, plan: Plan) -> tuple[int, int]:
+    header = formula.cpp()
+    key = jit.cache_key(plan, {"formula.h": header})
+    if key not in _libraries:
+        symbols = [f"fusedloss_on_{device}_{key}" for device in ("cpu", "cuda")]
+        generated = {"formula.h": header, "on_cpu.cpp": _CPU_SOURCE.format(symbol=symbols[0])}
+        if plan.toolkit:
+            generated["on_cuda.cu"] = _CUDA_SOURCE.format(symbol=symbols[1])
+        text = formula.expression.text.strip()
+        build = jit.Build(
+            plan,
+            name=f"fusedloss_custom_{key}",
+            folder=jit.cache_directory() / f"custom-{plan.device}-{key}",
+            says=text if len(text) <= 60 else f"{text[:57]}...",
+            seconds=_SECONDS[plan.device],
+            opens=lambda library: _addresses(library, symbols),
+            generated=generated,
+        )
+        _libraries[key] = jit.compiled(build)
+    return _libraries[key]
+
+
+def _addresses(library: Path, symbols: Sequence[str]) -> tuple[int, int]:
+    opened = ctypes.CDLL(str(library))  # stays open
+    found = []
+    for symbol in symbols:
+        try:
+            found.append(ctypes.addressof(ctypes.c_char.in_dll(opened, symbol)))
+        except ValueError:  # compiled without CUDA
+            found.append(0)
+    return found[0], found[1]
