@@ -9,6 +9,7 @@ kernels around it, and kept in the cache of `fusedloss.jit` by its content. Its 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import keyword
 from collections.abc import Callable, Mapping, Sequence
@@ -101,7 +102,7 @@ class CustomLoss(nn.Module):
                 raise ValueError(f"custom_loss: parameter {name!r} is an attribute of every module; choose another name")
             setattr(self, name, _number(name, value))
         self._prepare()
-        pointwise_losses.number_of(self._formula.name)
+        pointwise_losses.number_of(self._name)
 
     def forward(self, input: Tensor, target: Tensor | None = None, **tensors: Tensor) -> Tensor:
         given = {"input": input, **tensors} if target is None else {"input": input, "target": target, **tensors}
@@ -113,7 +114,7 @@ class CustomLoss(nn.Module):
             dtype = _common_dtype(operands)
             operands = [operand.to(dtype) for operand in operands]
         parameters = [getattr(self, name) for name in self._formula.parameters]
-        loss = functional.fused(self._formula.name, operands, self.reduction, parameters)
+        loss = functional.fused(self._name, operands, self.reduction, parameters)
         return self._composed(operands, parameters) if loss is None else loss
 
     def extra_repr(self) -> str:
@@ -129,8 +130,9 @@ class CustomLoss(nn.Module):
 
     def _prepare(self) -> None:
         self._formula = _formula(self.expression, self.tensors, self.derivative, self.parameter_names)
+        self._name = self._formula.name  # read here: the compiler cannot trace how it is made
         pointwise_losses.add(
-            pointwise_losses.PointwiseLoss(self._formula.name, self._formula.elementwise, self._formula.compiled)
+            pointwise_losses.PointwiseLoss(self._name, self._formula.elementwise, self._formula.compiled)
         )
 
     def _check_names(self, given: Mapping[str, Tensor]) -> None:
@@ -149,7 +151,7 @@ class CustomLoss(nn.Module):
         if narrow:
             operands = [operand.float() for operand in operands]
         number = _reduction.get_enum(self.reduction)
-        loss = pointwise_losses.composed(self._formula.name, operands, parameters, number, None)
+        loss = pointwise_losses.composed(self._name, operands, parameters, number, None)
         return loss.to(input.dtype) if narrow and not torch.is_autocast_enabled(input.device.type) else loss
 
 
@@ -181,7 +183,7 @@ class _Formula:
     parameters: tuple[str, ...]
     slopes: dict[str, Expression] = field(hash=False)  # derivatives by hand; empty where there are none
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """What graphs call it: readable, and different where anything about it is."""
         return f"custom_loss({self.expression.text.strip()})#{hashlib.sha256(self.cpp().encode()).hexdigest()[:12]}"
