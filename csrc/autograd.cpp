@@ -11,6 +11,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/nll_loss_nd.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -84,6 +85,12 @@ PointwiseResult run_pointwise_forward(const PointwiseCall& call, const std::vect
   const bool any = std::find(with_grads.begin(), with_grads.end(), true) != with_grads.end();
   RECORD_FUNCTION("fusedloss::" + call.loss.name + (any ? "_forward_with_grad" : "_forward"), Inputs());
   return pointwise_forward(call, autocast_to_float32(call.operands[0]), with_grads);
+}
+
+NLLLossResult run_nll_loss_forward(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                                   int64_t reduction, int64_t ignore_index) {
+  RECORD_FUNCTION("fusedloss::nll_loss_forward", Inputs());
+  return nll_loss_forward(input, target, weight, reduction, ignore_index, autocast_to_float32(input));
 }
 
 // ---- the gradient in the forward pass ----
@@ -310,6 +317,57 @@ class Pointwise : public Function<Pointwise> {
   }
 };
 
+// Its gradient does not depend on input, which is not saved: it may be freed, or overwritten.
+class NLLLoss : public Function<NLLLoss> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
+                            const OptionalTensor& weight, int64_t reduction, int64_t ignore_index) {
+    const auto [loss, total_weight] = run_nll_loss_forward(input, target, weight, reduction, ignore_index);
+    ctx->save_for_backward({target, weight.value_or(at::Tensor()), total_weight});
+    ctx->saved_data["sizes"] = input.sizes();
+    ctx->saved_data["strides"] = at::IntArrayRef(gradient_strides(input));
+    ctx->saved_data["dtype"] = int64_t(input.scalar_type());
+    ctx->saved_data["reduction"] = reduction;
+    ctx->saved_data["ignore_index"] = ignore_index;
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor &target = saved[0], &total_weight = saved[2], &grad_output = grad_outputs[0];
+    const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
+    const auto sizes = ctx->saved_data["sizes"].toIntVector(), strides = ctx->saved_data["strides"].toIntVector();
+    const auto dtype = at::ScalarType(ctx->saved_data["dtype"].toInt());
+    const int64_t reduction = ctx->saved_data["reduction"].toInt();
+    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
+
+    at::Tensor grad;
+    if (must_compose(grad_output)) {
+      // Any input has this gradient, and a second derivative of 0; only its place in the graph must be input's own.
+      const at::Tensor input = target.new_zeros(sizes, dtype);
+      torch::autograd::impl::set_gradient_edge(input, torch::autograd::get_current_node()->next_edge(0));
+      const auto type = grad_output.scalar_type();  // float32 where the forward pass ran under autocast
+      grad = composed_gradients({input}, grad_output, [&](const variable_list& views) {
+        return at::nll_loss_nd(views[0].to(type), target.to(at::kLong),
+                               weight ? OptionalTensor(weight->to(type)) : std::nullopt, reduction, ignore_index);
+      })[0];
+    } else if (!is_plain(grad_output)) {
+      using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                                   c10::SymIntArrayRef, c10::SymIntArrayRef, at::ScalarType, int64_t, int64_t);
+      grad = call_registered_op<Signature>("fusedloss::nll_loss_backward", grad_output, target, weight, total_weight,
+                                           c10::fromIntArrayRefSlow(sizes), c10::fromIntArrayRefSlow(strides), dtype,
+                                           reduction, ignore_index);
+    } else {
+      RECORD_FUNCTION("fusedloss::nll_loss_backward", Inputs());
+      grad = nll_loss_backward(grad_output, target, weight, total_weight, sizes, strides, dtype, reduction,
+                               ignore_index);
+    }
+    return {grad, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
+  }
+};
+
 }  // namespace
 
 OptionalTensor cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
@@ -328,6 +386,14 @@ OptionalTensor pointwise(int64_t loss, at::TensorList operands, c10::ArrayRef<do
   if (at::GradMode::is_enabled() && std::any_of(operands.begin(), operands.end(), requires_grad))
     return Pointwise::apply(operands, loss, parameters, reduction, divisor);
   return run_pointwise_forward(call, {}).loss;
+}
+
+OptionalTensor nll_loss(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                        int64_t reduction, int64_t ignore_index) {
+  if (!nll_loss_covers(input, target, weight)) return std::nullopt;
+  if (at::GradMode::is_enabled() && input.requires_grad())
+    return NLLLoss::apply(input, target, weight, reduction, ignore_index);
+  return run_nll_loss_forward(input, target, weight, reduction, ignore_index).loss;
 }
 
 }  // namespace fusedloss

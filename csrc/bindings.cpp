@@ -50,6 +50,24 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return pointwise_backward(grad_output, {pointwise_loss(loss), operands, parameters, reduction, divisor}, wanted);
       },
       no_gil);
+  m.def("nll_loss", &nll_loss, no_gil);
+  m.def(
+      "nll_loss_forward",
+      [](const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
+         int64_t ignore_index, bool autocast) {
+        const auto result = nll_loss_forward(input, target, weight, reduction, ignore_index, autocast);
+        return std::make_tuple(result.loss, result.total_weight);
+      },
+      no_gil);
+  m.def(
+      "nll_loss_backward",
+      [](const at::Tensor& grad_output, const at::Tensor& target, const OptionalTensor& weight,
+         const at::Tensor& total_weight, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+         at::ScalarType dtype, int64_t reduction, int64_t ignore_index) {
+        return nll_loss_backward(grad_output, target, weight, total_weight, sizes, strides, dtype, reduction,
+                                 ignore_index);
+      },
+      no_gil);
   m.def("set_debug", &set_debug);
   m.def("cpu_capability", [] { return cpu::name_of(cpu::instruction_set()); });
   // For the tests, which have no machine that lacks AVX2.

@@ -3,12 +3,10 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like_ops.h>
 
-#include <algorithm>
-#include <atomic>
-#include <string>
 #include <utility>
 
 #include "checks.h"
+#include "class_indices.h"
 #include "cpu/cross_entropy_cpu.h"
 #include "huge_pages.h"
 #include "ops.h"
@@ -26,8 +24,6 @@ namespace {
 
 constexpr const char* kOp = "cross_entropy";
 
-std::atomic<bool> debug_enabled = false;
-
 bool has_probabilities(const at::Tensor& input, const at::Tensor& target) {
   return input.sizes() == target.sizes();
 }
@@ -38,26 +34,6 @@ void check_probabilities(const at::Tensor& input, const at::Tensor& target, int6
               "; class indices have the shape of input without its class dimension");
   TORCH_CHECK(ignore_index < 0, kOp, ": ignore_index must be negative where target holds class probabilities, got ",
               ignore_index);
-}
-
-void check_class_indices(const at::Tensor& input, const at::Tensor& target) {
-  const auto expected = sizes_of_rows(input);
-  const bool right = target.sizes() == c10::IntArrayRef(expected);
-  // torch raises ValueError for a batch of another size, RuntimeError for every other shape.
-  const bool batch = input.dim() == 1 ? target.dim() != 1 : target.dim() > 0 && target.size(0) == input.size(0);
-  TORCH_CHECK_VALUE(right || batch, kOp, ": target must have the batch size of input, expected shape ",
-                    c10::IntArrayRef(expected), " for input of shape ", input.sizes(), ", got ", target.sizes());
-  TORCH_CHECK(right, kOp, ": target must have shape ", c10::IntArrayRef(expected), " for input of shape ",
-              input.sizes(), ", got ", target.sizes());
-  TORCH_CHECK(at::isIntegralType(target.scalar_type(), /*includeBool=*/false), kOp,
-              ": target must hold class indices of an integer type (int64), got ", target.scalar_type());
-}
-
-void check_weight_dtype(const at::Tensor& input, const at::Tensor& weight, bool autocast) {
-  // Under autocast torch casts both to float32.
-  const auto type = weight.scalar_type();
-  TORCH_CHECK(type == input.scalar_type() || (autocast && kernel_dtype(type).has_value() && type != at::kDouble), kOp,
-              ": weight must have the dtype of input, ", input.scalar_type(), ", got ", type);
 }
 
 // The options of one call, and the tensors whose memory they point to.
@@ -76,7 +52,7 @@ struct Call {
     if (probabilities) {
       check_probabilities(input_, target_, ignore_index);
     } else {
-      check_class_indices(input_, target_);
+      check_class_indices(kOp, input_, target_);
     }
     TORCH_CHECK(!(label_smoothing > 1), kOp, ": label_smoothing must be between 0.0 and 1.0, got ", label_smoothing);
     o.label_smoothing = label_smoothing > 0 ? label_smoothing : 0;  // torch takes negative and NaN for none
@@ -105,11 +81,7 @@ struct Call {
   }
 
   void take_weight(const at::Tensor& given) {
-    TORCH_CHECK(given.dim() == 1 && given.numel() == o.classes, kOp,
-                ": weight must be 1-D with one element for each of the ", o.classes, " classes, got shape ",
-                given.sizes());
-    check_same_device(kOp, "weight", given, input);
-    weight = given.to(statistics_type(input.scalar_type())).contiguous();
+    weight = kernel_weight(kOp, given, o.classes, input);
     o.weight = weight.const_data_ptr();
   }
 
@@ -129,31 +101,6 @@ struct Call {
   }
 };
 
-// "target[1, 2]", from a row's number.
-std::string describe_row(const at::Tensor& target, int64_t row) {
-  std::string index;
-  for (int64_t d = target.dim() - 1, rest = row; d >= 0; --d) {
-    index = std::to_string(rest % target.size(d)) + (index.empty() ? "" : ", ") + index;
-    rest /= target.size(d);
-  }
-  return index.empty() ? "target" : "target[" + index + "]";
-}
-
-[[noreturn]] void refuse_class_index(const Call& call, int64_t row, int64_t index) {
-  TORCH_CHECK_INDEX(false, kOp, ": ", describe_row(call.target, row), " is ", index,
-                    ", expected a class index in [0, ", call.o.classes, ") or ignore_index ", call.o.ignore_index);
-}
-
-// Waits for the device, and copies from it.
-void check_class_indices_on_host(const Call& call) {
-  if (call.o.target_index == nullptr) return;
-  const at::Tensor target = call.target.cpu();
-  const int64_t* index = target.const_data_ptr<int64_t>();
-  for (int64_t row = 0; row < target.numel(); ++row)
-    if (index[row] != call.o.ignore_index && (index[row] < 0 || index[row] >= call.o.classes))
-      refuse_class_index(call, row, index[row]);
-}
-
 void forward_on_cpu(Call& call) {
   CrossEntropyOptions& o = call.o;
   const cpu::CrossEntropyWork work = cpu::cross_entropy_work(o);
@@ -166,7 +113,7 @@ void forward_on_cpu(Call& call) {
   }
   run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_forward(o, begin, end); });
   const int64_t bad = cpu::cross_entropy_finish(o);
-  if (bad >= 0) refuse_class_index(call, bad, o.target_index[bad]);
+  if (bad >= 0) refuse_class_index(kOp, o, call.target, bad, o.target_index[bad]);
 }
 
 #ifdef FUSEDLOSS_WITH_CUDA
@@ -251,8 +198,8 @@ CrossEntropyResult cross_entropy_forward(const at::Tensor& input, const at::Tens
                                          double label_smoothing, bool autocast, bool with_grad) {
   Call call(input, target, weight, reduction, ignore_index, label_smoothing);
   CrossEntropyOptions& o = call.o;
-  if (weight.has_value()) check_weight_dtype(input, *weight, autocast);
-  if (debug_enabled) check_class_indices_on_host(call);
+  if (weight.has_value()) check_weight_dtype(kOp, input, *weight, autocast);
+  if (debug_enabled && o.target_index != nullptr) check_class_indices_on_host(kOp, o, call.target);
   const auto statistics =
       input.new_empty({call.statistics_numel()}, statistics_type(input.scalar_type()));
   call.take_statistics(statistics);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <optional>
 #include <vector>
@@ -28,6 +29,8 @@ OptionalTensor cross_entropy(const at::Tensor& input, const at::Tensor& target, 
                              int64_t reduction, int64_t ignore_index, double label_smoothing, bool inplace_backward);
 OptionalTensor pointwise(int64_t loss, at::TensorList operands, c10::ArrayRef<double> parameters, int64_t reduction,
                          std::optional<int64_t> divisor);
+OptionalTensor nll_loss(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                        int64_t reduction, int64_t ignore_index);
 
 // Whether a class index out of range is found on the host, before a kernel is launched. On the CPU it is found anyway.
 void set_debug(bool enabled);
@@ -36,6 +39,7 @@ void set_debug(bool enabled);
 // refuses them with a message of its own.
 bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight);
 bool pointwise_covers(const PointwiseLoss& loss, at::TensorList operands);
+bool nll_loss_covers(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight);
 
 struct CrossEntropyResult {
   at::Tensor loss;        // under autocast float32, whatever the input
@@ -68,5 +72,21 @@ PointwiseResult pointwise_forward(const PointwiseCall& call, bool autocast, cons
 // -> the gradients of the operands, times grad_output; undefined where not wanted. ready: as above, where wanted.
 std::vector<at::Tensor> pointwise_backward(const at::Tensor& grad_output, const PointwiseCall& call,
                                            const std::vector<bool>& wanted, std::vector<at::Tensor> ready = {});
+
+struct NLLLossResult {
+  at::Tensor loss;          // under autocast float32, whatever the input
+  at::Tensor total_weight;  // 1-D, for the backward pass: what the mean divides by, if there is one
+};
+
+NLLLossResult nll_loss_forward(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                               int64_t reduction, int64_t ignore_index, bool autocast);
+
+// -> d loss/d input, times grad_output. Of input only the sizes and the dtype are needed; strides: the gradient's.
+at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& target, const OptionalTensor& weight,
+                             const at::Tensor& total_weight, at::IntArrayRef sizes, at::IntArrayRef strides,
+                             at::ScalarType dtype, int64_t reduction, int64_t ignore_index);
+
+// Those that at::empty_like(input) has.
+c10::SmallVector<int64_t, 8> gradient_strides(const at::Tensor& input);
 
 }  // namespace fusedloss

@@ -74,6 +74,33 @@ struct CrossEntropyOptions {
   bool is_spread() const { return target_probability != nullptr || label_smoothing > 0; }
 };
 
+// The negative log likelihood of class indices. Rows as above.
+struct NLLLossOptions {
+  DType dtype;       // of input and grad_input
+  DType loss_dtype;  // of loss and grad_output: dtype or the statistics' type
+  Reduction reduction;
+  int64_t outer, classes, inner;
+  int64_t ignore_index;
+
+  const void* input;  // [outer, classes, inner], log-probabilities; forward only
+  Strides input_strides;
+  const int64_t* target;  // [outer, inner] contiguous
+  const void* weight;     // [classes] contiguous, statistics' type; null is 1 for every class
+  void* total_weight;     // [1] statistics' type, what the mean divides by; null for the other reductions
+
+  void* loss;     // [rows] for kNone, else [1]
+  void* scratch;  // forward only; as many bytes as the launcher asks for, 16-byte aligned
+
+  const void* grad_output;     // [rows] for kNone, else [1]
+  int64_t grad_output_stride;  // 0 where one value serves all rows
+  void* grad_input;            // [outer, classes, inner]; its classes or its inner positions lie side by side
+  Strides grad_strides;
+
+  CudaTuning tuning;
+
+  int64_t rows() const { return outer * inner; }
+};
+
 constexpr int kMaxOperands = 8, kMaxParameters = 16;
 
 // A loss of one element of each of its operands (input, which comes first, target, weights, …): MSE, its family, and

@@ -18,6 +18,7 @@ from . import functional
 
 _NAMES = (
     "cross_entropy",
+    "nll_loss",
     "mse_loss",
     "l1_loss",
     "smooth_l1_loss",

@@ -16,7 +16,7 @@ from torch.nn import Parameter, _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _backend, ops
-from .ops import torch_cross_entropy
+from .ops import torch_cross_entropy, torch_nll_loss
 from .pointwise_losses import GAUSSIAN_CONSTANT, number_of
 
 # torch's own functions, taken where `patch` has not replaced them.
@@ -523,9 +523,56 @@ def _broadcast(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
         raise RuntimeError(f"{name}: input and target must have shapes that broadcast, got {shapes}: {error}") from None
 
 
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Negative log likelihood of class indices, `torch.nn.functional.nll_loss`, fused.
+
+    With log-probabilities :math:`x`, weights :math:`w` and a class index :math:`y`, each row's loss is
+    :math:`-w_y x_y`; its gradient is :math:`-w_y` for that class and 0 for the others. 'mean' divides the sum of the
+    rows by :math:`\sum w_y` over the rows kept.
+
+    Args:
+        input: log-probabilities of shape (C), (N, C) or (N, C, d1, …, dK); float32, float64, bfloat16 or float16. The
+            backward pass does not need them: they may be freed, or overwritten.
+        target: class indices of shape (), (N) or (N, d1, …, dK), of any integer type.
+        weight: one weight for each class, shape (C), of input's dtype.
+        size_average, reduce: deprecated; they override reduction.
+        ignore_index: class index whose rows add nothing. Default -100.
+        reduction: 'none', 'mean' or 'sum'. Default 'mean'.
+
+    Returns:
+        A scalar of input's dtype, or with 'none' one loss a row, in the shape of target. Under autocast float32, as
+        torch's.
+
+    Raises:
+        IndexError: a class index is neither in [0, C) nor ignore_index (CPU; on CUDA a device-side assertion fails).
+        ValueError: the batch sizes differ, or reduction is unknown.
+        RuntimeError: another shape, dtype or device is wrong.
+        NotImplementedError: input is not of one of the four types.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if _is_eager((input, target), weight):
+        number = _reduction.get_enum(reduction)
+        loss = _backend.extension().nll_loss(input, target, weight, number, ignore_index)
+        if loss is not None:
+            return loss
+    if ops.nll_loss_covers(input, target, weight):
+        return ops.nll_loss(input, target, weight, _reduction.get_enum(reduction), ignore_index)
+    return _by_torch(torch_nll_loss, input, target, weight, ignore_index=ignore_index, reduction=reduction)
+
+
 # TorchScript cannot compile a call into an extension. Asked for these functions, or what calls them, it gets torch's.
 for _ours, _torchs in (
     (cross_entropy, torch_cross_entropy),
+    (nll_loss, torch_nll_loss),
     (mse_loss, torch_mse_loss),
     (l1_loss, torch_l1_loss),
     (smooth_l1_loss, torch_smooth_l1_loss),

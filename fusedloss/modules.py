@@ -81,6 +81,29 @@ class MSELoss(nn.MSELoss):
         return functional.mse_loss(input, target, reduction=self.reduction)
 
 
+class NLLLoss(nn.NLLLoss):
+    """`torch.nn.NLLLoss`, fused. The arguments, shapes and results are torch's.
+
+    Args:
+        weight: one weight for each class, shape (C).
+        size_average, reduce: deprecated, see `reduction`.
+        ignore_index: class index that adds nothing to the loss nor the gradient. Default -100.
+        reduction: 'none', 'mean' or 'sum'. Default 'mean'.
+
+    Shape:
+        - input: log-probabilities, (C), (N, C) or (N, C, d1, …, dK); float32, float64, bfloat16 or float16.
+        - target: class indices, () or (N) or (N, d1, …, dK).
+        - output: a scalar, or the shape of target for reduction 'none'.
+
+    The formula is in `fusedloss.functional.nll_loss`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.nll_loss(
+            input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction
+        )
+
+
 class L1Loss(nn.L1Loss):
     """`torch.nn.L1Loss`, fused. The arguments, shapes and results are torch's; the formula is in
     `fusedloss.functional.l1_loss`.

@@ -17,6 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy as torch_cross_entropy
+from torch.nn.functional import nll_loss as torch_nll_loss
 from torch.overrides import _get_current_function_mode_stack
 
 from . import _backend, pointwise_losses
@@ -92,6 +93,16 @@ def pointwise_covers(operands: Sequence[Tensor]) -> bool:
     return accepts(*operands) and all(
         operand.shape == input.shape and operand.dtype == input.dtype for operand in operands[1:]
     )
+
+
+def nll_loss_covers(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Is this call the op's? Where it is cross entropy's of class indices."""
+    is_index = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    return is_index and target.dim() != input.dim() and cross_entropy_covers(input, target, weight)
+
+
+def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
+    return torch.ops.fusedloss.nll_loss_forward(input, target, weight, reduction, ignore_index, False)[0]
 
 
 def cross_entropy(
@@ -194,6 +205,41 @@ _define(  # the gradients of the operands that are wanted
 )
 
 
+def _fake_nll_loss_forward(input, target, weight, reduction, ignore_index, autocast):
+    loss, statistics = _fake_cross_entropy_forward(input, target, weight, reduction, ignore_index, 0.0, autocast)
+    return loss, statistics.new_empty((int(_REDUCTIONS[reduction] == "mean"),))
+
+
+def _empty_like(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any) -> Tensor:
+    """torch.empty_like of an input that is known by these."""
+    return torch.empty_like(torch.empty_strided(size, stride, dtype=dtype, device=device))
+
+
+def _nll_loss_backward(grad_output, target, weight, total_weight, size, stride, dtype, *options):
+    stride = _empty_like(size, stride, dtype, "meta").stride()
+    return _backend.extension().nll_loss_backward(
+        grad_output, target, weight, total_weight, size, stride, dtype, *options
+    )
+
+
+_define(
+    "nll_loss_forward",
+    "(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, bool autocast)"
+    " -> (Tensor loss, Tensor total_weight)",
+    lambda *args: _backend.extension().nll_loss_forward(*args),
+    _fake_nll_loss_forward,
+)
+_define(  # size, stride and dtype: the input's, whose values are not needed
+    "nll_loss_backward",
+    "(Tensor grad_output, Tensor target, Tensor? weight, Tensor total_weight, SymInt[] size, SymInt[] stride,"
+    " ScalarType dtype, int reduction, int ignore_index) -> Tensor",
+    _nll_loss_backward,
+    lambda grad_output, target, weight, total_weight, size, stride, dtype, *_: _empty_like(
+        size, stride, dtype, grad_output.device
+    ),
+)
+
+
 # ---- under autocast ----
 #
 # It is the dispatcher that knows of it, as for torch's own ops: a graph that was recorded without autocast obeys it
@@ -216,6 +262,7 @@ def _obey_autocast(name: str, autocast_position: int) -> None:
 _library = torch.library.Library("fusedloss", "FRAGMENT")
 _obey_autocast("cross_entropy_forward", 6)
 _obey_autocast("pointwise_forward", 5)
+_obey_autocast("nll_loss_forward", 5)
 
 
 # ---- their derivatives ----
@@ -335,10 +382,50 @@ def _pointwise_gradients(
     return torch.autograd.grad(of, by, grad_output, create_graph=create_graph)
 
 
+def _nll_loss_by_torch(target: Tensor, weight: Tensor | None, dtype: torch.dtype, options: tuple) -> Callable:
+    """As a function of the input. dtype: the loss's, float32 where the forward pass ran under autocast."""
+    reduction, ignore_index = options
+    weight = None if weight is None else weight.to(dtype)
+    target = target.to(torch.int64)
+    return lambda x: torch_nll_loss(x, target, weight, ignore_index=ignore_index, reduction=_REDUCTIONS[reduction])
+
+
+def _save_nll_loss_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    input, target, weight, *ctx.options, _ = inputs
+    ctx.save_for_backward(input, target, weight, output[1])
+
+
+def _nll_loss_forward_gradients(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple:
+    input, target, weight, total_weight = ctx.saved_tensors
+    if ctx.needs_input_grad[2]:
+        raise NotImplementedError("fusedloss::nll_loss_forward has no gradient for weight")
+    if torch.is_grad_enabled():  # the backward op does not know input, whose second derivative is 0 and not None
+        loss = _nll_loss_by_torch(target, weight, grad_output.dtype, ctx.options)
+        return _gradient(loss, input.view_as(input), grad_output), *(None,) * 5
+    grad = torch.ops.fusedloss.nll_loss_backward(
+        grad_output, target, weight, total_weight, input.shape, input.stride(), input.dtype, *ctx.options
+    )
+    return grad, *(None,) * 5
+
+
+def _save_nll_loss_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    grad_output, target, weight, *_, reduction, ignore_index = inputs
+    ctx.save_for_backward(target, weight)
+    ctx.dtype, ctx.options = grad_output.dtype, (reduction, ignore_index)
+
+
+def _nll_loss_backward_gradients(ctx: Any, grad: Tensor) -> tuple:
+    """The gradient is linear in grad_output: what goes back is the loss of what comes in."""
+    loss = _nll_loss_by_torch(*ctx.saved_tensors, ctx.dtype, ctx.options)
+    return loss(grad.to(ctx.dtype)), *(None,) * 8
+
+
 for _name, _gradients, _save in (
     ("cross_entropy_forward", _cross_entropy_forward_gradients, _save_cross_entropy_forward),
     ("cross_entropy_backward", _cross_entropy_backward_gradients, _save_cross_entropy_backward),
     ("pointwise_forward", _pointwise_forward_gradients, _save_pointwise_forward),
     ("pointwise_backward", _pointwise_backward_gradients, _save_pointwise_backward),
+    ("nll_loss_forward", _nll_loss_forward_gradients, _save_nll_loss_forward),
+    ("nll_loss_backward", _nll_loss_backward_gradients, _save_nll_loss_backward),
 ):
     torch.library.register_autograd(f"fusedloss::{_name}", _gradients, setup_context=_save)

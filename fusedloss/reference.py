@@ -45,6 +45,26 @@ def cross_entropy(
     return losses.sum() if reduction == "sum" else losses.sum() / denominator
 
 
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Negative log likelihood of valid arguments, as `fusedloss.functional.nll_loss` defines it; float64."""
+    class_dim = min(1, input.dim() - 1)
+    weights = torch.ones(input.shape[class_dim], dtype=torch.float64, device=input.device)
+    weights = weights if weight is None else weight.double()
+    kept = target != ignore_index
+    indices = torch.where(kept, target, 0).long()
+    picked = input.double().gather(class_dim, indices.unsqueeze(class_dim)).squeeze(class_dim)
+    losses = torch.where(kept, -weights[indices] * picked, 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / torch.where(kept, weights[indices], 0).sum()
+
+
 def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """Squared error of valid arguments, as `fusedloss.functional.mse_loss` defines it; float64."""
     losses = (input.double() - target.double()) ** 2

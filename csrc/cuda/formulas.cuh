@@ -46,6 +46,7 @@ FUSEDLOSS_INLINE double max(double a, double b) { return ::fmax(a, b); }
 }  // namespace math
 
 #include "formulas/cross_entropy.h"
+#include "formulas/nll_loss.h"
 #include "formulas/squared_error.h"
 
 }  // namespace fusedloss::cuda
