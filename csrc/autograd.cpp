@@ -326,11 +326,12 @@ class NLLLoss : public Function<NLLLoss> {
                             const OptionalTensor& weight, int64_t reduction, int64_t ignore_index) {
     const auto [loss, total_weight] = run_nll_loss_forward(input, target, weight, reduction, ignore_index);
     ctx->save_for_backward({target, weight.value_or(at::Tensor()), total_weight});
-    ctx->saved_data["sizes"] = input.sizes();
-    ctx->saved_data["strides"] = at::IntArrayRef(gradient_strides(input));
-    ctx->saved_data["dtype"] = int64_t(input.scalar_type());
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
+    // In one list: each entry of saved_data costs as much as a small loss does.
+    std::vector<int64_t> numbers = {reduction, ignore_index, int64_t(input.scalar_type())};
+    const auto strides = gradient_strides(input);
+    numbers.insert(numbers.end(), input.sizes().begin(), input.sizes().end());
+    numbers.insert(numbers.end(), strides.begin(), strides.end());
+    ctx->saved_data["numbers"] = std::move(numbers);
     return loss;
   }
 
@@ -338,10 +339,11 @@ class NLLLoss : public Function<NLLLoss> {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &target = saved[0], &total_weight = saved[2], &grad_output = grad_outputs[0];
     const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
-    const auto sizes = ctx->saved_data["sizes"].toIntVector(), strides = ctx->saved_data["strides"].toIntVector();
-    const auto dtype = at::ScalarType(ctx->saved_data["dtype"].toInt());
-    const int64_t reduction = ctx->saved_data["reduction"].toInt();
-    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
+    const auto numbers = ctx->saved_data["numbers"].toIntVector();
+    const int64_t reduction = numbers[0], ignore_index = numbers[1];
+    const auto dtype = at::ScalarType(numbers[2]);
+    const auto shape = at::IntArrayRef(numbers).slice(3);
+    const auto sizes = shape.slice(0, shape.size() / 2), strides = shape.slice(shape.size() / 2);
 
     at::Tensor grad;
     if (must_compose(grad_output)) {

@@ -40,7 +40,7 @@ struct Call {
     o.ignore_index = ignore_index;
     check_same_device(kOp, "target", target_, like);
     check_class_indices(kOp, like, target_);
-    target = target_.to(at::kLong).contiguous();
+    target = (target_.scalar_type() == at::kLong ? target_ : target_.to(at::kLong)).contiguous();
     o.target = target.const_data_ptr<int64_t>();
     if (weight_.has_value()) {
       weight = kernel_weight(kOp, *weight_, o.classes, like);

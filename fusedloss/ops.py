@@ -97,8 +97,7 @@ def pointwise_covers(operands: Sequence[Tensor]) -> bool:
 
 def nll_loss_covers(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     """Is this call the op's? Where it is cross entropy's of class indices."""
-    is_index = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-    return is_index and target.dim() != input.dim() and cross_entropy_covers(input, target, weight)
+    return cross_entropy_covers(input, target, weight) and target.dim() != input.dim()
 
 
 def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:

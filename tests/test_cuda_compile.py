@@ -21,6 +21,8 @@ KERNELS = {
     "finish*": [],  # a number or two for each row or block, not for each class
     "weigh*": [],
     "*columns*": [],  # a thread's classes lie apart; what a warp loads at once are neighbours
+    "gather": [],  # one element a row
+    "scatter": [STORES],
     "forward_rows": [LOADS, STORES],
     "forward": [LOADS, STORES],
     "backward_rows": [LOADS, STORES],

@@ -18,10 +18,19 @@ from cuda_emulator.emulator import (
     CrossEntropyOptions,
     CudaTuning,
     Emulator,
+    NLLLossOptions,
     PointwiseOptions,
     Strides,
 )
-from cuda_emulator.problems import LAYOUTS, TUNINGS, CrossEntropy, MeanSquaredError, Problem, statistic
+from cuda_emulator.problems import (
+    LAYOUTS,
+    TUNINGS,
+    CrossEntropy,
+    MeanSquaredError,
+    NegativeLogLikelihood,
+    Problem,
+    statistic,
+)
 
 from fusedloss import _build
 
@@ -85,6 +94,49 @@ def test_layouts(dtype, layout, emulator, rng):
 def test_mse(dtype, numel, emulator, rng):
     for reduction in REDUCTIONS:
         MeanSquaredError(rng, dtype, numel, reduction).check(emulator)
+
+
+# Rows of one block, of several (1024 each) and of many; tiles (8192) of whole rows, of a part of one; of classes whose
+# rows are neighbours, and of a part of those.
+NLL_SHAPES = [(1, 1, 1), (5, 3, 1), (3, 257, 1), (2500, 4, 1), (2, 9001, 1), (3, 5, 7), (2, 40, 300), (1, 3, 3000)]
+
+
+@pytest.mark.parametrize("shape", NLL_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nll_loss(dtype, shape, emulator, rng):
+    for reduction in REDUCTIONS:
+        NegativeLogLikelihood(rng, dtype, shape, reduction).check(emulator)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_rows_of_nll_loss(reduction, emulator):
+    emulator.reset()
+    o = NLLLossOptions()
+    o.reduction, o.classes, o.inner, o.tuning = REDUCTIONS[reduction], 7, 1, CudaTuning.of()
+    loss, total = (emulator.output(1, torch.float32, name) for name in ("loss", "total_weight"))
+    o.loss, o.total_weight = loss.data_ptr(), total.data_ptr() if reduction == "mean" else None
+    assert emulator.call("nll_loss_scratch", o) == 0
+    assert emulator.call("nll_loss_forward", o) == emulator.call("nll_loss_backward", o) == 0
+    assert emulator.complaints() == []
+    if reduction != "none":
+        assert loss.isnan() and total == 0 if reduction == "mean" else loss == 0
+
+
+@pytest.mark.parametrize("bad", [-1, 33, 2**40, -(2**40)])
+def test_target_of_nll_loss_out_of_range(bad, emulator, rng):
+    """Forward stops with a device assert; backward, called all the same, writes zeros."""
+    problem = NegativeLogLikelihood(rng, torch.float32, (3, 33, 2), "sum")
+    problem.ignore_index = -100
+    problem.target[0] = bad
+    emulator.reset(1)
+    o = NLLLossOptions()
+    problem.set_forward(emulator, o)
+    assert emulator.call("nll_loss_forward", o) != 0
+    (complaint,) = emulator.complaints()
+    assert complaint.startswith("DEVICE ASSERT") and "target" in complaint
+    emulator.reset(1)
+    problem.set_forward(emulator, o)
+    assert (problem.backward(emulator, o)[0] == 0).all()
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
@@ -245,7 +297,10 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
     """Some of every kind; a bug must show in one of them at least."""
     dtype = rng.choice(list(DTYPES))
     problems: list[Problem] = []
-    if file != "pointwise_cuda.cu":
+    if file not in ("pointwise_cuda.cu", "cross_entropy_cuda.cu", "cross_entropy_row.cuh"):
+        shapes = [(5, 3, 1), (3, 257, 1), (2500, 4, 1), (2, 40, 300)]
+        problems += [NegativeLogLikelihood(rng, dtype, shape, "mean") for shape in shapes]
+    if file not in ("pointwise_cuda.cu", "nll_loss_cuda.cu"):
         for layout in ("contiguous", "padded", "padded each", "inner"):
             for classes in (33, 257, 1031):
                 target = rng.choice(TARGETS)
@@ -255,7 +310,7 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
                 problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), "mean", layout, rows)
                 problem.tuning, problem.grad_in_forward = tuning, not problem.in_place
                 problems.append(problem)
-    if file != "cross_entropy_cuda.cu":
+    if file not in ("cross_entropy_cuda.cu", "nll_loss_cuda.cu"):
         problems += [MeanSquaredError(rng, dtype, numel, "mean") for numel in (9, 257, 20011)]
     return problems
 

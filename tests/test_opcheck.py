@@ -76,11 +76,27 @@ def pointwise_backward_samples(device: str):
         yield what, (torch.randn_like(loss).requires_grad_(), operands, *options, wanted)
 
 
+def nll_loss_forward_samples(device: str):
+    for what, input, _, reduction, autocast in samples(device, list(LAYOUTS), passes=2):
+        kind = ("indices", "smoothed")[autocast]  # the latter is the one with a weight
+        input, target, weight, reduction, ignore_index, _ = cross_entropy_arguments(input, kind, reduction)
+        yield what, (input, target, weight, reduction, ignore_index, autocast)
+
+
+def nll_loss_backward_samples(device: str):
+    for what, (input, target, weight, *options, autocast) in nll_loss_forward_samples(device):
+        loss, total_weight = torch.ops.fusedloss.nll_loss_forward(input.detach(), target, weight, *options, autocast)
+        like = (list(input.shape), list(input.stride()), input.dtype)
+        yield what, (torch.randn_like(loss).requires_grad_(), target, weight, total_weight, *like, *options)
+
+
 SAMPLES = {
     "cross_entropy_forward": cross_entropy_forward_samples,
     "cross_entropy_backward": cross_entropy_backward_samples,
     "pointwise_forward": pointwise_forward_samples,
     "pointwise_backward": pointwise_backward_samples,
+    "nll_loss_forward": nll_loss_forward_samples,
+    "nll_loss_backward": nll_loss_backward_samples,
 }
 REGISTERED = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedloss::"))
 

@@ -72,6 +72,17 @@ class PointwiseOptions(ctypes.Structure):
     ]
 
 
+class NLLLossOptions(ctypes.Structure):
+    _fields_ = [
+        *[("dtype", INT), ("loss_dtype", INT), ("reduction", INT)],
+        *[("outer", LONG), ("classes", LONG), ("inner", LONG), ("ignore_index", LONG)],
+        *[("input", POINTER), ("input_strides", Strides), ("target", POINTER)],
+        *[("weight", POINTER), ("total_weight", POINTER), ("loss", POINTER), ("scratch", POINTER)],
+        *[("grad_output", POINTER), ("grad_output_stride", LONG)],
+        *[("grad_input", POINTER), ("grad_strides", Strides), ("tuning", CudaTuning)],
+    ]
+
+
 class Emulator:
     """A library of kernels. Use: `reset`, make buffers, call a launcher, look at the buffers and at `complaints`."""
 
@@ -81,10 +92,11 @@ class Emulator:
         self.library.emulator_bytes_not_written.restype = ctypes.c_uint64
         self.library.emulator_bytes_not_written.argtypes = [POINTER]
         self.library.emulator_launch_number.restype = ctypes.POINTER(Launch)
-        for name in ("cross_entropy", "pointwise"):
+        for name in ("cross_entropy", "pointwise", "nll_loss"):
             getattr(self.library, f"{name}_scratch").restype = LONG
         assert self.library.size_of_cross_entropy_options() == ctypes.sizeof(CrossEntropyOptions)
         assert self.library.size_of_pointwise_options() == ctypes.sizeof(PointwiseOptions)
+        assert self.library.size_of_nll_loss_options() == ctypes.sizeof(NLLLossOptions)
         assert self.library.offset_of_weight_sum() == CrossEntropyOptions.weight_sum.offset
         self._memory: list[Tensor] = []
 

@@ -2,6 +2,7 @@
 #include <cstddef>
 
 #include "cuda/cross_entropy_cuda.h"
+#include "cuda/nll_loss_cuda.h"
 #include "cuda/pointwise_cuda.h"
 #include "runtime.h"
 
@@ -28,9 +29,20 @@ EMULATOR_EXPORT int pointwise_backward(const PointwiseOptions* o) {
   return cuda::pointwise_backward(*o, nullptr);
 }
 
+EMULATOR_EXPORT int64_t nll_loss_scratch(const NLLLossOptions* o) {
+  return cuda::nll_loss_scratch_bytes(*o);
+}
+EMULATOR_EXPORT int nll_loss_forward(const NLLLossOptions* o) {
+  return cuda::nll_loss_forward(*o, nullptr);
+}
+EMULATOR_EXPORT int nll_loss_backward(const NLLLossOptions* o) {
+  return cuda::nll_loss_backward(*o, nullptr);
+}
+
 // Python declares the structs a second time; these tell it if they have changed.
 EMULATOR_EXPORT int64_t size_of_cross_entropy_options() { return sizeof(CrossEntropyOptions); }
 EMULATOR_EXPORT int64_t size_of_pointwise_options() { return sizeof(PointwiseOptions); }
+EMULATOR_EXPORT int64_t size_of_nll_loss_options() { return sizeof(NLLLossOptions); }
 EMULATOR_EXPORT int64_t offset_of_weight_sum() { return offsetof(CrossEntropyOptions, weight_sum); }
 
 // Kernels know it as planted_bug.

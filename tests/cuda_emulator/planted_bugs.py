@@ -65,6 +65,16 @@ LISTED = [
     ("one sum for all blocks", "cross_entropy_cuda.cu", "static_cast<Partial*>(o.scratch)[@blockIdx.x@] = sum", "0"),
     ("one sum for all blocks", "pointwise_cuda.cu", "(o.scratch)[@blockIdx.x@] = of_block", "0"),
     ("pair past the end", "pointwise_cuda.cu", "if (@unit + k * step >= units@) continue", "false"),
+    ("one sum for all blocks", "nll_loss_cuda.cu", "static_cast<Partial*>(o.scratch)[@blockIdx.x@] = {", "0"),
+    ("rows behind the last one", "nll_loss_cuda.cu", "y[k] = @row < rows@ ?", "true"),
+    ("a run left out", "nll_loss_cuda.cu", "int run = @threadIdx.y@; run", "threadIdx.y + 1"),
+    ("large targets not checked", "nll_loss_cuda.cu", "y < 0 || @y >= classes@ ?", "false"),
+    (
+        "rows of other tiles",
+        "nll_loss_cuda.cu",
+        "if (@y < tile.first_class || y >= tile.first_class + tile.classes@)",
+        "y < 0",
+    ),
     ("a scaled gradient handed over", "grad_output.cuh", "return o.grad_ready && @is_one@;", "true"),
 ]
 

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from fusedloss import reference
 
-from .emulator import DTYPES, REDUCTIONS, CrossEntropyOptions, CudaTuning, Emulator, PointwiseOptions, Strides
+from .emulator import (
+    DTYPES,
+    REDUCTIONS,
+    CrossEntropyOptions,
+    CudaTuning,
+    Emulator,
+    NLLLossOptions,
+    PointwiseOptions,
+    Strides,
+)
 
 LAYOUTS = ["contiguous", "expanded", "padded", "padded each", "inner", "inner last", "apart"]
 GAP_OFFSETS = [0, 0, 1, 2, 3, 4, 7]  # elements between a 256-byte boundary and a tensor's start
@@ -382,3 +391,75 @@ class MeanSquaredError(Problem):
         expected = {"loss": loss.detach().reshape(-1), "grad_input": grads[0], "grad_target": grads[1]}
         for name, result in results.items():
             assert_exact(result, expected[name.removesuffix(" of 1")], what=f"{self}: {name}")
+
+
+class NegativeLogLikelihood(Problem):
+    def __init__(
+        self,
+        rng: random.Random,
+        dtype: torch.dtype,
+        shape: tuple[int, int, int],
+        reduction: str | None = None,
+        layout: str | None = None,
+    ):
+        self.dtype, self.shape, self.reduction = dtype, shape, reduction or rng.choice(list(REDUCTIONS))
+        outer, classes, inner = shape
+        self.rows, self.classes, self.layout = outer * inner, classes, layout or rng.choice(LAYOUTS)
+        self.place_input = Placement(self.layout if inner == 1 or self.layout != "expanded" else "inner", shape, rng)
+        grad_layout = rng.choice(["contiguous", "padded", "inner"])  # "contiguous": the classes are
+        self.place_grad = Placement(grad_layout, shape, rng)
+        values = torch.randn(shape, dtype=torch.float64) * rng.choice([1, 100])
+        self.input = (values[:1].expand(shape) if self.place_input.strides[0] == 0 else values).to(dtype)
+        self.loss_dtype = rng.choice([dtype, statistic(dtype)])
+        self.ignore_index = rng.choice([-100, -100, 0, classes - 1, classes + 5])
+        self.weight = (torch.rand(classes) + 0.1).to(statistic(dtype)) if rng.random() < 0.5 else None
+        self.target = torch.randint(classes, (outer, inner))
+        self.target[torch.rand(outer, inner) < rng.choice([0, 0.3, 0.3, 1])] = self.ignore_index
+        self.grad_stride = int(self.reduction == "none" and rng.random() < 0.7)
+        values = torch.randn(self.rows if self.grad_stride else 1, dtype=torch.float64)
+        self.grad_output = values.to(self.loss_dtype)
+        self.choose_schedules(rng)
+        self.tuning = rng.choice(["default", "loops"])
+
+    def set_forward(self, emulator: Emulator, o: NLLLossOptions) -> dict[str, Tensor]:
+        o.dtype, o.loss_dtype, o.reduction = DTYPES[self.dtype], DTYPES[self.loss_dtype], REDUCTIONS[self.reduction]
+        o.outer, o.classes, o.inner = self.shape
+        o.ignore_index, o.tuning = self.ignore_index, CudaTuning.of(**TUNINGS[self.tuning])
+        place = self.place_input
+        o.input = emulator.input(place.fill(self.input), "input", place.offset).data_ptr()
+        o.input_strides = Strides(*place.strides)
+        o.target = emulator.input(self.target, "target").data_ptr()
+        if self.weight is not None:
+            o.weight = emulator.input(self.weight, "weight").data_ptr()
+        outputs = {"loss": emulator.output(self.rows if self.reduction == "none" else 1, self.loss_dtype, "loss")}
+        if self.reduction == "mean":
+            outputs["total_weight"] = emulator.output(1, statistic(self.dtype), "total_weight")
+        for name, memory in outputs.items():
+            setattr(o, name, memory.data_ptr())
+        o.scratch = emulator.output(emulator.call("nll_loss_scratch", o), torch.uint8, "scratch").data_ptr()
+        return outputs
+
+    def backward(self, emulator: Emulator, o: NLLLossOptions) -> Tensor:
+        o.grad_output = emulator.input(self.grad_output, "grad_output").data_ptr()
+        o.grad_output_stride, place = self.grad_stride, self.place_grad
+        grad = emulator.output(place.span, self.dtype, "grad_input", place.offset)
+        o.grad_input, o.grad_strides = grad.data_ptr(), Strides(*place.strides)
+        self.call(emulator, "nll_loss_backward", o)
+        gaps = (place.span - self.input.numel()) * grad.element_size()
+        self.all_written(emulator, {"grad_input": grad}, gaps)
+        return place.view(grad)
+
+    def launch(self, emulator: Emulator) -> dict[str, Tensor]:
+        o = NLLLossOptions()
+        outputs = self.set_forward(emulator, o)
+        self.call(emulator, "nll_loss_forward", o)
+        self.all_written(emulator, outputs)
+        return {**outputs, "grad_input": self.backward(emulator, o)}
+
+    def compare(self, results: dict[str, Tensor]) -> None:
+        x = self.input.double().requires_grad_()
+        loss = reference.nll_loss(x, self.target, self.weight, self.ignore_index, self.reduction)
+        loss.backward(self.grad_output.double().expand(self.rows).view_as(loss) if loss.dim() else self.grad_output[0])
+        terms = self.input.double().abs().max().item() * (self.rows if self.reduction == "sum" else 1)
+        assert_exact(results["loss"], loss.detach().reshape(-1), terms, f"{self}: loss")
+        assert_exact(results["grad_input"], x.grad, what=f"{self}: gradient")
