@@ -86,7 +86,10 @@ BEST = ["portable", "avx2", "avx512"]
 # Everything that looks at numbers.
 KERNEL_TESTS = [
     f"tests/test_{name}.py"
-    for name in ("cross_entropy", "mse_loss", "semantics", "accuracy", "grad_in_forward", "inplace_backward", "bounds")
+    for name in (
+        *("cross_entropy", "mse_loss", "nll_loss", "semantics", "accuracy"),
+        *("grad_in_forward", "inplace_backward", "bounds"),
+    )
 ] + ["tests/test_determinism.py::test_threads_do_not_change_a_bit"]
 
 

@@ -18,6 +18,7 @@
 // The launchers, for the extension that is linked with them: their first declaration makes them visible.
 #pragma GCC visibility push(default)
 #include "cuda/cross_entropy_cuda.h"
+#include "cuda/nll_loss_cuda.h"
 #include "cuda/pointwise_cuda.h"
 #pragma GCC visibility pop
 
