@@ -113,8 +113,8 @@ void run_forward(Call& call) {
 
 bool pointwise_covers(const PointwiseLoss& loss, at::TensorList operands) {
   const at::Tensor& input = operands[0];
-  if (!is_ours(input)) return false;
-  for (const at::Tensor& operand : operands)  // torch promotes mixed types
+  if (!is_ours(input) || !kernel_dtype(input.scalar_type())) return false;  // torch's functions take integers, and more
+  for (const at::Tensor& operand : operands)                                // and promote mixed types
     if (!is_plain(operand) || operand.scalar_type() != input.scalar_type()) return false;
 #ifdef FUSEDLOSS_WITH_CUDA
   if (on_cuda(input)) return loss.on_cuda != nullptr;

@@ -394,15 +394,24 @@ FUSEDLOSS_INLINE Dual<V, kA> power(const Dual<V, kA>& a) {
                  V(elementary::constant<V>(kExponent) * integer_power<kExponent - 1>(a.value)), a);
   }
 }
+// a^(b - 1), from a^b where that is neither 0 nor subnormal nor infinite; mostly that is everywhere.
+template <typename V>
+FUSEDLOSS_INLINE V lower_power(V a, V b, V power) {
+  const V smallest = elementary::constant<V>(sizeof(elementary::element(a)) == 8 ? 0x1p-1022 : 0x1p-126);
+  const V magnitude = elementary::abs(power);
+  const auto is_exact = (magnitude >= smallest) & (magnitude < elementary::constant<V>(INFINITY)) &
+                        (elementary::abs(a) < elementary::constant<V>(INFINITY));
+  const V quotient = power / a;
+  if (!elementary::any(not_(is_exact))) return quotient;
+  return elementary::select(is_exact, quotient, elementary::pow(a, V(b - elementary::constant<V>(1))));
+}
 template <typename V, unsigned kA, unsigned kB>
 FUSEDLOSS_INLINE auto pow(const Dual<V, kA>& a, const Dual<V, kB>& b) {
   const V zero = elementary::constant<V>(0);
   const V power = elementary::pow(a.value, b.value);
   V by_a = zero, by_b = zero;
-  if constexpr (kA != 0) {
-    const V lower = elementary::pow(a.value, V(b.value - elementary::constant<V>(1)));
-    by_a = elementary::select(b.value == zero, zero, V(b.value * lower));
-  }
+  if constexpr (kA != 0)
+    by_a = elementary::select(b.value == zero, zero, V(b.value * lower_power(a.value, b.value, power)));
   if constexpr (kB != 0)
     by_b = elementary::select((a.value == zero) & (b.value >= zero), zero, V(power * elementary::log(a.value)));
   return chain(power, by_a, a, by_b, b);

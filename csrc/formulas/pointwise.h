@@ -30,7 +30,7 @@ struct SmoothL1Loss {
   template <typename V, typename X, typename T, typename P>
   static FUSEDLOSS_INLINE auto loss(X input, T target, P beta) {
     const auto distance = abs(input - target);
-    return where(distance < beta, 0.5 * square(distance) / beta, distance - 0.5 * beta);
+    return where(distance >= beta, distance - 0.5 * beta, 0.5 * square(distance) / beta);
   }
 };
 
@@ -40,17 +40,18 @@ struct HuberLoss {
   template <typename V, typename X, typename T, typename P>
   static FUSEDLOSS_INLINE auto loss(X input, T target, P delta) {
     const auto distance = abs(input - target);
-    return where(distance < delta, 0.5 * square(distance), delta * (distance - 0.5 * delta));
+    return where(distance >= delta, delta * (distance - 0.5 * delta), 0.5 * square(distance));
   }
 };
 
-// -(target log p + (1 - target) log(1 - p)) with p = sigmoid(input). Of log p and log(1 - p), each from input, the
-// derivatives do not cancel, however sure p is.
+// -(target log p + (1 - target) log(1 - p)) with p = sigmoid(input). The derivatives of log p and log(1 - p), each from
+// input, do not cancel, however sure p is; that by target would, and is given as what it comes to.
 struct BCEWithLogitsLoss {
   static constexpr int kOperands = 2, kParameters = 0;
   template <typename V, typename X, typename T>
   static FUSEDLOSS_INLINE auto loss(X input, T target) {
-    return (1 - target) * softplus(input) - target * logsigmoid(input);
+    const auto loss = (1 - plain(target)) * softplus(input) - plain(target) * logsigmoid(input);
+    return with_slope(loss, -input, target);
   }
 };
 
@@ -59,7 +60,9 @@ struct WeightedBCEWithLogitsLoss {
   static constexpr int kOperands = 4, kParameters = 0;
   template <typename V, typename X, typename T, typename W, typename P>
   static FUSEDLOSS_INLINE auto loss(X input, T target, W weight, P pos_weight) {
-    return weight * ((1 - target) * softplus(input) - pos_weight * target * logsigmoid(input));
+    const auto positive = pos_weight * logsigmoid(input);
+    const auto loss = (1 - plain(target)) * softplus(input) - plain(target) * positive;
+    return weight * with_slope(loss, logsigmoid(input) - positive - input, target);
   }
 };
 
