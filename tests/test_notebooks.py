@@ -43,7 +43,18 @@ def check_drop_in(notebook: nbformat.NotebookNode) -> None:
     assert pictures(notebook) == 2
 
 
-CHECKS = {"01_drop_in": check_drop_in}
+def check_own_loss(notebook: nbformat.NotebookNode) -> None:
+    """A module and its expression: one value, one training, and what a typing error is told."""
+    text = printed(notebook)
+    values = re.findall(r"(?:module|expression) +loss ([\d.]+), gradient", text)
+    assert len(values) == 2 and abs(float(values[0]) - float(values[1])) < 1e-5
+    assert "unknown name 'targte'" in text
+    errors = re.search(r"squared (\S+), module (\S+), expression (\S+)", text)
+    assert errors and float(errors[3]) < 0.6 * float(errors[1]) and abs(float(errors[2]) - float(errors[3])) < 0.02
+    assert pictures(notebook) == 2
+
+
+CHECKS = {"01_drop_in": check_drop_in, "02_your_own_loss": check_own_loss}
 
 
 def test_every_notebook_is_checked() -> None:
