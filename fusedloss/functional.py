@@ -208,7 +208,7 @@ def smooth_l1_loss(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if beta >= 0:
+    if isinstance(beta, int | float) and beta >= 0:
         loss = fused("smooth_l1_loss", (input, target), reduction, (beta,), warns=True)
         if loss is not None:
             return loss
@@ -236,7 +236,7 @@ def huber_loss(
 
     Other arguments, result and errors are those of `mse_loss`; a delta that is not positive is a RuntimeError.
     """
-    if weight is None and delta > 0:
+    if weight is None and isinstance(delta, int | float) and delta > 0:
         loss = fused("huber_loss", (input, target), reduction, (delta,), warns=True)
         if loss is not None:
             return loss
@@ -267,8 +267,8 @@ def binary_cross_entropy_with_logits(
         pos_weight: :math:`p`, of a shape that can be expanded to that of input. Default 1.
 
     Returns:
-        A scalar of input's dtype, or with 'none' one loss an element. Under autocast float32, as torch's. input, target,
-        weight and pos_weight all receive gradients where they require them.
+        A scalar of input's dtype, or with 'none' one loss an element. Under autocast float32, as torch's. All of input,
+        target, weight and pos_weight receive gradients where they require them.
 
     Raises:
         ValueError: target has not the shape of input, or reduction is unknown.
@@ -321,14 +321,9 @@ def kl_div(
 
     Returns and raises what `mse_loss` does.
     """
-    if size_average is not None or reduce is not None:
+    is_legacy = size_average is not None or reduce is not None
+    if is_legacy:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    elif reduction == "mean":
-        warnings.warn(
-            "reduction: 'mean' divides the total loss by both the batch size and the support size. "
-            "'batchmean' divides only by the batch size, and aligns with the KL div math definition.",
-            stacklevel=2,
-        )
     name = "kl_div_log_target" if log_target else "kl_div"
     if reduction == "batchmean":
         number, divisor = ("mean", input.shape[0]) if input.dim() > 0 else ("sum", None)
@@ -336,10 +331,18 @@ def kl_div(
     else:
         loss = fused(name, (input, target), reduction)
     if loss is not None:
+        if reduction == "mean" and not is_legacy:
+            _warn(
+                "reduction: 'mean' divides the total loss by both the batch size and the support size. "
+                "'batchmean' divides only by the batch size, and aligns with the KL div math definition.",
+                stacklevel=2,
+            )
         return loss
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # given above
-        return _by_torch(torch_kl_div, input, target, reduction=reduction, log_target=log_target)
+    if is_legacy and reduction == "mean":  # of which torch warns only where it is asked for by that name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _by_torch(torch_kl_div, input, target, reduction=reduction, log_target=log_target)
+    return _by_torch(torch_kl_div, input, target, reduction=reduction, log_target=log_target)
 
 
 def poisson_nll_loss(
@@ -439,13 +442,15 @@ def soft_margin_loss(
     Each element's loss is :math:`\log(1 + e^{-t x})` for targets 1 and -1, its gradient for input
     :math:`-t \, \sigma(-t x)`. Computed so that it is finite where torch's overflows.
 
-    Arguments, result and errors are those of `mse_loss`, but that no warning is given where the shapes differ.
+    Arguments, result and errors are those of `mse_loss`, but that the shape of target must be one that can be expanded
+    to that of input, and that no warning is given where the shapes differ.
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    loss = fused("soft_margin_loss", (input, target), reduction)
-    if loss is not None:
-        return loss
+    if _can_expand(target, input):
+        loss = fused("soft_margin_loss", (input, target), reduction)
+        if loss is not None:
+            return loss
     return _by_torch(torch_soft_margin_loss, input, target, reduction=reduction)
 
 
@@ -472,6 +477,8 @@ def _have_one_shape(input: Tensor, *others: Tensor | None) -> bool:
 
 
 def _can_expand(tensor: Tensor, to: Tensor) -> bool:
+    if not isinstance(tensor, Tensor) or not isinstance(to, Tensor):
+        return False
     sizes = zip(reversed(tensor.shape), reversed(to.shape), strict=False)
     return tensor.dim() <= to.dim() and all(size in (1, other) for size, other in sizes)
 
@@ -497,6 +504,8 @@ def fused(
     given, shape = operands, operands[0].shape
     differs = any(operand.shape != shape for operand in operands[1:])
     if differs:
+        if warns and torch.compiler.is_compiling():
+            return None  # the compiler calls torch's function, whose warning it lets through
         operands = _broadcast(name, operands)
     number = _reduction.get_enum(reduction)
     loss = None
@@ -506,13 +515,21 @@ def fused(
         loss = ops.pointwise(operands, name, parameters, number, divisor)
     if differs and warns and loss is not None:
         input, target = given
-        warnings.warn(
+        _warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
             "Please ensure they have the same size.",
             stacklevel=3,
         )
     return loss
+
+
+def _warn(message: str, stacklevel: int) -> None:
+    warnings.warn(message, stacklevel=stacklevel + 1)
+
+
+# The compiler calls it while it records the graph.
+_warn._dynamo_marked_constant = True
 
 
 def _broadcast(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:

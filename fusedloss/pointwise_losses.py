@@ -3,6 +3,7 @@
 A name is what graphs hold. The extension knows a loss by a number, which it is given at its first use.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,13 +53,18 @@ def number_of(name: str) -> int:
 def composed(
     name: str, operands: Sequence[Tensor], parameters: Sequence[float], reduction: int, divisor: int | None
 ) -> Tensor:
-    """The loss, composed of torch's operations; `reduction` is torch's number for it."""
-    losses = _losses[name].elementwise(*operands, *parameters)
-    if reduction == 0:
-        return losses
-    if reduction == 1 and divisor is None:
-        return losses.mean()
-    return losses.sum() / divisor if reduction == 1 else losses.sum()
+    """The loss, composed of torch's operations; `reduction` is torch's number for it.
+
+    16-bit operands are widened, so that what comes of it, gradients too, is rounded once.
+    """
+    dtype = operands[0].dtype
+    wide = [operand.float() if operand.dtype in (torch.bfloat16, torch.float16) else operand for operand in operands]
+    loss = _losses[name].elementwise(*wide, *parameters)
+    if reduction == 1:
+        loss = loss.mean() if divisor is None else loss.sum() / divisor
+    elif reduction == 2:
+        loss = loss.sum()
+    return loss.to(dtype)
 
 
 # ---- those of this library
@@ -76,15 +82,33 @@ def _by_torch(function: Callable[..., Tensor], *names: str, **options: object) -
     return elementwise
 
 
+# torch's own functions of these losses have no derivatives by every operand, or NaN where the kernels have none.
+
+
+def _weighted_bce(input: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor) -> Tensor:
+    return -weight * ((1 - target) * F.logsigmoid(-input) + pos_weight * target * F.logsigmoid(input))
+
+
+def _soft_margin(input: Tensor, target: Tensor) -> Tensor:
+    return -F.logsigmoid(target * input)
+
+
+_poisson = F.poisson_nll_loss
+
+
+def _full_poisson(input: Tensor, target: Tensor, eps: float, log_input: bool) -> Tensor:
+    large = torch.where(target <= 1, 2, target)
+    stirling = large * torch.log(large) - large + 0.5 * torch.log(2 * math.pi * large)
+    return _poisson(input, target, log_input=log_input, eps=eps, reduction="none") + torch.where(
+        target <= 1, 0, stirling
+    )
+
+
 def _gaussian(input: Tensor, target: Tensor, var: Tensor, eps: float, constant_part: float) -> Tensor:
-    raised = var + (var.detach().clamp(min=eps) - var.detach())  # with the derivative of var, as torch has it
+    raised = torch.where(var < eps, eps + (var - var.detach()), var)  # with the derivative of var, as torch has it
     return 0.5 * (torch.log(raised) + (input - target) ** 2 / raised) + constant_part
 
 
-_bce = F.binary_cross_entropy_with_logits
-_weighted_bce = lambda input, target, weight, pos_weight, *, reduction, bce=_bce: bce(  # noqa: E731
-    input, target, weight, pos_weight=pos_weight, reduction=reduction
-)
 GAUSSIAN_CONSTANT = 0.5 * math.log(2 * math.pi)
 
 for _name, _elementwise in {
@@ -92,15 +116,15 @@ for _name, _elementwise in {
     "l1_loss": _by_torch(F.l1_loss),
     "smooth_l1_loss": _by_torch(F.smooth_l1_loss, "beta"),
     "huber_loss": _by_torch(F.huber_loss, "delta"),
-    "binary_cross_entropy_with_logits": _by_torch(_bce),
-    "weighted_binary_cross_entropy_with_logits": _by_torch(_weighted_bce),
+    "binary_cross_entropy_with_logits": _by_torch(F.binary_cross_entropy_with_logits),
+    "weighted_binary_cross_entropy_with_logits": _weighted_bce,
     "kl_div": _by_torch(F.kl_div),
     "kl_div_log_target": _by_torch(F.kl_div, log_target=True),
     "poisson_nll_loss": _by_torch(F.poisson_nll_loss, "eps"),
-    "poisson_nll_loss_full": _by_torch(F.poisson_nll_loss, "eps", full=True),
+    "poisson_nll_loss_full": functools.partial(_full_poisson, log_input=True),
     "poisson_nll_loss_of_rate": _by_torch(F.poisson_nll_loss, "eps", log_input=False),
-    "poisson_nll_loss_of_rate_full": _by_torch(F.poisson_nll_loss, "eps", log_input=False, full=True),
+    "poisson_nll_loss_of_rate_full": functools.partial(_full_poisson, log_input=False),
     "gaussian_nll_loss": _gaussian,
-    "soft_margin_loss": _by_torch(F.soft_margin_loss),
+    "soft_margin_loss": _soft_margin,
 }.items():
     add(PointwiseLoss(_name, _elementwise))

@@ -3,6 +3,8 @@
 Differentiable by autograd, so that gradients have a reference too.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,8 +68,90 @@ def nll_loss(
 
 
 def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """Squared error of valid arguments, as `fusedloss.functional.mse_loss` defines it; float64."""
-    losses = (input.double() - target.double()) ** 2
+    """Squared error of valid arguments, as `fusedloss.functional.mse_loss` defines it; float64. So are the others."""
+    return _reduced((input.double() - target.double()) ** 2, reduction)
+
+
+def l1_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return _reduced((input.double() - target.double()).abs(), reduction)
+
+
+def smooth_l1_loss(input: Tensor, target: Tensor, reduction: str = "mean", beta: float = 1.0) -> Tensor:
+    distance = (input.double() - target.double()).abs()
+    if beta == 0:
+        return _reduced(distance, reduction)
+    return _reduced(torch.where(distance < beta, distance**2 / (2 * beta), distance - beta / 2), reduction)
+
+
+def huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0) -> Tensor:
+    distance = (input.double() - target.double()).abs()
+    return _reduced(torch.where(distance < delta, distance**2 / 2, delta * (distance - delta / 2)), reduction)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    logits, targets = input.double(), target.double()
+    positive = targets * _softplus(-logits)
+    if pos_weight is not None:
+        positive = pos_weight.double() * positive
+    losses = (1 - targets) * _softplus(logits) + positive
+    return _reduced(losses if weight is None else weight.double() * losses, reduction)
+
+
+def kl_div(input: Tensor, target: Tensor, reduction: str = "mean", log_target: bool = False) -> Tensor:
+    log_q, p = input.double(), target.double()
+    losses = p.exp() * (p - log_q) if log_target else torch.special.xlogy(p, p) - p * log_q
+    if reduction == "batchmean":
+        return losses.sum() / (input.shape[0] if input.dim() > 0 else 1)
+    return _reduced(losses, reduction)
+
+
+def poisson_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    log_input: bool = True,
+    full: bool = False,
+    eps: float = 1e-8,
+    reduction: str = "mean",
+) -> Tensor:
+    x, counts = input.double(), target.double()
+    losses = x.exp() - counts * x if log_input else x - counts * (x + eps).log()
+    if full:
+        large = torch.where(counts <= 1, 2.0, counts)
+        stirling = large * large.log() - large + 0.5 * (2 * math.pi * large).log()
+        losses = losses + torch.where(counts <= 1, 0.0, stirling)
+    return _reduced(losses, reduction)
+
+
+def gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    """With var of a shape that broadcasts."""
+    given = var.double()
+    raised = torch.where(given < eps, eps + given - given.detach(), given)
+    losses = 0.5 * (raised.log() + (input.double() - target.double()) ** 2 / raised)
+    return _reduced(losses + 0.5 * math.log(2 * math.pi) if full else losses, reduction)
+
+
+def soft_margin_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return _reduced(_softplus(-target.double() * input.double()), reduction)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / losses.numel()

@@ -11,10 +11,11 @@ ROUNDED = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8, 
 SMALLEST = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 0.0, torch.float16: 2**-25}
 
 
-def assert_exact(actual: Tensor, expected: Tensor, scale: float | None = None, what: str = "result") -> None:
+def assert_exact(actual: Tensor, expected: Tensor, scale: float | Tensor | None = None, what: str = "result") -> None:
     """`actual` is `expected` (float64) up to one rounding, and the computation's error relative to `scale`.
 
-    The scale is the size of the terms that were added up, at least the largest result.
+    The scale is the size of the terms that were added up, at least the largest result; or a tensor of them, each at
+    least the result there.
     """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:
@@ -25,10 +26,15 @@ def assert_exact(actual: Tensor, expected: Tensor, scale: float | None = None, w
     overflow = want.abs() > torch.finfo(actual.dtype).max
     exact = ~finite | overflow
     assert torch.equal(got[exact & ~want.isnan()].sign(), want[exact & ~want.isnan()].sign()), f"{what}: infinities"
+    if isinstance(scale, Tensor):
+        scale = scale.expand_as(want)[~exact]
     got, want = got[~exact], want[~exact]
     if got.numel() == 0:
         return
-    scale = max(scale or 0.0, want.abs().max().item())
+    if isinstance(scale, Tensor):
+        scale = torch.maximum(scale, want.abs())
+    else:
+        scale = max(scale or 0.0, want.abs().max().item())
     allowed = ROUNDED[actual.dtype] * want.abs() * 1.001 + SMALLEST[actual.dtype] + COMPUTED[actual.dtype] * scale
     excess = (got - want).abs() - allowed
     worst = int(excess.argmax())

@@ -202,7 +202,7 @@ def test_checkpointing(kind, how, device):
     assert_step(kind, checkpointed, input, target, **options)
     assert len(calls) == 4  # two steps
     if "policy" in how:
-        assert f"fusedloss.{'mse_loss' if kind == 'mse' else 'cross_entropy'}_forward.default" in policy.seen
+        assert f"fusedloss.{'pointwise' if kind == 'mse' else 'cross_entropy'}_forward.default" in policy.seen
 
 
 # ---- modes of all of torch ----
