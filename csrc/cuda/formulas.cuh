@@ -47,8 +47,5 @@ FUSEDLOSS_INLINE double max(double a, double b) { return ::fmax(a, b); }
 
 #include "formulas/cross_entropy.h"
 #include "formulas/nll_loss.h"
-#include "formulas/squared_error.h"
 
 }  // namespace fusedloss::cuda
-
-#undef FUSEDLOSS_INLINE

@@ -1,16 +1,13 @@
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include "options.h"
+#include "cuda/pointwise_formula.h"
 
 namespace fusedloss::cuda {
 
-// Bytes that options.scratch must have for the forward pass.
+// Bytes that options.scratch must have for the forward pass, whatever the formula.
 int64_t pointwise_scratch_bytes(const PointwiseOptions& options);
 
-// Each launches on `stream` and returns the first error; no launch synchronises with the host.
-cudaError_t pointwise_forward(const PointwiseOptions& options, cudaStream_t stream);
-cudaError_t pointwise_backward(const PointwiseOptions& options, cudaStream_t stream);
+// Null where there is no loss of this name.
+const PointwiseFormula* find_pointwise_loss(const char* name);
 
 }  // namespace fusedloss::cuda

@@ -100,6 +100,21 @@ __device__ __forceinline__ Pack<T, kWidth> load(const T* p) {
   return pack;
 }
 
+// One element in all places.
+template <int kWidth, typename T>
+__device__ __forceinline__ Pack<T, kWidth> splat(T value) {
+  Pack<T, kWidth> pack;
+  if constexpr (kWidth == 1) {
+    pack.element = value;
+  } else {
+    alignas(16) T values[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) values[j] = value;
+    pack.from_vector(*reinterpret_cast<const uint4*>(values));
+  }
+  return pack;
+}
+
 // In plain C++ the compiler stores some vectors in four pieces.
 __device__ __forceinline__ void store_vector(void* p, uint4 v) {
 #if FUSEDLOSS_CUDA_ARCH

@@ -11,17 +11,17 @@
 // Without include guard, as formulas/cross_entropy.h, and for the same reason. The includer provides `elementary`: the
 // functions of a V.
 
-constexpr int count_bits(unsigned bits) {
+FUSEDLOSS_INLINE constexpr int count_bits(unsigned bits) {
   return bits == 0 ? 0 : int(bits & 1) + count_bits(bits >> 1);
 }
 
 // The place among the set bits of `bits` of its bit number `i`.
-constexpr int place_of(unsigned bits, int i) {
+FUSEDLOSS_INLINE constexpr int place_of(unsigned bits, int i) {
   return count_bits(bits & ((1u << i) - 1));
 }
 
 // The number of the set bit at `place`.
-constexpr int bit_at(unsigned bits, int place) {
+FUSEDLOSS_INLINE constexpr int bit_at(unsigned bits, int place) {
   int i = 0;
   while (place_of(bits, i) != place || (bits >> i & 1) == 0) ++i;
   return i;
@@ -56,7 +56,8 @@ FUSEDLOSS_INLINE auto operand(V value) {
 template <int kOperand, typename V, unsigned kWrt>
 FUSEDLOSS_INLINE V partial_by(const Dual<V, kWrt>& a) {
   if constexpr ((kWrt >> kOperand & 1) != 0) {
-    return a.partial[place_of(kWrt, kOperand)];
+    constexpr int kPlace = place_of(kWrt, kOperand);
+    return a.partial[kPlace];
   } else {
     return elementary::constant<V>(0);
   }
