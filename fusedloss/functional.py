@@ -209,7 +209,8 @@ def smooth_l1_loss(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if isinstance(beta, int | float) and beta >= 0:
-        loss = fused("smooth_l1_loss", (input, target), reduction, (beta,), warns=True)
+        name, parameters = ("smooth_l1_loss", (beta,)) if beta > 0 else ("l1_loss", ())
+        loss = fused(name, (input, target), reduction, parameters, warns=True)
         if loss is not None:
             return loss
     return _by_torch(torch_smooth_l1_loss, input, target, reduction=reduction, beta=beta)

@@ -17,7 +17,7 @@ struct PointwiseBlock {
   const void* const* operand;  // of each operand, [size]
   const double* parameter;
   unsigned wrt;             // the operands whose gradients are wanted, a bit each; 0: the losses alone
-  void* loss;               // [size]; null where only gradients are wanted
+  void* loss;               // [size]
   const void* grad_output;  // [size]; what the gradients are multiplied by
   void* const* grad;        // of each operand, [size]; where one is wanted that is not the first, all are written
 };

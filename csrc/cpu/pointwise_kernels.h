@@ -84,7 +84,7 @@ class Evaluation {
     }
     const bool store_losses = o_.loss != nullptr && o_.reduction == Reduction::kNone;
     const bool losses_in_place = store_losses && whole && (loss_is_wide() || in_place<T>(true));
-    block_.loss = o_.loss == nullptr ? nullptr : losses_in_place ? at<A>(o_.loss, begin) : loss_;
+    block_.loss = losses_in_place ? at<A>(o_.loss, begin) : loss_;
 
     on_block_(block_);
 
