@@ -329,7 +329,7 @@ namespace {{
 #include "formula.h"
 }}
 extern "C" __attribute__((visibility("default"))) const PointwiseFormula {symbol};
-extern "C" const PointwiseFormula {symbol} = formula_of<CustomLoss>();
+extern "C" const PointwiseFormula {symbol} = kPointwise<CustomLoss>;
 }}
 """
 

@@ -21,6 +21,10 @@ FUSEDLOSS_INLINE V constant(double value) {
 }
 
 // M: bool, or int where two of them were joined.
+template <typename M>
+FUSEDLOSS_INLINE bool any(M condition) {
+  return condition != M{};
+}
 template <typename M, typename V>
 FUSEDLOSS_INLINE V select(M condition, V a, V b) {
   return condition ? a : b;
