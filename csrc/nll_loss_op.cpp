@@ -1,8 +1,8 @@
 // The negative log likelihood between torch and the kernels: checks the arguments, allocates, fills the options, picks
 // the device.
 
-#include <ATen/ExpandUtils.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like_ops.h>
 
 #include <utility>
 
@@ -90,8 +90,8 @@ bool nll_loss_covers(const at::Tensor& input, const at::Tensor& target, const Op
 
 c10::SmallVector<int64_t, 8> gradient_strides(const at::Tensor& input) {
   if (input.is_non_overlapping_and_dense()) return {input.strides().begin(), input.strides().end()};
-  const auto dense = at::infer_dense_strides(input.sizes(), input.strides());
-  return {dense.begin(), dense.end()};
+  const at::Tensor dense = at::_ops::empty_like::call(input, {}, {}, {}, {}, {});  // of which no page is touched
+  return {dense.strides().begin(), dense.strides().end()};
 }
 
 NLLLossResult nll_loss_forward(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
