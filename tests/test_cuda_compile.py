@@ -24,9 +24,9 @@ KERNELS = {
     "gather": [],  # one element a row
     "scatter": [STORES],
     "forward_rows": [LOADS, STORES],
-    "forward": [LOADS, STORES],
     "backward_rows": [LOADS, STORES],
-    "backward": [LOADS, STORES],
+    "losses": [LOADS, STORES],  # of pointwise losses, with every formula
+    "gradients": [LOADS, STORES],
 }
 
 

@@ -6,6 +6,7 @@ tests/cuda_emulator/README.md tells how, and what such a run cannot show.
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -22,15 +23,8 @@ from cuda_emulator.emulator import (
     PointwiseOptions,
     Strides,
 )
-from cuda_emulator.problems import (
-    LAYOUTS,
-    TUNINGS,
-    CrossEntropy,
-    MeanSquaredError,
-    NegativeLogLikelihood,
-    Problem,
-    statistic,
-)
+from cuda_emulator.pointwise_problems import FORMULAS, Pointwise
+from cuda_emulator.problems import LAYOUTS, TUNINGS, CrossEntropy, NegativeLogLikelihood, Problem, statistic
 
 from fusedloss import _build
 
@@ -93,7 +87,19 @@ def test_layouts(dtype, layout, emulator, rng):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mse(dtype, numel, emulator, rng):
     for reduction in REDUCTIONS:
-        MeanSquaredError(rng, dtype, numel, reduction).check(emulator)
+        Pointwise(rng, "mse_loss", dtype, numel, reduction).check(emulator)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_pointwise(name, emulator, rng):
+    for dtype in DTYPES:
+        for reduction in REDUCTIONS:
+            Pointwise(rng, name, dtype, rng.choice(SIZES[:-2]), reduction).check(emulator)
+
+
+def test_every_pointwise_formula_is_tested():
+    text = (CSRC / "formulas" / "pointwise.h").read_text()
+    assert re.findall(r"^ *X\((\w+), \w+\)", text, flags=re.MULTILINE) == list(FORMULAS)
 
 
 # Rows of one block, of several (1024 each) and of many; tiles (8192) of whole rows, of a part of one; of classes whose
@@ -199,7 +205,7 @@ def test_columns_of_several_threads_a_row(classes, threads, emulator, rng):
 def test_more_blocks_than_the_last_kernel_has_threads(emulator, rng):
     rows = CrossEntropy(rng, torch.float32, 17, "index", True, 0.1, "mean", "contiguous", rows=530)
     rows.tuning = "blocks"
-    for problem in (rows, MeanSquaredError(rng, torch.float64, 530_000, "sum")):
+    for problem in (rows, Pointwise(rng, "mse_loss", torch.float64, 530_000, "sum")):
         problem.schedules = [(1, 0)]
         problem.check(emulator)
 
@@ -297,10 +303,10 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
     """Some of every kind; a bug must show in one of them at least."""
     dtype = rng.choice(list(DTYPES))
     problems: list[Problem] = []
-    if file not in ("pointwise_cuda.cu", "cross_entropy_cuda.cu", "cross_entropy_row.cuh"):
+    if not file.startswith(("pointwise", "cross_entropy")):
         shapes = [(5, 3, 1), (3, 257, 1), (2500, 4, 1), (2, 40, 300)]
         problems += [NegativeLogLikelihood(rng, dtype, shape, "mean") for shape in shapes]
-    if file not in ("pointwise_cuda.cu", "nll_loss_cuda.cu"):
+    if not file.startswith(("pointwise", "nll_loss")):
         for layout in ("contiguous", "padded", "padded each", "inner"):
             for classes in (33, 257, 1031):
                 target = rng.choice(TARGETS)
@@ -310,8 +316,8 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
                 problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), "mean", layout, rows)
                 problem.tuning, problem.grad_in_forward = tuning, not problem.in_place
                 problems.append(problem)
-    if file not in ("cross_entropy_cuda.cu", "nll_loss_cuda.cu"):
-        problems += [MeanSquaredError(rng, dtype, numel, "mean") for numel in (9, 257, 20011)]
+    if not file.startswith(("cross_entropy", "nll_loss")):
+        problems += [Pointwise(rng, rng.choice(list(FORMULAS)), dtype, numel, "mean") for numel in (9, 257, 20011)]
     return problems
 
 
@@ -361,8 +367,9 @@ def test_self_test(bug, emulator):
             assert error != 0 and any(SELF_TEST[bug] in complaint for complaint in complaints), complaints
 
 
-def test_no_elements_of_mse_need_no_memory(emulator):
+def test_no_elements_need_no_memory(emulator):
     emulator.reset()
     o = PointwiseOptions()
-    assert emulator.call("pointwise_forward", o) == emulator.call("pointwise_backward", o) == 0
+    for launcher in ("pointwise_forward", "pointwise_backward"):
+        assert emulator.call(launcher, o, b"mse_loss") == 0
     assert emulator.complaints() == []

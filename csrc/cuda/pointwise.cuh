@@ -193,18 +193,23 @@ __device__ __forceinline__ void evaluate_all(const PointwiseOptions& o) {
   if (threadIdx.x == 0) static_cast<double*>(o.scratch)[blockIdx.x] = of_block;
 }
 
+// One block is enough for ptxas: to fit in a third, it would spill registers.
+#define FUSEDLOSS_BOUNDS __launch_bounds__(kThreads, 1)
+
 template <typename F, typename T>
-__global__ void __launch_bounds__(kThreads) losses(const PointwiseOptions o) {
+__global__ void FUSEDLOSS_BOUNDS losses(const PointwiseOptions o) {
   evaluate_all<F, false, T>(o);
 }
 
 // In both passes, so that the gradient which one has left has the bits of the other's. The forward pass wants the losses
 // too.
 template <typename F, typename T>
-__global__ void __launch_bounds__(kThreads) gradients(const PointwiseOptions o) {
+__global__ void FUSEDLOSS_BOUNDS gradients(const PointwiseOptions o) {
   if (o.loss == nullptr && gradient_is_ready<T>(o)) return;
   evaluate_all<F, true, T>(o);
 }
+
+#undef FUSEDLOSS_BOUNDS
 
 // One block: the blocks' sums in a fixed order, and the mean's division.
 template <typename T>

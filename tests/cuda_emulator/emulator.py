@@ -64,11 +64,11 @@ class CrossEntropyOptions(ctypes.Structure):
 
 class PointwiseOptions(ctypes.Structure):
     _fields_ = [
-        *[("dtype", INT), ("loss_dtype", INT), ("reduction", INT), ("numel", LONG)],
-        *[("input", POINTER), ("target", POINTER), ("loss", POINTER), ("scratch", POINTER)],
-        *[("grad_output", POINTER), ("grad_output_stride", LONG)],
-        *[("grad_input", POINTER), ("grad_target", POINTER)],
-        *[("grad_ready", ctypes.c_bool), ("grad_output_was_one", POINTER), ("tuning", CudaTuning)],
+        *[("dtype", INT), ("loss_dtype", INT), ("reduction", INT), ("numel", LONG), ("divisor", ctypes.c_double)],
+        *[("operands", ctypes.c_int), ("operand", POINTER * 8), ("operand_stride", LONG * 8)],
+        *[("parameter", ctypes.c_double * 16), ("loss", POINTER), ("scratch", POINTER)],
+        *[("grad_output", POINTER), ("grad_output_stride", LONG), ("grad", POINTER * 8)],
+        *[("grad_ready", ctypes.c_bool), ("grad_output_was_one", POINTER), ("max_blocks", LONG)],
     ]
 
 
@@ -97,6 +97,7 @@ class Emulator:
         assert self.library.size_of_cross_entropy_options() == ctypes.sizeof(CrossEntropyOptions)
         assert self.library.size_of_pointwise_options() == ctypes.sizeof(PointwiseOptions)
         assert self.library.size_of_nll_loss_options() == ctypes.sizeof(NLLLossOptions)
+        assert self.library.offset_of_parameter() == PointwiseOptions.parameter.offset
         assert self.library.offset_of_weight_sum() == CrossEntropyOptions.weight_sum.offset
         self._memory: list[Tensor] = []
 
@@ -155,9 +156,9 @@ class Emulator:
     def bytes_not_written(self, output: Tensor) -> int:
         return self.library.emulator_bytes_not_written(output.data_ptr()) if output.numel() else 0
 
-    def call(self, launcher: str, options: ctypes.Structure) -> int:
-        """-> the cudaError_t"""
-        return getattr(self.library, launcher)(ctypes.byref(options))
+    def call(self, launcher: str, options: ctypes.Structure, *more: bytes) -> int:
+        """-> the cudaError_t. For a pointwise loss, its name comes after the options."""
+        return getattr(self.library, launcher)(ctypes.byref(options), *more)
 
     def launches(self) -> list[Launch]:
         """Since `reset`."""

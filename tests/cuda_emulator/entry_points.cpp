@@ -22,11 +22,11 @@ EMULATOR_EXPORT int cross_entropy_backward(const CrossEntropyOptions* o) {
 EMULATOR_EXPORT int64_t pointwise_scratch(const PointwiseOptions* o) {
   return cuda::pointwise_scratch_bytes(*o);
 }
-EMULATOR_EXPORT int pointwise_forward(const PointwiseOptions* o) {
-  return cuda::pointwise_forward(*o, nullptr);
+EMULATOR_EXPORT int pointwise_forward(const PointwiseOptions* o, const char* loss) {
+  return cuda::find_pointwise_loss(loss)->forward(*o, nullptr);
 }
-EMULATOR_EXPORT int pointwise_backward(const PointwiseOptions* o) {
-  return cuda::pointwise_backward(*o, nullptr);
+EMULATOR_EXPORT int pointwise_backward(const PointwiseOptions* o, const char* loss) {
+  return cuda::find_pointwise_loss(loss)->backward(*o, nullptr);
 }
 
 EMULATOR_EXPORT int64_t nll_loss_scratch(const NLLLossOptions* o) {
@@ -43,6 +43,7 @@ EMULATOR_EXPORT int nll_loss_backward(const NLLLossOptions* o) {
 EMULATOR_EXPORT int64_t size_of_cross_entropy_options() { return sizeof(CrossEntropyOptions); }
 EMULATOR_EXPORT int64_t size_of_pointwise_options() { return sizeof(PointwiseOptions); }
 EMULATOR_EXPORT int64_t size_of_nll_loss_options() { return sizeof(NLLLossOptions); }
+EMULATOR_EXPORT int64_t offset_of_parameter() { return offsetof(PointwiseOptions, parameter); }
 EMULATOR_EXPORT int64_t offset_of_weight_sum() { return offsetof(CrossEntropyOptions, weight_sum); }
 
 // Kernels know it as planted_bug.

@@ -17,7 +17,6 @@ from .emulator import (
     CudaTuning,
     Emulator,
     NLLLossOptions,
-    PointwiseOptions,
     Strides,
 )
 
@@ -80,7 +79,7 @@ class Placement:
 
 
 class Problem:
-    """What both losses share. Subclasses give `launch` (both passes; the outputs by name) and `compare`."""
+    """What all losses share. Subclasses give `launch` (both passes; the outputs by name) and `compare`."""
 
     def check(self, emulator: Emulator, planted_bug: int = 0) -> None:
         """Nothing to complain of, the reference's values, and with every schedule the same bits."""
@@ -101,8 +100,8 @@ class Problem:
         if rng.random() < 0.2:
             self.schedules.append((rng.randrange(1, 1 << 20), 33))
 
-    def call(self, emulator: Emulator, launcher: str, options) -> None:
-        error = emulator.call(launcher, options)
+    def call(self, emulator: Emulator, launcher: str, options, *more: bytes) -> None:
+        error = emulator.call(launcher, options, *more)
         complaints = emulator.complaints()
         assert not complaints and error == 0, "\n".join([f"{self}: {launcher} returned {error}", *complaints])
 
@@ -311,86 +310,6 @@ class CrossEntropy(Problem):
         assert_exact(
             results["grad_logits"], grad, largest * grad_output * (1 + min(spread, 100) / 8), f"{self}: gradient"
         )
-
-
-class MeanSquaredError(Problem):
-    def __init__(self, rng: random.Random, dtype: torch.dtype, numel: int, reduction: str):
-        self.dtype, self.numel, self.reduction = dtype, numel, reduction
-        scale = rng.choice([1, 100])
-        self.input, self.target = ((torch.randn(numel, dtype=torch.float64) * scale).to(dtype) for _ in range(2))
-        if numel and rng.random() < 0.05:
-            self.input[rng.randrange(numel)] = float("nan")
-        self.loss_dtype = rng.choice([dtype, statistic(dtype)])
-        self.same_offset = rng.random() < 0.6
-        self.offsets = [rng.choice([0, 0, 1, 3])] * 6 if self.same_offset else rng.choices([0, 1, 2, 4, 5], k=6)
-        self.grad_stride = int(reduction == "none" and rng.random() < 0.7)
-        values = torch.randn(numel if self.grad_stride else 1, dtype=torch.float64)
-        self.grad_output = values.to(self.loss_dtype)
-        self.grad_output[self.grad_output == 1] = 2  # 1 is what the hand-over is about
-        self.wanted = rng.choice([["input"], ["target"], ["input", "target"]])
-        self.choose_schedules(rng)
-        self.tuning = rng.choice(["default", "loops"])
-        self.grad_in_forward = reduction != "none" and rng.random() < 0.5
-
-    def launch(self, emulator: Emulator) -> dict[str, Tensor]:
-        at = dict(
-            zip(["input", "target", "loss", "grad_output", "grad_input", "grad_target"], self.offsets, strict=True)
-        )
-        o = PointwiseOptions()
-        o.dtype, o.loss_dtype, o.reduction = DTYPES[self.dtype], DTYPES[self.loss_dtype], REDUCTIONS[self.reduction]
-        o.numel = self.numel
-        o.input = emulator.input(self.input, "input", at["input"]).data_ptr()
-        o.target = emulator.input(self.target, "target", at["target"]).data_ptr()
-        losses = self.numel if self.reduction == "none" else 1
-        outputs = {"loss": emulator.output(losses, self.loss_dtype, "loss", at["loss"] if losses > 1 else 0)}
-        o.loss = outputs["loss"].data_ptr()
-        o.tuning = CudaTuning.of(**TUNINGS[self.tuning])
-        o.scratch = emulator.output(emulator.call("pointwise_scratch", o), torch.uint8, "scratch").data_ptr()
-        grads = {}
-        if self.grad_in_forward:
-            grads = self.set_grads(emulator, o, at)
-        self.call(emulator, "pointwise_forward", o)
-        self.all_written(emulator, {**outputs, **grads})
-        if self.grad_in_forward:
-            self.check_hand_over(emulator, o, at["grad_output"], grads)
-        grads = self.set_grads(emulator, o, at)
-        was_one = self.backward(emulator, o, at["grad_output"], self.grad_output, self.grad_stride)
-        assert was_one == (self.grad_stride == 1 or self.numel == 0), f"{self}: grad_output_was_one is {was_one}"
-        self.all_written(emulator, grads)
-        return {**outputs, **grads}
-
-    def backward(self, emulator: Emulator, o: PointwiseOptions, offset: int, values: Tensor, stride: int) -> bool:
-        """-> what it said of grad_output; True where it said nothing."""
-        o.grad_output = emulator.input(values, "grad_output", offset).data_ptr()
-        o.grad_output_stride, o.grad_ready = stride, self.grad_in_forward
-        was_one = emulator.input(torch.ones(1, dtype=torch.int32), "grad_output_was_one", read_only=False)
-        o.grad_output_was_one = was_one.data_ptr()
-        self.call(emulator, "pointwise_backward", o)
-        return bool(was_one)
-
-    def check_hand_over(self, emulator: Emulator, o: PointwiseOptions, offset: int, grads: dict[str, Tensor]) -> None:
-        """What the forward pass has left is the gradient for a grad_output of 1, which does not touch it."""
-        left = {name: bits_of(grad) for name, grad in grads.items()}
-        one = torch.ones(1, dtype=self.loss_dtype)
-        assert self.backward(emulator, o, offset, one, 0), f"{self}: grad_output_was_one"
-        assert all(torch.equal(bits_of(grads[name]), left[name]) for name in grads), f"{self}: the hand-over"
-        self.compare({f"{name} of 1": grad for name, grad in grads.items()}, one)
-
-    def set_grads(self, emulator: Emulator, o: PointwiseOptions, at: dict[str, int]) -> dict[str, Tensor]:
-        grads = {}
-        for name in (f"grad_{wanted}" for wanted in self.wanted):
-            grads[name] = emulator.output(self.numel, self.dtype, name, at[name])
-            setattr(o, name, grads[name].data_ptr())
-        return grads
-
-    def compare(self, results: dict[str, Tensor], grad_output: Tensor | None = None) -> None:
-        x, t = self.input.double().requires_grad_(), self.target.double().requires_grad_()
-        loss = reference.mse_loss(x, t, self.reduction)
-        grad_output = (self.grad_output if grad_output is None else grad_output).double()
-        grads = torch.autograd.grad(loss, (x, t), grad_output.expand(self.numel) if loss.dim() else grad_output[0])
-        expected = {"loss": loss.detach().reshape(-1), "grad_input": grads[0], "grad_target": grads[1]}
-        for name, result in results.items():
-            assert_exact(result, expected[name.removesuffix(" of 1")], what=f"{self}: {name}")
 
 
 class NegativeLogLikelihood(Problem):
