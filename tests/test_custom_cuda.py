@@ -1,0 +1,96 @@
+"""Losses of one's own on CUDA, without a GPU: the formulas that expressions become, executed by the emulator.
+
+They take the place of the library's own formulas in a copy of the sources. What `custom_loss` would have nvcc compile has
+to differ from that in nothing but its name, which is compiled too where there is a toolkit.
+"""
+
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cuda_emulator import build
+from cuda_emulator.emulator import DTYPES, REDUCTIONS, Emulator
+from cuda_emulator.pointwise_problems import Formula, Pointwise
+from test_custom_loss import CASES
+
+from fusedloss import _build, custom
+
+MISSING = build.missing()
+pytestmark = pytest.mark.skipif(MISSING != "", reason=MISSING or "not skipped")
+CSRC = _build.csrc_directory()
+SIZES = [1, 7, 256, 1025, 4099]
+
+
+def formula_of(name: str) -> custom._Formula:
+    case = CASES[name]
+    return custom._formula(case.expression, case.tensors, None, tuple(case.parameters))
+
+
+FORMULAS = {f"custom_{i}": formula_of(name) for i, name in enumerate(CASES)}
+
+
+@pytest.fixture(scope="session")
+def emulator(emulator_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    copy = tmp_path_factory.mktemp("custom") / "csrc"
+    shutil.copytree(CSRC, copy)
+    texts = [f"namespace {name} {{\n{formula.cpp()}}}" for name, formula in FORMULAS.items()]
+    names = " ".join(f"X({name}, {name}::CustomLoss)" for name in FORMULAS)
+    listed = f"#undef FUSEDLOSS_POINTWISE_LOSSES\n#define FUSEDLOSS_POINTWISE_LOSSES(X) {names}\n"
+    (copy / "formulas" / "pointwise.h").write_text("\n".join(texts) + "\n" + listed)
+    return Emulator(build.build(copy, emulator_folder))
+
+
+class Custom(Pointwise):
+    """Operands as the expression's test draws them: of moderate size, positive where they have to be, with ties."""
+
+    def __init__(self, rng: random.Random, name: str, dtype: torch.dtype, numel: int, reduction: str):
+        self.case, self.compiled = list(CASES.values())[list(FORMULAS).index(name)], FORMULAS[name]
+        super().__init__(rng, name, dtype, numel, reduction)
+
+    def make_operands(self, rng: random.Random, finite: bool) -> None:
+        self.operands = []
+        for name in self.compiled.operands:
+            values = torch.randint(-3, 4, (self.numel,)).double() / 2 + 0.1 * torch.randn(self.numel).double()
+            values = torch.where(torch.rand(self.numel) < 0.3, (2 * values).round() / 2, values)
+            values = values.abs() + 0.5 if name in self.case.positive else values
+            values = (values > 0).double() if name == "mask" else values
+            self.operands.append(values.to(self.dtype))
+        self.one_value = [k for k in range(1, len(self.operands)) if rng.random() < 0.25]
+        for k in self.one_value:
+            self.operands[k] = self.operands[k][:1]
+        parameters = SimpleNamespace(**self.case.parameters)
+
+        def by_torch(*arguments: torch.Tensor) -> torch.Tensor:
+            operands = dict(zip(self.compiled.operands, arguments, strict=False))
+            given = [operands.get(name, arguments[0]) for name in ("input", "target", *self.case.tensors)]
+            if "target" not in operands:
+                del given[1]
+            # A mask has a derivative of 0, and some tensors may have none in torch.
+            return self.case.torch(*given, parameters) + 0 * sum(arguments[: len(self.operands)])
+
+        used = tuple(self.case.parameters[name] for name in self.compiled.parameters)
+        self.formula = Formula(lambda *_: [], used, lambda x, *_: 30 + 0 * x, composed=by_torch)
+
+
+@pytest.mark.parametrize("name", FORMULAS, ids=list(CASES))
+def test_through_the_emulator(name, emulator):
+    rng = random.Random(int(torch.randint(1 << 30, ())))
+    for dtype in DTYPES:
+        Custom(rng, name, dtype, rng.choice(SIZES), rng.choice(list(REDUCTIONS))).check(emulator)
+
+
+def test_nvcc_compiles_what_custom_loss_generates(tmp_path):
+    """As a library of its own, with the symbol that is looked for in it."""
+    formula = formula_of("masked")
+    (tmp_path / "formula.h").write_text(formula.cpp())
+    (tmp_path / "on_cuda.cu").write_text(custom._CUDA_SOURCE.format(symbol="fusedloss_on_cuda_test"))
+    nvcc = _build.find_toolkit().nvcc
+    command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--shared"]
+    command += [f"-I{CSRC}", f"-I{tmp_path}", tmp_path / "on_cuda.cu", "-o", tmp_path / "on_cuda.so"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr[-3000:]
+    assert b"fusedloss_on_cuda_test" in (tmp_path / "on_cuda.so").read_bytes()
