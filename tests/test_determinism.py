@@ -90,7 +90,10 @@ KERNEL_TESTS = [
         *("cross_entropy", "mse_loss", "nll_loss", "semantics", "accuracy"),
         *("grad_in_forward", "inplace_backward", "bounds"),
     )
-] + ["tests/test_determinism.py::test_threads_do_not_change_a_bit"]
+] + [
+    "tests/test_determinism.py::test_threads_do_not_change_a_bit",
+    *(f"tests/test_pointwise_losses.py::test_{name}" for name in ("sizes", "no_worse_than_torch", "extremes")),
+]
 
 
 @pytest.mark.parametrize("capability", BEST)

@@ -205,7 +205,7 @@ def test_only_the_wanted_gradients(name, device):
                     assert torch.equal(grad.nan_to_num(), right), f"{name}: {operand}, {wanted}"
 
 
-@every_case_but("the passes are compiled to other fused operations", "kl_div, log_target")
+@every_case_but("the passes are compiled to other fused operations", "kl_div, log_target", strict=False)
 def test_either_pass_gives_the_same_bits(name, device):
     case = CASES[name]
     for dtype, reduction in itertools.product(DTYPES, ("mean", "sum")):

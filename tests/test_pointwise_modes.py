@@ -160,7 +160,7 @@ def test_transforms_are_torchs(name, device):
                 )  # fmt: skip
 
 
-@every_case_but("the passes are compiled to other fused operations", "kl_div, log_target")
+@every_case_but("the passes are compiled to other fused operations", "kl_div, log_target", strict=False)
 def test_several_backward_passes(name, device):
     case = CASES[name]
     for reduction in REDUCTIONS:
@@ -389,7 +389,8 @@ def test_unknown_reductions(name, device):
 
 VARIANCES: list[Any] = [
     0.0, 0.5, -1.0, 1, -1, True, float("nan"), float("inf"), None, "x", (5, 4, 3), (5, 4), (5, 4, 1), (5, 1, 3),
-    (1, 4, 3), (1, 1, 3), (5, 1, 1), (1,), (), (3,), (4, 3), (5,), (5, 4, 3, 1), (5, 4, 2), (1, 1, 1), (5, 2, 3), (0,), (5, 4, 0),
+    (1, 4, 3), (1, 1, 3), (5, 1, 1), (1,), (), (3,), (4, 3), (5,), (5, 4, 3, 1), (5, 4, 2), (1, 1, 1), (5, 2, 3), (0,),
+    (5, 4, 0),
 ]  # fmt: skip
 
 
