@@ -11,14 +11,17 @@ from rich.console import Console
 
 from . import machine, peers, plot, report, suites
 from .arguments import Size, names_among, sizes, sizes_text
-from .cases import DTYPES, LOSSES, Case, all_cases
+from .cases import DTYPES, Case, all_cases
 from .contenders import CONTENDERS, warm_up
+from .losses import LOSSES
 from .measure import measure_all
 from .timing import Effort
 
 SIZES: list[Size] = [(128, 10), (4096, 1000), (65536, 100), (1024, 32000)]
 QUICK_SIZES: list[Size] = [(128, 10), (2048, 1000), (512, 16384)]
 DEFAULT_DTYPES = ["float32", "bfloat16"]
+DEFAULT_LOSSES = ["cross_entropy", "mse"]
+QUICK_POINTWISE = ["bce", "log_cosh"]  # a row each of the family, and of custom losses
 EFFORT = Effort()
 SUITE_EFFORT = Effort(batch_seconds=1e-2)
 CUDA_EFFORT = Effort(max_rounds=51, seconds=0.25)
@@ -31,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = plan_of(options, absent)
     description = {**machine.describe(), "peers": peers.versions()}
     console = Console(soft_wrap=True)
-    warm_up(options.device)
+    warm_up(options.device, {case.loss: None for case, _ in plan})
     results = measure_all(plan, effort_of(options), Console(stderr=True))
     asked_for = {name for _, contenders in plan for name in contenders}
     names = [name for name in report.COLUMNS if name in asked_for]
@@ -68,11 +71,15 @@ def plan_of(options: argparse.Namespace, absent: Container[str] = ()) -> list[tu
         cases, names_in = {
             "cpu": (suites.cpu, lambda case: suites.CPU_CONTENDERS),
             "cuda": (suites.cuda, suites.cuda_contenders),
+            "pointwise": (suites.pointwise, lambda case: suites.CPU_CONTENDERS),
             "scaling": (suites.scaling, lambda case: suites.SCALING_CONTENDERS),
         }[options.suite]
         out = {*absent, *(["compile"] if options.no_compile else [])}
         return [(case, [name for name in names_in(case) if name not in out]) for case in cases()]
-    cases = all_cases(options.loss, options.sizes, options.dtype, options.device)
+    cases = all_cases(options.loss or DEFAULT_LOSSES, options.sizes, options.dtype, options.device)
+    if options.quick and not options.loss:
+        size, dtype = options.sizes[-1], options.dtype[0]
+        cases += [Case(loss, *size, dtype, "forward+backward", options.device) for loss in QUICK_POINTWISE]
     return [(case, contenders_of(case, options)) for case in cases]
 
 
@@ -98,21 +105,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--sizes",
         type=sizes,
         action="extend",
-        help="rows x classes, comma-separated or repeated, such as 128x10,4096x1000; MSE takes two tensors of that "
-        f"shape; default: {sizes_text(SIZES)}, with --quick {sizes_text(QUICK_SIZES)}",
+        help="rows x classes, comma-separated or repeated, such as 128x10,4096x1000; other losses take tensors of "
+        f"that shape; default: {sizes_text(SIZES)}, with --quick {sizes_text(QUICK_SIZES)}",
     )
     parser.add_argument(
         "--loss",
         type=names_among(LOSSES),
         action="extend",
-        help=f"comma-separated or repeated, of {', '.join(LOSSES)}; default: both",
+        help=f"comma-separated or repeated, of {', '.join(LOSSES)}; default: "
+        f"{','.join(DEFAULT_LOSSES)}, with --quick one row each of {' and '.join(QUICK_POINTWISE)} more",
     )
     parser.add_argument(
         "--suite",
-        choices=["cpu", "cuda", "scaling"],
+        choices=["cpu", "pointwise", "cuda", "scaling"],
         help="a fixed set of cases instead of --sizes, --dtype and --loss: 'cpu', what docs/kernels.md quotes, also "
-        "against eager with huge pages and against the machine's copy (about 10 min); 'cuda', also against the GPU's "
-        "copy, and liger-kernel and quack-kernels where installed (about 3 min); 'scaling', 1e3 to 1e8 elements",
+        "against eager with huge pages and against the machine's copy (about 10 min); 'pointwise', so too, but of each "
+        "pointwise loss, and of custom ones, with 10,000,000 elements (about 6 min); 'cuda', also against the GPU's "
+        "copy, and liger-kernel and quack-kernels where installed (about 4 min); 'scaling', 1e3 to 1e8 elements",
     )
     parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: under 90 s on two cores")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes seconds a case")
@@ -132,7 +141,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--plot {options.plot}: expected a name that ends in .png or .svg")
     options.sizes = options.sizes or (QUICK_SIZES if options.quick else SIZES)
     options.dtype = options.dtype or DEFAULT_DTYPES
-    options.loss = options.loss or list(LOSSES)
     return options
 
 

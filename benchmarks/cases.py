@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .losses import CLASS_PROBABILITIES, LOSSES, Operand, TimedLoss
+
 Pass = Literal["forward", "forward+backward"]
 PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
-LOSSES: tuple[str, ...] = ("cross_entropy", "mse")
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -20,9 +21,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 BYTES_FORMULA = (
-    "GB/s: the bytes that must move over the median. Cross entropy of N rows and C classes reads N·C·itemsize of "
-    "logits, and as many of probabilities or 8·N of class indices; MSE reads 2·N·C·itemsize; backward writes one "
-    "gradient, N·C·itemsize, more"
+    "GB/s: the bytes that must move over the median. Of N rows and C classes a loss reads N·C·itemsize of input (NLL: "
+    "N·itemsize) and as many of any other tensor, or 8·N of class indices; backward writes one gradient more (Gaussian "
+    "NLL: two), N·C·itemsize each"
 )
 
 
@@ -68,15 +69,26 @@ class Case:
         )
 
     @property
+    def timed_loss(self) -> TimedLoss:
+        return LOSSES[self.loss]
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """What the loss is called with, the input first."""
+        first, *others = self.timed_loss.operands
+        return (first, CLASS_PROBABILITIES) if self.target == "probabilities" else (first, *others)
+
+    @property
     def options(self) -> dict[str, Any]:
-        """Of the loss's module."""
+        """Of the loss, torch's and fusedloss's."""
         options: dict[str, Any] = {}
         if self.label_smoothing:
             options["label_smoothing"] = self.label_smoothing
         if self.weighted:
             generator = torch.Generator(self.device).manual_seed(1)
-            weight = torch.rand(self.classes, generator=generator, device=self.device) + 0.5
-            options["weight"] = weight.to(self.torch_dtype)
+            for name in self.timed_loss.weights:
+                weight = torch.rand(self.classes, generator=generator, device=self.device) + 0.5
+                options[name] = weight.to(self.torch_dtype)
         return options
 
     @property
@@ -87,7 +99,7 @@ class Case:
 def all_cases(
     losses: Iterable[str], sizes: Iterable[tuple[int, int]], dtypes: Iterable[str], device: str
 ) -> list[Case]:
-    """Every combination, in the order of the table; an MSE case has as many elements as its cross entropy sibling."""
+    """Every combination, in the order of the table; all losses have as many elements as their cross entropy sibling."""
     return [
         Case(loss, rows, classes, dtype, step, device)
         for loss, dtype, (rows, classes), step in itertools.product(losses, dtypes, sizes, PASSES)
@@ -95,30 +107,30 @@ def all_cases(
 
 
 def bytes_moved(case: Case) -> int:
-    """The least traffic the mathematics admits; an implementation that reads the logits twice gets no credit for it.
+    """The least traffic the mathematics admits; an implementation that reads the input twice gets no credit for it.
 
-    The loss itself, one number, is left out. MSE's target needs no gradient, as in training.
+    The loss itself, one number, and weights are left out. A target needs no gradient, as in training.
     """
-    matrix = gradient_bytes(case)
-    indices = case.loss == "cross_entropy" and case.target == "indices"
-    target = matrix // case.torch_dtype.itemsize // case.classes * torch.int64.itemsize if indices else matrix
-    return matrix + target + (matrix if case.step == "forward+backward" else 0)
+    elements = math.prod(case.shape)
+    read = {
+        "all": gradient_bytes(case),
+        "one of a row": elements // case.classes * case.torch_dtype.itemsize,
+        "indices": elements // case.classes * torch.int64.itemsize,
+    }
+    gradients = sum(operand.differentiable for operand in case.operands) if case.step == "forward+backward" else 0
+    return sum(read[operand.read] for operand in case.operands) + gradients * gradient_bytes(case)
 
 
 def gradient_bytes(case: Case) -> int:
     return math.prod(case.shape) * case.torch_dtype.itemsize
 
 
-def make_inputs(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A leaf of random logits and its target. Never zeros: they would make exp and the memory both too easy."""
+def make_inputs(case: Case, seed: int = 0) -> tuple[Tensor, ...]:
+    """The operands, random. Never zeros: they would make exp and the memory both too easy."""
     generator = torch.Generator(case.device).manual_seed(seed)
-    # Drawn in float32, as not every device draws 16-bit normals, and rounded once.
-    logits = torch.randn(case.shape, generator=generator, device=case.device).to(case.torch_dtype)
-    if case.loss == "cross_entropy" and case.target == "indices":
-        target = torch.randint(case.classes, (case.rows, *case.inner), generator=generator, device=case.device)
-    else:
-        target = torch.randn(case.shape, generator=generator, device=case.device)
-        if case.loss == "cross_entropy":
-            target = target.softmax(1)
-        target = target.to(case.torch_dtype)
-    return logits.requires_grad_(), target
+    drawn = (operand.draw(case.shape, generator) for operand in case.operands)
+    return tuple(
+        # Rounded once, to the dtype.
+        (values.to(case.torch_dtype) if values.is_floating_point() else values).requires_grad_(operand.differentiable)
+        for values, operand in zip(drawn, case.operands, strict=True)
+    )

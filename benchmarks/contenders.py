@@ -1,31 +1,27 @@
-"""Who is timed: torch's module in eager mode, the same module under torch.compile, and fusedloss's.
+"""Who is timed: torch's loss in eager mode, the same under torch.compile, and fusedloss's.
 
-Others stand beside them where a suite asks for it: torch's eager module in a process whose allocator asks for huge
+Others stand beside them where a suite asks for it: torch's eager loss in a process whose allocator asks for huge
 pages, the peers, and the machine's own copy, the limit of all.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fusedloss
 
 from .cases import Case
 from .copying import make_copy
-from .peers import PEERS, Loss
+from .losses import LOSSES, Loss
+from .peers import PEERS
 from .timing import Step
 from .worker import EagerWithHugePages
 
-EAGER_MODULES: dict[str, type[nn.Module]] = {"cross_entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
-FUSED_MODULES: dict[str, type[nn.Module]] = {
-    "cross_entropy": fusedloss.CrossEntropyLoss,
-    "mse": fusedloss.MSELoss,
-}
-
 
 def eager(case: Case) -> Loss:
-    return EAGER_MODULES[case.loss](**case.options)
+    return case.timed_loss.eager(**case.options)
 
 
 def compiled(case: Case) -> Loss:
@@ -36,16 +32,16 @@ def compiled(case: Case) -> Loss:
 
 def fused(case: Case) -> Loss:
     options = {"inplace_backward": True} if case.in_place else {}
-    return FUSED_MODULES[case.loss](**case.options, **options)
+    return case.timed_loss.fused(**case.options, **options)
 
 
 CONTENDERS: dict[str, Callable[[Case], Loss]] = {"eager": eager, "compile": compiled, "fusedloss": fused}
 
 
 # Contenders that are no loss in this process.
-OTHERS: dict[str, Callable[[Case, list[tuple[Tensor, Tensor]]], Step]] = {
+OTHERS: dict[str, Callable[[Case, list[tuple[Tensor, ...]]], Step]] = {
     "eager, THP": lambda case, inputs: EagerWithHugePages(case),
-    "copy": lambda case, inputs: make_copy([logits for logits, _ in inputs]),
+    "copy": lambda case, inputs: make_copy([first for first, *_ in inputs]),
 }
 
 
@@ -58,28 +54,29 @@ def overwrites_logits(name: str) -> bool:
     return name in PEERS and PEERS[name].overwrites
 
 
-def make_step(loss: Loss, case: Case, inputs: list[tuple[Tensor, Tensor]], overwrites: bool = False) -> Step:
-    """What one timed call does: the loss, or the loss, its backward and the release of the gradient.
+def make_step(loss: Loss, case: Case, inputs: list[tuple[Tensor, ...]], overwrites: bool = False) -> Step:
+    """What one timed call does: the loss, or the loss, its backward and the release of the gradients.
 
-    The gradient is dropped after every step, so that the next backward makes a new one, as after
+    The gradients are dropped after every step, so that the next backward makes new ones, as after
     `optimizer.zero_grad()`. Each call takes the next of `inputs`.
     """
     turn = 0
 
-    def take_turn() -> tuple[Tensor, Tensor]:
+    def take_turn() -> tuple[Tensor, ...]:
         nonlocal turn
         turn = (turn + 1) % len(inputs)
         return inputs[turn]
 
     def forward() -> None:
-        logits, target = take_turn()
+        operands = take_turn()
         with torch.no_grad():
-            loss(logits, target)
+            loss(*operands)
 
     def forward_and_backward() -> None:
-        logits, target = take_turn()
-        loss(logits, target).backward()
-        logits.grad = None
+        operands = take_turn()
+        loss(*operands).backward()
+        for operand in operands:
+            operand.grad = None
 
     if case.in_place or overwrites:
         return step_on_a_result(loss, case, *inputs[0])
@@ -118,7 +115,10 @@ class ResultOf(torch.autograd.Function):
         return grad.flatten()[0], None
 
 
-def warm_up(device: str) -> None:
-    """Let fusedloss build itself here if nothing is prebuilt: its own progress line and ours do not mix."""
+def warm_up(device: str, losses: Iterable[str] = ()) -> None:
+    """Let fusedloss build here what is not prebuilt: its own progress line and ours do not mix."""
     logits = torch.zeros(2, 3, device=device)
     fusedloss.CrossEntropyLoss()(logits, torch.zeros(2, dtype=torch.int64, device=device))
+    for loss in losses:
+        with contextlib.suppress(RuntimeError):  # a note, where it is measured
+            LOSSES[loss].fused()

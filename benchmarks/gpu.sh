@@ -96,7 +96,7 @@ wanted emulator && step emulator.log emulator 240 "$python" -m pytest -q tests/t
 wanted sanitize && sanitize &
 wanted test && run_tests
 wait
-wanted bench && step bench.log bench 220 "$python" -m benchmarks --suite cuda \
+wanted bench && step bench.log bench 280 "$python" -m benchmarks --suite cuda \
     --json "$out/bench.json" --plot "$out/bench.png"
 wanted profile && profile
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from .cases import Case, bytes_moved, gradient_bytes, make_inputs
 from .contenders import OTHERS, eager, loss_of, make_step, overwrites_logits
 from .contention import start_watch
+from .losses import Loss
 from .memory import peak_extra_bytes
-from .peers import Loss
 from .timing import Effort, Step, Times, host_seconds, interleave, timer_for
 from .worker import EagerWithHugePages
 
@@ -101,7 +101,7 @@ def measure_case(case: Case, names: list[str], effort: Effort) -> CaseResult:
         gc.collect()  # what the case before has left, and the allocator keeps in blocks of its sizes
         torch.cuda.empty_cache()
     inputs = [make_inputs(case, seed) for seed in range(copies(case))]
-    reference = reference_results(case, *inputs[0])
+    reference = reference_results(case, inputs[0])
     steps: dict[str, Step] = {}
     notes: dict[str, str] = {}
     for name in names:
@@ -134,43 +134,46 @@ def copies(case: Case) -> int:
     if case.device != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(case.device).L2_cache_size
-    logits, target = make_inputs(case)
-    return min(MAX_COPIES, math.ceil(2 * cache / (logits.nbytes + target.nbytes)) + 1)
+    size = sum(operand.nbytes for operand in make_inputs(case))
+    return min(MAX_COPIES, math.ceil(2 * cache / size) + 1)
 
 
-def reference_results(case: Case, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Torch's loss and gradient in float64."""
-    exact_target = target.double() if target.is_floating_point() else target
+def reference_results(case: Case, operands: tuple[Tensor, ...]) -> list[Tensor]:
+    """Torch's loss and gradients in float64."""
     exact_case = replace(case, dtype="float64", in_place=False)
-    return loss_and_gradient(eager(exact_case), exact_case, logits.detach().double().requires_grad_(), exact_target)
+    exact = tuple(
+        operand.detach().double().requires_grad_(operand.requires_grad) if operand.is_floating_point() else operand
+        for operand in operands
+    )
+    return loss_and_gradients(eager(exact_case), exact_case, exact)
 
 
-def loss_and_gradient(
-    loss: Loss, case: Case, logits: Tensor, target: Tensor, overwrites: bool = False
-) -> tuple[Tensor, Tensor | None]:
+def loss_and_gradients(
+    loss: Loss, case: Case, operands: tuple[Tensor, ...], overwrites: bool = False
+) -> list[Tensor | None]:
     """What one step computes, by the same path as the timed step, so that nothing else gets compiled for it."""
-    given = logits * 1 if case.in_place or overwrites else logits
+    first, *others = operands
+    given = first * 1 if case.in_place or overwrites else first
     if case.step == "forward":
         with torch.no_grad():
-            return loss(given, target), None
-    value = loss(given, target)
+            return [loss(given, *others)]
+    value = loss(given, *others)
     value.backward()
-    gradient, logits.grad = logits.grad, None
-    return value.detach(), gradient
+    results = [value.detach()]
+    for operand in operands:
+        if operand.requires_grad:
+            results.append(operand.grad)
+            operand.grad = None
+    return results
 
 
 def disagreement(
-    loss: Loss,
-    case: Case,
-    inputs: tuple[Tensor, Tensor],
-    reference: tuple[Tensor, Tensor | None],
-    overwrites: bool = False,
+    loss: Loss, case: Case, operands: tuple[Tensor, ...], reference: list[Tensor], overwrites: bool = False
 ) -> str:
     """Why the results are wrong, or nothing."""
-    results = loss_and_gradient(loss, case, *inputs, overwrites)
-    for what, mine, exact in zip(("loss", "gradient"), results, reference, strict=True):
-        if exact is None:
-            continue
+    results = loss_and_gradients(loss, case, operands, overwrites)
+    for index, (mine, exact) in enumerate(zip(results, reference, strict=True)):
+        what = "gradient" if index else "loss"
         if mine is None:
             return f"no {what}"
         error = (mine.double() - exact).abs().max().item()

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
 
-from torch import Tensor
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+from .losses import Loss
 
 
 @dataclass(frozen=True)

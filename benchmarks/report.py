@@ -53,8 +53,7 @@ def table(results: list[CaseResult], names: list[str], device: str) -> Table:
             number(result.gb_per_s("fusedloss")),
             *([percent(result.share_of_copy("fusedloss"))] if "copy" in names else []),
             *(size(result.measurements.get(name)) for name in with_memory),
-            end_section=following is not None
-            and (case.loss, case.dtype) != (following.case.loss, following.case.dtype),
+            end_section=following is not None and case.loss != following.case.loss,
         )
     return drawn
 
@@ -80,7 +79,7 @@ def legend(names: list[str], device: str) -> str:
         )
     if "copy" in names:
         more += (
-            f"\ncopy: the logits, {COPY[device]}; of copy: "
+            f"\ncopy: the input, {COPY[device]}; of copy: "
             "fusedloss's GB/s as a part of the copy's. in place: the logits are the result of an operation, made anew "
             "outside the clock; only fusedloss overwrites them."
         )

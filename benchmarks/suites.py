@@ -3,10 +3,13 @@
 import itertools
 
 from .cases import DTYPES, PASSES, Case, Pass
+from .losses import CUSTOM, LOSSES
 
 LARGE = [(1024, 32000), (512, 128256), (2048, 50257)]
 SCALING_CONTENDERS = ["eager", "fusedloss"]
 CPU_CONTENDERS = ["eager", "eager, THP", "compile", "fusedloss", "copy"]
+POINTWISE = [loss for loss in LOSSES if loss != "cross_entropy"]
+IN_16_BITS_TOO = ("mse", "huber", "bce")
 CUDA_BYTES = 1 << 28  # at least, of logits: several times what a GPU's second-level cache holds
 CUDA_CLASSES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 50257, 65536, 131072, 262144)
 AGAINST_ALL = (1024, 4096, 32768, 131072, 262144)  # of them, where the compiler and the peers are timed as well
@@ -35,6 +38,22 @@ def cpu() -> list[Case]:
     ]
 
 
+def pointwise() -> list[Case]:
+    """How fast are the losses of one element after another, ten million of them, and those of one's own?"""
+
+    def case(loss: str, rows: int = 10_000, classes: int = 1000, dtype: str = "float32", **options: object) -> Case:
+        return Case(loss, rows, classes, dtype, "forward+backward", **options)
+
+    cases = []
+    for loss in POINTWISE:
+        cases.append(case(loss))
+        if loss in IN_16_BITS_TOO:
+            cases.append(case(loss, dtype="bfloat16"))
+        if loss == "bce":
+            cases.append(case(loss, 100_000, 100, weighted=True))
+    return cases
+
+
 def scaling() -> list[Case]:
     """Does the cost grow with the number of elements, be they more rows or more classes, and with nothing else?"""
     sizes = [
@@ -56,7 +75,12 @@ def cuda() -> list[Case]:
     def large(classes: int, dtype: str, **options: object) -> Case:
         return cross_entropy(-(-CUDA_BYTES // (classes * DTYPES[dtype].itemsize)), classes, dtype, **options)
 
+    def elementwise(loss: str, dtype: str = "float32", step: Pass = "forward+backward", **options: object) -> Case:
+        return Case(loss, 1 << 17, 1 << 10, dtype, step, "cuda", **options)
+
     dtypes = ("bfloat16", "float32")
+    # nvcc takes long for a custom loss: one stands for all.
+    family = [loss for loss in POINTWISE if loss not in ("mse", *CUSTOM)] + ["log_cosh"]
     options = ({"target": "probabilities"}, {"label_smoothing": 0.1}, {"weighted": True}, {"in_place": True})
     return [
         *(large(classes, dtype, step=step) for dtype, classes, step in itertools.product(dtypes, CUDA_CLASSES, PASSES)),
@@ -65,13 +89,20 @@ def cuda() -> list[Case]:
         *(cross_entropy(16, 21, dtype, 512, 512) for dtype in dtypes),
         *(cross_entropy(8, 262144, dtype, step=step) for dtype, step in itertools.product(dtypes, PASSES)),
         *(cross_entropy(128, 10, "float32", step=step) for step in PASSES),
-        *(Case("mse", 1 << 17, 1 << 10, dtype, step, "cuda") for dtype, step in itertools.product(dtypes, PASSES)),
+        *(elementwise("mse", dtype, step) for dtype, step in itertools.product(dtypes, PASSES)),
+        *(elementwise(loss) for loss in family),
+        elementwise("bce", weighted=True),
     ]
 
 
 def cuda_contenders(case: Case) -> list[str]:
     """Compiling a contender takes seconds a case: only where it says most."""
-    against_all = not case.variant and not case.inner and case.classes in AGAINST_ALL
+    against_all = (
+        not case.variant
+        and not case.inner
+        and case.classes in AGAINST_ALL
+        and case.loss in ("cross_entropy", "mse", "bce", "log_cosh")
+    )
     compiled = ["compile"] if against_all and case.step == "forward+backward" else []
     peers = ["liger", "quack"] if against_all and case.loss == "cross_entropy" else []
     return ["eager", *compiled, "fusedloss", *peers, "copy"]
