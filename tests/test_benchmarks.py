@@ -12,14 +12,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
+import fusedloss
 from benchmarks import __main__ as command
 from benchmarks import contenders, contention, measure, report, suites
 from benchmarks.arguments import sizes
 from benchmarks.cases import Case, all_cases, bytes_moved, make_inputs
+from benchmarks.losses import CUSTOM, LOSSES
 from benchmarks.measure import CaseResult, Measurement, measure_case
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.timing import Effort, Step, Times, interleave
 from benchmarks.worker import EagerWithHugePages
+from fusedloss.expression import parse, to_torch
 
 BRIEF = Effort(min_rounds=3, max_rounds=3, seconds=0, batch_seconds=0)
 TINY = ["--sizes", "4x3", "--no-compile"]
@@ -29,6 +32,12 @@ TINY = ["--sizes", "4x3", "--no-compile"]
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "EFFORT", BRIEF)
     monkeypatch.setattr(command, "QUICK_EFFORT", BRIEF)
+
+
+def composed_custom_loss(expression: str, **parameters: float):
+    """What `fusedloss.custom_loss` computes, by torch's operations, without a compiler."""
+    value = to_torch(parse(expression, ("input", "target"), tuple(parameters)), ("input", "target", *parameters))
+    return lambda input, target: value(input, target, *parameters.values()).mean()
 
 
 # What is counted ------------------------------------------------------------------------------------------------------
@@ -41,6 +50,12 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cross_entropy", "float32", "forward+backward", 2 * 6 * 5 * 4 + 6 * 8),
         ("cross_entropy", "bfloat16", "forward+backward", 2 * 6 * 5 * 2 + 6 * 8),
         ("mse", "float64", "forward", 2 * 6 * 5 * 8),
+        ("bce", "float32", "forward+backward", 3 * 6 * 5 * 4),
+        ("gaussian_nll", "float32", "forward", 3 * 6 * 5 * 4),
+        ("gaussian_nll", "float32", "forward+backward", 5 * 6 * 5 * 4),
+        ("nll", "float32", "forward", 6 * 4 + 6 * 8),
+        ("nll", "bfloat16", "forward+backward", 6 * 2 + 6 * 8 + 6 * 5 * 2),
+        ("log_cosh", "bfloat16", "forward+backward", 3 * 6 * 5 * 2),
         ("mse", "float16", "forward+backward", 3 * 6 * 5 * 2),
     ],
 )
@@ -49,10 +64,11 @@ def test_bytes_that_must_move(loss: str, dtype: str, step: str, expected: int) -
 
 
 def test_bytes_are_those_of_the_tensors_that_are_timed() -> None:
-    for case in all_cases(["cross_entropy", "mse"], [(7, 3)], ["float32", "bfloat16"], "cpu"):
-        logits, target = make_inputs(case)
-        gradient = logits.nbytes if case.step == "forward+backward" else 0
-        assert bytes_moved(case) == logits.nbytes + target.nbytes + gradient
+    for case in all_cases(set(LOSSES) - {"nll"}, [(7, 3)], ["float32", "bfloat16"], "cpu"):
+        operands = make_inputs(case)
+        gradients = [operand.nbytes for operand in operands if operand.requires_grad]
+        written = sum(gradients) if case.step == "forward+backward" else 0
+        assert bytes_moved(case) == sum(operand.nbytes for operand in operands) + written
 
 
 def test_bytes_of_other_shapes_and_targets() -> None:
@@ -69,6 +85,33 @@ def test_inputs_are_random_leaves_of_the_dtype() -> None:
         assert logits.is_leaf and logits.requires_grad and logits.dtype == case.torch_dtype
         assert 0.9 < logits.detach().float().std().item() < 1.1
         assert not torch.equal(logits, make_inputs(case, seed=1)[0])
+
+
+def test_values_are_those_of_training() -> None:
+    def operands(loss: str) -> list[torch.Tensor]:
+        return [operand.detach() for operand in make_inputs(Case(loss, 50, 20, "float32", "forward"))]
+
+    for loss in LOSSES:
+        for operand in operands(loss):
+            assert operand.float().std() > 0.02
+    assert set(operands("soft_margin")[1].unique().tolist()) == {-1.0, 1.0}
+    assert set(operands("focal")[1].unique().tolist()) == {0.0, 1.0}
+    _, target = operands("bce")
+    assert 0 <= target.min() < 0.1 and 0.9 < target.max() <= 1
+    _, counts = operands("poisson_nll")
+    assert torch.equal(counts, counts.round()) and counts.min() == 0 and counts.max() > 3
+    assert operands("gaussian_nll")[2].min() >= 0.1
+    for log_probabilities in (operands("kl_div")[0], operands("nll")[0]):
+        torch.testing.assert_close(log_probabilities.exp().sum(1), torch.ones(50))
+    torch.testing.assert_close(operands("kl_div")[1].sum(1), torch.ones(50))
+
+
+def test_weights_are_one_a_class_for_each_option_that_takes_them() -> None:
+    for loss, names in (("cross_entropy", {"weight"}), ("bce", {"weight", "pos_weight"})):
+        options = Case(loss, 4, 30, "bfloat16", "forward", weighted=True).options
+        assert set(options) == names
+        for weight in options.values():
+            assert weight.shape == (30,) and weight.dtype == torch.bfloat16 and weight.unique().numel() > 20
 
 
 def test_peak_memory_is_exact() -> None:
@@ -247,6 +290,31 @@ def test_torch_and_fusedloss_pass_the_check_in_every_dtype(dtype: str) -> None:
         assert [measurement.note for measurement in result.measurements.values()] == ["", ""]
 
 
+@pytest.mark.parametrize("loss", CUSTOM)
+def test_custom_losses_are_the_eager_ones(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusedloss, "custom_loss", composed_custom_loss)
+    case = Case(loss, 40, 30, "float64", "forward+backward")
+    operands = make_inputs(case)
+    reference = measure.reference_results(case, operands)
+    assert len(reference) == 2 and reference[0].item() > 0.01
+    assert measure.disagreement(contenders.fused(case), case, operands, reference) == ""
+
+
+def test_every_gradient_is_checked() -> None:
+    case = Case("gaussian_nll", 8, 5, "float32", "forward+backward")
+    operands = make_inputs(case)
+    reference = measure.reference_results(case, operands)
+    assert len(reference) == 3
+
+    def without_gradient_of_var(input: torch.Tensor, target: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        return nn.functional.gaussian_nll_loss(input, target, var.detach())
+
+    assert measure.disagreement(contenders.eager(case), case, operands, reference) == ""
+    assert measure.disagreement(without_gradient_of_var, case, operands, reference) == "no gradient"
+    contenders.make_step(contenders.eager(case), case, [operands])()
+    assert all(operand.grad is None for operand in operands)
+
+
 def test_a_compiler_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(*_: object, **__: object) -> None:
         raise RuntimeError("no working C++ compiler found")
@@ -338,7 +406,7 @@ def test_table_is_whole_in_a_narrow_place(capsys: pytest.CaptureFixture[str], mo
 
 
 @pytest.mark.usefixtures("brief")
-@pytest.mark.parametrize("suite", ["cpu", "scaling"])
+@pytest.mark.parametrize("suite", ["cpu", "pointwise", "scaling"])
 def test_a_suite_is_printed_written_and_drawn(
     suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -348,6 +416,14 @@ def test_a_suite_is_printed_written_and_drawn(
     def small(case: Case) -> Case:
         return replace(case, rows=min(case.rows, 3), classes=min(case.classes, 40), inner=tuple(2 for _ in case.inner))
 
+    contenders_of = {
+        "cpu": ["eager", "eager, THP", "fusedloss", "copy"],
+        "pointwise": ["eager", "fusedloss", "copy"],
+        "scaling": ["eager", "fusedloss"],
+    }[suite]
+    if suite == "pointwise":  # a process for each case takes long, and 'cpu' has it
+        monkeypatch.setattr(suites, "CPU_CONTENDERS", contenders_of)
+        monkeypatch.setattr(fusedloss, "custom_loss", composed_custom_loss)
     monkeypatch.setattr(suites, suite, lambda: list(dict.fromkeys(map(small, cases))))
     monkeypatch.setattr(command, "SUITE_EFFORT", BRIEF)
     files = [tmp_path / name for name in ("figures.json", "figures.svg")]
@@ -358,9 +434,7 @@ def test_a_suite_is_printed_written_and_drawn(
         assert all(option in printed for option in ("probabilities", "smoothing 0.1", "weights", "in place", "of copy"))
         assert re.search(r"cross_entropy +3x21x2x2 .*%", printed)
     figures = json.loads(files[0].read_text())["figures"]
-    assert {figure["contender"] for figure in figures} == (
-        {"eager", "eager, THP", "fusedloss", "copy"} if suite == "cpu" else {"eager", "fusedloss"}
-    )
+    assert {figure["contender"] for figure in figures} == set(contenders_of)
     assert "<svg" in files[1].read_text()
 
 
@@ -395,6 +469,46 @@ def test_json_holds_every_figure_and_where_it_came_from(tmp_path: Path) -> None:
             assert figure["times_faster_than_eager"] == 1.0
 
 
+def test_the_pointwise_suite_has_every_loss_at_one_size() -> None:
+    cases = suites.pointwise()
+    assert {case.loss for case in cases} == set(LOSSES) - {"cross_entropy"}
+    assert {case.rows * case.classes for case in cases} == {10**7}
+    assert [case.loss for case in cases if case.dtype == "bfloat16"] == ["mse", "huber", "bce"]
+    assert [(case.loss, case.classes) for case in cases if case.weighted] == [("bce", 100)]
+    losses = [case.loss for case in cases]
+    assert losses == sorted(losses, key=losses.index), "the rows of a loss stand together"
+
+
+def test_every_loss_of_the_library_is_timed() -> None:
+    modules = {name for name in fusedloss.__all__ if name.endswith("Loss")}
+    timed = {type(loss.fused()).__name__ for name, loss in LOSSES.items() if name not in CUSTOM}
+    assert timed == modules
+
+
+def test_quick_has_a_row_of_the_family_and_of_custom_losses() -> None:
+    def added(*arguments: str) -> list[Case]:
+        plan = command.plan_of(command.parse(["--no-compile", *arguments]))
+        return [case for case, _ in plan if case.loss not in command.DEFAULT_LOSSES]
+
+    size = command.QUICK_SIZES[-1]
+    assert added("--quick") == [Case(loss, *size, "float32", "forward+backward") for loss in ("bce", "log_cosh")]
+    assert added() == added("--quick", "--loss", "mse") == []
+
+
+def test_custom_losses_are_compiled_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def custom_loss(expression: str, **_: float) -> None:
+        made.append(expression)
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(fusedloss, "custom_loss", custom_loss)
+    contenders.warm_up("cpu", ["mse", "log_cosh"])
+    assert made == ["log(cosh(input - target))"]
+    result = measure_case(Case("log_cosh", 4, 3, "float32", "forward"), ["eager", "fusedloss"], BRIEF)
+    assert result.measurements["fusedloss"].note == "RuntimeError: no C++ compiler"
+
+
 def test_quick_compiles_only_what_training_runs() -> None:
     quick, full = command.parse(["--quick"]), command.parse([])
     forward, both = (Case("mse", 128, 10, "float32", step) for step in ("forward", "forward+backward"))
@@ -425,7 +539,7 @@ def test_lists_may_be_repeated_or_comma_separated() -> None:
         (["--sizes", "4x-3"], "'4x-3' is not a size"),
         (["--sizes", "4x3x2"], "'4x3x2' is not a size"),
         (["--dtype", "float8"], "'float8' is not one of float32, bfloat16, float16, float64"),
-        (["--loss", "l1"], "'l1' is not one of cross_entropy, mse"),
+        (["--loss", "hinge"], "'hinge' is not one of cross_entropy, mse, l1"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--plot", "figures.gif"], "--plot figures.gif: expected a name that ends in .png or .svg"),
         (["--suite", "cpu", "--quick"], "--suite has its own sizes, dtypes, losses and device"),

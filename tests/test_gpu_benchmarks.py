@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import __main__ as command
 from benchmarks import copying, measure, peers, profiled, report, representative, suites, timing
 from benchmarks.cases import Case, gradient_bytes
+from benchmarks.losses import CUSTOM, LOSSES
 from benchmarks.measure import CaseResult, Measurement
 from benchmarks.timing import Effort, Step, Times
 
@@ -118,7 +119,8 @@ def test_the_suite_covers_what_it_says_within_a_gpus_memory() -> None:
     assert max(gradient_bytes(case) // case.torch_dtype.itemsize for case in cases) <= 1 << 28
     contenders = {case: suites.cuda_contenders(case) for case in cases}
     assert all(names[0] == "eager" and names[-1] == "copy" and "fusedloss" in names for names in contenders.values())
-    assert 10 <= sum("compile" in names for names in contenders.values()) <= 15
+    assert 10 <= sum("compile" in names for names in contenders.values()) <= 16
+    assert {case.loss for case in cases} >= set(LOSSES) - set(CUSTOM), "every loss of the library"
     with_peers = [case for case, names in contenders.items() if {"liger", "quack"} <= set(names)]
     assert {case.step for case in with_peers} == {"forward", "forward+backward"}
     assert all(case.loss == "cross_entropy" and not case.variant and not case.inner for case in with_peers)
