@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import _reduction
 
-from . import _backend, functional, jit, pointwise_losses
+from . import _backend, jit, pointwise_losses
 from ._build import BuildError, Plan, make_plan
+from ._calls import fused
 from .expression import Expression, parse, to_cpp, to_torch
 
 # Tensors that an expression may use without further ado, and how many it may use in all, as csrc/options.h has it.
@@ -99,7 +100,9 @@ class CustomLoss(nn.Module):
         self.parameter_names = tuple(parameters)
         for name, value in parameters.items():
             if hasattr(self, name) or keyword.iskeyword(name):
-                raise ValueError(f"custom_loss: parameter {name!r} is an attribute of every module; choose another name")
+                raise ValueError(
+                    f"custom_loss: parameter {name!r} is an attribute of every module; choose another name"
+                )
             setattr(self, name, _number(name, value))
         self._prepare()
         pointwise_losses.number_of(self._name)
@@ -114,7 +117,7 @@ class CustomLoss(nn.Module):
             dtype = _common_dtype(operands)
             operands = [operand.to(dtype) for operand in operands]
         parameters = [getattr(self, name) for name in self._formula.parameters]
-        loss = functional.fused(self._name, operands, self.reduction, parameters)
+        loss = fused(self._name, operands, self.reduction, parameters)
         return self._composed(operands, parameters) if loss is None else loss
 
     def extra_repr(self) -> str:
@@ -142,7 +145,9 @@ class CustomLoss(nn.Module):
         known = (*USUAL_TENSORS[:2], *self._formula.operands)
         unknown = [name for name in given if name not in known]
         if unknown:
-            raise TypeError(f"custom_loss: {self.expression!r} has no tensor {unknown[0]!r}, expected {', '.join(known)}")
+            raise TypeError(
+                f"custom_loss: {self.expression!r} has no tensor {unknown[0]!r}, expected {', '.join(known)}"
+            )
 
     def _composed(self, operands: list[Tensor], parameters: list[float]) -> Tensor:
         """By torch's operations; what the kernels compute in float32 is computed so here too."""
@@ -244,7 +249,9 @@ def _formula(
     slopes = {}
     for name, text in (derivative or {}).items():
         if name not in known:
-            raise ValueError(f"custom_loss: derivative by {name!r}, which is no tensor; the tensors are {', '.join(known)}")
+            raise ValueError(
+                f"custom_loss: derivative by {name!r}, which is no tensor; the tensors are {', '.join(known)}"
+            )
         slopes[name] = parse(text, known, parameters, is_loss=False)
     used = {name for one in (loss, *slopes.values()) for name in one.names} | set(slopes)
     operands = tuple(name for name in known if name in used)

@@ -5,53 +5,38 @@ dispatch mode must see it. Any other (a tensor subclass, a device without kernel
 to torch's own function, so that it gives what torch gives. docs/coverage.md lists which.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter, _reduction
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.nn import _reduction
 
 from . import _backend, ops
+from ._calls import by_torch, is_eager
 from .ops import torch_cross_entropy, torch_nll_loss
-from .pointwise_losses import GAUSSIAN_CONSTANT, number_of
+from .pointwise import (
+    TORCHS,
+    binary_cross_entropy_with_logits,
+    gaussian_nll_loss,
+    huber_loss,
+    kl_div,
+    l1_loss,
+    mse_loss,
+    poisson_nll_loss,
+    smooth_l1_loss,
+    soft_margin_loss,
+)
 
-# torch's own functions, taken where `patch` has not replaced them.
-torch_mse_loss = F.mse_loss
-torch_l1_loss = F.l1_loss
-torch_smooth_l1_loss = F.smooth_l1_loss
-torch_huber_loss = F.huber_loss
-torch_binary_cross_entropy_with_logits = F.binary_cross_entropy_with_logits
-torch_kl_div = F.kl_div
-torch_poisson_nll_loss = F.poisson_nll_loss
-torch_gaussian_nll_loss = F.gaussian_nll_loss
-torch_soft_margin_loss = F.soft_margin_loss
-
-
-def _is_eager(tensors: Sequence[Tensor], weight: Tensor | None = None) -> bool:
-    """May the kernels look at these, or even be compiled to do so? They then decide for themselves."""
-    return (
-        not torch.compiler.is_compiling()
-        and (not has_torch_function_variadic(*tensors, weight) or _only_modes(*tensors, weight))
-        and all(isinstance(tensor, Tensor) for tensor in tensors)
-        and (weight is None or isinstance(weight, Tensor))
-        and (tensors[0].is_cpu or tensors[0].is_cuda)
-    )
-
-
-def _only_modes(*arguments: object) -> bool:
-    plain = all(type(argument) in (Tensor, Parameter, type(None)) for argument in arguments)
-    return plain and ops.only_transparent_modes()
-
-
-def _by_torch(function: Callable[..., Tensor], *tensors: Tensor | None, **options: Any) -> Tensor:
-    """torch's own function, also as the one a subclass is asked about: by name it would be ours after `patch`."""
-    if not torch.compiler.is_compiling() and has_torch_function_variadic(*tensors):
-        return handle_torch_function(function, tensors, *tensors, **options)
-    return function(*tensors, **options)
+__all__ = [
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "gaussian_nll_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "mse_loss",
+    "nll_loss",
+    "poisson_nll_loss",
+    "smooth_l1_loss",
+    "soft_margin_loss",
+]
 
 
 def cross_entropy(
@@ -110,7 +95,7 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if _is_eager((input, target), weight):
+    if is_eager((input, target), weight):
         loss = _backend.extension().cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing, inplace_backward
         )
@@ -120,425 +105,7 @@ def cross_entropy(
         number = _reduction.get_enum(reduction)
         return ops.cross_entropy(input, target, weight, number, ignore_index, label_smoothing)
     options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-    return _by_torch(torch_cross_entropy, input, target, weight, **options)
-
-
-def mse_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-) -> Tensor:
-    r"""Mean squared error, `torch.nn.functional.mse_loss`, fused.
-
-    Each element's loss is :math:`(x - t)^2`, its gradient :math:`2 (x - t)` for input and the negative for target;
-    'mean' divides the sum by the number of elements.
-
-    Args:
-        input: any shape; float32, float64, bfloat16 or float16.
-        target: the shape of input; another that broadcasts with it works, with torch's warning.
-        size_average, reduce: deprecated; they override reduction.
-        reduction: 'none', 'mean' or 'sum'. Default 'mean'.
-        weight: the shape of input; computed by torch's own function.
-
-    Returns:
-        A scalar of input's dtype, or with 'none' one loss an element, in the broadcast shape. Under autocast float32,
-        as torch's.
-
-    Raises:
-        ValueError: reduction is unknown.
-        RuntimeError: the shapes do not broadcast, or the devices differ.
-        NotImplementedError: the dtype is none that squared errors are computed in.
-    """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    if weight is None:
-        loss = fused("mse_loss", (input, target), reduction, warns=True)
-        if loss is not None:
-            return loss
-    return _by_torch(torch_mse_loss, input, target, reduction=reduction, weight=weight)
-
-
-def l1_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-) -> Tensor:
-    r"""Mean absolute error, `torch.nn.functional.l1_loss`, fused.
-
-    Each element's loss is :math:`|x - t|`, its gradient :math:`\operatorname{sign}(x - t)` for input, 0 where both are
-    equal, and the negative for target.
-
-    Arguments, result and errors are those of `mse_loss`.
-    """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    if weight is None:
-        loss = fused("l1_loss", (input, target), reduction, warns=True)
-        if loss is not None:
-            return loss
-    return _by_torch(torch_l1_loss, input, target, reduction=reduction, weight=weight)
-
-
-def smooth_l1_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    beta: float = 1.0,
-) -> Tensor:
-    r"""Smooth L1 loss, `torch.nn.functional.smooth_l1_loss`, fused.
-
-    With :math:`d = x - t`, each element's loss is :math:`d^2 / 2\beta` where :math:`|d| < \beta`, else
-    :math:`|d| - \beta / 2`; its gradient for input is :math:`d / \beta` limited to [-1, 1], and the negative for
-    target.
-
-    Source: Girshick, "Fast R-CNN", 2015.
-
-    Args:
-        beta: where the parabola ends, in the unit of input; not negative, and 0 for `l1_loss`. Default 1.
-
-    Other arguments, result and errors are those of `mse_loss`; a negative beta is a RuntimeError.
-    """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    if isinstance(beta, int | float) and beta >= 0:
-        name, parameters = ("smooth_l1_loss", (beta,)) if beta > 0 else ("l1_loss", ())
-        loss = fused(name, (input, target), reduction, parameters, warns=True)
-        if loss is not None:
-            return loss
-    return _by_torch(torch_smooth_l1_loss, input, target, reduction=reduction, beta=beta)
-
-
-def huber_loss(
-    input: Tensor,
-    target: Tensor,
-    reduction: str = "mean",
-    delta: float = 1.0,
-    weight: Tensor | None = None,
-) -> Tensor:
-    r"""Huber loss, `torch.nn.functional.huber_loss`, fused.
-
-    With :math:`d = x - t`, each element's loss is :math:`d^2 / 2` where :math:`|d| < \delta`, else
-    :math:`\delta \, (|d| - \delta / 2)`; its gradient for input is :math:`d` limited to
-    :math:`[-\delta, \delta]`, and the negative for target.
-
-    Source: Huber, "Robust Estimation of a Location Parameter", 1964.
-
-    Args:
-        delta: where the parabola ends, in the unit of input; positive. Default 1.
-        weight: the shape of input; computed by torch's own function.
-
-    Other arguments, result and errors are those of `mse_loss`; a delta that is not positive is a RuntimeError.
-    """
-    if weight is None and isinstance(delta, int | float) and delta > 0:
-        loss = fused("huber_loss", (input, target), reduction, (delta,), warns=True)
-        if loss is not None:
-            return loss
-    return _by_torch(torch_huber_loss, input, target, reduction=reduction, delta=delta, **_if_given(weight=weight))
-
-
-def binary_cross_entropy_with_logits(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    pos_weight: Tensor | None = None,
-) -> Tensor:
-    r"""Binary cross entropy of logits, `torch.nn.functional.binary_cross_entropy_with_logits`, fused.
-
-    With the softplus :math:`s(x) = \log(1 + e^x)`, each element's loss is
-    :math:`w \, ((1 - t) \, s(x) + p \, t \, s(-x))`; its gradient for input is
-    :math:`w \, ((1 - t) \, \sigma(x) - p \, t \, \sigma(-x))`.
-
-    Args:
-        input: logits of any shape; float32, float64, bfloat16 or float16.
-        target: probabilities, of the shape of input.
-        weight: :math:`w`, of a shape that can be expanded to that of input. Default 1.
-        size_average, reduce: deprecated; they override reduction.
-        reduction: 'none', 'mean' or 'sum'. Default 'mean', which divides by the number of elements.
-        pos_weight: :math:`p`, of a shape that can be expanded to that of input. Default 1.
-
-    Returns:
-        A scalar of input's dtype, or with 'none' one loss an element. Under autocast float32, as torch's. All of input,
-        target, weight and pos_weight receive gradients where they require them.
-
-    Raises:
-        ValueError: target has not the shape of input, or reduction is unknown.
-        RuntimeError: weight or pos_weight cannot be expanded, or the devices differ.
-    """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    loss = None
-    if weight is None and pos_weight is None:
-        if _have_one_shape(input, target):
-            loss = fused("binary_cross_entropy_with_logits", (input, target), reduction)
-    elif _have_one_shape(input, target, weight, pos_weight):
-        one = input.new_ones(())
-        operands = (input, target, one if weight is None else weight, one if pos_weight is None else pos_weight)
-        loss = fused("weighted_binary_cross_entropy_with_logits", operands, reduction)
-    if loss is not None:
-        return loss
-    return _by_torch(
-        torch_binary_cross_entropy_with_logits,
-        input,
-        target,
-        weight=weight,
-        reduction=reduction,
-        pos_weight=pos_weight,
-    )
-
-
-def kl_div(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    log_target: bool = False,
-) -> Tensor:
-    r"""Kullback-Leibler divergence, `torch.nn.functional.kl_div`, fused.
-
-    Each element's loss is :math:`t \, (\log t - x)`, 0 where :math:`t` is, or with log_target
-    :math:`e^t \, (t - x)`; its gradient for input is :math:`-t` or :math:`-e^t`.
-
-    Source: Kullback and Leibler, "On Information and Sufficiency", 1951.
-
-    Args:
-        input: log-probabilities of any shape; float32, float64, bfloat16 or float16.
-        target: probabilities, or log-probabilities; of a shape that broadcasts with that of input.
-        size_average, reduce: deprecated; they override reduction.
-        reduction: 'none', 'batchmean', 'mean' or 'sum'. 'batchmean' divides by the first size of input; 'mean', the
-            default, by the number of elements, and torch's warning says that the former is meant.
-        log_target: target holds log-probabilities. Default False.
-
-    Returns and raises what `mse_loss` does.
-    """
-    is_legacy = size_average is not None or reduce is not None
-    if is_legacy:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    name = "kl_div_log_target" if log_target else "kl_div"
-    if reduction == "batchmean":
-        number, divisor = ("mean", input.shape[0]) if input.dim() > 0 else ("sum", None)
-        loss = fused(name, (input, target), number, divisor=divisor)
-    else:
-        loss = fused(name, (input, target), reduction)
-    if loss is not None:
-        if reduction == "mean" and not is_legacy:
-            _warn(
-                "reduction: 'mean' divides the total loss by both the batch size and the support size. "
-                "'batchmean' divides only by the batch size, and aligns with the KL div math definition.",
-                stacklevel=2,
-            )
-        return loss
-    if is_legacy and reduction == "mean":  # of which torch warns only where it is asked for by that name
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _by_torch(torch_kl_div, input, target, reduction=reduction, log_target=log_target)
-    return _by_torch(torch_kl_div, input, target, reduction=reduction, log_target=log_target)
-
-
-def poisson_nll_loss(
-    input: Tensor,
-    target: Tensor,
-    log_input: bool = True,
-    full: bool = False,
-    size_average: bool | None = None,
-    eps: float = 1e-8,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    r"""Negative log-likelihood of Poisson counts, `torch.nn.functional.poisson_nll_loss`, fused.
-
-    Each element's loss is :math:`e^x - t x`, or :math:`x - t \log(x + \epsilon)` where input is the rate itself; full
-    adds Stirling's approximation of :math:`\log t!`, :math:`t \log t - t + \tfrac12 \log 2 \pi t` where
-    :math:`t > 1`.
-
-    Args:
-        input: logarithm of the rate, or with log_input=False the rate; any shape; float32, float64, bfloat16, float16.
-        target: counts, of a shape that broadcasts with that of input.
-        log_input: input is the logarithm of the rate. Default True.
-        full: add the approximation. Default False.
-        size_average, reduce: deprecated; they override reduction.
-        eps: :math:`\epsilon`, added to the rate. Default 1e-8.
-        reduction: 'none', 'mean' or 'sum'. Default 'mean'.
-
-    Returns and raises what `mse_loss` does.
-    """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    if reduction in ("none", "mean", "sum"):
-        name = f"poisson_nll_loss{'' if log_input else '_of_rate'}{'_full' if full else ''}"
-        loss = fused(name, (input, target), reduction, (eps,))
-        if loss is not None:
-            return loss
-    options = {"log_input": log_input, "full": full, "eps": eps, "reduction": reduction}
-    return _by_torch(torch_poisson_nll_loss, input, target, **options)
-
-
-def gaussian_nll_loss(
-    input: Tensor,
-    target: Tensor,
-    var: Tensor | float,
-    full: bool = False,
-    eps: float = 1e-6,
-    reduction: str = "mean",
-) -> Tensor:
-    r"""Negative log-likelihood of a normal distribution, `torch.nn.functional.gaussian_nll_loss`, fused.
-
-    With :math:`v = \max(\mathrm{var}, \epsilon)`, each element's loss is
-    :math:`\tfrac12 \, (\log v + (x - t)^2 / v)`, and with full :math:`\tfrac12 \log 2 \pi` more. The gradients are
-    :math:`(x - t) / v` for input, the negative for target, and :math:`\tfrac12 \, (1 - (x - t)^2 / v) / v` for var,
-    also where it is below :math:`\epsilon`.
-
-    Source: Nix and Weigend, "Estimating the mean and variance of the target probability distribution", 1994.
-
-    Args:
-        input: means, any shape; float32, float64, bfloat16 or float16.
-        target: of the shape of input, or one that broadcasts with it.
-        var: variances, not negative: a number, or of input's shape, that without its last dimension, or that with one
-            dimension of size 1.
-        full: add the constant. Default False.
-        eps: :math:`\epsilon`. Default 1e-6.
-        reduction: 'none', 'mean' or 'sum'. Default 'mean'.
-
-    Returns:
-        As `mse_loss`; under autocast float32.
-
-    Raises:
-        ValueError: var is negative (a RuntimeError where the compiler has made a graph of it) or of another size, or
-            reduction is unknown. To look for a negative var the host waits for the GPU, as with torch's function.
-    """
-    if isinstance(var, Tensor) and reduction in ("none", "mean", "sum") and _covers(input, target, var):
-        _refuse_negative(var)
-        fits = var.shape == input.shape
-        if not fits and var.shape == input.shape[:-1]:
-            var, fits = var.unsqueeze(-1), True
-        others = sum(size for size, own in zip(var.shape, input.shape, strict=False) if size != own)
-        if fits or (var.dim() == input.dim() and others == 1):
-            parameters = (eps, GAUSSIAN_CONSTANT if full else 0.0)
-            loss = fused("gaussian_nll_loss", (input, target, var), reduction, parameters)
-            if loss is not None:
-                return loss
-    return _by_torch(torch_gaussian_nll_loss, input, target, var, full=full, eps=eps, reduction=reduction)
-
-
-def soft_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    r"""Logistic loss of two classes, `torch.nn.functional.soft_margin_loss`, fused.
-
-    Each element's loss is :math:`\log(1 + e^{-t x})` for targets 1 and -1, its gradient for input
-    :math:`-t \, \sigma(-t x)`. Computed so that it is finite where torch's overflows.
-
-    Arguments, result and errors are those of `mse_loss`, but that the shape of target must be one that can be expanded
-    to that of input, and that no warning is given where the shapes differ.
-    """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    if _can_expand(target, input):
-        loss = fused("soft_margin_loss", (input, target), reduction)
-        if loss is not None:
-            return loss
-    return _by_torch(torch_soft_margin_loss, input, target, reduction=reduction)
-
-
-def _refuse_negative(var: Tensor) -> None:
-    is_negative = torch.any(var < 0)
-    if _is_eager((var,)):
-        if is_negative:
-            raise ValueError("gaussian_nll_loss: var has negative entry/entries, expected none")
-    else:  # a graph looks when it runs
-        torch._assert_async(~is_negative, "gaussian_nll_loss: var has negative entry/entries, expected none")
-
-
-def _if_given(**options: Tensor | None) -> dict[str, Tensor]:
-    """For arguments that an older torch does not have."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _have_one_shape(input: Tensor, *others: Tensor | None) -> bool:
-    """Has the first of the others the shape of input, and can the rest be expanded to it?"""
-    target, *weights = others
-    if not isinstance(input, Tensor) or not isinstance(target, Tensor) or target.shape != input.shape:
-        return False
-    return all(weight is None or _can_expand(weight, input) for weight in weights)
-
-
-def _can_expand(tensor: Tensor, to: Tensor) -> bool:
-    if not isinstance(tensor, Tensor) or not isinstance(to, Tensor):
-        return False
-    sizes = zip(reversed(tensor.shape), reversed(to.shape), strict=False)
-    return tensor.dim() <= to.dim() and all(size in (1, other) for size, other in sizes)
-
-
-def _covers(*operands: Tensor) -> bool:
-    return _is_eager(operands) or ops.accepts(*operands)
-
-
-def fused(
-    name: str,
-    operands: Sequence[Tensor],
-    reduction: str,
-    parameters: Sequence[float] = (),
-    divisor: int | None = None,
-    warns: bool = False,
-) -> Tensor | None:
-    """The pointwise loss of this name, as its kernels or the registered op compute it; None where the call is torch's.
-
-    warns: an input and a target of two shapes are likely a mistake, as torch tells.
-    """
-    if not _covers(*operands):
-        return None
-    given, shape = operands, operands[0].shape
-    differs = any(operand.shape != shape for operand in operands[1:])
-    if differs:
-        if warns and torch.compiler.is_compiling():
-            return None  # the compiler calls torch's function, whose warning it lets through
-        operands = _broadcast(name, operands)
-    number = _reduction.get_enum(reduction)
-    loss = None
-    if _is_eager(operands):
-        loss = _backend.extension().pointwise(number_of(name), operands, parameters, number, divisor)
-    if loss is None and ops.pointwise_covers(operands):
-        loss = ops.pointwise(operands, name, parameters, number, divisor)
-    if differs and warns and loss is not None:
-        input, target = given
-        _warn(
-            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
-            "This will likely lead to incorrect results due to broadcasting. "
-            "Please ensure they have the same size.",
-            stacklevel=3,
-        )
-    return loss
-
-
-def _warn(message: str, stacklevel: int) -> None:
-    warnings.warn(message, stacklevel=stacklevel + 1)
-
-
-# The compiler calls it while it records the graph.
-_warn._dynamo_marked_constant = True
-
-
-def _broadcast(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
-    try:
-        return torch.broadcast_tensors(*operands)
-    except RuntimeError as error:
-        shapes = ", ".join(str(list(operand.shape)) for operand in operands)
-        raise RuntimeError(f"{name}: input and target must have shapes that broadcast, got {shapes}: {error}") from None
+    return by_torch(torch_cross_entropy, input, target, weight, **options)
 
 
 def nll_loss(
@@ -577,28 +144,16 @@ def nll_loss(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if _is_eager((input, target), weight):
+    if is_eager((input, target), weight):
         number = _reduction.get_enum(reduction)
         loss = _backend.extension().nll_loss(input, target, weight, number, ignore_index)
         if loss is not None:
             return loss
     if ops.nll_loss_covers(input, target, weight):
         return ops.nll_loss(input, target, weight, _reduction.get_enum(reduction), ignore_index)
-    return _by_torch(torch_nll_loss, input, target, weight, ignore_index=ignore_index, reduction=reduction)
+    return by_torch(torch_nll_loss, input, target, weight, ignore_index=ignore_index, reduction=reduction)
 
 
 # TorchScript cannot compile a call into an extension. Asked for these functions, or what calls them, it gets torch's.
-for _ours, _torchs in (
-    (cross_entropy, torch_cross_entropy),
-    (nll_loss, torch_nll_loss),
-    (mse_loss, torch_mse_loss),
-    (l1_loss, torch_l1_loss),
-    (smooth_l1_loss, torch_smooth_l1_loss),
-    (huber_loss, torch_huber_loss),
-    (binary_cross_entropy_with_logits, torch_binary_cross_entropy_with_logits),
-    (kl_div, torch_kl_div),
-    (poisson_nll_loss, torch_poisson_nll_loss),
-    (gaussian_nll_loss, torch_gaussian_nll_loss),
-    (soft_margin_loss, torch_soft_margin_loss),
-):
+for _ours, _torchs in {cross_entropy: torch_cross_entropy, nll_loss: torch_nll_loss, **TORCHS}.items():
     _ours.__prepare_scriptable__ = lambda torchs=_torchs: torchs

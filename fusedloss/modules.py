@@ -168,9 +168,7 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
     """
 
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
-        return functional.gaussian_nll_loss(
-            input, target, var, full=self.full, eps=self.eps, reduction=self.reduction
-        )
+        return functional.gaussian_nll_loss(input, target, var, full=self.full, eps=self.eps, reduction=self.reduction)
 
 
 class SoftMarginLoss(nn.SoftMarginLoss):

@@ -1,0 +1,93 @@
+"""Which way a call goes: to the kernels at once, to the registered op, or to torch's own function."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter, _reduction
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import _backend, ops
+from .pointwise_losses import number_of
+
+
+def is_eager(tensors: Sequence[Tensor], weight: Tensor | None = None) -> bool:
+    """May the kernels look at these, or even be compiled to do so? They then decide for themselves."""
+    return (
+        not torch.compiler.is_compiling()
+        and (not has_torch_function_variadic(*tensors, weight) or _only_modes(*tensors, weight))
+        and all(isinstance(tensor, Tensor) for tensor in tensors)
+        and (weight is None or isinstance(weight, Tensor))
+        and (tensors[0].is_cpu or tensors[0].is_cuda)
+    )
+
+
+def _only_modes(*arguments: object) -> bool:
+    plain = all(type(argument) in (Tensor, Parameter, type(None)) for argument in arguments)
+    return plain and ops.only_transparent_modes()
+
+
+def by_torch(function: Callable[..., Tensor], *tensors: Tensor | None, **options: Any) -> Tensor:
+    """torch's own function, also as the one a subclass is asked about: by name it would be ours after `patch`."""
+    if not torch.compiler.is_compiling() and has_torch_function_variadic(*tensors):
+        return handle_torch_function(function, tensors, *tensors, **options)
+    return function(*tensors, **options)
+
+
+def covers(*operands: Tensor) -> bool:
+    return is_eager(operands) or ops.accepts(*operands)
+
+
+def fused(
+    name: str,
+    operands: Sequence[Tensor],
+    reduction: str,
+    parameters: Sequence[float] = (),
+    divisor: int | None = None,
+    warns: bool = False,
+) -> Tensor | None:
+    """The pointwise loss of this name, as its kernels or the registered op compute it; None where the call is torch's.
+
+    warns: an input and a target of two shapes are likely a mistake, as torch tells.
+    """
+    if not covers(*operands):
+        return None
+    given, shape = operands, operands[0].shape
+    differs = any(operand.shape != shape for operand in operands[1:])
+    if differs:
+        if warns and torch.compiler.is_compiling():
+            return None  # the compiler calls torch's function, whose warning it lets through
+        operands = _broadcast(name, operands)
+    number = _reduction.get_enum(reduction)
+    loss = None
+    if is_eager(operands):
+        loss = _backend.extension().pointwise(number_of(name), operands, parameters, number, divisor)
+    if loss is None and ops.pointwisecovers(operands):
+        loss = ops.pointwise(operands, name, parameters, number, divisor)
+    if differs and warns and loss is not None:
+        input, target = given
+        warn(
+            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+            "This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=3,
+        )
+    return loss
+
+
+def warn(message: str, stacklevel: int) -> None:
+    warnings.warn(message, stacklevel=stacklevel + 1)
+
+
+# The compiler calls it while it records the graph.
+warn._dynamo_marked_constant = True
+
+
+def _broadcast(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
+    try:
+        return torch.broadcast_tensors(*operands)
+    except RuntimeError as error:
+        shapes = ", ".join(str(list(operand.shape)) for operand in operands)
+        raise RuntimeError(f"{name}: input and target must have shapes that broadcast, got {shapes}: {error}") from None
