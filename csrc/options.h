@@ -115,6 +115,7 @@ struct PointwiseOptions {
   int operands;
   const void* operand[kMaxOperands];     // of each operand, [numel] contiguous
   int64_t operand_stride[kMaxOperands];  // 1, or 0 where one value serves all elements
+  int64_t operand_period[kMaxOperands];  // CPU: not 0, after how many elements it repeats itself; it then is [period]
   double parameter[kMaxParameters];
 
   void* loss;     // [numel] for kNone, else [1]; null in the backward pass

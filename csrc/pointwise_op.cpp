@@ -67,10 +67,21 @@ struct Call {
                 input.scalar_type(), ", got ", operand.scalar_type());
   }
 
+  // Where it is one row (weights of classes, say) for all rows of a contiguous input: how long. Else 0.
+  int64_t period_of(const at::Tensor& operand) const {
+    if (!input().is_contiguous()) return 0;
+    int64_t period = 1, dim = operand.dim() - 1;
+    for (; dim >= 0 && (operand.stride(dim) == period || operand.size(dim) == 1); --dim) period *= operand.size(dim);
+    for (; dim >= 0; --dim)
+      if (operand.stride(dim) != 0 && operand.size(dim) != 1) return 0;
+    return period > 1 && period < operand.numel() ? period : 0;
+  }
+
   void place(int k) {
     at::Tensor& operand = operands[size_t(k)];
     o.operand_stride[k] = k > 0 && is_one_value(operand) ? 0 : 1;
-    if (o.operand_stride[k] == 1 && operand.strides() != input().strides())
+    if (k > 0 && !on_cuda(input())) o.operand_period[k] = period_of(operand);
+    if (o.operand_stride[k] == 1 && o.operand_period[k] == 0 && operand.strides() != input().strides())
       operand = empty_beside(input(), operand.scalar_type()).copy_(operand);
     o.operand[k] = operand.const_data_ptr();
   }

@@ -64,7 +64,7 @@ def fused(
     loss = None
     if is_eager(operands):
         loss = _backend.extension().pointwise(number_of(name), operands, parameters, number, divisor)
-    if loss is None and ops.pointwisecovers(operands):
+    if loss is None and ops.pointwise_covers(operands):
         loss = ops.pointwise(operands, name, parameters, number, divisor)
     if differs and warns and loss is not None:
         input, target = given

@@ -99,12 +99,4 @@ def leaves(operands: dict[str, Tensor], dtype: torch.dtype | None = None, but: S
     }
 
 
-def every_case_but(reason: str, *names: str, strict: bool = True) -> pytest.MarkDecorator:
-    """Of these it is known that it fails."""
-    fails = pytest.mark.xfail(strict=strict, reason=reason)
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=fails) if name in names else name for name in CASES]
-    )
-
-
 every_case = pytest.mark.parametrize("name", CASES)

@@ -16,7 +16,7 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from graphs import losses_in
 from oracle import assert_exact
-from pointwise import CASES, DTYPES, REDUCTIONS, Case, every_case, every_case_but, leaves, reductions
+from pointwise import CASES, DTYPES, REDUCTIONS, Case, every_case, leaves, reductions
 from torch import Tensor, nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.autograd import gradcheck, gradgradcheck
@@ -160,7 +160,7 @@ def test_transforms_are_torchs(name, device):
                 )  # fmt: skip
 
 
-@every_case_but("the passes are compiled to other fused operations", "kl_div, log_target", strict=False)
+@every_case
 def test_several_backward_passes(name, device):
     case = CASES[name]
     for reduction in REDUCTIONS:
@@ -264,11 +264,8 @@ def test_mixed_types_are_torchs(name, device):
             assert_same_outcome(ours, torchs, f"{name}, {kind} and {of_target}, {reduction}")
 
 
-REFUSED = pytest.mark.xfail(strict=True, reason="refused before torch's function is asked")
-
-
 @pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
-@pytest.mark.parametrize("function", [pytest.param(f, marks=REFUSED if f[0] in "lkps" else ()) for f in MODULES])
+@pytest.mark.parametrize("function", MODULES)
 def test_types_without_kernels_are_torchs(function, kind, device):
     for case in CASES.values():
         if case.function == function:

@@ -57,7 +57,9 @@ class Evaluation {
       on_block_ = formula.of_float[int(instruction_set())];
     }
     for (int k = 0; k < operands_; ++k) {
-      if (o.operand_stride[k] == 0) fill(operand_[k], load_one(static_cast<const T*>(o.operand[k])));
+      const T* operand = static_cast<const T*>(o.operand[k]);
+      if (o.operand_stride[k] == 0) fill(operand_[k], load_one(operand));
+      if (repeats_within_block(k)) repeat(operand, o.operand_period[k], operand_[k]);
       if (o.grad[k] != nullptr) block_.wrt |= 1u << k;
     }
     block_.operand = operand_of_block_;
@@ -74,8 +76,13 @@ class Evaluation {
     const bool whole = block_.size == n;  // else a vector would reach beyond the tensors' end
     for (int k = 0; k < operands_; ++k) {
       operand_of_block_[k] = operand_[k];
-      if (o_.operand_stride[k] != 0)
-        operand_of_block_[k] = read(static_cast<const T*>(o_.operand[k]) + begin, operand_[k], n, whole);
+      if (repeats_within_block(k)) {
+        operand_of_block_[k] = operand_[k] + begin % o_.operand_period[k];
+      } else if (o_.operand_period[k] != 0) {
+        operand_of_block_[k] = read_around(k, begin % o_.operand_period[k], n, whole);
+      } else if (o_.operand_stride[k] != 0) {
+        operand_of_block_[k] = read(at<const T>(o_.operand[k], begin), operand_[k], n, whole);
+      }
       grad_of_block_[k] = in_place<T>(whole && o_.grad[k] != nullptr) ? at<A>(o_.grad[k], begin) : grad_[k];
     }
     if (block_.wrt != 0 && o_.grad_output_stride != 0) {
@@ -115,6 +122,24 @@ class Evaluation {
     return buffer;
   }
 
+  // Of an operand with a period: so short a one is written out beforehand, for a block that begins anywhere in it.
+  bool repeats_within_block(int k) const {
+    return o_.operand_period[k] != 0 && o_.operand_period[k] <= kPointwiseBlock;
+  }
+  static void repeat(const T* from, int64_t period, A* to) {
+    for (int64_t i = 0; i < period; ++i) to[i] = load_one(from + i);
+    for (int64_t i = period; i < period + kPointwiseBlock; ++i) to[i] = to[i - period];
+  }
+  // A longer one: a block that reaches beyond its end goes on at its beginning.
+  const void* read_around(int k, int64_t begin, int n, bool whole) {
+    const T* operand = static_cast<const T*>(o_.operand[k]);
+    const int until_end = int(std::min(int64_t(n), o_.operand_period[k] - begin));
+    if (until_end == n) return read(operand + begin, operand_[k], n, whole);
+    widen(operand + begin, operand_[k], until_end);
+    widen(operand, operand_[k] + until_end, n - until_end);
+    return operand_[k];
+  }
+
   bool loss_is_wide() const { return o_.loss_dtype != o_.dtype; }
 
   // With the mean's division.
@@ -131,7 +156,7 @@ class Evaluation {
   PointwiseBlock block_ = {};
   const void* operand_of_block_[kMaxOperands];
   void* grad_of_block_[kMaxOperands];
-  alignas(64) A operand_[kMaxOperands][kPointwiseBlock];
+  alignas(64) A operand_[kMaxOperands][2 * kPointwiseBlock];
   alignas(64) A grad_[kMaxOperands][kPointwiseBlock];
   alignas(64) A loss_[kPointwiseBlock];
   alignas(64) A grad_output_[kPointwiseBlock];

@@ -408,7 +408,9 @@ FUSEDLOSS_INLINE V lower_power(V a, V b, V power) {
 }
 template <typename V, unsigned kA, unsigned kB>
 FUSEDLOSS_INLINE auto pow(const Dual<V, kA>& a, const Dual<V, kB>& b) {
-  const V zero = elementary::constant<V>(0);
+  const V zero = elementary::constant<V>(0), two = elementary::constant<V>(2);
+  if constexpr (kB == 0)  // what a parameter mostly is
+    if (!elementary::any(b.value != two)) return chain(V(a.value * a.value), V(two * a.value), a, zero, b);
   const V power = elementary::pow(a.value, b.value);
   V by_a = zero, by_b = zero;
   if constexpr (kA != 0)

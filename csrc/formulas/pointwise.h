@@ -62,7 +62,9 @@ struct WeightedBCEWithLogitsLoss {
   static FUSEDLOSS_INLINE auto loss(X input, T target, W weight, P pos_weight) {
     const auto positive = pos_weight * logsigmoid(input);
     const auto loss = (1 - plain(target)) * softplus(input) - plain(target) * positive;
-    return weight * with_slope(loss, logsigmoid(input) - positive - input, target);
+    // The same twice: one does not cancel near 0, the other is no difference of infinities.
+    const auto near = (1 - pos_weight) * logsigmoid(input) - input, far = -(softplus(input) + positive);
+    return weight * with_slope(loss, where(abs(input) < 1, near, far), target);
   }
 };
 
