@@ -60,9 +60,11 @@ variable_list composed_gradients(const variable_list& inputs, const at::Tensor& 
     views.push_back(input.view_as(input));
     if (input.requires_grad()) of.push_back(views.back());
   }
-  const variable_list found =
-      torch::autograd::grad({loss(views)}, of, {grad_output}, /*retain_graph=*/create_graph, create_graph);
+  const at::Tensor value = loss(views);
   variable_list grads;
+  if (!value.requires_grad()) return variable_list(inputs.size());  // all that would is a mask
+  const variable_list found = torch::autograd::grad({value}, of, {grad_output}, /*retain_graph=*/create_graph,
+                                                    create_graph, /*allow_unused=*/true);
   auto next = found.begin();
   for (const auto& input : inputs) grads.push_back(input.requires_grad() ? *next++ : at::Tensor());
   return grads;

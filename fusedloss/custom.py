@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import keyword
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,8 +64,8 @@ def custom_loss(
             are not compiled in: `criterion.q = 0.8` takes effect at once.
 
     Returns:
-        A module, called as `criterion(input, target, weight=…)`. The tensors broadcast; integers and bool become what
-        the others are, float types are promoted as torch promotes them. A scalar, or with 'none' the broadcast shape; of
+        A module, called as `criterion(input, target, weight=…)`. The tensors broadcast; integers and bool become
+        what the others are, float types are promoted as torch promotes them. A scalar, or with 'none' the broadcast shape; of
         input's dtype, under autocast float32.
 
     Raises:
@@ -80,6 +79,10 @@ def custom_loss(
 
 class CustomLoss(nn.Module):
     """What `custom_loss` returns."""
+
+    parameter_names: tuple[str, ...] = ()
+    _formula: _Formula | None = None
+    _name = ""
 
     def __init__(
         self,
@@ -97,28 +100,29 @@ class CustomLoss(nn.Module):
         self.reduction = reduction
         self.tensors = tuple(tensors)
         self.derivative = dict(derivative) if derivative is not None else None
+        for name in parameters:
+            if hasattr(self, name):
+                raise ValueError(f"custom_loss: parameter {name!r} is what every module has; choose another name")
         self.parameter_names = tuple(parameters)
         for name, value in parameters.items():
-            if hasattr(self, name) or keyword.iskeyword(name):
-                raise ValueError(
-                    f"custom_loss: parameter {name!r} is an attribute of every module; choose another name"
-                )
-            setattr(self, name, _number(name, value))
+            setattr(self, name, value)
         self._prepare()
         pointwise_losses.number_of(self._name)
 
     def forward(self, input: Tensor, target: Tensor | None = None, **tensors: Tensor) -> Tensor:
         given = {"input": input, **tensors} if target is None else {"input": input, "target": target, **tensors}
         operands = [given.get(name) for name in self._formula.operands]
-        if len(given) != len(operands) or any(operand is None for operand in operands):
-            self._check_names(given)
-            operands = [given[name] for name in self._formula.operands]
+        if len(given) != len(operands) or not all(isinstance(operand, Tensor) for operand in operands):
+            self._check_tensors(given)
         if any(operand.dtype != input.dtype for operand in operands) or not input.dtype.is_floating_point:
             dtype = _common_dtype(operands)
             operands = [operand.to(dtype) for operand in operands]
         parameters = [getattr(self, name) for name in self._formula.parameters]
         loss = fused(self._name, operands, self.reduction, parameters)
         return self._composed(operands, parameters) if loss is None else loss
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _number(name, value) if name in self.parameter_names else value)
 
     def extra_repr(self) -> str:
         parameters = "".join(f", {name}={getattr(self, name)}" for name in self.parameter_names)
@@ -138,29 +142,29 @@ class CustomLoss(nn.Module):
             pointwise_losses.PointwiseLoss(self._name, self._formula.elementwise, self._formula.compiled)
         )
 
-    def _check_names(self, given: Mapping[str, Tensor]) -> None:
-        missing = [name for name in self._formula.operands if name not in given]
-        if missing:
-            raise TypeError(f"custom_loss: {self.expression!r} needs the tensor {missing[0]!r}, which is not given")
-        known = (*USUAL_TENSORS[:2], *self._formula.operands)
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise TypeError(
-                f"custom_loss: {self.expression!r} has no tensor {unknown[0]!r}, expected {', '.join(known)}"
-            )
+    def _check_tensors(self, given: Mapping[str, Tensor | None]) -> None:
+        known = tuple(dict.fromkeys((*USUAL_TENSORS[:2], *self._formula.operands)))
+        for name in given:
+            if name not in known:
+                raise TypeError(f"custom_loss: {self.expression!r} has no tensor {name!r}, expected {', '.join(known)}")
+        for name in self._formula.operands:
+            tensor = given.get(name)
+            if tensor is None:
+                raise TypeError(f"custom_loss: {self.expression!r} needs the tensor {name!r}, which is not given")
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"custom_loss: {name!r} must be a tensor, got {type(tensor).__name__}")
 
     def _composed(self, operands: list[Tensor], parameters: list[float]) -> Tensor:
-        """By torch's operations; what the kernels compute in float32 is computed so here too."""
+        """By torch's operations."""
         input = operands[0]
-        narrow = input.dtype in (torch.bfloat16, torch.float16)
-        if narrow:
+        if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
             operands = [operand.float() for operand in operands]
-        number = _reduction.get_enum(self.reduction)
-        loss = pointwise_losses.composed(self._name, operands, parameters, number, None)
-        return loss.to(input.dtype) if narrow and not torch.is_autocast_enabled(input.device.type) else loss
+        return pointwise_losses.composed(self._name, operands, parameters, _reduction.get_enum(self.reduction), None)
 
 
 def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"custom_loss: parameter {name!r} would get no gradient; what is learned is one of the `tensors`")
     if isinstance(value, bool | str | bytes) or (isinstance(value, Tensor) and value.dim() > 0):
         raise TypeError(f"custom_loss: parameter {name!r} must be a number, got {type(value).__name__}")
     try:
@@ -243,6 +247,8 @@ class _Formula:
 def _formula(
     expression: str, tensors: Sequence[str], derivative: Mapping[str, str] | None, parameters: Sequence[str]
 ) -> _Formula:
+    if "self" in tensors:
+        raise ValueError("custom_loss: tensor 'self' cannot be passed by name to a module; choose another name")
     known = (*USUAL_TENSORS, *tensors)
     known = tuple(name for name in dict.fromkeys(known) if name not in parameters or name in ("input", "target"))
     loss = parse(expression, known, parameters)
@@ -272,7 +278,7 @@ class _GivenDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(value: Callable, slopes: Sequence[Callable | None], operands: int, *arguments: Any) -> Tensor:
-        return value(*arguments)
+        return value(*torch.broadcast_tensors(*arguments[:operands]), *arguments[operands:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -293,13 +299,12 @@ class _GivenDerivative(torch.autograd.Function):
         return None, None, None, *grads, *(None for _ in ctx.parameters)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
-        operands = ctx.saved_tensors
-        result = None
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        operands = torch.broadcast_tensors(*ctx.saved_tensors)
+        result = torch.zeros_like(operands[0])
         for slope, tangent in zip(ctx.slopes, tangents[3:], strict=False):
             if slope is not None and tangent is not None:
-                part = tangent * slope(*operands, *ctx.parameters)
-                result = part if result is None else result + part
+                result = result + tangent * slope(*operands, *ctx.parameters)
         return result
 
 

@@ -378,7 +378,8 @@ def _pointwise_gradients(
         at = [operand if operand.requires_grad else operand.detach().requires_grad_() for operand in operands]
         of = pointwise_losses.composed(loss, [x.to(grad_output.dtype) for x in at], *others)
     by = [x for x, is_wanted in zip(at, wanted, strict=True) if is_wanted]
-    return torch.autograd.grad(of, by, grad_output, create_graph=create_graph)
+    # 0 where the loss has no derivative: by a mask, or by what has none among those given by hand.
+    return torch.autograd.grad(of, by, grad_output, create_graph=create_graph, materialize_grads=True)
 
 
 def _nll_loss_by_torch(target: Tensor, weight: Tensor | None, dtype: torch.dtype, options: tuple) -> Callable:

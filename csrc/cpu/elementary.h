@@ -69,6 +69,29 @@ FUSEDLOSS_INLINE DoubleV abs(DoubleV x) {
   return (DoubleV)((DoubleI)x & 0x7fffffffffffffff);
 }
 
+// The magnitude of one, the sign of the other.
+FUSEDLOSS_INLINE FloatV with_sign(FloatV magnitude, FloatV sign) {
+  return (FloatV)(((FloatI)magnitude & 0x7fffffff) | ((FloatI)sign & ~0x7fffffff));
+}
+FUSEDLOSS_INLINE DoubleV with_sign(DoubleV magnitude, DoubleV sign) {
+  return (DoubleV)(((DoubleI)magnitude & 0x7fffffffffffffff) | ((DoubleI)sign & ~0x7fffffffffffffff));
+}
+
+// x with the upper half of its digits, whose square is exact.
+FUSEDLOSS_INLINE FloatV upper_half(FloatV x) {
+  return (FloatV)((FloatI)x & ~0xfff);
+}
+FUSEDLOSS_INLINE DoubleV upper_half(DoubleV x) {
+  return (DoubleV)((DoubleI)x & ~0x7ffffffll);
+}
+
+// x * x - squared, where that is x * x rounded.
+template <typename V>
+FUSEDLOSS_INLINE V lost_by_squaring(V x, V squared) {
+  const V upper = upper_half(x);
+  return (upper * upper - squared) + (x - upper) * (x + upper);
+}
+
 template <typename V, typename F>
 FUSEDLOSS_INLINE V by_lanes(V x, F f) {
   for (int lane = 0; lane < int(sizeof x / sizeof x[0]); ++lane) x[lane] = f(x[lane]);
@@ -105,9 +128,9 @@ FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
 
 // 2^n (exp(r) - 1) + (2^n - 1), with n and r as in math::exp: nothing cancels, whatever n is. Half of it is computed
 // first, because 2^n alone overflows where the result does not yet.
-FUSEDLOSS_INLINE FloatV expm1(FloatV x) {
+FUSEDLOSS_INLINE FloatV expm1(FloatV given) {
   constexpr float kRound = 0x1.8p23f;
-  x = select(x > 89.f, FloatV{} + 89.f, select(x < -25.f, FloatV{} - 25.f, x));
+  const FloatV x = select(given > 89.f, FloatV{} + 89.f, select(given < -25.f, FloatV{} - 25.f, given));
   const FloatV shifted = x * 1.44269504f + kRound;
   const FloatV n = shifted - kRound;
   const FloatV r = (x - n * 0.693145752f) - n * 1.42860682e-6f;
@@ -120,7 +143,7 @@ FUSEDLOSS_INLINE FloatV expm1(FloatV x) {
   const FloatI exponent = (FloatI)shifted - (FloatI)(FloatV{} + kRound);
   const FloatV half_power = (FloatV)((exponent + 126) << 23);
   const FloatV half = half_power * small + (half_power - 0.5f);
-  return half + half;
+  return with_sign(half + half, given);
 }
 FUSEDLOSS_INLINE DoubleV expm1(DoubleV x) {
   return by_lanes(x, [](double lane) { return std::expm1(lane); });
@@ -145,16 +168,7 @@ template <typename V>
 FUSEDLOSS_INLINE V log1p(V x) {
   const V zero = constant<V>(0), one = constant<V>(1);
   const V u = x + one, lost = x - (u - one);
-  return log(u) + select((u < constant<V>(INFINITY)) & (u > zero), lost / u, zero);
-}
-
-// From e^2|x| - 1; beyond 10 (20) it is 1.
-template <typename V>
-FUSEDLOSS_INLINE V tanh(V x) {
-  const V magnitude = abs(x), limit = constant<V>(20);
-  const V power = expm1(select(magnitude > limit, limit + limit, magnitude + magnitude));
-  const V tangent = power / (power + constant<V>(2));
-  return select(x < constant<V>(0), V(-tangent), tangent);
+  return with_sign(log(u) + select((u < constant<V>(INFINITY)) & (u > zero), lost / u, zero), x);
 }
 
 // c[0] + c[1] x + …
@@ -174,8 +188,7 @@ FUSEDLOSS_INLINE FloatV atan(FloatV x) {
   const FloatI is_large = magnitude > 1.f;
   const FloatV y = select(is_large, 1.f / magnitude, magnitude);
   const FloatV angle = y * polynomial(y * y, kFitted);
-  const FloatV positive = select(is_large, 1.57079633f - angle, angle);
-  return select(x < 0.f, -positive, positive);
+  return with_sign(select(is_large, 1.57079633f - angle, angle), x);
 }
 
 // x p(x^2) up to 1.5, and 1 - e^(-x^2) q(1 / (1 + x)) beyond; both fitted to a relative error of 1e-8. From 4 on it is 1.
@@ -187,8 +200,7 @@ FUSEDLOSS_INLINE FloatV erf(FloatV x) {
   const FloatV magnitude = abs(x);
   const FloatV near = magnitude * polynomial(x * x, kNear);
   const FloatV far = 1.f - exp(-x * x) * polynomial(1.f / (1.f + magnitude), kFar);
-  const FloatV positive = select(magnitude > 4.f, FloatV{} + 1.f, select(magnitude > 1.5f, far, near));
-  return select(x < 0.f, -positive, positive);
+  return with_sign(select(magnitude > 4.f, FloatV{} + 1.f, select(magnitude > 1.5f, far, near)), x);
 }
 
 // ---- the C library's

@@ -136,8 +136,7 @@ FUSEDLOSS_INLINE auto operator*(const Dual<V, kA>& a, const Dual<V, kB>& b) {
 template <typename V, unsigned kA, unsigned kB>
 FUSEDLOSS_INLINE auto operator/(const Dual<V, kA>& a, const Dual<V, kB>& b) {
   const V quotient = a.value / b.value;
-  const V inverse = elementary::constant<V>(1) / b.value;
-  return chain(quotient, inverse, a, V(-quotient * inverse), b);
+  return chain(quotient, V(elementary::constant<V>(1) / b.value), a, V(-quotient / b.value), b);
 }
 
 #define FUSEDLOSS_COMPARISON(op)                                                  \
@@ -215,18 +214,31 @@ FUSEDLOSS_INLINE auto minimum(const Dual<V, kA>& a, const Dual<V, kB>& b) {
   return -maximum(-a, -b);
 }
 
-// Where x is NaN, that without a derivative.
+// What is NaN comes through, x without a derivative. Others than by `where` choose: there, as in torch, the slope of what
+// is not chosen is multiplied by 0, which leaves it NaN or makes it so if it is infinite.
+template <typename M, typename V>
+FUSEDLOSS_INLINE V slope_if(M condition, V) {
+  return elementary::select(condition, elementary::constant<V>(1), elementary::constant<V>(0));
+}
 template <typename V, unsigned kX, unsigned kLow>
 FUSEDLOSS_INLINE auto clamp_min(const Dual<V, kX>& x, const Dual<V, kLow>& low) {
-  return where(x >= low, x, where(x < low, low, Dual<V, 0>{x.value}));
+  const auto below = x.value < low.value;
+  const V value = elementary::select(below | (low.value != low.value), low.value, x.value);
+  return chain(value, slope_if(x.value >= low.value, value), x, slope_if(below, value), low);
 }
 template <typename V, unsigned kX, unsigned kHigh>
 FUSEDLOSS_INLINE auto clamp_max(const Dual<V, kX>& x, const Dual<V, kHigh>& high) {
-  return where(x <= high, x, where(x > high, high, Dual<V, 0>{x.value}));
+  const auto above = x.value > high.value;
+  const V value = elementary::select(above | (high.value != high.value), high.value, x.value);
+  return chain(value, slope_if(x.value <= high.value, value), x, slope_if(above, value), high);
 }
 template <typename V, unsigned kX, unsigned kLow, unsigned kHigh>
 FUSEDLOSS_INLINE auto clamp(const Dual<V, kX>& x, const Dual<V, kLow>& low, const Dual<V, kHigh>& high) {
-  return where((x > high) | (high < low), high, clamp_min(x, low));
+  const V value = clamp_max(clamp_min(plain(x), plain(low)), plain(high)).value;
+  const V by_x = slope_if((x.value >= low.value) & (x.value <= high.value), value);
+  const V by_low = slope_if((x.value < low.value) & (low.value < high.value), value);
+  const V by_high = slope_if((x.value > high.value) | (high.value < low.value), value);
+  return with_slope(chain(value, by_x, x, by_low, low), Dual<V, 0>{by_high}, high);
 }
 
 // At least `low`, with the derivative of x in either case.
@@ -250,7 +262,9 @@ FUSEDLOSS_INLINE Dual<V, kA> abs(const Dual<V, kA>& a) {
 }
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> relu(const Dual<V, kA>& a) {
-  return where(a <= 0, constant<V>(0), a);
+  const V zero = elementary::constant<V>(0);
+  const auto none = a.value <= zero;
+  return chain(elementary::select(none, zero, a.value), elementary::select(none, zero, elementary::constant<V>(1)), a);
 }
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> square(const Dual<V, kA>& a) {
@@ -273,8 +287,7 @@ FUSEDLOSS_INLINE Dual<V, kA> exp(const Dual<V, kA>& a) {
 }
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> expm1(const Dual<V, kA>& a) {
-  const V power = elementary::expm1(a.value);
-  return chain(power, V(power + elementary::constant<V>(1)), a);
+  return chain(elementary::expm1(a.value), elementary::exp(a.value), a);
 }
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> log(const Dual<V, kA>& a) {
@@ -295,27 +308,45 @@ FUSEDLOSS_INLINE Dual<V, kA> cos(const Dual<V, kA>& a) {
 }
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> tan(const Dual<V, kA>& a) {
-  const V tangent = elementary::sin(a.value) / elementary::cos(a.value);
-  return chain(tangent, V(elementary::constant<V>(1) + tangent * tangent), a);
+  const V cos = elementary::cos(a.value), inverse = elementary::constant<V>(1) / cos;
+  return chain(V(elementary::sin(a.value) / cos), V(inverse * inverse), a);
 }
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> atan(const Dual<V, kA>& a) {
   const V one = elementary::constant<V>(1);
   return chain(elementary::atan(a.value), V(one / (one + a.value * a.value)), a);
 }
+
+// Of an odd function, its value at |x|: that at x, with the sign that 0 has.
+template <typename V>
+FUSEDLOSS_INLINE V odd(V positive, V x) {
+  const V zero = elementary::constant<V>(0);
+  return elementary::select(x > zero, positive, elementary::select(x < zero, V(-positive), x));
+}
+
+// From e^(-2|x|) and that less 1: neither the value near 0 nor the slope far from it, 1 - tanh(x)^2, is a difference.
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> tanh(const Dual<V, kA>& a) {
-  const V tangent = elementary::tanh(a.value);
-  return chain(tangent, V(elementary::constant<V>(1) - tangent * tangent), a);
+  const V two = elementary::constant<V>(2), exponent = -two * elementary::abs(a.value);
+  const V small = elementary::exp(exponent), larger = elementary::constant<V>(1) + small, inverse = two / larger;
+  return chain(odd(V(-elementary::expm1(exponent) / larger), a.value), V(small * inverse * inverse), a);
+}
+
+// e^(-x^2), also of what rounding takes away from x^2, which would be a multiple of the result's last place.
+template <typename V>
+FUSEDLOSS_INLINE V gaussian(V x) {
+  const V limit = elementary::constant<V>(30), one = elementary::constant<V>(1);  // 0 beyond
+  const V magnitude = elementary::abs(x);
+  const V limited = elementary::select(magnitude > limit, limit, magnitude), squared = limited * limited;
+  return elementary::exp(V(-squared)) * (one - elementary::lost_by_squaring(limited, squared));
 }
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> erf(const Dual<V, kA>& a) {
-  const V slope = elementary::constant<V>(1.1283791670955126) * elementary::exp(V(-a.value * a.value));
-  return chain(elementary::erf(a.value), slope, a);
+  return chain(elementary::erf(a.value), V(elementary::constant<V>(1.1283791670955126) * gaussian(a.value)), a);
 }
 
 // sinh and cosh from those of half of x, where exp does not overflow before they do: sinh(x / 2) from expm1, which is
-// exact near 0.
+// exact near 0. Beyond the limit both overflow, and expm1 does not.
 template <typename V>
 struct Hyperbolic {
   V sinh, cosh;
@@ -323,13 +354,13 @@ struct Hyperbolic {
 template <typename V>
 FUSEDLOSS_INLINE Hyperbolic<V> hyperbolic(V x) {
   const V half = elementary::constant<V>(0.5), one = elementary::constant<V>(1);
-  const V limit = elementary::constant<V>(sizeof(elementary::element(x)) == 8 ? 1600 : 200);
+  const V limit = elementary::constant<V>(sizeof(elementary::element(x)) == 8 ? 800 : 100);
   const V magnitude = elementary::abs(x);
   const V less_one = elementary::expm1(V(half * elementary::select(magnitude > limit, limit, magnitude)));
   const V inverse = one / (less_one + one);
   const V sinh = half * (less_one + less_one * inverse), cosh = half * (less_one + one + inverse);
   const V twice = (sinh + sinh) * cosh;
-  return {elementary::select(x < elementary::constant<V>(0), V(-twice), twice), one + (sinh + sinh) * sinh};
+  return {odd(twice, x), one + (sinh + sinh) * sinh};
 }
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> sinh(const Dual<V, kA>& a) {
