@@ -164,7 +164,9 @@ class CustomLoss(nn.Module):
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(f"custom_loss: parameter {name!r} would get no gradient; what is learned is one of the `tensors`")
+        raise TypeError(
+            f"custom_loss: parameter {name!r} would get no gradient; what is learned is one of the `tensors`"
+        )
     if isinstance(value, bool | str | bytes) or (isinstance(value, Tensor) and value.dim() > 0):
         raise TypeError(f"custom_loss: parameter {name!r} must be a number, got {type(value).__name__}")
     try:
