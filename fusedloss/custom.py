@@ -3,7 +3,7 @@
     criterion = fusedloss.custom_loss("where(abs(input - target) < delta, square(input - target), 0)", delta=1.0)
 
 The expression is printed as a formula of C++ beside those of csrc/formulas/pointwise.h, compiled once with the same
-kernels around it, and kept in the cache of `fusedloss.jit` by its content. Its derivatives come from the formula itself.
+kernels around it, and kept in the cache of `fusedloss.jit` by its content. Its derivatives come of the formula itself.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ def custom_loss(
     >>> loss = criterion(input, target, weight=weight)
 
     It is compiled here and now, for the CPU and, where a CUDA toolkit and a GPU are found, for CUDA: some seconds the
-    first time, after which it is found in the cache. Forward and backward are one pass over memory, vectorised, with the
-    sum in float64; it works under autocast, `torch.compile(fullgraph=True)`, `torch.func`, forward-mode AD, and has
-    second derivatives, which are composed of torch's operations.
+    first time, after which it is found in the cache. Forward and backward are one pass over memory, vectorised, with
+    the sum in float64; it works under autocast, `torch.compile(fullgraph=True)`, `torch.func`, forward-mode AD, and
+    has second derivatives, which are composed of torch's operations.
 
     Args:
-        expression: the loss of one element, in the syntax of Python: `input`, `target`, further names as below, numbers,
-            `pi`, `+ - * / **`, comparisons joined by `&`, `|` and `~`, and the functions of
-            `fusedloss.expression.FUNCTIONS`, which are torch's of the same names: `where(condition, a, b)`, `abs`, `exp`,
-            `log`, `maximum`, `clamp`, `softplus`, … Derivatives at kinks are torch's too: 0 for abs at 0, half to each of
-            two equal arguments of maximum, 1 for clamp at its bounds.
+        expression: the loss of one element, in the syntax of Python: `input`, `target`, further names as below,
+            numbers, `pi`, `+ - * / **`, comparisons joined by `&`, `|` and `~`, and the functions of
+            `fusedloss.expression.FUNCTIONS`, which are torch's of the same names: `where(condition, a, b)`, `abs`,
+            `exp`, `log`, `maximum`, `clamp`, `softplus`, … Derivatives at kinks are torch's too: 0 for abs at 0, half to
+            each of two equal arguments of maximum, 1 for clamp at its bounds.
         reduction: 'none', 'mean' (by the number of elements) or 'sum'. Default 'mean'.
         tensors: names of further tensors. `weight` and `mask` need not be named.
         derivative: expressions for the derivatives by hand, `{"input": "sign(input - target)"}`; a tensor that is not
@@ -65,8 +65,8 @@ def custom_loss(
 
     Returns:
         A module, called as `criterion(input, target, weight=…)`. The tensors broadcast; integers and bool become
-        what the others are, float types are promoted as torch promotes them. A scalar, or with 'none' the broadcast shape; of
-        input's dtype, under autocast float32.
+        what the others are, float types are promoted as torch promotes them. A scalar, or with 'none' the broadcast
+        shape; of input's dtype, under autocast float32.
 
     Raises:
         ValueError: the expression has something in it that is not allowed, at the place the message points to; a name

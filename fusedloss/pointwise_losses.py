@@ -23,7 +23,6 @@ class PointwiseLoss:
     elementwise: Callable[..., Tensor]
     # -> the addresses of its formulas for the CPU and for CUDA; 0 and 0 for those of the extension itself
     formulas: Callable[[], tuple[int, int]] = lambda: (0, 0)
-    # Are 16-bit types computed in float32, as the kernels do it? If not, as torch's own function does it.
 
 
 _losses: dict[str, PointwiseLoss] = {}

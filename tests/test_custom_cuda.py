@@ -1,7 +1,7 @@
 """Losses of one's own on CUDA, without a GPU: the formulas that expressions become, executed by the emulator.
 
-They take the place of the library's own formulas in a copy of the sources. The source that `custom_loss` hands to nvcc is
-compiled by it as well.
+They take the place of the library's own formulas in a copy of the sources. The source that `custom_loss` hands to nvcc
+is compiled by it as well.
 """
 
 import random

@@ -56,8 +56,8 @@ def _weighted_bce(x: Tensor, t: Tensor, weight: Tensor, pos_weight: Tensor) -> T
 FORMULAS = {
     "mse_loss": Formula(_pairs, specials=(INF, -INF, NAN)),
     "l1_loss": Formula(_pairs, specials=(INF, -INF)),
-    "smooth_l1_loss": Formula(_pairs, (1.0,), specials=(INF, -INF)),
-    "huber_loss": Formula(_pairs, (1.5,), specials=(INF, -INF)),
+    "smooth_l1_loss": Formula(_pairs, (1.0,), specials=(INF, -INF, NAN)),
+    "huber_loss": Formula(_pairs, (1.5,), specials=(INF, -INF, NAN)),
     "binary_cross_entropy_with_logits": Formula(lambda x, u, s: [x, u], terms=lambda x, t: x.abs(), specials=(NAN,)),
     "weighted_binary_cross_entropy_with_logits": Formula(
         lambda x, u, s: [x, u, u.roll(1) + 1, 2 * u.roll(2)], terms=lambda x, *_: 6 * x.abs(), composed=_weighted_bce
