@@ -54,8 +54,8 @@ def custom_loss(
         expression: the loss of one element, in the syntax of Python: `input`, `target`, further names as below,
             numbers, `pi`, `+ - * / **`, comparisons joined by `&`, `|` and `~`, and the functions of
             `fusedloss.expression.FUNCTIONS`, which are torch's of the same names: `where(condition, a, b)`, `abs`,
-            `exp`, `log`, `maximum`, `clamp`, `softplus`, … Derivatives at kinks are torch's too: 0 for abs at 0, half to
-            each of two equal arguments of maximum, 1 for clamp at its bounds.
+            `exp`, `log`, `maximum`, `clamp`, `softplus`, … Derivatives at kinks are torch's too: 0 for abs at 0, half
+            to each of two equal arguments of maximum, 1 for clamp at its bounds.
         reduction: 'none', 'mean' (by the number of elements) or 'sum'. Default 'mean'.
         tensors: names of further tensors. `weight` and `mask` need not be named.
         derivative: expressions for the derivatives by hand, `{"input": "sign(input - target)"}`; a tensor that is not
