@@ -3,7 +3,7 @@
     criterion = fusedloss.custom_loss("where(abs(input - target) < delta, square(input - target), 0)", delta=1.0)
 
 The expression is printed as a formula of C++ beside those of csrc/formulas/pointwise.h, compiled once with the same
-kernels around it, and kept in the cache of `fusedloss.jit` by its content. Its derivatives come of the formula itself.
+kernels around it, and kept in the cache of `fusedloss.jit` by its content. Its derivatives come from the formula.
 """
 
 from __future__ import annotations
@@ -47,15 +47,16 @@ def custom_loss(
 
     It is compiled here and now, for the CPU and, where a CUDA toolkit and a GPU are found, for CUDA: some seconds the
     first time, after which it is found in the cache. Forward and backward are one pass over memory, vectorised, with
-    the sum in float64; it works under autocast, `torch.compile(fullgraph=True)`, `torch.func`, forward-mode AD, and
-    has second derivatives, which are composed of torch's operations.
+    the sum in float64; it works under autocast, `torch.compile(fullgraph=True)`, `torch.func`, forward-mode AD, and has
+    second derivatives, which are composed of torch's operations.
 
     Args:
         expression: the loss of one element, in the syntax of Python: `input`, `target`, further names as below,
             numbers, `pi`, `+ - * / **`, comparisons joined by `&`, `|` and `~`, and the functions of
             `fusedloss.expression.FUNCTIONS`, which are torch's of the same names: `where(condition, a, b)`, `abs`,
             `exp`, `log`, `maximum`, `clamp`, `softplus`, … Derivatives at kinks are torch's too: 0 for abs at 0, half
-            to each of two equal arguments of maximum, 1 for clamp at its bounds.
+            to each of two equal arguments of maximum, 1 for clamp at its bounds. What `where` does not choose has no
+            part in the derivative, also where its own is infinite, of which torch makes NaN.
         reduction: 'none', 'mean' (by the number of elements) or 'sum'. Default 'mean'.
         tensors: names of further tensors. `weight` and `mask` need not be named.
         derivative: expressions for the derivatives by hand, `{"input": "sign(input - target)"}`; a tensor that is not
@@ -66,7 +67,7 @@ def custom_loss(
     Returns:
         A module, called as `criterion(input, target, weight=…)`. The tensors broadcast; integers and bool become
         what the others are, float types are promoted as torch promotes them. A scalar, or with 'none' the broadcast
-        shape; of input's dtype, under autocast float32.
+        shape; of the promoted type, under autocast float32 (float64 stays).
 
     Raises:
         ValueError: the expression has something in it that is not allowed, at the place the message points to; a name
@@ -102,7 +103,9 @@ class CustomLoss(nn.Module):
         self.derivative = dict(derivative) if derivative is not None else None
         for name in parameters:
             if hasattr(self, name):
-                raise ValueError(f"custom_loss: parameter {name!r} is what every module has; choose another name")
+                raise ValueError(
+                    f"custom_loss: parameter {name!r} is an attribute of every module; choose another name"
+                )
         self.parameter_names = tuple(parameters)
         for name, value in parameters.items():
             setattr(self, name, value)

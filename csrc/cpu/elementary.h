@@ -119,11 +119,12 @@ FUSEDLOSS_INLINE DoubleV sqrt(DoubleV x) {
 
 // ---- exp and its kin; a NaN passes each `select`
 
+// Infinite from where it overflows, and not by a last multiplication: fused with a sum, that would not overflow.
 FUSEDLOSS_INLINE FloatV exp(FloatV x) {
-  return math::exp(select(x > 89.f, FloatV{} + 89.f, x));
+  return select(x > 88.7228317f, FloatV{} + INFINITY, math::exp(x));
 }
 FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
-  return math::exp(select(x > 710., DoubleV{} + 710., x));
+  return select(x > 709.782712893384, DoubleV{} + INFINITY, math::exp(x));
 }
 
 // 2^n (exp(r) - 1) + (2^n - 1), with n and r as in math::exp: nothing cancels, whatever n is. Half of it is computed

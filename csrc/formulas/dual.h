@@ -214,8 +214,8 @@ FUSEDLOSS_INLINE auto minimum(const Dual<V, kA>& a, const Dual<V, kB>& b) {
   return -maximum(-a, -b);
 }
 
-// What is NaN comes through, x without a derivative. Others than by `where` choose: there, as in torch, the slope of what
-// is not chosen is multiplied by 0, which leaves it NaN or makes it so if it is infinite.
+// What is NaN comes through, x without a derivative. Not by `where`: the slope of what is not chosen is multiplied by 0,
+// as in torch, where one that is infinite becomes NaN.
 template <typename M, typename V>
 FUSEDLOSS_INLINE V slope_if(M condition, V) {
   return elementary::select(condition, elementary::constant<V>(1), elementary::constant<V>(0));
