@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fusedloss
-from fusedloss import _backend, custom, jit
+from fusedloss import _backend, custom, jit, ops
 from fusedloss.expression import FUNCTIONS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -459,6 +459,11 @@ def test_a_mask_has_no_derivative():
     torch.testing.assert_close(batch[0], ours[0].expand(2, -1))
     compiled = torch.compile(made("masked"), fullgraph=True, backend="aot_eager")
     assert gradients(compiled(**operands), operands)[-1].eq(0).all()
+    through_op = ops.pointwise(list(operands.values()), made("masked")._name, [], REDUCTIONS.index("mean"), None)
+    twice = gradients(sum(x.square().sum() for x in gradients(through_op, operands, create_graph=True)), operands)
+    expected = gradients(by_torch("masked", operands, "mean"), operands, create_graph=True, allow_unused=True)[:-1]
+    expected = gradients(sum(x.square().sum() for x in expected), operands, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(twice, expected)
     mask = {key: x.detach().requires_grad_(key == "mask") for key, x in operands.items()}
     assert gradients(made("masked")(**mask), mask, create_graph=True, allow_unused=True) == [None]
 
