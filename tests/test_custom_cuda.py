@@ -49,7 +49,9 @@ class Custom(Pointwise):
 
     def __init__(self, rng: random.Random, name: str, dtype: torch.dtype, numel: int, reduction: str):
         self.case, self.compiled = list(CASES.values())[list(FORMULAS).index(name)], FORMULAS[name]
-        super().__init__(rng, name, dtype, numel, reduction)
+        used = tuple(self.case.parameters[parameter] for parameter in self.compiled.parameters)
+        formula = Formula(lambda *_: [], used, terms=lambda x, *_: 30 + 0 * x, composed=self.by_torch)
+        super().__init__(rng, name, dtype, numel, reduction, formula=formula)
 
     def make_operands(self, rng: random.Random, finite: bool) -> None:
         self.operands = []
@@ -62,18 +64,12 @@ class Custom(Pointwise):
         self.one_value = [k for k in range(1, len(self.operands)) if rng.random() < 0.25]
         for k in self.one_value:
             self.operands[k] = self.operands[k][:1]
-        parameters = SimpleNamespace(**self.case.parameters)
 
-        def by_torch(*arguments: torch.Tensor) -> torch.Tensor:
-            operands = dict(zip(self.compiled.operands, arguments, strict=False))
-            given = [operands.get(name, arguments[0]) for name in ("input", "target", *self.case.tensors)]
-            if "target" not in operands:
-                del given[1]
-            # A mask has a derivative of 0, and some tensors may have none in torch.
-            return self.case.torch(*given, parameters) + 0 * sum(arguments[: len(self.operands)])
-
-        used = tuple(self.case.parameters[name] for name in self.compiled.parameters)
-        self.formula = Formula(lambda *_: [], used, lambda x, *_: 30 + 0 * x, composed=by_torch)
+    def by_torch(self, *arguments: torch.Tensor) -> torch.Tensor:
+        operands = dict(zip(self.compiled.operands, arguments, strict=False))
+        names = [name for name in ("input", "target", *self.case.tensors) if name in operands]
+        losses = self.case.torch(*(operands[name] for name in names), SimpleNamespace(**self.case.parameters))
+        return losses + 0 * sum(operands.values())  # the derivative by a mask is 0
 
 
 @pytest.mark.parametrize("name", FORMULAS, ids=list(CASES))

@@ -65,7 +65,12 @@ class CrossEntropyOptions(ctypes.Structure):
 class PointwiseOptions(ctypes.Structure):
     _fields_ = [
         *[("dtype", INT), ("loss_dtype", INT), ("reduction", INT), ("numel", LONG), ("divisor", ctypes.c_double)],
-        *[("operands", ctypes.c_int), ("operand", POINTER * 8), ("operand_stride", LONG * 8)],
+        *[
+            ("operands", ctypes.c_int),
+            ("operand", POINTER * 8),
+            ("operand_stride", LONG * 8),
+            ("operand_period", LONG * 8),
+        ],
         *[("parameter", ctypes.c_double * 16), ("loss", POINTER), ("scratch", POINTER)],
         *[("grad_output", POINTER), ("grad_output_stride", LONG), ("grad", POINTER * 8)],
         *[("grad_ready", ctypes.c_bool), ("grad_output_was_one", POINTER), ("max_blocks", LONG)],

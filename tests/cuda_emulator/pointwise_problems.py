@@ -83,10 +83,17 @@ FORMULAS = {
 
 class Pointwise(Problem):
     def __init__(
-        self, rng: random.Random, name: str, dtype: torch.dtype, numel: int, reduction: str, finite: bool = False
+        self,
+        rng: random.Random,
+        name: str,
+        dtype: torch.dtype,
+        numel: int,
+        reduction: str,
+        finite: bool = False,
+        formula: Formula | None = None,
     ):
         self.name, self.dtype, self.numel, self.reduction = name, dtype, numel, reduction
-        self.formula = FORMULAS[name]
+        self.formula = formula or FORMULAS[name]
         self.make_operands(rng, finite)
         count = len(self.operands)
         self.loss_dtype = rng.choice([dtype, statistic(dtype)])
