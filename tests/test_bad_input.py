@@ -58,8 +58,8 @@ CROSS_ENTROPY = {
 
 MSE = {
     "shapes": ((x(3), x(2)), {}, ["target", r"\[2\]", r"\[3\]"]),
-    "integers": ((i(3), i(3)), {}, ["input", "float32", "Long"]),
-    "complex": ((x(3).to(torch.complex64),) * 2, {}, ["input", "float32", "ComplexFloat"]),
+    "integers": ((i(3), i(3)), {}, ["mse", "not implemented", "Long"]),
+    "complex": ((x(3).to(torch.complex64),) * 2, {}, ["mse", "not implemented", "ComplexFloat"]),
     "reduction": ((x(3), x(3)), {"reduction": "average"}, ["average", "reduction"]),
     "target device": ((x(3), x(3, device="meta")), {}, []),
     "input type": (([1.0], x(1)), {}, []),

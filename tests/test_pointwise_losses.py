@@ -365,3 +365,23 @@ def test_extremes(name, device):
         better = ~torchs.isfinite() & ~exact.isfinite() & (ours.isinf() | ~(ours.isnan() | found[0]["loss"].isnan()))
         for i in (~(as_torch | as_good | better)).nonzero()[:, 0].tolist():
             raise AssertionError(f"{name}: {what} at {rows[i]}: {ours[i]}, torch {torchs[i]}, in float64 {exact[i]}")
+
+
+# Shorter and longer than a block of the CPU's kernels (512), and not a divisor of one.
+@pytest.mark.parametrize("classes", [1, 2, 3, 17, 511, 512, 513, 1000, 9001])
+def test_a_weight_of_classes_serves_all_rows(classes, device):
+    """It is not written out for each row; chunks (8192 elements) and blocks begin anywhere in it."""
+    rows = 20_011 // classes + 3
+    for dtype in DTYPES:
+        input, target = torch.randn(rows, classes, device=device), torch.rand(rows, classes, device=device)
+        weight, pos_weight = torch.rand(2, classes, device=device) + 0.5
+        operands = [x.to(dtype) for x in (input, target, weight, pos_weight)]
+        upstream, results = torch.randn(rows, classes, device=device), []
+        for function, to in ((fused, dtype), (F, torch.float64)):
+            x, t, w, p = (operand.detach().to(to) for operand in operands)
+            leaves = (x.requires_grad_(), t.requires_grad_())
+            losses = function.binary_cross_entropy_with_logits(x, t, w, pos_weight=p, reduction="none")
+            results.append([losses, *torch.autograd.grad(losses, leaves, upstream.to(to))])
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
