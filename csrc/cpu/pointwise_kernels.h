@@ -156,8 +156,9 @@ class Evaluation {
   PointwiseBlock block_ = {};
   const void* operand_of_block_[kMaxOperands];
   void* grad_of_block_[kMaxOperands];
-  alignas(64) A operand_[kMaxOperands][2 * kPointwiseBlock];
-  alignas(64) A grad_[kMaxOperands][kPointwiseBlock];
+  // Not 4096 bytes from one to the next: a load would wait for a store whose address ends in the same twelve bits.
+  alignas(64) A operand_[kMaxOperands][2 * kPointwiseBlock + 48];
+  alignas(64) A grad_[kMaxOperands][kPointwiseBlock + 80];
   alignas(64) A loss_[kPointwiseBlock];
   alignas(64) A grad_output_[kPointwiseBlock];
 };
