@@ -52,7 +52,8 @@ def fused(
 
     warns: an input and a target of two shapes are likely a mistake, as torch tells.
     """
-    if not covers(*operands):
+    eager = is_eager(operands)
+    if not eager and not ops.accepts(*operands):
         return None
     given, shape = operands, operands[0].shape
     differs = any(operand.shape != shape for operand in operands[1:])
@@ -62,7 +63,7 @@ def fused(
         operands = _broadcast(name, operands)
     number = _reduction.get_enum(reduction)
     loss = None
-    if is_eager(operands):
+    if eager:
         loss = _backend.extension().pointwise(number_of(name), operands, parameters, number, divisor)
     if loss is None and ops.pointwise_covers(operands):
         loss = ops.pointwise(operands, name, parameters, number, divisor)
