@@ -16,19 +16,7 @@ import torch.nn.functional as F
 
 from . import functional
 
-_NAMES = (
-    "cross_entropy",
-    "nll_loss",
-    "mse_loss",
-    "l1_loss",
-    "smooth_l1_loss",
-    "huber_loss",
-    "binary_cross_entropy_with_logits",
-    "kl_div",
-    "poisson_nll_loss",
-    "gaussian_nll_loss",
-    "soft_margin_loss",
-)
+_NAMES = functional.__all__
 _FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
 
 _lock = threading.RLock()

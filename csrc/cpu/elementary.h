@@ -127,22 +127,13 @@ FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
   return select(x > 709.782712893384, DoubleV{} + INFINITY, math::exp(x));
 }
 
-// 2^n (exp(r) - 1) + (2^n - 1), with n and r as in math::exp: nothing cancels, whatever n is. Half of it is computed
+// 2^n (exp(r) - 1) + (2^n - 1), with n and r as in math::reduce_exp: nothing cancels, whatever n is. Half of it is computed
 // first, because 2^n alone overflows where the result does not yet.
 FUSEDLOSS_INLINE FloatV expm1(FloatV given) {
-  constexpr float kRound = 0x1.8p23f;
   const FloatV x = select(given > 89.f, FloatV{} + 89.f, select(given < -25.f, FloatV{} - 25.f, given));
-  const FloatV shifted = x * 1.44269504f + kRound;
-  const FloatV n = shifted - kRound;
-  const FloatV r = (x - n * 0.693145752f) - n * 1.42860682e-6f;
-  FloatV q = FloatV{} + 1.39263256e-3f;
-  q = q * r + 8.36329275e-3f;
-  q = q * r + 4.16665538e-2f;
-  q = q * r + 1.66665763e-1f;
-  q = q * r + 0.5f;
-  const FloatV small = r * r * q + r;
-  const FloatI exponent = (FloatI)shifted - (FloatI)(FloatV{} + kRound);
-  const FloatV half_power = (FloatV)((exponent + 126) << 23);
+  const math::ReducedExp e = math::reduce_exp(x);
+  const FloatV small = e.r * e.r * e.q + e.r;
+  const FloatV half_power = (FloatV)((e.exponent() + 126) << 23);
   const FloatV half = half_power * small + (half_power - 0.5f);
   return with_sign(half + half, given);
 }

@@ -372,10 +372,14 @@ FUSEDLOSS_INLINE A product(A a, A b) {
   return rounded(a * b);
 }
 
-FUSEDLOSS_INLINE FloatV exp(FloatV x) {
-  constexpr float kLowest = -110.f;
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the sum
-  x = Larger::of(FloatV{} + kLowest, x);
+// x = n ln 2 + r. exp(r) = 1 + r + r^2 q, and n is also the difference of the bits of `shifted` and of kRound.
+constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the sum
+struct ReducedExp {
+  FloatV shifted, n, r, q;
+
+  FUSEDLOSS_INLINE FloatI exponent() const { return (FloatI)shifted - (FloatI)(FloatV{} + kRound); }
+};
+FUSEDLOSS_INLINE ReducedExp reduce_exp(FloatV x) {
   const FloatV shifted = x * 1.44269504f + kRound;
   const FloatV n = shifted - kRound;
   const FloatV r = (x - n * 0.693145752f) - n * 1.42860682e-6f;
@@ -384,13 +388,18 @@ FUSEDLOSS_INLINE FloatV exp(FloatV x) {
   q = q * r + 4.16665538e-2f;
   q = q * r + 1.66665763e-1f;
   q = q * r + 0.5f;
-  q = q * r + 1.f;
-  const FloatV exp_r = q * r + 1.f;
+  return {shifted, n, r, q};
+}
+
+FUSEDLOSS_INLINE FloatV exp(FloatV x) {
+  constexpr float kLowest = -110.f;
+  const ReducedExp e = reduce_exp(Larger::of(FloatV{} + kLowest, x));
+  const FloatV exp_r = (e.q * e.r + 1.f) * e.r + 1.f;
 #if FUSEDLOSS_VECTOR_BYTES == 64
-  return (FloatV)_mm512_maskz_scalef_ps(0xffff, (__m512)exp_r, (__m512)n);
+  return (FloatV)_mm512_maskz_scalef_ps(0xffff, (__m512)exp_r, (__m512)e.n);
 #else
   // 2^n in two factors: a subnormal result has no single one.
-  const FloatI exponent = (FloatI)shifted - (FloatI)(FloatV{} + kRound);
+  const FloatI exponent = e.exponent();
   const FloatI half = exponent >> 1;
   return exp_r * (FloatV)((half + 127) << 23) * (FloatV)((exponent - half + 127) << 23);
 #endif
