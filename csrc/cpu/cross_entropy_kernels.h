@@ -5,6 +5,7 @@ namespace fusedloss::cpu::FUSEDLOSS_ISA {
 namespace {
 
 #include "cpu/vec.h"
+#include "cpu/loss_values.h"
 #include "formulas/cross_entropy.h"
 #include "cpu/cross_entropy_problem.h"
 #include "cpu/cross_entropy_rows.h"

@@ -52,23 +52,10 @@ struct Problem {
 
  private:
   FUSEDLOSS_INLINE A upstream_of(int64_t i) const {
-    A g = 1;
-    if (o.grad_output != nullptr)
-      g = o.loss_dtype == o.dtype ? load_one(static_cast<const T*>(o.grad_output) + i)
-                                  : static_cast<const A*>(o.grad_output)[i];
+    const A g = read_grad_output<T>(o, i);
     return o.reduction == Reduction::kMean ? divide_by_total_weight(g, *static_cast<const A*>(o.total_weight)) : g;
   }
 };
-
-// One value of loss or grad_output, which are of dtype T or of the statistics' type.
-template <typename T>
-FUSEDLOSS_INLINE void write_loss(const CrossEntropyOptions& o, int64_t i, Statistic<T> value) {
-  if (o.loss_dtype == o.dtype) {
-    store_one(static_cast<T*>(o.loss) + i, value);
-  } else {
-    static_cast<Statistic<T>*>(o.loss)[i] = value;
-  }
-}
 
 // Are targets class indices? kSpread says that their distribution is spread over all classes: probabilities, or smoothed
 // class indices; else it is known at compile time that q is 0 but for one class.

@@ -7,6 +7,7 @@ namespace fusedloss::cpu::FUSEDLOSS_ISA {
 namespace {
 
 #include "cpu/vec.h"
+#include "cpu/loss_values.h"
 #include "formulas/cross_entropy.h"
 #include "formulas/nll_loss.h"
 
@@ -23,19 +24,9 @@ struct NLLProblem {
   FUSEDLOSS_INLINE bool counts(int64_t y) const { return y != o.ignore_index && y >= 0 && y < o.classes; }
   FUSEDLOSS_INLINE double weight_of(int64_t y) const { return weight ? double(weight[y]) : 1.0; }
 
-  FUSEDLOSS_INLINE void write_loss(int64_t i, double value) const {
-    if (o.loss_dtype == o.dtype) {
-      store_one(static_cast<T*>(o.loss) + i, A(value));
-    } else {
-      static_cast<A*>(o.loss)[i] = A(value);
-    }
-  }
-
   // What a row's gradient is multiplied by.
   FUSEDLOSS_INLINE double upstream(int64_t row) const {
-    const int64_t i = row * o.grad_output_stride;
-    const double g = o.loss_dtype == o.dtype ? double(load_one(static_cast<const T*>(o.grad_output) + i))
-                                             : double(static_cast<const A*>(o.grad_output)[i]);
+    const double g = double(read_grad_output<T>(o, row * o.grad_output_stride));
     if (o.reduction != Reduction::kMean) return g;
     return divide_by_total_weight(g, double(*static_cast<const A*>(o.total_weight)));
   }
@@ -63,7 +54,7 @@ void forward(const NLLLossOptions& o, int64_t begin, int64_t end) {
         } else if (y != o.ignore_index && chunk.bad_row < 0) {
           chunk.bad_row = row;
         }
-        if (o.reduction == Reduction::kNone) p.write_loss(row, loss);
+        if (o.reduction == Reduction::kNone) write_loss<T>(o, row, Statistic<T>(loss));
         if (++inner == o.inner) {
           inner = 0;
           ++outer;
@@ -86,12 +77,11 @@ int64_t finish(const NLLLossOptions& o) {
     all.weight.add(chunk.weight);
     if (all.bad_row < 0) all.bad_row = chunk.bad_row;
   }
-  const NLLProblem<T> p(o);
   if (o.reduction == Reduction::kMean) {
-    p.write_loss(0, divide_by_total_weight(all.loss.value(), all.weight.value()));
+    write_loss<T>(o, 0, Statistic<T>(divide_by_total_weight(all.loss.value(), all.weight.value())));
     *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(all.weight.value());
   }
-  if (o.reduction == Reduction::kSum) p.write_loss(0, all.loss.value());
+  if (o.reduction == Reduction::kSum) write_loss<T>(o, 0, Statistic<T>(all.loss.value()));
   return all.bad_row;
 }
 

@@ -6,6 +6,7 @@ namespace fusedloss::cpu::FUSEDLOSS_ISA {
 namespace {
 
 #include "cpu/vec.h"
+#include "cpu/loss_values.h"
 
 template <typename T>
 void widen(const T* from, Statistic<T>* to, int n) {
@@ -144,9 +145,7 @@ class Evaluation {
 
   // With the mean's division.
   A common_grad_output() const {
-    const A g = o_.grad_output == nullptr ? A(1)
-                : loss_is_wide()          ? *at<const A>(o_.grad_output, 0)
-                                          : load_one(at<const T>(o_.grad_output, 0));
+    const A g = read_grad_output<T>(o_, 0);
     return o_.reduction == Reduction::kMean ? g / A(o_.divisor) : g;
   }
 
@@ -181,12 +180,7 @@ void finish(const PointwiseOptions& o) {
   if (o.reduction == Reduction::kNone) return;
   double sum = 0;
   for (int64_t k = 0; k < pointwise_chunks(o); ++k) sum += static_cast<const double*>(o.scratch)[k];
-  const auto loss = Statistic<T>(o.reduction == Reduction::kMean ? sum / o.divisor : sum);
-  if (o.loss_dtype == o.dtype) {
-    store_one(static_cast<T*>(o.loss), loss);
-  } else {
-    *static_cast<Statistic<T>*>(o.loss) = loss;
-  }
+  write_loss<T>(o, 0, Statistic<T>(o.reduction == Reduction::kMean ? sum / o.divisor : sum));
 }
 
 }  // namespace
