@@ -83,9 +83,8 @@ CrossEntropyResult run_cross_entropy_forward(const at::Tensor& input, const at::
                                autocast_to_float32(input), with_grad);
 }
 
-PointwiseResult run_pointwise_forward(const PointwiseCall& call, const std::vector<bool>& with_grads) {
-  const bool any = std::find(with_grads.begin(), with_grads.end(), true) != with_grads.end();
-  RECORD_FUNCTION("fusedloss::" + call.loss.name + (any ? "_forward_with_grad" : "_forward"), Inputs());
+PointwiseResult run_pointwise_forward(const PointwiseCall& call, unsigned with_grads) {
+  RECORD_FUNCTION("fusedloss::" + call.loss.name + (with_grads != 0 ? "_forward_with_grad" : "_forward"), Inputs());
   return pointwise_forward(call, autocast_to_float32(call.operands[0]), with_grads);
 }
 
@@ -135,13 +134,12 @@ bool is_one(const at::Tensor& value) {
   }
 }
 
-constexpr const char* kGradsOfForward[kMaxOperands] = {"grad",           "grad of target",    "grad of tensor 2",
-                                                       "grad of tensor 3", "grad of tensor 4", "grad of tensor 5",
-                                                       "grad of tensor 6", "grad of tensor 7"};
+constexpr const char* kGradsOfForward = "grads of forward";
 
 void keep_grads_of_forward(AutogradContext* ctx, at::TensorList grads) {
-  for (size_t i = 0; i < grads.size(); ++i)
-    if (grads[i].defined()) ctx->saved_data[kGradsOfForward[i]] = grads[i];
+  const auto defined = [](const at::Tensor& grad) { return grad.defined(); };
+  if (std::any_of(grads.begin(), grads.end(), defined))
+    ctx->saved_data[kGradsOfForward] = c10::List<at::Tensor>(grads);
 }
 
 // The gradients that the forward pass has left; from here on they are the caller's.
@@ -149,15 +147,14 @@ struct GradsOfForward {
   variable_list grads;
   bool are_asked_for = false;  // as they are
 
-  GradsOfForward(AutogradContext* ctx, const at::Tensor& grad_output, size_t count) : grads(count) {
-    bool any = false;
-    for (size_t i = 0; i < count; ++i) {
-      const auto found = ctx->saved_data.find(kGradsOfForward[i]);
-      if (found == ctx->saved_data.end()) continue;
-      grads[i] = std::move(found->second).toTensor();
+  GradsOfForward(AutogradContext* ctx, const at::Tensor& grad_output, size_t count) {
+    const auto found = ctx->saved_data.find(kGradsOfForward);
+    const bool any = found != ctx->saved_data.end();
+    if (any) {
+      grads = found->second.toTensorVector();
       ctx->saved_data.erase(found);
-      any = true;
     }
+    grads.resize(count);
     if (on_cuda(grad_output) || grad_output.dim() != 0) return;
     const bool one = is_one(grad_output);
     grad_output_was_one_on_cpu = one;
@@ -165,8 +162,8 @@ struct GradsOfForward {
   }
 };
 
-void drop_grads_of_forward(AutogradContext* ctx, size_t count) {
-  for (size_t i = 0; i < count; ++i) ctx->saved_data.erase(kGradsOfForward[i]);
+void drop_grads_of_forward(AutogradContext* ctx) {
+  ctx->saved_data.erase(kGradsOfForward);
 }
 
 // ---- the gradient in the logits' place
@@ -220,7 +217,7 @@ class CrossEntropy : public Function<CrossEntropy> {
 
     at::Tensor grad;
     if (must_compose(grad_output)) {
-      drop_grads_of_forward(ctx, 1);
+      drop_grads_of_forward(ctx);
       const auto dtype = grad_output.scalar_type();  // float32 where the forward pass ran under autocast
       grad = composed_gradients({input}, grad_output, [&](const variable_list& views) {
         return at::cross_entropy_loss(views[0].to(dtype), target.to(target.is_floating_point() ? dtype : at::kLong),
@@ -228,7 +225,7 @@ class CrossEntropy : public Function<CrossEntropy> {
                                       ignore_index, label_smoothing);
       })[0];
     } else if (!is_plain(grad_output)) {
-      drop_grads_of_forward(ctx, 1);
+      drop_grads_of_forward(ctx);
       using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                                    const at::Tensor&, int64_t, int64_t, double);
       grad = call_registered_op<Signature>("fusedloss::cross_entropy_backward", grad_output, input, target, weight,
@@ -257,41 +254,39 @@ class Pointwise : public Function<Pointwise> {
   static at::Tensor forward(AutogradContext* ctx, at::TensorList operands, int64_t loss,
                             c10::ArrayRef<double> parameters, int64_t reduction, std::optional<int64_t> divisor) {
     const PointwiseCall call = {pointwise_loss(loss), operands, parameters, reduction, divisor};
-    std::vector<bool> with_grads;
+    unsigned with_grads = 0;
     if (grad_in_forward(operands[0], reduction))
-      for (const auto& operand : operands) with_grads.push_back(operand.requires_grad());
+      for (size_t k = 0; k < operands.size(); ++k) with_grads |= unsigned(operands[k].requires_grad()) << k;
     auto [value, grads] = run_pointwise_forward(call, with_grads);
     keep_grads_of_forward(ctx, grads);
     ctx->save_for_backward(operands.vec());
-    ctx->saved_data["loss"] = loss;
-    ctx->saved_data["reduction"] = reduction;
-    if (!parameters.empty()) ctx->saved_data["parameters"] = parameters.vec();
-    if (divisor) ctx->saved_data["divisor"] = *divisor;
+    // In one list: each entry of saved_data costs as much as a small loss does.
+    std::vector<double> numbers = {double(loss), double(reduction), double(divisor.value_or(-1))};
+    numbers.insert(numbers.end(), parameters.begin(), parameters.end());
+    ctx->saved_data["numbers"] = std::move(numbers);
     return value;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list operands = ctx->get_saved_variables();
     const at::Tensor& grad_output = grad_outputs[0];
-    const auto given = [&](const char* name) { return ctx->saved_data.count(name) != 0; };
-    const auto parameters =
-        given("parameters") ? ctx->saved_data["parameters"].toDoubleVector() : std::vector<double>();
-    const auto divisor = given("divisor") ? std::optional(ctx->saved_data["divisor"].toInt()) : std::nullopt;
-    const PointwiseCall call = {pointwise_loss(ctx->saved_data["loss"].toInt()), operands, parameters,
-                                ctx->saved_data["reduction"].toInt(), divisor};
-    std::vector<bool> wanted;
-    for (size_t k = 0; k < operands.size(); ++k) wanted.push_back(ctx->needs_input_grad(k));
+    const auto numbers = ctx->saved_data["numbers"].toDoubleVector();
+    const auto divisor = numbers[2] < 0 ? std::nullopt : std::optional(int64_t(numbers[2]));
+    const PointwiseCall call = {pointwise_loss(int64_t(numbers[0])), operands,
+                                c10::ArrayRef<double>(numbers).slice(3), int64_t(numbers[1]), divisor};
+    unsigned wanted = 0;
+    for (size_t k = 0; k < operands.size(); ++k) wanted |= unsigned(ctx->needs_input_grad(k)) << k;
 
     variable_list grads;
     if (must_compose(grad_output)) {
-      drop_grads_of_forward(ctx, operands.size());
+      drop_grads_of_forward(ctx);
       const auto dtype = grad_output.scalar_type();
       grads = composed_gradients(operands, grad_output, [&](variable_list views) {
         for (auto& view : views) view = view.to(dtype);
-        return call.loss.composed(views, parameters, call.reduction, divisor);
+        return call.loss.composed(views, call.parameters.vec(), call.reduction, divisor);
       });
     } else if (!is_plain(grad_output)) {
-      drop_grads_of_forward(ctx, operands.size());
+      drop_grads_of_forward(ctx);
       grads = backward_by_registered_op(grad_output, call, wanted);
     } else if (GradsOfForward left(ctx, grad_output, operands.size()); left.are_asked_for) {
       grads = left.grads;
@@ -305,16 +300,16 @@ class Pointwise : public Function<Pointwise> {
 
  private:
   static variable_list backward_by_registered_op(const at::Tensor& grad_output, const PointwiseCall& call,
-                                                 const std::vector<bool>& wanted) {
+                                                 unsigned wanted) {
     using Signature = std::vector<at::Tensor>(const at::Tensor&, at::TensorList, const std::string&,
                                               c10::ArrayRef<double>, int64_t, std::optional<int64_t>, c10::List<bool>);
     c10::List<bool> mask;
-    for (const bool is_wanted : wanted) mask.push_back(is_wanted);
+    for (size_t k = 0; k < call.operands.size(); ++k) mask.push_back((wanted >> k & 1) != 0);
     const auto found = call_registered_op<Signature>("fusedloss::pointwise_backward", grad_output, call.operands,
                                                      call.loss.name, call.parameters, call.reduction, call.divisor, mask);
     variable_list grads;
     auto next = found.begin();
-    for (const bool is_wanted : wanted) grads.push_back(is_wanted ? *next++ : at::Tensor());
+    for (const bool is_wanted : mask) grads.push_back(is_wanted ? *next++ : at::Tensor());
     return grads;
   }
 };

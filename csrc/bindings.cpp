@@ -46,7 +46,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "pointwise_backward",
       [](const at::Tensor& grad_output, int64_t loss, const std::vector<at::Tensor>& operands,
          const std::vector<double>& parameters, int64_t reduction, std::optional<int64_t> divisor,
-         const std::vector<bool>& wanted) {
+         unsigned wanted) {
         return pointwise_backward(grad_output, {pointwise_loss(loss), operands, parameters, reduction, divisor}, wanted);
       },
       no_gil);

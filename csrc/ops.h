@@ -66,12 +66,12 @@ struct PointwiseResult {
   std::vector<at::Tensor> grads;  // of each operand, if asked for
 };
 
-// Gradients at once as above.
-PointwiseResult pointwise_forward(const PointwiseCall& call, bool autocast, const std::vector<bool>& with_grads = {});
+// Gradients at once as above. Which are wanted is a bit for each operand, the lowest for the first.
+PointwiseResult pointwise_forward(const PointwiseCall& call, bool autocast, unsigned with_grads = 0);
 
 // -> the gradients of the operands, times grad_output; undefined where not wanted. ready: as above, where wanted.
-std::vector<at::Tensor> pointwise_backward(const at::Tensor& grad_output, const PointwiseCall& call,
-                                           const std::vector<bool>& wanted, std::vector<at::Tensor> ready = {});
+std::vector<at::Tensor> pointwise_backward(const at::Tensor& grad_output, const PointwiseCall& call, unsigned wanted,
+                                           std::vector<at::Tensor> ready = {});
 
 struct NLLLossResult {
   at::Tensor loss;          // under autocast float32, whatever the input

@@ -113,9 +113,9 @@ struct PointwiseOptions {
   double divisor;  // what the mean divides by
 
   int operands;
-  const void* operand[kMaxOperands];     // of each operand, [numel] contiguous
-  int64_t operand_stride[kMaxOperands];  // 1, or 0 where one value serves all elements
-  int64_t operand_period[kMaxOperands];  // CPU: not 0, after how many elements it repeats itself; it then is [period]
+  const void* operand[kMaxOperands];     // of each operand, [numel] contiguous; the first repeats nothing
+  int64_t operand_period[kMaxOperands];  // 0, or after how many elements it repeats itself; it then is [period]. CUDA: 1
+                                         // at most, one value for all elements
   double parameter[kMaxParameters];
 
   void* loss;     // [numel] for kNone, else [1]; null in the backward pass

@@ -67,9 +67,11 @@ struct Call {
                 input.scalar_type(), ", got ", operand.scalar_type());
   }
 
-  // Where it is one row (weights of classes, say) for all rows of a contiguous input: how long. Else 0.
+  // Where it is one value for all elements, or one row (weights of classes, say) for all rows of a contiguous input: how
+  // many. Else 0.
   int64_t period_of(const at::Tensor& operand) const {
-    if (!input().is_contiguous()) return 0;
+    if (is_one_value(operand)) return 1;
+    if (on_cuda(input()) || !input().is_contiguous()) return 0;
     int64_t period = 1, dim = operand.dim() - 1;
     for (; dim >= 0 && (operand.stride(dim) == period || operand.size(dim) == 1); --dim) period *= operand.size(dim);
     for (; dim >= 0; --dim)
@@ -79,9 +81,8 @@ struct Call {
 
   void place(int k) {
     at::Tensor& operand = operands[size_t(k)];
-    o.operand_stride[k] = k > 0 && is_one_value(operand) ? 0 : 1;
-    if (k > 0 && !on_cuda(input())) o.operand_period[k] = period_of(operand);
-    if (o.operand_stride[k] == 1 && o.operand_period[k] == 0 && operand.strides() != input().strides())
+    o.operand_period[k] = k == 0 ? 0 : period_of(operand);
+    if (o.operand_period[k] == 0 && operand.strides() != input().strides())
       operand = empty_beside(input(), operand.scalar_type()).copy_(operand);
     o.operand[k] = operand.const_data_ptr();
   }
@@ -92,10 +93,10 @@ struct Gradients {
   std::vector<at::Tensor> of;
   bool are_ready = true;  // all of them
 
-  Gradients(Call& call, const std::vector<bool>& wanted, std::vector<at::Tensor> ready = {}) : of(std::move(ready)) {
+  Gradients(Call& call, unsigned wanted, std::vector<at::Tensor> ready = {}) : of(std::move(ready)) {
     of.resize(call.operands.size());
-    for (size_t k = 0; k < of.size() && k < wanted.size(); ++k) {
-      if (!wanted[k]) continue;
+    for (size_t k = 0; k < of.size(); ++k) {
+      if ((wanted >> k & 1) == 0) continue;
       are_ready = are_ready && of[k].defined();
       if (!of[k].defined()) of[k] = empty_beside(call.input(), call.input().scalar_type());
       call.o.grad[k] = of[k].data_ptr();
@@ -126,14 +127,15 @@ bool pointwise_covers(const PointwiseLoss& loss, at::TensorList operands) {
   const at::Tensor& input = operands[0];
   if (!is_ours(input) || !kernel_dtype(input.scalar_type())) return false;  // torch's functions take integers, and more
   for (const at::Tensor& operand : operands)                                // and promote mixed types
-    if (!is_plain(operand) || operand.scalar_type() != input.scalar_type()) return false;
+    if (!is_plain(operand) || operand.scalar_type() != input.scalar_type() || operand.sizes() != input.sizes())
+      return false;
 #ifdef FUSEDLOSS_WITH_CUDA
   if (on_cuda(input)) return loss.on_cuda != nullptr;
 #endif
   return loss.on_cpu != nullptr;
 }
 
-PointwiseResult pointwise_forward(const PointwiseCall& given, bool autocast, const std::vector<bool>& with_grads) {
+PointwiseResult pointwise_forward(const PointwiseCall& given, bool autocast, unsigned with_grads) {
   Call call(given);
   PointwiseOptions& o = call.o;
   const auto type = loss_type(call.input(), autocast);
@@ -147,7 +149,7 @@ PointwiseResult pointwise_forward(const PointwiseCall& given, bool autocast, con
 }
 
 std::vector<at::Tensor> pointwise_backward(const at::Tensor& grad_output, const PointwiseCall& given,
-                                           const std::vector<bool>& wanted, std::vector<at::Tensor> ready) {
+                                           unsigned wanted, std::vector<at::Tensor> ready) {
   Call call(given);
   PointwiseOptions& o = call.o;
   const at::Tensor& input = call.input();

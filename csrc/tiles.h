@@ -2,19 +2,10 @@
 // lie side by side. For both devices.
 #pragma once
 
+#include "integers.h"
 #include "options.h"
 
-#if defined(__CUDACC__)
-#define FUSEDLOSS_ANYWHERE __host__ __device__ inline
-#else
-#define FUSEDLOSS_ANYWHERE inline
-#endif
-
 namespace fusedloss {
-
-FUSEDLOSS_ANYWHERE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FUSEDLOSS_ANYWHERE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-FUSEDLOSS_ANYWHERE int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 struct Tile {
   int64_t outer, classes, inner;                    // sizes
@@ -75,9 +66,9 @@ inline Tiling make_tiling(int64_t outer, int64_t classes, int64_t inner, const S
   }
   const bool whole = t.classes == classes && t.inner == inner;
   t.outer = whole ? smaller(outer, larger(1, elements / (classes * inner))) : 1;
-  g.inner_tiles = parts_of(inner, t.inner);
-  g.class_tiles = parts_of(classes, t.classes);
-  g.count = parts_of(outer, t.outer) * g.inner_tiles * g.class_tiles;
+  g.inner_tiles = divide_up(inner, t.inner);
+  g.class_tiles = divide_up(classes, t.classes);
+  g.count = divide_up(outer, t.outer) * g.inner_tiles * g.class_tiles;
   return g;
 }
 

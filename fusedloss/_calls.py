@@ -15,13 +15,14 @@ from .pointwise_losses import number_of
 
 def is_eager(tensors: Sequence[Tensor], weight: Tensor | None = None) -> bool:
     """May the kernels look at these, or even be compiled to do so? They then decide for themselves."""
-    return (
-        not torch.compiler.is_compiling()
-        and (not has_torch_function_variadic(*tensors, weight) or _only_modes(*tensors, weight))
-        and all(isinstance(tensor, Tensor) for tensor in tensors)
-        and (weight is None or isinstance(weight, Tensor))
-        and (tensors[0].is_cpu or tensors[0].is_cuda)
-    )
+    if torch.compiler.is_compiling():
+        return False
+    if has_torch_function_variadic(*tensors, weight) and not _only_modes(*tensors, weight):
+        return False
+    for tensor in tensors:  # a generator would take several times as long
+        if not isinstance(tensor, Tensor):
+            return False
+    return (weight is None or isinstance(weight, Tensor)) and (tensors[0].is_cpu or tensors[0].is_cuda)
 
 
 def _only_modes(*arguments: object) -> bool:
@@ -34,6 +35,13 @@ def by_torch(function: Callable[..., Tensor], *tensors: Tensor | None, **options
     if not torch.compiler.is_compiling() and has_torch_function_variadic(*tensors):
         return handle_torch_function(function, tensors, *tensors, **options)
     return function(*tensors, **options)
+
+
+def named_reduction(reduction: str, size_average: bool | None, reduce: bool | None) -> str:
+    """The reduction that is meant: torch's deprecated arguments override it, with torch's warning."""
+    if size_average is None and reduce is None:
+        return reduction
+    return _reduction.legacy_get_string(size_average, reduce)
 
 
 def covers(*operands: Tensor) -> bool:
@@ -55,26 +63,30 @@ def fused(
     eager = is_eager(operands)
     if not eager and not ops.accepts(*operands):
         return None
-    given, shape = operands, operands[0].shape
-    differs = any(operand.shape != shape for operand in operands[1:])
-    if differs:
-        if warns and torch.compiler.is_compiling():
-            return None  # the compiler calls torch's function, whose warning it lets through
-        operands = _broadcast(name, operands)
-    number = _reduction.get_enum(reduction)
-    loss = None
-    if eager:
-        loss = _backend.extension().pointwise(number_of(name), operands, parameters, number, divisor)
-    if loss is None and ops.pointwise_covers(operands):
-        loss = ops.pointwise(operands, name, parameters, number, divisor)
-    if differs and warns and loss is not None:
-        input, target = given
+    options = (parameters, _reduction.get_enum(reduction), divisor)
+    loss = _of_one_shape(eager, name, operands, *options)
+    shape = operands[0].shape
+    if loss is not None or all(operand.shape == shape for operand in operands[1:]):
+        return loss
+    if warns and torch.compiler.is_compiling():
+        return None  # the compiler calls torch's function, whose warning it lets through
+    loss = _of_one_shape(eager, name, _broadcast(name, operands), *options)
+    if warns and loss is not None:
+        input, target = operands
         warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
             "Please ensure they have the same size.",
             stacklevel=3,
         )
+    return loss
+
+
+def _of_one_shape(eager: bool, name: str, operands: Sequence[Tensor], *options: Any) -> Tensor | None:
+    """As `fused`, but None where the operands have several shapes."""
+    loss = _backend.extension().pointwise(number_of(name), operands, *options) if eager else None
+    if loss is None and ops.pointwise_covers(operands):
+        return ops.pointwise(operands, name, *options)
     return loss
 
 

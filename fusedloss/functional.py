@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from . import _backend, ops
-from ._calls import by_torch, is_eager
+from ._calls import by_torch, is_eager, named_reduction
 from .ops import torch_cross_entropy, torch_nll_loss
 from .pointwise import (
     TORCHS,
@@ -93,8 +93,7 @@ def cross_entropy(
             or has elements that share memory.
         NotImplementedError: input is not of one of the four types.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = named_reduction(reduction, size_average, reduce)
     if is_eager((input, target), weight):
         loss = _backend.extension().cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing, inplace_backward
@@ -142,8 +141,7 @@ def nll_loss(
         RuntimeError: another shape, dtype or device is wrong.
         NotImplementedError: input is not of one of the four types.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = named_reduction(reduction, size_average, reduce)
     if is_eager((input, target), weight):
         number = _reduction.get_enum(reduction)
         loss = _backend.extension().nll_loss(input, target, weight, number, ignore_index)

@@ -167,8 +167,9 @@ def _fake_pointwise_forward(operands, loss, parameters, reduction, divisor, auto
 
 
 def _pointwise_backward(grad_output, operands, loss, parameters, reduction, divisor, wanted):
+    mask = sum(is_wanted << k for k, is_wanted in enumerate(wanted))
     grads = _backend.extension().pointwise_backward(
-        grad_output, pointwise_losses.number_of(loss), operands, parameters, reduction, divisor, wanted
+        grad_output, pointwise_losses.number_of(loss), operands, parameters, reduction, divisor, mask
     )
     return [grad for grad, is_wanted in zip(grads, wanted, strict=True) if is_wanted]
 

@@ -5,9 +5,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import _reduction
 
-from ._calls import by_torch, covers, fused, is_eager, warn
+from ._calls import by_torch, covers, fused, is_eager, named_reduction, warn
 from .pointwise_losses import GAUSSIAN_CONSTANT
 
 # torch's own functions, taken where `patch` has not replaced them.
@@ -51,8 +50,7 @@ def mse_loss(
         RuntimeError: the shapes do not broadcast, or the devices differ.
         NotImplementedError: the dtype is none that squared errors are computed in.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = named_reduction(reduction, size_average, reduce)
     if weight is None:
         loss = fused("mse_loss", (input, target), reduction, warns=True)
         if loss is not None:
@@ -75,8 +73,7 @@ def l1_loss(
 
     Arguments, result and errors are those of `mse_loss`.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = named_reduction(reduction, size_average, reduce)
     if weight is None:
         loss = fused("l1_loss", (input, target), reduction, warns=True)
         if loss is not None:
@@ -105,8 +102,7 @@ def smooth_l1_loss(
 
     Other arguments, result and errors are those of `mse_loss`; a negative beta is a RuntimeError.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = named_reduction(reduction, size_average, reduce)
     if isinstance(beta, int | float) and beta >= 0:
         name, parameters = ("smooth_l1_loss", (beta,)) if beta > 0 else ("l1_loss", ())
         loss = fused(name, (input, target), reduction, parameters, warns=True)
@@ -174,8 +170,7 @@ def binary_cross_entropy_with_logits(
         ValueError: target has not the shape of input, or reduction is unknown.
         RuntimeError: weight or pos_weight cannot be expanded, or the devices differ.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = named_reduction(reduction, size_average, reduce)
     loss = None
     if weight is None and pos_weight is None:
         if _have_one_shape(input, target):
@@ -222,8 +217,7 @@ def kl_div(
     Returns and raises what `mse_loss` does.
     """
     is_legacy = size_average is not None or reduce is not None
-    if is_legacy:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = named_reduction(reduction, size_average, reduce)
     name = "kl_div_log_target" if log_target else "kl_div"
     if reduction == "batchmean":
         number, divisor = ("mean", input.shape[0]) if input.dim() > 0 else ("sum", None)
@@ -272,8 +266,7 @@ def poisson_nll_loss(
 
     Returns and raises what `mse_loss` does.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = named_reduction(reduction, size_average, reduce)
     if reduction in ("none", "mean", "sum"):
         name = f"poisson_nll_loss{'' if log_input else '_of_rate'}{'_full' if full else ''}"
         loss = fused(name, (input, target), reduction, (eps,))
@@ -345,8 +338,7 @@ def soft_margin_loss(
     Arguments, result and errors are those of `mse_loss`, but that the shape of target must be one that can be expanded
     to that of input, and that no warning is given where the shapes differ.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = named_reduction(reduction, size_average, reduce)
     if _can_expand(target, input):
         loss = fused("soft_margin_loss", (input, target), reduction)
         if loss is not None:

@@ -34,9 +34,10 @@ def random_indices(shape: tuple[int, ...], device: str, ignore_index: int = -100
     rows = tuple(size for d, size in enumerate(shape) if d != class_dim(shape))
     target = torch.randint(0, shape[class_dim(shape)], rows)
     if target.numel() > 1:  # some rows are ignored, never all
-        ignored = torch.rand(rows) < 0.3
-        ignored.view(-1)[torch.randint(target.numel(), ())] = False
-        target[ignored] = ignore_index
+        kept, another = torch.randint(target.numel(), ()), int(ignore_index == 0)
+        target[torch.rand(rows) < 0.3] = ignore_index
+        if target.view(-1)[kept] == ignore_index and shape[class_dim(shape)] > another:
+            target.view(-1)[kept] = another
     return target.to(device)
 
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "integers.h"
 #include "options.h"
 
 namespace fusedloss::cpu {
@@ -28,12 +29,12 @@ inline int64_t rows_per_chunk(const CrossEntropyOptions& o) {
 }
 
 inline int64_t tiles_per_outer(const CrossEntropyOptions& o) {
-  return (o.inner + kTile - 1) / kTile;
+  return divide_up(o.inner, kTile);
 }
 
 inline int64_t chunk_count(const CrossEntropyOptions& o) {
   if (!in_rows(o)) return o.outer * tiles_per_outer(o);
-  return (o.rows() + rows_per_chunk(o) - 1) / rows_per_chunk(o);
+  return divide_up(o.rows(), rows_per_chunk(o));
 }
 
 inline ChunkRange chunk_range(const CrossEntropyOptions& o, int64_t chunk) {

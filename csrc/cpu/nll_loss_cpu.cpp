@@ -25,7 +25,7 @@ Tiling tiling_of(const NLLLossOptions& o) {
 
 namespace fusedloss::cpu {
 
-NLLLossWork nll_loss_forward_work(const NLLLossOptions& o) { return {parts_of(o.rows(), kForwardRows), 1}; }
+NLLLossWork nll_loss_forward_work(const NLLLossOptions& o) { return {divide_up(o.rows(), kForwardRows), 1}; }
 
 int64_t nll_loss_scratch_bytes(const NLLLossOptions& o) {
   return nll_loss_forward_work(o).chunks * int64_t(sizeof(ChunkResult));

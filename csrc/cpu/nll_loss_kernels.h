@@ -71,7 +71,7 @@ void forward(const NLLLossOptions& o, int64_t begin, int64_t end) {
 template <typename T>
 int64_t finish(const NLLLossOptions& o) {
   ChunkResult all;
-  for (int64_t k = 0; k < parts_of(o.rows(), kForwardRows); ++k) {
+  for (int64_t k = 0; k < divide_up(o.rows(), kForwardRows); ++k) {
     const ChunkResult& chunk = static_cast<const ChunkResult*>(o.scratch)[k];
     all.loss.add(chunk.loss);
     all.weight.add(chunk.weight);

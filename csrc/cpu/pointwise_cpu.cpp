@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/dispatch_dtype.h"
+#include "integers.h"
 
 #define FUSEDLOSS_KERNELS "cpu/pointwise_kernels.h"
 #include "cpu/instruction_sets.h"
@@ -12,7 +13,7 @@
 namespace fusedloss::cpu {
 
 int64_t pointwise_chunks(const PointwiseOptions& o) {
-  return (o.numel + kPointwiseChunk - 1) / kPointwiseChunk;
+  return divide_up(o.numel, kPointwiseChunk);
 }
 
 int64_t pointwise_scratch_bytes(const PointwiseOptions& o) {

@@ -29,23 +29,25 @@ void fill(A* to, A value) {
   for (int64_t i = 0; i < kPointwiseBlock; i += Simd<A>::kLanes) store(to + i, typename Simd<A>::V{} + value);
 }
 
-// In double, by independent accumulators, which hide the latency of an addition.
+// Eight vectors are added in their own type, three roundings deep, and such sums in double.
 template <typename A>
 double sum_of(const A* values, int n) {
+  using V = typename Simd<A>::V;
+  constexpr int kLanes = Simd<A>::kLanes, kParts = kLanes / Simd<double>::kLanes;
   typedef A Part __attribute__((vector_size(Simd<double>::kLanes * sizeof(A))));
-  constexpr int kLanes = Simd<double>::kLanes, kUnroll = 4;
-  DoubleV sum[kUnroll] = {};
+  DoubleV sum[kParts] = {};
+  const auto add = [&](V v) {
+    Part part[kParts];
+    __builtin_memcpy(part, &v, sizeof v);
+    FUSEDLOSS_UNROLL for (int k = 0; k < kParts; ++k) sum[k] += __builtin_convertvector(part[k], DoubleV);
+  };
+  const auto at = [&](int k) { return load(values + k * kLanes); };
   int i = 0;
-  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
-    FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) {
-      Part part;
-      __builtin_memcpy(&part, values + i + k * kLanes, sizeof part);
-      sum[k] += __builtin_convertvector(part, DoubleV);
-    }
-  }
-  double rest = 0;
-  for (; i < n; ++i) rest += double(values[i]);
-  return sum_of_lanes<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+  for (; i + 8 * kLanes <= n; i += 8 * kLanes, values += 8 * kLanes)
+    add(((at(0) + at(1)) + (at(2) + at(3))) + ((at(4) + at(5)) + (at(6) + at(7))));
+  for (; i + kLanes <= n; i += kLanes, values += kLanes) add(at(0));
+  if (i < n) add(load_first(values, n - i));
+  return sum_of_lanes<double>(kParts == 1 ? sum[0] : sum[0] + sum[kParts - 1]);
 }
 
 template <typename T>
@@ -59,7 +61,6 @@ class Evaluation {
     }
     for (int k = 0; k < operands_; ++k) {
       const T* operand = static_cast<const T*>(o.operand[k]);
-      if (o.operand_stride[k] == 0) fill(operand_[k], load_one(operand));
       if (repeats_within_block(k)) repeat(operand, o.operand_period[k], operand_[k]);
       if (o.grad[k] != nullptr) block_.wrt |= 1u << k;
     }
@@ -81,7 +82,7 @@ class Evaluation {
         operand_of_block_[k] = operand_[k] + begin % o_.operand_period[k];
       } else if (o_.operand_period[k] != 0) {
         operand_of_block_[k] = read_around(k, begin % o_.operand_period[k], n, whole);
-      } else if (o_.operand_stride[k] != 0) {
+      } else {
         operand_of_block_[k] = read(at<const T>(o_.operand[k], begin), operand_[k], n, whole);
       }
       grad_of_block_[k] = in_place<T>(whole && o_.grad[k] != nullptr) ? at<A>(o_.grad[k], begin) : grad_[k];
@@ -129,7 +130,10 @@ class Evaluation {
   }
   static void repeat(const T* from, int64_t period, A* to) {
     for (int64_t i = 0; i < period; ++i) to[i] = load_one(from + i);
-    for (int64_t i = period; i < period + kPointwiseBlock; ++i) to[i] = to[i - period];
+    for (int64_t filled = period, n; filled < period + kPointwiseBlock; filled += n) {
+      n = std::min(filled, period + kPointwiseBlock - filled);
+      std::copy_n(to, n, to + filled);
+    }
   }
   // A longer one: a block that reaches beyond its end goes on at its beginning.
   const void* read_around(int k, int64_t begin, int n, bool whole) {

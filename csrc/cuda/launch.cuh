@@ -13,6 +13,7 @@
 #include <map>
 #include <mutex>
 
+#include "integers.h"
 #include "options.h"
 
 // What this compiler pass makes code for: 900 is sm_90, 0 is a CPU.
@@ -109,7 +110,6 @@ inline cudaError_t complete(CudaTuning& tuning, const void* kernel) {
   return cudaSuccess;
 }
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // The most blocks for a backward pass whose gradient is ready: mostly there is nothing left to do, and many blocks would

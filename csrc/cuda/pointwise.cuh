@@ -35,7 +35,7 @@ __device__ __forceinline__ auto loss_of(const A (&values)[F::kOperands], const A
 
 // Operand 0 has an element for each; of the others, one value may serve all.
 __device__ __forceinline__ bool is_one_value(const PointwiseOptions& o, int k) {
-  return k > 0 && o.operand_stride[k] == 0;
+  return k > 0 && o.operand_period[k] == 1;
 }
 
 template <typename T>

@@ -68,7 +68,6 @@ class PointwiseOptions(ctypes.Structure):
         *[
             ("operands", ctypes.c_int),
             ("operand", POINTER * 8),
-            ("operand_stride", LONG * 8),
             ("operand_period", LONG * 8),
         ],
         *[("parameter", ctypes.c_double * 16), ("loss", POINTER), ("scratch", POINTER)],

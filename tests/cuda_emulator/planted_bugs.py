@@ -76,7 +76,7 @@ LISTED = [
     ("one sum for all blocks", "pointwise.cuh", "(o.scratch)[@blockIdx.x@] = of_block", "0"),
     ("elements past the end", "pointwise.cuh", "if (@unit + p * step >= units@) continue", "false"),
     ("the same pack again", "pointwise.cuh", "packs[p - 1][k] = @packs[p][k]@;", "packs[0][k]"),
-    ("one value as if there were more", "pointwise.cuh", "return @k > 0 && o.operand_stride[k] == 0@;", "false"),
+    ("one value as if there were more", "pointwise.cuh", "return @k > 0 && o.operand_period[k] == 1@;", "false"),
     (
         "a gradient in the first one's place",
         "pointwise.cuh",

@@ -137,7 +137,7 @@ class Pointwise(Problem):
         o.numel, o.divisor, o.operands = self.numel, self.divisor, len(self.operands)
         for k, values in enumerate(self.operands):
             o.operand[k] = emulator.input(values, f"operand {k}", self.offsets[k]).data_ptr()
-            o.operand_stride[k] = int(k not in self.one_value)
+            o.operand_period[k] = int(k in self.one_value)
         for k, value in enumerate(self.formula.parameters):
             o.parameter[k] = value
         losses, offset = (self.numel, self.offsets[-2]) if self.reduction == "none" else (1, 0)
