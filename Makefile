@@ -13,6 +13,8 @@ PIP_CUDA := $(VENV_CUDA)/bin/python -m pip --quiet --disable-pip-version-check
 # What computes on the CPU, and what torch is told of the ops. The others look at the checkout, or take long.
 TESTS_CUDA := $(addprefix tests/test_,$(addsuffix .py,cross_entropy mse_loss semantics autograd bad_input \
 	bounds fake_tensors opcheck grad_in_forward inplace_backward modules))
+# Two files at a time: what they compile and compute keeps more cores busy than that.
+TWO := --numprocesses 2 --dist loadfile
 SOURCES := setup.py fusedloss/_build.py $(wildcard csrc/* csrc/*/*)
 
 .PHONY: help demo test cuda-build bench gpu lint format build wheel clean
@@ -31,14 +33,14 @@ demo: build
 	$(PY) -m benchmarks.demo
 
 test: build
-	$(PY) -m pytest tests
+	$(PY) -m pytest $(TWO) tests
 
 # The tests are copied away from the checkout, whose own package would be imported in place of the installed one.
 cuda-build: $(VENV_CUDA)/built
 	@rm -rf $(VENV_CUDA)/away && mkdir $(VENV_CUDA)/away && cp -r pyproject.toml tests $(VENV_CUDA)/away
 	cd $(VENV_CUDA)/away && ../bin/python -c "from fusedloss import _backend; what = _backend.describe(); print(what); \
 		assert 'CPU and CUDA' in what and '(prebuilt)' in what"
-	cd $(VENV_CUDA)/away && ../bin/python -m pytest $(TESTS_CUDA)
+	cd $(VENV_CUDA)/away && ../bin/python -m pytest $(TWO) $(TESTS_CUDA)
 
 bench: build
 	$(PY) -m benchmarks

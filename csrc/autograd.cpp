@@ -134,12 +134,14 @@ bool is_one(const at::Tensor& value) {
   }
 }
 
-constexpr const char* kGradsOfForward = "grads of forward";
+// An entry each: compiled autograd does not follow tensors in lists.
+constexpr const char* kGradsOfForward[kMaxOperands] = {"grad",           "grad of target",    "grad of tensor 2",
+                                                       "grad of tensor 3", "grad of tensor 4", "grad of tensor 5",
+                                                       "grad of tensor 6", "grad of tensor 7"};
 
 void keep_grads_of_forward(AutogradContext* ctx, at::TensorList grads) {
-  const auto defined = [](const at::Tensor& grad) { return grad.defined(); };
-  if (std::any_of(grads.begin(), grads.end(), defined))
-    ctx->saved_data[kGradsOfForward] = c10::List<at::Tensor>(grads);
+  for (size_t i = 0; i < grads.size(); ++i)
+    if (grads[i].defined()) ctx->saved_data[kGradsOfForward[i]] = grads[i];
 }
 
 // The gradients that the forward pass has left; from here on they are the caller's.
@@ -147,14 +149,15 @@ struct GradsOfForward {
   variable_list grads;
   bool are_asked_for = false;  // as they are
 
-  GradsOfForward(AutogradContext* ctx, const at::Tensor& grad_output, size_t count) {
-    const auto found = ctx->saved_data.find(kGradsOfForward);
-    const bool any = found != ctx->saved_data.end();
-    if (any) {
-      grads = found->second.toTensorVector();
+  GradsOfForward(AutogradContext* ctx, const at::Tensor& grad_output, size_t count) : grads(count) {
+    bool any = false;
+    for (size_t i = 0; i < count; ++i) {
+      const auto found = ctx->saved_data.find(kGradsOfForward[i]);
+      if (found == ctx->saved_data.end()) continue;
+      grads[i] = std::move(found->second).toTensor();
       ctx->saved_data.erase(found);
+      any = true;
     }
-    grads.resize(count);
     if (on_cuda(grad_output) || grad_output.dim() != 0) return;
     const bool one = is_one(grad_output);
     grad_output_was_one_on_cpu = one;
@@ -163,7 +166,7 @@ struct GradsOfForward {
 };
 
 void drop_grads_of_forward(AutogradContext* ctx) {
-  ctx->saved_data.erase(kGradsOfForward);
+  for (const char* name : kGradsOfForward) ctx->saved_data.erase(name);
 }
 
 // ---- the gradient in the logits' place

