@@ -385,8 +385,13 @@ OptionalTensor pointwise(int64_t loss, at::TensorList operands, c10::ArrayRef<do
   const PointwiseCall call = {pointwise_loss(loss), operands, parameters, reduction, divisor};
   if (!pointwise_covers(call.loss, operands)) return std::nullopt;
   const auto requires_grad = [](const at::Tensor& operand) { return operand.requires_grad(); };
-  if (at::GradMode::is_enabled() && std::any_of(operands.begin(), operands.end(), requires_grad))
+  const auto is_inference = [](const at::Tensor& operand) { return operand.is_inference(); };
+  if (at::GradMode::is_enabled() && std::any_of(operands.begin(), operands.end(), requires_grad)) {
+    // Cannot be saved; some losses of torch's do not have to.
+    if (std::any_of(operands.begin(), operands.end(), is_inference))
+      return call.loss.composed(operands.vec(), parameters.vec(), reduction, divisor);
     return Pointwise::apply(operands, loss, parameters, reduction, divisor);
+  }
   return run_pointwise_forward(call, {}).loss;
 }
 

@@ -55,10 +55,12 @@ def fused(
     parameters: Sequence[float] = (),
     divisor: int | None = None,
     warns: bool = False,
+    fits: Callable[..., bool] | None = None,
 ) -> Tensor | None:
     """The pointwise loss of this name, as its kernels or the registered op compute it; None where the call is torch's.
 
     warns: an input and a target of two shapes are likely a mistake, as torch tells.
+    fits: whether it broadcasts these operands, which have several shapes; if not given, it broadcasts any.
     """
     eager = is_eager(operands)
     if not eager and not ops.accepts(*operands):
@@ -68,6 +70,8 @@ def fused(
     shape = operands[0].shape
     if loss is not None or all(operand.shape == shape for operand in operands[1:]):
         return loss
+    if not ops.accepts(*operands) or not (fits is None or fits(*operands)):
+        return None
     if warns and torch.compiler.is_compiling():
         return None  # the compiler calls torch's function, whose warning it lets through
     loss = _of_one_shape(eager, name, _broadcast(name, operands), *options)
@@ -103,4 +107,6 @@ def _broadcast(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
         return torch.broadcast_tensors(*operands)
     except RuntimeError as error:
         shapes = ", ".join(str(list(operand.shape)) for operand in operands)
-        raise RuntimeError(f"{name}: input and target must have shapes that broadcast, got {shapes}: {error}") from None
+        who = name.partition("#")[0]  # without the digest of a custom loss
+        what = "input and target" if len(operands) == 2 else "the tensors"
+        raise RuntimeError(f"{who}: {what} must have shapes that broadcast, got {shapes}: {error}") from None

@@ -100,6 +100,8 @@ class CustomLoss(nn.Module):
         self.expression = expression
         self.reduction = reduction
         self.tensors = tuple(tensors)
+        if not isinstance(derivative, Mapping | None):
+            raise TypeError(f"custom_loss: derivative must map names to expressions, got {type(derivative).__name__}")
         self.derivative = dict(derivative) if derivative is not None else None
         for name in parameters:
             if hasattr(self, name):
@@ -125,6 +127,8 @@ class CustomLoss(nn.Module):
         return self._composed(operands, parameters) if loss is None else loss
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if self._formula is not None and name in ("expression", "tensors", "derivative"):
+            raise AttributeError(f"custom_loss: {name} is compiled in; make another module")
         super().__setattr__(name, _number(name, value) if name in self.parameter_names else value)
 
     def extra_repr(self) -> str:
@@ -160,7 +164,12 @@ class CustomLoss(nn.Module):
     def _composed(self, operands: list[Tensor], parameters: list[float]) -> Tensor:
         """By torch's operations."""
         input = operands[0]
-        if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        device = input.device.type
+        if (
+            torch.amp.is_autocast_available(device)
+            and torch.is_autocast_enabled(device)
+            and input.dtype != torch.float64
+        ):
             operands = [operand.float() for operand in operands]
         return pointwise_losses.composed(self._name, operands, parameters, _reduction.get_enum(self.reduction), None)
 
@@ -174,13 +183,15 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"custom_loss: parameter {name!r} must be a number, got {type(value).__name__}")
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"custom_loss: parameter {name!r} must be a number, got {type(value).__name__}") from None
 
 
 def _common_dtype(operands: Sequence[Tensor]) -> torch.dtype:
-    """As torch promotes float types; integers and bool take part only where there is no other."""
-    dtypes = {operand.dtype for operand in operands if operand.dtype.is_floating_point or operand.dtype.is_complex}
+    """As torch promotes float types: one value of no dimension does not widen the others. Integers and bool take part
+    only where there is no other."""
+    floats = [operand for operand in operands if operand.dtype.is_floating_point or operand.dtype.is_complex]
+    dtypes = {operand.dtype for operand in floats if operand.dim() > 0} or {operand.dtype for operand in floats}
     common = dtypes.pop() if dtypes else torch.get_default_dtype()
     for dtype in dtypes:
         common = torch.promote_types(common, dtype)
@@ -203,12 +214,15 @@ class _Formula:
         return f"custom_loss({self.expression.text.strip()})#{hashlib.sha256(self.cpp().encode()).hexdigest()[:12]}"
 
     def elementwise(self, *arguments: Any) -> Tensor:
+        value, slopes = self._by_torch
+        return _GivenDerivative.apply(value, slopes, len(self.operands), *arguments) if slopes else value(*arguments)
+
+    @functools.cached_property
+    def _by_torch(self) -> tuple[Callable, tuple[Callable | None, ...]]:
+        """Made once: where a call is traced, its arguments that are no tensors must be those of the call before."""
         names = (*self.operands, *self.parameters)
-        value = to_torch(self.expression, names)
-        if not self.slopes:
-            return value(*arguments)
-        slopes = [to_torch(self.slopes[name], names) if name in self.slopes else None for name in self.operands]
-        return _GivenDerivative.apply(value, slopes, len(self.operands), *arguments)
+        slopes = self.slopes and {name: to_torch(slope, names) for name, slope in self.slopes.items()}
+        return to_torch(self.expression, names), tuple(slopes.get(name) for name in self.operands if slopes)
 
     def cpp(self) -> str:
         """The header that csrc/cpu/pointwise_formulas.h and csrc/cuda/pointwise.cuh include in the place of ours."""

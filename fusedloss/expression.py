@@ -184,7 +184,8 @@ class _Reader:
             given = ast.parse(self.text + "\n", mode="eval").body
         except SyntaxError as error:
             # Python counts both from 1, and has 0 or None where it cannot tell.
-            raise self.refusal(error.msg, (error.lineno or 1) - 1, (error.offset or 1) - 1) from None
+            hint = "; several lines need parentheses around them" if len(self.lines) > 1 else ""
+            raise self.refusal(error.msg + hint, (error.lineno or 1) - 1, (error.offset or 1) - 1) from None
         except ValueError as error:  # null bytes, surrogates
             raise self.refusal(str(error)) from None
         self.check_depth(given)

@@ -1,10 +1,11 @@
 """The pointwise losses of torch as functions: mean squared error and its family."""
 
-import warnings
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import _reduction
 
 from ._calls import by_torch, covers, fused, is_eager, named_reduction, warn
 from .pointwise_losses import GAUSSIAN_CONSTANT
@@ -103,7 +104,7 @@ def smooth_l1_loss(
     Other arguments, result and errors are those of `mse_loss`; a negative beta is a RuntimeError.
     """
     reduction = named_reduction(reduction, size_average, reduce)
-    if isinstance(beta, int | float) and beta >= 0:
+    if isinstance(beta, int | float) and 0 <= beta < math.inf:
         name, parameters = ("smooth_l1_loss", (beta,)) if beta > 0 else ("l1_loss", ())
         loss = fused(name, (input, target), reduction, parameters, warns=True)
         if loss is not None:
@@ -132,7 +133,7 @@ def huber_loss(
 
     Other arguments, result and errors are those of `mse_loss`; a delta that is not positive is a RuntimeError.
     """
-    if weight is None and isinstance(delta, int | float) and delta > 0:
+    if weight is None and isinstance(delta, int | float) and 0 < delta < math.inf:
         loss = fused("huber_loss", (input, target), reduction, (delta,), warns=True)
         if loss is not None:
             return loss
@@ -173,12 +174,11 @@ def binary_cross_entropy_with_logits(
     reduction = named_reduction(reduction, size_average, reduce)
     loss = None
     if weight is None and pos_weight is None:
-        if _have_one_shape(input, target):
-            loss = fused("binary_cross_entropy_with_logits", (input, target), reduction)
-    elif _have_one_shape(input, target, weight, pos_weight):
+        loss = fused("binary_cross_entropy_with_logits", (input, target), reduction, fits=_bce_fits)
+    elif covers(input, target, *(given for given in (weight, pos_weight) if given is not None)):
         one = input.new_ones(())
         operands = (input, target, one if weight is None else weight, one if pos_weight is None else pos_weight)
-        loss = fused("weighted_binary_cross_entropy_with_logits", operands, reduction)
+        loss = fused("weighted_binary_cross_entropy_with_logits", operands, reduction, fits=_bce_fits)
     if loss is not None:
         return loss
     return by_torch(
@@ -216,27 +216,30 @@ def kl_div(
 
     Returns and raises what `mse_loss` does.
     """
-    is_legacy = size_average is not None or reduce is not None
-    reduction = named_reduction(reduction, size_average, reduce)
-    name = "kl_div_log_target" if log_target else "kl_div"
-    if reduction == "batchmean":
-        number, divisor = ("mean", input.shape[0]) if input.dim() > 0 else ("sum", None)
-        loss = fused(name, (input, target), number, divisor=divisor)
-    else:
-        loss = fused(name, (input, target), reduction)
-    if loss is not None:
-        if reduction == "mean" and not is_legacy:
-            warn(
-                "reduction: 'mean' divides the total loss by both the batch size and the support size. "
-                "'batchmean' divides only by the batch size, and aligns with the KL div math definition.",
-                stacklevel=2,
-            )
-        return loss
-    if is_legacy and reduction == "mean":  # of which torch warns only where it is asked for by that name
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return by_torch(torch_kl_div, input, target, reduction=reduction, log_target=log_target)
-    return by_torch(torch_kl_div, input, target, reduction=reduction, log_target=log_target)
+    by_name = size_average is None and reduce is None
+    kind, divisor = reduction, None
+    if not by_name:
+        # torch divides by the batch even where those override 'batchmean': a call for torch.
+        batch = reduction == "batchmean"
+        kind = None if batch else _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+    elif reduction == "batchmean" and covers(input, target):
+        kind, divisor = ("mean", input.shape[0]) if input.dim() > 0 else ("sum", None)
+    loss = None
+    if kind is not None:
+        loss = fused("kl_div_log_target" if log_target else "kl_div", (input, target), kind, divisor=divisor)
+    if loss is None:
+        options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
+        return by_torch(torch_kl_div, input, target, **options, log_target=log_target)
+    if not by_name:
+        named_reduction(reduction, size_average, reduce)  # for its warning
+    elif reduction == "mean":
+        warn(
+            "reduction: 'mean' divides the total loss by both the batch size and the support size."
+            "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+            "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
+            stacklevel=2,
+        )
+    return loss
 
 
 def poisson_nll_loss(
@@ -267,7 +270,7 @@ def poisson_nll_loss(
     Returns and raises what `mse_loss` does.
     """
     reduction = named_reduction(reduction, size_average, reduce)
-    if reduction in ("none", "mean", "sum"):
+    if reduction in ("none", "mean", "sum") and isinstance(eps, int | float):
         name = f"poisson_nll_loss{'' if log_input else '_of_rate'}{'_full' if full else ''}"
         loss = fused(name, (input, target), reduction, (eps,))
         if loss is not None:
@@ -303,13 +306,14 @@ def gaussian_nll_loss(
         reduction: 'none', 'mean' or 'sum'. Default 'mean'.
 
     Returns:
-        As `mse_loss`; under autocast float32.
+        As `mse_loss`; but of 16-bit tensors on the CPU, whose autocast does not know this loss, it stays one.
 
     Raises:
         ValueError: var is negative (a RuntimeError where the compiler has made a graph of it) or of another size, or
             reduction is unknown. To look for a negative var the host waits for the GPU, as with torch's function.
     """
-    if isinstance(var, Tensor) and reduction in ("none", "mean", "sum") and covers(input, target, var):
+    plain = isinstance(var, Tensor) and isinstance(eps, int | float) and reduction in ("none", "mean", "sum")
+    if plain and covers(input, target, var) and not math.isnan(eps) and not _stays_16_bit(input):
         _refuse_negative(var)
         fits = var.shape == input.shape
         if not fits and var.shape == input.shape[:-1]:
@@ -339,11 +343,15 @@ def soft_margin_loss(
     to that of input, and that no warning is given where the shapes differ.
     """
     reduction = named_reduction(reduction, size_average, reduce)
-    if _can_expand(target, input):
-        loss = fused("soft_margin_loss", (input, target), reduction)
-        if loss is not None:
-            return loss
+    loss = fused("soft_margin_loss", (input, target), reduction, fits=lambda input, target: _can_expand(target, input))
+    if loss is not None:
+        return loss
     return by_torch(torch_soft_margin_loss, input, target, reduction=reduction)
+
+
+def _stays_16_bit(input: Tensor) -> bool:
+    """Where the other losses become float32."""
+    return input.dtype.itemsize == 2 and input.is_cpu and torch.is_autocast_enabled("cpu")
 
 
 def _refuse_negative(var: Tensor) -> None:
@@ -360,17 +368,11 @@ def _if_given(**options: Tensor | None) -> dict[str, Tensor]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _have_one_shape(input: Tensor, *others: Tensor | None) -> bool:
-    """Has the first of the others the shape of input, and can the rest be expanded to it?"""
-    target, *weights = others
-    if not isinstance(input, Tensor) or not isinstance(target, Tensor) or target.shape != input.shape:
-        return False
-    return all(weight is None or _can_expand(weight, input) for weight in weights)
+def _bce_fits(input: Tensor, target: Tensor, *weights: Tensor) -> bool:
+    return target.shape == input.shape and all(_can_expand(weight, input) for weight in weights)
 
 
 def _can_expand(tensor: Tensor, to: Tensor) -> bool:
-    if not isinstance(tensor, Tensor) or not isinstance(to, Tensor):
-        return False
     sizes = zip(reversed(tensor.shape), reversed(to.shape), strict=False)
     return tensor.dim() <= to.dim() and all(size in (1, other) for size, other in sizes)
 

@@ -354,6 +354,24 @@ def test_mixed_types(types):
         )
 
 
+@pytest.mark.parametrize("types", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)], ids=str)
+def test_a_value_of_no_dimension_does_not_widen(types):
+    wide = torch.tensor(0.25, dtype=types[1])
+    operands = {key: x.detach().to(types[0]) for key, x in drawn("squared", (7,), torch.float32).items()}
+    for name in ("target", "weight"):
+        given = {**operands, name: wide}
+        assert made("squared")(**given).dtype == by_torch("squared", given, "mean").dtype == types[0]
+    assert made("squared")(**{key: x[0] for key, x in operands.items()} | {"weight": wide}).dtype == types[1]
+    integers = {**{key: x.to(torch.int64) for key, x in operands.items()}, "weight": wide}
+    assert made("squared")(**integers).dtype == types[1]
+
+
+def test_other_devices():
+    input = torch.ones(3, 2, device="meta", requires_grad=True)
+    loss = made("squared", "none")(input=input, target=input, weight=torch.ones(2, device="meta"))
+    assert loss.is_meta and loss.shape == (3, 2)
+
+
 # ---- derivatives of every kind
 
 
@@ -526,6 +544,9 @@ def test_derivative_by_hand_elsewhere(fresh_compiler):
     compiled = torch.compile(by_hand(), fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(gradients(compiled(**operands), operands), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+    plain = {key: x.detach() for key, x in operands.items()}
+    criterion = by_hand()
+    torch.jit.trace(lambda input: criterion(**plain | {"input": input}), plain["input"])  # compares with a second call
     with forward_ad.dual_level():  # by what has no derivative
         dual = forward_ad.make_dual(operands["target"].detach(), torch.ones(3, 7).double())
         loss = by_hand()(operands["input"], dual, weight=operands["weight"])
@@ -602,7 +623,7 @@ def test_autocast(dtype, fresh_compiler):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = call(**operands)
         assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-7)
         for ours, theirs in zip(gradients(loss, operands), gradients(expected, wide, retain_graph=True), strict=True):
             assert ours.dtype == dtype
             torch.testing.assert_close(ours.double(), theirs, **TOLERANCE[dtype])
@@ -632,7 +653,10 @@ def test_parameters():
             assert criterion.p == float(p) and isinstance(criterion.p, float)
             torch.testing.assert_close(criterion(**operands), by_torch("power", operands, "mean", p=float(p)))
             torch.testing.assert_close(made("power", p=p)(**operands), criterion(**operands))
-    for bad in ("2", None, True, [1.0], torch.ones(2), 1j):
+    for name in ("expression", "tensors", "derivative"):
+        with pytest.raises(AttributeError, match=f"{name} is compiled in"):
+            setattr(criterion, name, getattr(criterion, name))
+    for bad in ("2", None, True, [1.0], torch.ones(2), 1j, 10**400):
         with pytest.raises(TypeError, match="'p' must be a number"):
             criterion.p = bad
         with pytest.raises(TypeError, match="'p' must be a number"):
@@ -955,6 +979,10 @@ def test_bad_options(monkeypatch):
     many = [f"t{i}" for i in range(8)]
     with pytest.raises(ValueError, match="got 9 tensors and 0 parameters, expected at most 8 and 16"):
         fusedloss.custom_loss(" + ".join(["input", *many]), tensors=many)
+    with pytest.raises(ValueError, match="several lines need parentheses around them"):
+        fusedloss.custom_loss("input\n  - target")
+    with pytest.raises(TypeError, match="derivative must map names to expressions, got str"):
+        fusedloss.custom_loss("input", derivative="1")
     for text in (None, b"input", 3):
         with pytest.raises(TypeError, match="the expression must be a str"):
             fusedloss.custom_loss(text)

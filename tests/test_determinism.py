@@ -114,8 +114,8 @@ def test_each_instruction_set(capability, request):
     )
     assert seen.stdout.strip() == capability
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-k", f"not ({LEFT_OUT})", *KERNEL_TESTS], env=environment, cwd=root,
-        capture_output=True, text=True,
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-k", f"not ({LEFT_OUT})", *KERNEL_TESTS],
+        env=environment, cwd=root, capture_output=True, text=True,
     )  # fmt: skip
     failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     assert run.returncode == 0, "\n".join([*failed, "...", run.stdout[-3000:], run.stderr[-1000:]])
