@@ -387,9 +387,11 @@ OptionalTensor pointwise(int64_t loss, at::TensorList operands, c10::ArrayRef<do
   const auto requires_grad = [](const at::Tensor& operand) { return operand.requires_grad(); };
   const auto is_inference = [](const at::Tensor& operand) { return operand.is_inference(); };
   if (at::GradMode::is_enabled() && std::any_of(operands.begin(), operands.end(), requires_grad)) {
-    // Cannot be saved; some losses of torch's do not have to.
-    if (std::any_of(operands.begin(), operands.end(), is_inference))
-      return call.loss.composed(operands.vec(), parameters.vec(), reduction, divisor);
+    if (std::any_of(operands.begin(), operands.end(), is_inference)) {  // cannot be saved; not all of torch's have to
+      variable_list given = operands.vec();
+      for (auto& operand : given) operand = autocast_to_float32(operand) ? operand.to(at::kFloat) : operand;
+      return call.loss.composed(given, parameters.vec(), reduction, divisor);
+    }
     return Pointwise::apply(operands, loss, parameters, reduction, divisor);
   }
   return run_pointwise_forward(call, {}).loss;

@@ -212,6 +212,17 @@ def test_operands_of_inference_mode(name, device):
         assert case.function != "l1_loss" or isinstance(found[1], Tensor)
 
 
+def test_an_operand_of_inference_mode_under_autocast(device):
+    with torch.inference_mode():
+        target = torch.randn(5, device=device, dtype=torch.bfloat16)
+    input = torch.randn(5, device=device, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        losses = [module.l1_loss(input, target) for module in (fused, F)]
+    assert losses[0].dtype == losses[1].dtype == torch.float32
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, input)[0] for loss in losses))
+
+
 @every_case
 def test_threads_do_not_change_a_bit(name):
     case = CASES[name]
