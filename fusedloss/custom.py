@@ -55,8 +55,9 @@ def custom_loss(
             numbers, `pi`, `+ - * / **`, comparisons joined by `&`, `|` and `~`, and the functions of
             `fusedloss.expression.FUNCTIONS`, which are torch's of the same names: `where(condition, a, b)`, `abs`,
             `exp`, `log`, `maximum`, `clamp`, `softplus`, … Derivatives at kinks are torch's too: 0 for abs at 0, half
-            to each of two equal arguments of maximum, 1 for clamp at its bounds. What `where` does not choose has no
-            part in the derivative, also where its own is infinite, of which torch makes NaN.
+            to each of two equal arguments of maximum, for clamp at its bounds what the torch that is there has (2.14
+            changed it). What `where` does not choose has no part in the derivative, also where its own is infinite, of
+            which torch makes NaN.
         reduction: 'none', 'mean' (by the number of elements) or 'sum'. Default 'mean'.
         tensors: names of further tensors. `weight` and `mask` need not be named.
         derivative: expressions for the derivatives by hand, `{"input": "sign(input - target)"}`; a tensor that is not

@@ -64,14 +64,33 @@ FUNCTIONS = {
     "max": Function(2, torch.maximum, "maximum", cpp="maximum"),
     "minimum": Function(2, torch.minimum, "the smaller one; where both are equal, each has half the derivative"),
     "min": Function(2, torch.minimum, "minimum", cpp="minimum"),
-    "clamp": Function(3, torch.clamp, "clamp(x, min, max), also with only min=... or max=...; derivative 1 at a bound"),
+    "clamp": Function(3, torch.clamp, "clamp(x, min, max), also with only min=... or max=...; see CLAMP_HALVES"),
     "where": Function(3, torch.where, "where(condition, a, b): a where the condition holds, otherwise b"),
 }
 
+# How many halves of clamp's derivative are x's at a bound that is a number, and at one that is a tensor, which has the
+# other half: torch changed it with 2.14.
+CLAMP_HALVES = (2, 2) if torch.__version__ < (2, 14) else (0, 1)
+
+
+def _clamp(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
+    """torch.clamp between numbers, which here are tensors too."""
+    if CLAMP_HALVES[0] == 2:
+        return torch.clamp(x, low, high)
+    inside = torch.ones_like(x, dtype=torch.bool) if low is None else x > low
+    if high is not None:
+        inside = inside & (x < high)
+    return torch.where(inside, x, torch.clamp(x.detach(), low, high))
+
+
 # What a call can become; the text cannot call these.
 _FORMS = {
-    "clamp_min": Function(2, lambda x, bound: torch.clamp(x, min=bound), "clamp(x, min=bound)"),
-    "clamp_max": Function(2, lambda x, bound: torch.clamp(x, max=bound), "clamp(x, max=bound)"),
+    "clamp_both": Function(3, _clamp, "clamp(x, min, max)", f"clamp<{CLAMP_HALVES[0]}>"),
+    "clamp_min": Function(2, lambda x, low: _clamp(x, low, None), "clamp(x, min=low)", f"clamp_min<{CLAMP_HALVES[0]}>"),
+    "clamp_max": Function(2, lambda x, up: _clamp(x, None, up), "clamp(x, max=up)", f"clamp_max<{CLAMP_HALVES[0]}>"),
+    "tensor_clamp_both": Function(3, torch.clamp, "clamp(x, min, max)", f"clamp<{CLAMP_HALVES[1]}>"),
+    "tensor_clamp_min": Function(2, lambda x, low: torch.clamp(x, low), "the same", f"clamp_min<{CLAMP_HALVES[1]}>"),
+    "tensor_clamp_max": Function(2, lambda x, up: torch.clamp(x, max=up), "the same", f"clamp_max<{CLAMP_HALVES[1]}>"),
     "is_nonzero": Function(1, lambda x: x != 0, "the condition that a number stands for"),
 }
 _CALLABLE = FUNCTIONS | _FORMS
@@ -163,8 +182,9 @@ class _Reader:
     - Constant: a float. What consists of literals alone has become one.
     - Name, UnaryOp with - or ~, BinOp of _ARITHMETIC and _LOGIC; pow(a, b) has become a ** b.
     - Compare of two operands. A chain has become several, with & between them.
-    - Call of a plain name in FUNCTIONS or _FORMS, with as many arguments as it has, all by position. clamp with one
-      bound has become clamp_min or clamp_max; a number as where's condition, is_nonzero.
+    - Call of a plain name in FUNCTIONS or _FORMS, with as many arguments as it has, all by position. clamp has
+      become clamp_both, clamp_min or clamp_max, or tensor_clamp_…, where a bound has a tensor in it; a number as where's
+      condition, is_nonzero.
     """
 
     def __init__(self, text: str, tensors: Sequence[str], parameters: Sequence[str]) -> None:
@@ -344,7 +364,10 @@ class _Reader:
         if len(node.args) > 3 or "x" not in given or len(given) == 1:
             self.refuse(node, "clamp takes a number and bounds: clamp(x, min, max), clamp(x, min=a) or clamp(x, max=b)")
         bounds = [bound for bound in ("min", "max") if bound in given]
-        form = "clamp" if len(bounds) == 2 else f"clamp_{bounds[0]}"
+        names = {node.id for bound in bounds for node in ast.walk(given[bound]) if isinstance(node, ast.Name)}
+        form = f"clamp_{bounds[0] if len(bounds) == 1 else 'both'}"
+        if names & set(self.tensors):
+            form = f"tensor_{form}"
         return self.called(node, form, [given["x"], *(given[bound] for bound in bounds)])
 
     def called(self, node: ast.expr, name: str, arguments: list[ast.expr]) -> ast.expr:

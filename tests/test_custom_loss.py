@@ -372,6 +372,30 @@ def test_other_devices():
     assert loss.is_meta and loss.shape == (3, 2)
 
 
+def test_clamp_at_its_bounds():
+    """Between numbers and between tensors, in whatever order, torch's own."""
+    grid = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=3)), dtype=torch.float64)
+    for text, torchs in {
+        "clamp(input, target, weight)": torch.clamp,
+        "clamp(input, min=target)": lambda x, low, _: torch.clamp(x, low),
+        "clamp(input, max=target)": lambda x, high, _: torch.clamp(x, max=high),
+        "clamp(input, low, high)": lambda x, *_: torch.clamp(x, -1, 1),
+        "clamp(input, min=low)": lambda x, *_: torch.clamp(x, min=-1),
+        "clamp(input, max=high)": lambda x, *_: torch.clamp(x, max=1),
+    }.items():
+        names = {name: value for name, value in {"low": -1.0, "high": 1.0}.items() if name in text}
+        criterion = fusedloss.custom_loss(text, reduction="none", **names)
+        of_torch = [column.clone().requires_grad_() for column in grid.T]
+        wanted = torch.autograd.grad(torchs(*of_torch).sum(), of_torch, materialize_grads=True)
+        for call in (criterion, lambda criterion=criterion, **xs: torch.func.vmap(lambda ys: criterion(**ys))(xs)):
+            leaves = dict(zip(("input", "target", "weight"), (x.clone().requires_grad_() for x in grid.T), strict=True))
+            given = {name: x for name, x in leaves.items() if name in text}
+            loss = call(**given)
+            assert torch.equal(loss, torchs(*of_torch)), text
+            grads = torch.autograd.grad(loss.sum(), list(given.values()))
+            assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=False)), text
+
+
 # ---- derivatives of every kind
 
 

@@ -6,7 +6,7 @@
 // lanes are elements of their own; conditions are what comparing two V gives, joined by & and |.
 //
 // Each function has torch's name and, where its slope jumps, torch's derivative: 0 for abs at 0 and relu at 0, half to
-// each of two equal arguments of maximum and minimum, 1 for clamp at its bounds.
+// each of two equal arguments of maximum and minimum; of clamp, what that torch has.
 //
 // Without include guard, as formulas/cross_entropy.h, and for the same reason. The includer provides `elementary`: the
 // functions of a V.
@@ -220,24 +220,33 @@ template <typename M, typename V>
 FUSEDLOSS_INLINE V slope_if(M condition, V) {
   return elementary::select(condition, elementary::constant<V>(1), elementary::constant<V>(0));
 }
-template <typename V, unsigned kX, unsigned kLow>
+// At a bound, kHalves halves of the derivative are x's: 2 before torch 2.14; since then 0 where bounds are numbers and 1
+// where they are tensors, the other being the bound's.
+template <int kHalves, typename V, unsigned kX, unsigned kLow>
 FUSEDLOSS_INLINE auto clamp_min(const Dual<V, kX>& x, const Dual<V, kLow>& low) {
-  const auto below = x.value < low.value;
+  const V of_x = elementary::constant<V>(0.5 * kHalves), of_low = elementary::constant<V>(kHalves == 1 ? 0.5 : 0);
+  const auto below = x.value < low.value, equal = x.value == low.value;
   const V value = elementary::select(below | (low.value != low.value), low.value, x.value);
-  return chain(value, slope_if(x.value >= low.value, value), x, slope_if(below, value), low);
+  return chain(value, elementary::select(equal, of_x, slope_if(x.value > low.value, value)), x,
+               elementary::select(equal, of_low, slope_if(below, value)), low);
 }
-template <typename V, unsigned kX, unsigned kHigh>
+template <int kHalves, typename V, unsigned kX, unsigned kHigh>
 FUSEDLOSS_INLINE auto clamp_max(const Dual<V, kX>& x, const Dual<V, kHigh>& high) {
-  const auto above = x.value > high.value;
-  const V value = elementary::select(above | (high.value != high.value), high.value, x.value);
-  return chain(value, slope_if(x.value <= high.value, value), x, slope_if(above, value), high);
+  return -clamp_min<kHalves>(-x, -high);
 }
-template <typename V, unsigned kX, unsigned kLow, unsigned kHigh>
+template <int kHalves, typename V, unsigned kX, unsigned kLow, unsigned kHigh>
 FUSEDLOSS_INLINE auto clamp(const Dual<V, kX>& x, const Dual<V, kLow>& low, const Dual<V, kHigh>& high) {
-  const V value = clamp_max(clamp_min(plain(x), plain(low)), plain(high)).value;
-  const V by_x = slope_if((x.value >= low.value) & (x.value <= high.value), value);
-  const V by_low = slope_if((x.value < low.value) & (low.value < high.value), value);
-  const V by_high = slope_if((x.value > high.value) | (high.value < low.value), value);
+  const V value = clamp_max<kHalves>(clamp_min<kHalves>(plain(x), plain(low)), plain(high)).value;
+  const V of_x = elementary::constant<V>(0.5 * kHalves), of_bound = elementary::constant<V>(kHalves == 1 ? 0.5 : 0);
+  const auto apart = low.value < high.value;
+  const auto at_low = apart & (x.value == low.value), at_high = apart & (x.value == high.value);
+  const auto inside = kHalves == 0 ? (x.value > low.value) & (x.value < high.value)
+                                   : (x.value >= low.value) & (x.value <= high.value);
+  const auto in_order = kHalves == 1 ? low.value <= high.value : apart;
+  const V by_x = elementary::select(at_low | at_high, of_x, slope_if(inside, value));
+  const V by_low = elementary::select(at_low, of_bound, slope_if((x.value < low.value) & in_order, value));
+  const V by_high = elementary::select(at_high, of_bound,
+                                       slope_if((x.value > high.value) | (high.value < low.value), value));
   return with_slope(chain(value, by_x, x, by_low, low), Dual<V, 0>{by_high}, high);
 }
 
