@@ -183,8 +183,8 @@ class _Reader:
     - Name, UnaryOp with - or ~, BinOp of _ARITHMETIC and _LOGIC; pow(a, b) has become a ** b.
     - Compare of two operands. A chain has become several, with & between them.
     - Call of a plain name in FUNCTIONS or _FORMS, with as many arguments as it has, all by position. clamp has
-      become clamp_both, clamp_min or clamp_max, or tensor_clamp_…, where a bound has a tensor in it; a number as where's
-      condition, is_nonzero.
+      become clamp_both, clamp_min or clamp_max, or where a bound has a tensor in it, tensor_clamp_…; a number as
+      where's condition, is_nonzero.
     """
 
     def __init__(self, text: str, tensors: Sequence[str], parameters: Sequence[str]) -> None:

@@ -245,7 +245,9 @@ def test_no_worse_than_torch(name, device):
 
     def assert_no_worse(what: str, ours: Tensor, torchs: Tensor, exact: Tensor) -> None:
         known = ~exact.isnan()
-        size = exact.abs().clamp(min=1e-30)
+        # What is a small difference of large terms is as wrong as chance has it, for either.
+        is_difference = case.function in ("poisson_nll_loss", "gaussian_nll_loss", "kl_div")
+        size = exact.abs().clamp(min=1e-1 if is_difference else 1e-30)
         of_ours, of_torch = (((x.double() - exact).abs() / size)[known].nan_to_num().max() for x in (ours, torchs))
         assert of_ours <= 4 * of_torch + 3e-6, f"{what}: {of_ours}, torch {of_torch}"
 
