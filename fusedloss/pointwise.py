@@ -10,6 +10,8 @@ from torch.nn import _reduction
 from ._calls import by_torch, covers, fused, is_eager, named_reduction, warn
 from .pointwise_losses import GAUSSIAN_CONSTANT
 
+NUMBER = (int, float)  # not int | float: the compiler of torch 2.6 knows no unions
+
 # torch's own functions, taken where `patch` has not replaced them.
 torch_mse_loss = F.mse_loss
 torch_l1_loss = F.l1_loss
@@ -104,7 +106,7 @@ def smooth_l1_loss(
     Other arguments, result and errors are those of `mse_loss`; a negative beta is a RuntimeError.
     """
     reduction = named_reduction(reduction, size_average, reduce)
-    if isinstance(beta, int | float) and 0 <= beta < math.inf:
+    if isinstance(beta, NUMBER) and 0 <= beta < math.inf:
         name, parameters = ("smooth_l1_loss", (beta,)) if beta > 0 else ("l1_loss", ())
         loss = fused(name, (input, target), reduction, parameters, warns=True)
         if loss is not None:
@@ -133,7 +135,7 @@ def huber_loss(
 
     Other arguments, result and errors are those of `mse_loss`; a delta that is not positive is a RuntimeError.
     """
-    if weight is None and isinstance(delta, int | float) and 0 < delta < math.inf:
+    if weight is None and isinstance(delta, NUMBER) and 0 < delta < math.inf:
         loss = fused("huber_loss", (input, target), reduction, (delta,), warns=True)
         if loss is not None:
             return loss
@@ -270,7 +272,7 @@ def poisson_nll_loss(
     Returns and raises what `mse_loss` does.
     """
     reduction = named_reduction(reduction, size_average, reduce)
-    if reduction in ("none", "mean", "sum") and isinstance(eps, int | float):
+    if reduction in ("none", "mean", "sum") and isinstance(eps, NUMBER):
         name = f"poisson_nll_loss{'' if log_input else '_of_rate'}{'_full' if full else ''}"
         loss = fused(name, (input, target), reduction, (eps,))
         if loss is not None:
@@ -312,14 +314,15 @@ def gaussian_nll_loss(
         ValueError: var is negative (a RuntimeError where the compiler has made a graph of it) or of another size, or
             reduction is unknown. To look for a negative var the host waits for the GPU, as with torch's function.
     """
-    plain = isinstance(var, Tensor) and isinstance(eps, int | float) and reduction in ("none", "mean", "sum")
+    plain = isinstance(var, Tensor) and isinstance(eps, NUMBER) and reduction in ("none", "mean", "sum")
     if plain and covers(input, target, var) and not math.isnan(eps) and not _stays_16_bit(input):
         _refuse_negative(var)
         fits = var.shape == input.shape
         if not fits and var.shape == input.shape[:-1]:
             var, fits = var.unsqueeze(-1), True
-        others = sum(size for size, own in zip(var.shape, input.shape, strict=False) if size != own)
-        if fits or (var.dim() == input.dim() and others == 1):
+        if not fits and var.dim() == input.dim():
+            fits = sum(size for size, own in zip(var.shape, input.shape, strict=True) if size != own) == 1
+        if fits:
             parameters = (eps, GAUSSIAN_CONSTANT if full else 0.0)
             loss = fused("gaussian_nll_loss", (input, target, var), reduction, parameters)
             if loss is not None:
@@ -373,8 +376,8 @@ def _bce_fits(input: Tensor, target: Tensor, *weights: Tensor) -> bool:
 
 
 def _can_expand(tensor: Tensor, to: Tensor) -> bool:
-    sizes = zip(reversed(tensor.shape), reversed(to.shape), strict=False)
-    return tensor.dim() <= to.dim() and all(size in (1, other) for size, other in sizes)
+    more = to.dim() - tensor.dim()
+    return more >= 0 and all(size in (1, other) for size, other in zip(tensor.shape, to.shape[more:], strict=True))
 
 
 TORCHS = {
