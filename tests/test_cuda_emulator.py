@@ -304,7 +304,8 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
     dtype = rng.choice(list(DTYPES))
     problems: list[Problem] = []
     if not file.startswith(("pointwise", "cross_entropy")):
-        shapes = [(5, 3, 1), (3, 257, 1), (2500, 4, 1), (2, 40, 300), (3, 9001, 1)]  # the last in tiles of its classes
+        # The last one's classes are cut into tiles.
+        shapes = [(5, 3, 1), (3, 257, 1), (2500, 4, 1), (2, 40, 300), (3, 9001, 1)]
         problems += [NegativeLogLikelihood(rng, dtype, shape, "mean") for shape in shapes]
     if not file.startswith(("pointwise", "nll_loss")):
         for layout in ("contiguous", "padded", "padded each", "inner"):

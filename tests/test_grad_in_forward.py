@@ -57,8 +57,8 @@ def test_it_is_the_same_gradient_bit_for_bit(shape, dtype, reduction, device):
         exact = x.detach().double().requires_grad_()
         reference.cross_entropy(exact, target, reduction=reduction, **options).backward()
         assert exact.grad is not None
-        # Several times the largest entry: over 140,000 classes the reference, in float64, has an error of its own. Where
-        # one class has nearly all of the probability, entries are small differences of terms of about 1 / rows.
+        # Several times the largest entry: over 140,000 classes the reference, in float64, has an error of its own.
+        # Where one class has nearly all of the probability, entries are small differences of terms of about 1 / rows.
         rows = 1 if reduction == "sum" else max(x.numel() // max(x.shape[min(1, x.dim() - 1)], 1), 1)
         scale = max(4 * exact.grad.abs().max().item(), 0.1 / rows)
         assert_exact(handed_over, exact.grad, scale=scale, what="gradient")
