@@ -394,7 +394,7 @@ OptionalTensor pointwise(int64_t loss, at::TensorList operands, c10::ArrayRef<do
     }
     return Pointwise::apply(operands, loss, parameters, reduction, divisor);
   }
-  return run_pointwise_forward(call, {}).loss;
+  return run_pointwise_forward(call, /*with_grads=*/0).loss;
 }
 
 OptionalTensor nll_loss(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,

@@ -83,14 +83,19 @@ def _clamp(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
     return torch.where(inside, x, torch.clamp(x.detach(), low, high))
 
 
+def _clamps(prefix: str, clamp: Callable[..., Tensor], halves: int) -> dict[str, Function]:
+    """What a call of clamp becomes, by the bounds it is given."""
+    return {
+        f"{prefix}clamp_both": Function(3, clamp, "clamp(x, min, max)", f"clamp<{halves}>"),
+        f"{prefix}clamp_min": Function(2, lambda x, low: clamp(x, low, None), "clamp(x, min)", f"clamp_min<{halves}>"),
+        f"{prefix}clamp_max": Function(2, lambda x, up: clamp(x, None, up), "clamp(x, max=up)", f"clamp_max<{halves}>"),
+    }
+
+
 # What a call can become; the text cannot call these.
 _FORMS = {
-    "clamp_both": Function(3, _clamp, "clamp(x, min, max)", f"clamp<{CLAMP_HALVES[0]}>"),
-    "clamp_min": Function(2, lambda x, low: _clamp(x, low, None), "clamp(x, min=low)", f"clamp_min<{CLAMP_HALVES[0]}>"),
-    "clamp_max": Function(2, lambda x, up: _clamp(x, None, up), "clamp(x, max=up)", f"clamp_max<{CLAMP_HALVES[0]}>"),
-    "tensor_clamp_both": Function(3, torch.clamp, "clamp(x, min, max)", f"clamp<{CLAMP_HALVES[1]}>"),
-    "tensor_clamp_min": Function(2, lambda x, low: torch.clamp(x, low), "the same", f"clamp_min<{CLAMP_HALVES[1]}>"),
-    "tensor_clamp_max": Function(2, lambda x, up: torch.clamp(x, max=up), "the same", f"clamp_max<{CLAMP_HALVES[1]}>"),
+    **_clamps("", _clamp, CLAMP_HALVES[0]),
+    **_clamps("tensor_", torch.clamp, CLAMP_HALVES[1]),
     "is_nonzero": Function(1, lambda x: x != 0, "the condition that a number stands for"),
 }
 _CALLABLE = FUNCTIONS | _FORMS
