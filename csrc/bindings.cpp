@@ -2,6 +2,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/instruction_set.h"
+#include "cuda_tuning.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -69,6 +70,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       no_gil);
   m.def("set_debug", &set_debug);
+  m.def("set_cuda_tuning", &set_cuda_tuning);
   m.def("cpu_capability", [] { return cpu::name_of(cpu::instruction_set()); });
   // For the tests, which have no machine that lacks AVX2.
   m.def("choose_cpu_capability", [](const std::string& wanted, bool has_avx2, bool has_avx512) {

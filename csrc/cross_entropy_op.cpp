@@ -8,6 +8,7 @@
 #include "checks.h"
 #include "class_indices.h"
 #include "cpu/cross_entropy_cpu.h"
+#include "cuda_tuning.h"
 #include "huge_pages.h"
 #include "ops.h"
 #include "plain.h"
@@ -44,6 +45,7 @@ struct Call {
 
   Call(const at::Tensor& input_, const at::Tensor& target_, const OptionalTensor& weight_, int64_t reduction,
        int64_t ignore_index, double label_smoothing) {
+    o.tuning = cuda_tuning();
     o.dtype = check_dtype(kOp, "input", input_);
     o.reduction = check_reduction(kOp, reduction);
     o.ignore_index = ignore_index;

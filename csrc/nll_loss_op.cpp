@@ -9,6 +9,7 @@
 #include "checks.h"
 #include "class_indices.h"
 #include "cpu/nll_loss_cpu.h"
+#include "cuda_tuning.h"
 #include "huge_pages.h"
 #include "ops.h"
 #include "plain.h"
@@ -32,6 +33,7 @@ struct Call {
   Call(const at::Tensor& like, const at::Tensor& target_, const OptionalTensor& weight_, int64_t reduction,
        int64_t ignore_index) {
     const RowSizes sizes = row_sizes(like);
+    o.tuning = cuda_tuning();
     o.dtype = check_dtype(kOp, "input", like);
     o.reduction = check_reduction(kOp, reduction);
     o.outer = sizes.outer;

@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "cpu/pointwise_cpu.h"
+#include "cuda_tuning.h"
 #include "huge_pages.h"
 #include "ops.h"
 #include "plain.h"
@@ -43,6 +44,7 @@ struct Call {
     TORCH_CHECK_VALUE(call.parameters.size() <= size_t(kMaxParameters), op, ": got ", call.parameters.size(),
                       " parameters, expected at most ", kMaxParameters);
     at::Tensor& input = operands[0];
+    o.tuning = cuda_tuning();
     o.dtype = check_dtype(op, "input", input);
     o.reduction = check_reduction(op, call.reduction);
     for (size_t k = 1; k < operands.size(); ++k) check_operand(int(k));

@@ -32,9 +32,9 @@ constexpr int kResident = sizeof(T) == 8 ? 256 : kSpread ? 512 : 1024;
 template <typename T, bool kSpread>
 constexpr int kRowThreads = max_row_threads(sizeof(T) == 8, kSpread);
 
-// Sums over rows; in scratch, one for each block.
+// What a thread adds up over its rows.
 struct Partial {
-  double loss, weight;
+  LossSum sum;
   bool bad_target;
 };
 
@@ -57,7 +57,7 @@ __device__ __forceinline__ int64_t looked_up_again(int64_t number) {
 // One thread of the row: statistics in, loss out. x_y: the target class's.
 template <typename T, bool kSpread, typename A>
 __device__ __forceinline__ void finish_row(const Row<T, kSpread>& row, RowState<A> state, A scale, T x_y,
-                                           Partial& sum) {
+                                           Partial& partial) {
   const Problem<T>& o = row.o;
   A loss[1] = {0};
   if (row.counts()) {
@@ -65,11 +65,11 @@ __device__ __forceinline__ void finish_row(const Row<T, kSpread>& row, RowState<
     if (kSpread && row.y >= 0) state.mass = index_mass(A(0), o.sum_of_weights(), o.smoothing);  // not rounded C times
     if (kSpread) loss[0] = expected_negative_log_likelihood(state, logsum);
     if (row.y >= 0) loss[0] += o.smoothing.kept * row.w_y * negative_log_likelihood(widen(x_y), state.max, logsum);
-    sum.loss += double(loss[0]);
-    sum.weight += row.has_probabilities() ? 1.0 : double(row.w_y);
+    partial.sum.loss += double(loss[0]);
+    partial.sum.weight += row.has_probabilities() ? 1.0 : double(row.w_y);
   } else {
     state.max = scale = 0;
-    if (o.target_index[row.number] != o.ignore_index) sum.bad_target = true;
+    if (o.target_index[row.number] != o.ignore_index) partial.bad_target = true;
   }
   static_cast<A*>(o.row_max)[row.number] = state.max;
   static_cast<A*>(o.row_scale)[row.number] = scale;
@@ -77,15 +77,16 @@ __device__ __forceinline__ void finish_row(const Row<T, kSpread>& row, RowState<
 }
 
 // All threads of the block. The assert waits until here since a call that may return costs registers around it.
-__device__ __forceinline__ Partial finish_block(const Partial& of_thread) {
+__device__ __forceinline__ LossSum finish_block(const Partial& of_thread) {
   assert(!of_thread.bad_target && "cross_entropy: a target is neither a class index nor ignore_index");
-  return {block_sum(of_thread.loss), block_sum(of_thread.weight), false};
+  return block_sum(of_thread.sum);
 }
 
 __device__ __forceinline__ void leave(const CrossEntropyOptions& o, const Partial& of_thread) {
-  const Partial sum = finish_block(of_thread);
+  wait_for_launch_before();  // which may still read its own sums in scratch
+  const LossSum sum = finish_block(of_thread);
   if (o.reduction != Reduction::kNone && threadIdx.x + threadIdx.y == 0)
-    static_cast<Partial*>(o.scratch)[blockIdx.x] = sum;
+    static_cast<LossSum*>(o.scratch)[blockIdx.x] = sum;
 }
 
 template <typename T, bool kSpread>
@@ -97,8 +98,9 @@ __global__ void __launch_bounds__(kRowThreads<T, kSpread>, (kResident<T, kSpread
   const int rank = int(blockIdx.x % plan.blocks);  // among the blocks of a row
   const int thread = rank * int(blockDim.x) + int(threadIdx.x), threads = plan.blocks * int(blockDim.x);
   const Kept kept(plan.kept_packs), nothing(0);
+  let_next_launch_start();
   __shared__ Partial sums[kRowsOfBlock];  // a row's first thread has one for itself: registers are scarce
-  if (threadIdx.x == 0) sums[threadIdx.y] = {0, 0, false};
+  if (threadIdx.x == 0) sums[threadIdx.y] = {};
   if (plan.cluster) cluster_sync();  // a block must have started before others write to its memory
   int turn = 0;
   for (int64_t first = int64_t(blockIdx.x / plan.blocks) * blockDim.y; first < plan.rows; first += plan.step, ++turn) {
@@ -125,11 +127,12 @@ __global__ void __launch_bounds__(kRowThreads<T, kSpread>, (kResident<T, kSpread
       if (is_row && thread == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
     }
     if (o.grad_logits == nullptr || !is_row) continue;
+    wait_for_launch_before();  // for total_weight
     const Row<T, kSpread> row(o, looked_up_again(number));
     const auto share = share_of(row, thread, threads);
     write_row<false>(row, state.max, scale, share, kept);
   }
-  if (!plan.split) leave(o, thread == 0 ? sums[threadIdx.y] : Partial{0, 0, false});
+  if (!plan.split) leave(o, thread == 0 ? sums[threadIdx.y] : Partial());
 }
 
 template <typename T, bool kSpread>
@@ -138,7 +141,8 @@ __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColu
   const RowPlan& plan = o.plan;
   const Share<T> share = {only_single<T>(int(o.classes)), int(threadIdx.y), int(blockDim.y)};
   const Kept nothing(0);
-  Partial sum = {0, 0, false};
+  Partial sum = {};
+  let_next_launch_start();
   for (int64_t first = int64_t(blockIdx.x) * blockDim.x; first < plan.rows; first += plan.step) {
     const bool is_row = first + threadIdx.x < plan.rows;
     const Row<T, kSpread> row(o, is_row ? first + threadIdx.x : plan.rows - 1);
@@ -148,6 +152,7 @@ __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColu
     state = column_merge<kSpread, kColumnThreads>(state);
     const auto scale = scale_of(row, state);
     if (is_row && threadIdx.y == 0) finish_row(row, state, scale, x_y, sum);
+    wait_for_launch_before();  // for total_weight
     if (row.grad != nullptr && is_row) write_row<true>(row, state.max, scale, share, nothing);
   }
   leave(o, sum);
@@ -157,9 +162,9 @@ __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColu
 
 // The loss of all rows.
 template <typename T>
-__device__ __forceinline__ void conclude(const CrossEntropyOptions& o, double loss_sum, double weight_sum) {
+__device__ __forceinline__ void conclude(const CrossEntropyOptions& o, const LossSum& sum) {
   const bool mean = o.reduction == Reduction::kMean;
-  const double loss[1] = {mean ? divide_by_total_weight(loss_sum, weight_sum) : loss_sum};
+  const double loss[1] = {mean ? divide_by_total_weight(sum.loss, sum.weight) : sum.loss};
   store_loss<T>(o.loss, o.loss_dtype != o.dtype, 0, loss);
 }
 
@@ -170,17 +175,12 @@ __device__ __forceinline__ void store_total_weight(const CrossEntropyOptions& o,
 
 // The blocks' sums, in a fixed order.
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) finish(const CrossEntropyOptions o, int blocks, bool weighed) {
-  double loss_sum = 0, weight_sum = 0;
-  for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
-    loss_sum += static_cast<const Partial*>(o.scratch)[i].loss;
-    weight_sum += static_cast<const Partial*>(o.scratch)[i].weight;
-  }
-  loss_sum = block_sum(loss_sum);
-  weight_sum = block_sum(weight_sum);
+__global__ void __launch_bounds__(kSumThreads) finish(const CrossEntropyOptions o, int blocks, bool weighed) {
+  wait_for_launch_before();
+  const LossSum sum = sum_of_blocks<LossSum>(o.scratch, blocks);
   if (threadIdx.x != 0) return;
-  conclude<T>(o, loss_sum, weight_sum);
-  if (o.reduction == Reduction::kMean && !weighed) store_total_weight<T>(o, weight_sum);
+  conclude<T>(o, sum);
+  if (o.reduction == Reduction::kMean && !weighed) store_total_weight<T>(o, sum.weight);
 }
 
 // Split rows: some lanes of a warp merge what a row's blocks have left, and finish the row.
@@ -190,7 +190,8 @@ __global__ void __launch_bounds__(kMaxThreads) finish_split(const Problem<T> o) 
   int lanes = 1;
   while (lanes < kWarp && lanes < o.plan.blocks) lanes *= 2;
   const int lane = threadIdx.x % lanes, rows_at_once = blockDim.x / lanes;
-  Partial sum = {0, 0, false};
+  wait_for_launch_before();
+  Partial of_thread = {};
   for (int64_t first = 0; first < o.plan.rows; first += rows_at_once) {
     const int64_t i = first + threadIdx.x / lanes;
     const bool is_row = i < o.plan.rows;
@@ -201,23 +202,32 @@ __global__ void __launch_bounds__(kMaxThreads) finish_split(const Problem<T> o) 
     for (int block = lane; block < o.plan.blocks; block += lanes) state = merge(state, states[block]);
     state = lanes_merge<kSpread>(state, lanes);
     const A scale = scale_of(row, state);
-    if (is_row && lane == 0) finish_row(row, state, scale, x_y, sum);
+    if (is_row && lane == 0) finish_row(row, state, scale, x_y, of_thread);
   }
-  sum = finish_block(sum);
+  const LossSum sum = finish_block(of_thread);
   if (threadIdx.x != 0 || o.reduction == Reduction::kNone) return;
-  conclude<T>(o, sum.loss, sum.weight);
+  conclude<T>(o, sum);
   if (o.reduction == Reduction::kMean) store_total_weight<T>(o, sum.weight);
 }
 
 // ---- What the mean divides by, before the rows whose gradient needs it
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) weigh(const Problem<T> o) {
+__global__ void __launch_bounds__(kSumThreads) weigh(const Problem<T> o) {
+  let_next_launch_start();
   double sum = 0;
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < o.plan.rows; i += step) {
-    const int y = o.target_probability ? -1 : o.target_class(i);
-    sum += o.target_probability ? 1.0 : y >= 0 ? double(o.weight_of(y)) : 0.0;
+  for (int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; first < o.plan.rows;
+       first += kLoadsAtOnce * step) {
+    int64_t index[kLoadsAtOnce];
+#pragma unroll
+    for (int k = 0; k < kLoadsAtOnce; ++k)
+      index[k] = first + k * step < o.plan.rows ? o.target_index[first + k * step] : o.ignore_index;
+#pragma unroll
+    for (int k = 0; k < kLoadsAtOnce; ++k) {
+      const int y = o.class_of(index[k]);
+      if (y >= 0) sum += double(o.weight_of(y));
+    }
   }
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;
@@ -226,9 +236,18 @@ __global__ void __launch_bounds__(kMaxThreads) weigh(const Problem<T> o) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) finish_weigh(const CrossEntropyOptions o, int blocks) {
-  const double sum = sum_of_blocks(o.scratch, blocks);
+__global__ void __launch_bounds__(kSumThreads) finish_weigh(const CrossEntropyOptions o, int blocks) {
+  let_next_launch_start();
+  wait_for_launch_before();
+  const double sum = sum_of_blocks<double>(o.scratch, blocks);
   if (threadIdx.x == 0) store_total_weight<T>(o, sum);
+}
+
+// Probabilities: each row weighs 1.
+template <typename T>
+__global__ void count_rows(const CrossEntropyOptions o) {
+  let_next_launch_start();
+  store_total_weight<T>(o, double(o.outer * o.inner));
 }
 
 // ---- The gradient alone, from the statistics that the forward pass has left: no thread waits for another
@@ -236,6 +255,7 @@ __global__ void __launch_bounds__(kMaxThreads) finish_weigh(const CrossEntropyOp
 template <typename T, bool kSpread>
 __global__ void __launch_bounds__(kRowThreads<T, kSpread>, (kResident<T, kSpread> / kRowThreads<T, kSpread>))
     backward_rows(const Problem<T> o) {
+  wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
   using A = Statistic<T>;
   const RowPlan& plan = o.plan;
@@ -252,6 +272,7 @@ __global__ void __launch_bounds__(kRowThreads<T, kSpread>, (kResident<T, kSpread
 template <typename T, bool kSpread>
 __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColumnThreads))
     backward_columns(const Problem<T> o) {
+  wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
   using A = Statistic<T>;
   const Share<T> share = {only_single<T>(int(o.classes)), int(threadIdx.y), int(blockDim.y)};
@@ -267,26 +288,27 @@ __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColu
 // The grid of the kernel that weighs; 0 where nothing has to be weighed.
 unsigned weigh_grid(const CrossEntropyOptions& o, const RowPlan& plan) {
   if (o.reduction != Reduction::kMean || o.grad_logits == nullptr || plan.split) return 0;
-  return grid_size(o, o.tuning.weigh_rows);
+  return o.target_probability ? 1 : grid_size(o, o.tuning.weigh_rows);
 }
 
 template <typename T>
 cudaError_t launch_weigh(const CrossEntropyOptions& o, const RowPlan& plan, cudaStream_t stream) {
   const unsigned grid = weigh_grid(o, plan);
   if (grid == 0) return cudaSuccess;
-  const cudaError_t error = launch(weigh<T>, {grid, kMaxThreads}, stream, Problem<T>(o, plan));
+  if (o.target_probability) return launch(count_rows<T>, {}, stream, o);
+  const cudaError_t error = launch(weigh<T>, {grid, kSumThreads}, stream, Problem<T>(o, plan));
   if (error != cudaSuccess || grid == 1) return error;
-  return launch(finish_weigh<T>, {1, kMaxThreads}, stream, o, int(grid));
+  return launch(finish_weigh<T>, after_launch(o, 1, kSumThreads), stream, o, int(grid));
 }
 
 template <typename T>
 cudaError_t launch_backward(CrossEntropyOptions o, cudaStream_t stream) {
-  if (o.grad_ready && o.tuning.max_blocks > kHandOverBlocks) o.tuning.max_blocks = kHandOverBlocks;
+  if (o.grad_ready) o.tuning.max_blocks = smaller(o.tuning.max_blocks, kHandOverBlocks);
   const RowPlan plan = plan_rows(o, /*with_exchange=*/false);
   const bool spread = o.is_spread();
   const auto kernel = plan.columns ? (spread ? backward_columns<T, true> : backward_columns<T, false>)
                                    : (spread ? backward_rows<T, true> : backward_rows<T, false>);
-  return launch(kernel, plan.shape(o), stream, Problem<T>(o, plan));
+  return launch(kernel, plan.shape(o, /*overlaps=*/true), stream, Problem<T>(o, plan));
 }
 
 template <typename T>
@@ -296,9 +318,11 @@ cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cu
   cudaError_t error = launch_weigh<T>(o, plan, stream);
   const auto kernel = plan.columns ? (spread ? forward_columns<T, true> : forward_columns<T, false>)
                                    : (spread ? forward_rows<T, true> : forward_rows<T, false>);
-  if (error == cudaSuccess) error = launch(kernel, plan.shape(o), stream, problem);
+  const bool overlaps = weigh_grid(o, plan) > 0;  // no more than the weights: other launches may write the logits
+  if (error == cudaSuccess) error = launch(kernel, plan.shape(o, overlaps), stream, problem);
   if (error != cudaSuccess || !plan.split) return error;
-  error = launch(spread ? finish_split<T, true> : finish_split<T, false>, {1, kMaxThreads}, stream, problem);
+  error = launch(spread ? finish_split<T, true> : finish_split<T, false>, after_launch(o, 1, kMaxThreads), stream,
+                 problem);
   if (error != cudaSuccess || o.grad_logits == nullptr) return error;
   return launch_backward<T>(o, stream);
 }
@@ -313,7 +337,7 @@ cudaError_t cross_entropy_scratch_bytes(CrossEntropyOptions& o, int64_t& bytes) 
   const cudaError_t error = complete_tuning(o.tuning);
   const RowPlan plan = plan_rows(o, /*with_exchange=*/true);
   const int64_t state = o.dtype == DType::kFloat64 ? sizeof(RowState<double>) : sizeof(RowState<float>);
-  const int64_t partials = plan.grid * int64_t(sizeof(Partial));
+  const int64_t partials = plan.grid * int64_t(sizeof(LossSum));
   const int64_t weights = weigh_grid(o, plan) * int64_t(sizeof(double));
   bytes = plan.split ? o.rows() * plan.blocks * state : partials > weights ? partials : weights;
   return error;
@@ -330,7 +354,7 @@ cudaError_t cross_entropy_forward(const CrossEntropyOptions& o, cudaStream_t str
     }
     if (o.reduction == Reduction::kNone) return cudaSuccess;
     const int blocks = o.rows() > 0 ? int(plan.grid) : 0;
-    return launch(finish<T>, {1, kMaxThreads}, stream, o, blocks, o.rows() > 0 && weigh_grid(o, plan) > 0);
+    return launch(finish<T>, after_launch(o, 1, kSumThreads), stream, o, blocks, o.rows() > 0 && weigh_grid(o, plan) > 0);
   });
 }
 

@@ -32,9 +32,9 @@ struct RowPlan {
   bool split = false;          // or apart, to meet in scratch
   int kept_packs = 0;          // of logits, of each thread, in shared memory
 
-  LaunchShape shape(const CrossEntropyOptions& o) const {
+  LaunchShape shape(const CrossEntropyOptions& o, bool overlaps) const {
     return {grid, block, cluster ? blocks : 1, kept_packs * kept_bytes_of_pack(o) * block.x * block.y,
-            o.tuning.kept_bytes};
+            o.tuning.kept_bytes, overlaps && o.tuning.overlap};
   }
 
   static int64_t kept_bytes_of_pack(const CrossEntropyOptions& o) {
@@ -86,10 +86,11 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
   if (o.classes * bytes_of(o.dtype) <= warp_bytes) {
     const int64_t of_lane = (many_rows ? 2 : 1) * tile_packs;
     unsigned lanes = 1;
-    while (lanes < 32 && (lanes * of_lane < packs || (lanes < 8 && 2 * lanes <= packs))) lanes *= 2;
+    while (lanes < 32 && (lanes * of_lane < packs || (lanes < t.least_lanes && 2 * lanes <= packs))) lanes *= 2;
     plan.block = dim3(lanes, kRowsOfBlock / lanes);
   } else {
-    const unsigned most_threads = max_row_threads(o.dtype == DType::kFloat64, o.is_spread());
+    const unsigned possible = max_row_threads(o.dtype == DType::kFloat64, o.is_spread());
+    const unsigned most_threads = possible < t.block_threads ? possible : unsigned(t.block_threads);
     const int64_t parts = divide_up(8 * t.multiprocessors, o.rows() > 0 ? o.rows() : 1);
     const int64_t most_parts = o.classes / t.split_classes;
     if (o.rows() < t.multiprocessors && most_parts >= 2) {

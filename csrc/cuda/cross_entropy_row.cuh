@@ -21,8 +21,7 @@ struct Problem : CrossEntropyOptions {
   Smoothing<A> smoothing;
 
   // -1 where there is none: the target is ignored or, behind an assert, out of range.
-  __device__ __forceinline__ int target_class(int64_t row) const {
-    const int64_t index = target_index[row];
+  __device__ __forceinline__ int class_of(int64_t index) const {
     return index == ignore_index || index < 0 || index >= classes ? -1 : int(index);
   }
   __device__ __forceinline__ A weight_of(int c) const { return weight ? static_cast<const A*>(weight)[c] : A(1); }
@@ -54,7 +53,7 @@ struct Row {
         logits(at(o.logits, o.logits_strides)),
         probability(kSpread && o.target_probability ? at(o.target_probability, o.target_strides) : nullptr),
         grad(o.grad_logits ? const_cast<T*>(at(o.grad_logits, o.grad_strides)) : nullptr),
-        y(kSpread && o.target_probability ? -1 : o.target_class(row)),
+        y(kSpread && o.target_probability ? -1 : o.class_of(o.target_index[row])),
         w_y(y < 0 ? A(0) : o.weight_of(y)) {}
 
   // The row's first element in a tensor like the logits.

@@ -38,7 +38,23 @@ struct LaunchShape {
   int cluster = 1;           // blocks
   int64_t shared_bytes = 0;  // of dynamic_shared_memory
   int64_t shared_limit = 0;  // what a launch of this kernel may ever ask for
+  bool overlaps = false;     // the kernel may start before the launch before it has ended: see wait_for_launch_before
 };
+
+// Programmatic dependent launch. The blocks of a kernel that is launched with `overlaps` may start as soon as all blocks
+// of the launch before have called let_next_launch_start, or have ended. Such a kernel calls wait_for_launch_before
+// before it touches memory that an earlier launch reads or writes; there it waits until that launch has ended and what
+// it wrote can be read. Each kernel of a chain waits, so an earlier launch's end means that all before have ended, too.
+__device__ __forceinline__ void let_next_launch_start() {
+#if FUSEDLOSS_CUDA_ARCH >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_launch_before() {
+#if FUSEDLOSS_CUDA_ARCH >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 #ifndef FUSEDLOSS_LAUNCH
 template <typename... Parameters, typename... Arguments>
@@ -49,17 +65,23 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_limit));
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = unsigned(shape.cluster);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {unsigned(shape.cluster), 1, 1};
+  }
+  if (shape.overlaps) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = size_t(shape.shared_bytes);
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 #else
@@ -83,10 +105,12 @@ inline cudaError_t ask_device(int device, const void* kernel, CudaTuning& answer
   const int64_t half = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2;
   const int64_t most = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   answer.kept_bytes = (half < most ? half : most) - 6 * 1024;
-  // The driver may have compiled the kernels from PTX for an older GPU, without the code for clusters.
+  // The driver may have compiled the kernels from PTX for an older GPU, without the code for clusters and overlap.
   cudaFuncAttributes compiled = {};
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, kernel);
-  answer.cluster_blocks = ask(cudaDevAttrComputeCapabilityMajor) >= 9 && compiled.ptxVersion >= 90 ? 8 : 1;
+  const bool is_hopper = ask(cudaDevAttrComputeCapabilityMajor) >= 9 && compiled.ptxVersion >= 90;
+  answer.cluster_blocks = is_hopper ? 8 : 1;
+  answer.overlap = is_hopper;
   return error;
 }
 
@@ -107,14 +131,23 @@ inline cudaError_t complete(CudaTuning& tuning, const void* kernel) {
   if (tuning.multiprocessors == 0) tuning.multiprocessors = answer->second.multiprocessors;
   if (tuning.kept_bytes == 0) tuning.kept_bytes = answer->second.kept_bytes;
   if (tuning.cluster_blocks == 0) tuning.cluster_blocks = answer->second.cluster_blocks;
+  tuning.overlap = tuning.overlap != 0 && answer->second.overlap != 0;
   return cudaSuccess;
+}
+
+// Of a kernel that waits for the launch before it, one of this library.
+template <typename Options>
+LaunchShape after_launch(const Options& o, unsigned grid, dim3 block) {
+  LaunchShape shape = {grid, block};
+  shape.overlaps = o.tuning.overlap != 0;
+  return shape;
 }
 
 inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // The most blocks for a backward pass whose gradient is ready: mostly there is nothing left to do, and many blocks would
 // take long to find that out.
-constexpr int64_t kHandOverBlocks = 1024;
+constexpr int64_t kHandOverBlocks = 264;
 
 // Calls f with a value of the type that dtype names: on_dtype(dtype, [&](auto zero) { using T = decltype(zero); … }).
 template <typename F>

@@ -17,11 +17,6 @@ constexpr int kThreads = 256;
 constexpr int kRowsAtOnce = 4;           // of a thread, whose loads are under way together
 constexpr int64_t kTileElements = 8192;  // of a block
 
-// Sums over rows; in scratch, one for each block.
-struct Partial {
-  double loss, weight;
-};
-
 template <typename T>
 struct Problem : NLLLossOptions {
   using A = Statistic<T>;
@@ -33,18 +28,19 @@ struct Problem : NLLLossOptions {
   }
   __device__ __forceinline__ A weight_of(int64_t y) const { return weight ? static_cast<const A*>(weight)[y] : A(1); }
 
-  __device__ __forceinline__ void conclude(double loss_sum, double weight_sum) const {
+  __device__ __forceinline__ void conclude(const LossSum& sum) const {
     const bool mean = reduction == Reduction::kMean;
-    const double of_all[1] = {mean ? divide_by_total_weight(loss_sum, weight_sum) : loss_sum};
+    const double of_all[1] = {mean ? divide_by_total_weight(sum.loss, sum.weight) : sum.loss};
     store_loss<T>(loss, loss_dtype != dtype, 0, of_all);
-    if (mean) *static_cast<A*>(total_weight) = A(weight_sum);
+    if (mean) *static_cast<A*>(total_weight) = A(sum.weight);
   }
 };
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) gather(const Problem<T> o) {
   const int64_t rows = o.outer * o.inner, step = int64_t(gridDim.x) * blockDim.x;
-  double loss_sum = 0, weight_sum = 0;
+  LossSum sum = {};
+  let_next_launch_start();
   bool bad_target = false;
   for (int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; first < rows; first += kRowsAtOnce * step) {
     int64_t y[kRowsAtOnce];
@@ -69,8 +65,8 @@ __global__ void __launch_bounds__(kThreads) gather(const Problem<T> o) {
       if (y[k] >= 0) {
         const double w = o.weight_of(y[k]);
         loss[0] = nll_loss_value(double(widen(x[k])), w);
-        loss_sum += loss[0];
-        weight_sum += w;
+        sum.loss += loss[0];
+        sum.weight += w;
       } else if (o.target[row] != o.ignore_index) {
         bad_target = true;
       }
@@ -79,24 +75,18 @@ __global__ void __launch_bounds__(kThreads) gather(const Problem<T> o) {
   }
   assert(!bad_target && "nll_loss: a target is neither a class index nor ignore_index");
   if (o.reduction == Reduction::kNone) return;
-  loss_sum = block_sum(loss_sum);
-  weight_sum = block_sum(weight_sum);
+  sum = block_sum(sum);
   if (threadIdx.x != 0) return;
-  if (gridDim.x == 1) o.conclude(loss_sum, weight_sum);
-  else static_cast<Partial*>(o.scratch)[blockIdx.x] = {loss_sum, weight_sum};
+  if (gridDim.x == 1) o.conclude(sum);
+  else static_cast<LossSum*>(o.scratch)[blockIdx.x] = sum;
 }
 
 // One block: the blocks' sums in a fixed order.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) finish_gather(const Problem<T> o, int blocks) {
-  double loss_sum = 0, weight_sum = 0;
-  for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
-    loss_sum += static_cast<const Partial*>(o.scratch)[i].loss;
-    weight_sum += static_cast<const Partial*>(o.scratch)[i].weight;
-  }
-  loss_sum = block_sum(loss_sum);
-  weight_sum = block_sum(weight_sum);
-  if (threadIdx.x == 0) o.conclude(loss_sum, weight_sum);
+__global__ void __launch_bounds__(kSumThreads) finish_gather(const Problem<T> o, int blocks) {
+  wait_for_launch_before();
+  const LossSum sum = sum_of_blocks<LossSum>(o.scratch, blocks);
+  if (threadIdx.x == 0) o.conclude(sum);
 }
 
 template <int kWidth, typename T>
@@ -143,18 +133,21 @@ unsigned grid_of(const NLLLossOptions& o) {
 }  // namespace
 
 int64_t nll_loss_scratch_bytes(const NLLLossOptions& o) {
-  return o.reduction == Reduction::kNone || grid_of(o) == 1 ? 0 : int64_t(grid_of(o)) * int64_t(sizeof(Partial));
+  return o.reduction == Reduction::kNone || grid_of(o) == 1 ? 0 : int64_t(grid_of(o)) * int64_t(sizeof(LossSum));
 }
 
-cudaError_t nll_loss_forward(const NLLLossOptions& o, cudaStream_t stream) {
+cudaError_t nll_loss_forward(const NLLLossOptions& given, cudaStream_t stream) {
+  NLLLossOptions o = given;
   const bool per_row = o.reduction == Reduction::kNone;
   if (per_row && o.rows() == 0) return cudaSuccess;
+  cudaError_t error = complete(o.tuning, reinterpret_cast<const void*>(&gather<float>));
+  if (error != cudaSuccess) return error;
   const unsigned grid = grid_of(o);
   return on_dtype(o.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const cudaError_t error = launch(gather<T>, {grid, kThreads}, stream, Problem<T>{o});
+    error = launch(gather<T>, {grid, kThreads}, stream, Problem<T>{o});
     if (error != cudaSuccess || per_row || grid == 1) return error;
-    return launch(finish_gather<T>, {1, kThreads}, stream, Problem<T>{o}, int(grid));
+    return launch(finish_gather<T>, after_launch(o, 1, kSumThreads), stream, Problem<T>{o}, int(grid));
   });
 }
 

@@ -183,6 +183,7 @@ __device__ __forceinline__ Statistic<T> share(const PointwiseOptions& o, const S
 
 template <typename F, bool kGradients, typename T>
 __device__ __forceinline__ void evaluate_all(const PointwiseOptions& o) {
+  let_next_launch_start();
   const void* losses = o.loss == nullptr ? o.grad_output : o.loss;
   const bool one = o.loss == nullptr ? o.grad_output_stride == 0 : o.reduction != Reduction::kNone;
   const auto elements = split_elements<T>(o, one ? nullptr : losses, OperandsOf<F>{});
@@ -205,6 +206,7 @@ __global__ void FUSEDLOSS_BOUNDS losses(const PointwiseOptions o) {
 // too.
 template <typename F, typename T>
 __global__ void FUSEDLOSS_BOUNDS gradients(const PointwiseOptions o) {
+  if (o.loss == nullptr) wait_for_launch_before();
   if (o.loss == nullptr && gradient_is_ready<T>(o)) return;
   evaluate_all<F, true, T>(o);
 }
@@ -213,8 +215,9 @@ __global__ void FUSEDLOSS_BOUNDS gradients(const PointwiseOptions o) {
 
 // One block: the blocks' sums in a fixed order, and the mean's division.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) finish(const PointwiseOptions o, int blocks) {
-  const double sum = sum_of_blocks(o.scratch, blocks);
+__global__ void __launch_bounds__(kSumThreads) finish(const PointwiseOptions o, int blocks) {
+  wait_for_launch_before();
+  const double sum = sum_of_blocks<double>(o.scratch, blocks);
   if (threadIdx.x != 0) return;
   const double loss[1] = {o.reduction == Reduction::kMean ? sum / o.divisor : sum};
   store_loss<T>(o.loss, o.loss_dtype != o.dtype, 0, loss);
@@ -222,22 +225,25 @@ __global__ void __launch_bounds__(kThreads) finish(const PointwiseOptions o, int
 
 inline unsigned grid_of(const PointwiseOptions& o) {
   const int64_t blocks = divide_up(o.numel, kThreads * packs_in_flight(o.operands) * (16 / bytes_of(o.dtype)));
-  return unsigned(blocks < o.max_blocks ? blocks : o.max_blocks);
+  return unsigned(smaller(blocks, o.tuning.max_blocks));
 }
 
 template <typename F>
-cudaError_t launch_forward(const PointwiseOptions& o, cudaStream_t stream) {
+cudaError_t launch_forward(const PointwiseOptions& given, cudaStream_t stream) {
+  PointwiseOptions o = given;
+  cudaError_t error = complete(o.tuning, reinterpret_cast<const void*>(&finish<float>));
+  if (error != cudaSuccess) return error;
   bool with_gradients = false;
   for (int k = 0; k < F::kOperands; ++k) with_gradients = with_gradients || o.grad[k] != nullptr;
   return on_dtype(o.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (o.numel > 0) {
       const auto kernel = with_gradients ? gradients<F, T> : losses<F, T>;
-      const cudaError_t error = launch(kernel, {grid_of(o), kThreads}, stream, o);
+      error = launch(kernel, {grid_of(o), kThreads}, stream, o);
       if (error != cudaSuccess) return error;
     }
     if (o.reduction == Reduction::kNone) return cudaSuccess;
-    return launch(finish<T>, {1, kThreads}, stream, o, int(grid_of(o)));
+    return launch(finish<T>, after_launch(o, 1, kSumThreads), stream, o, int(grid_of(o)));
   });
 }
 
@@ -245,9 +251,11 @@ template <typename F>
 cudaError_t launch_backward(const PointwiseOptions& given, cudaStream_t stream) {
   PointwiseOptions o = given;
   if (o.numel == 0) return cudaSuccess;
-  if (o.grad_ready && o.max_blocks > kHandOverBlocks) o.max_blocks = kHandOverBlocks;
+  const cudaError_t error = complete(o.tuning, reinterpret_cast<const void*>(&finish<float>));
+  if (error != cudaSuccess) return error;
+  if (o.grad_ready) o.tuning.max_blocks = smaller(o.tuning.max_blocks, kHandOverBlocks);
   return on_dtype(o.dtype, [&](auto zero) {
-    return launch(gradients<F, decltype(zero)>, {grid_of(o), kThreads}, stream, o);
+    return launch(gradients<F, decltype(zero)>, after_launch(o, grid_of(o), kThreads), stream, o);
   });
 }
 

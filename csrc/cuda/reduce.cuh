@@ -56,10 +56,38 @@ __device__ __forceinline__ double block_sum(double value) {
   return lanes_sum(exchange_between_warps(lanes_sum(value), 0.0));
 }
 
-// What the blocks of the launch before have left, one number each, by the threads of one block.
-__device__ __forceinline__ double sum_of_blocks(const void* left, int blocks) {
-  double sum = 0;
-  for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += static_cast<const double*>(left)[i];
+// Sums over rows. A block leaves one in scratch memory.
+struct alignas(16) LossSum {
+  double loss, weight;
+
+  __device__ __forceinline__ LossSum& operator+=(const LossSum& other) {
+    loss += other.loss;
+    weight += other.weight;
+    return *this;
+  }
+};
+
+__device__ __forceinline__ LossSum block_sum(const LossSum& of_thread) {
+  return {block_sum(of_thread.loss), block_sum(of_thread.weight)};
+}
+
+constexpr int kSumThreads = 1024;  // of a block that adds up what other blocks have left
+constexpr int kLoadsAtOnce = 8;    // of a thread of such a block: it waits for memory once for all of them
+
+// The sum of what the blocks of an earlier launch have left, V[blocks], by the threads of one block.
+template <typename V>
+__device__ __forceinline__ V sum_of_blocks(const void* left, int blocks) {
+  V sum = {};
+  for (int first = int(threadIdx.x); first < blocks; first += kLoadsAtOnce * int(blockDim.x)) {
+    V values[kLoadsAtOnce];
+#pragma unroll
+    for (int k = 0; k < kLoadsAtOnce; ++k) {
+      const int i = first + k * int(blockDim.x);
+      values[k] = i < blocks ? static_cast<const V*>(left)[i] : V{};
+    }
+#pragma unroll
+    for (int k = 0; k < kLoadsAtOnce; ++k) sum += values[k];
+  }
   return block_sum(sum);
 }
 

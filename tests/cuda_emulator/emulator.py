@@ -24,8 +24,8 @@ class Strides(ctypes.Structure):
 
 class CudaTuning(ctypes.Structure):
     _fields_ = [
-        *[("thread_classes", LONG), ("warp_bytes", LONG), ("split_classes", LONG)],
-        *[("weigh_rows", LONG), ("max_blocks", LONG)],
+        *[("thread_classes", LONG), ("warp_bytes", LONG), ("least_lanes", LONG), ("block_threads", LONG)],
+        *[("split_classes", LONG), ("weigh_rows", LONG), ("max_blocks", LONG), ("overlap", LONG)],
         *[("multiprocessors", LONG), ("kept_bytes", LONG), ("cluster_blocks", LONG)],
     ]
 
@@ -34,9 +34,12 @@ class CudaTuning(ctypes.Structure):
         defaults = {
             "thread_classes": 16,
             "warp_bytes": 4096,
+            "least_lanes": 8,
+            "block_threads": 512,
             "split_classes": 8192,
             "weigh_rows": 8192,
             "max_blocks": 8192,
+            "overlap": 0,
         }
         # A GPU of one multiprocessor: never are there so few rows that blocks would share one.
         return cls(**{**defaults, "multiprocessors": 1, "kept_bytes": 16384, "cluster_blocks": 1, **given})
@@ -72,7 +75,7 @@ class PointwiseOptions(ctypes.Structure):
         ],
         *[("parameter", ctypes.c_double * 16), ("loss", POINTER), ("scratch", POINTER)],
         *[("grad_output", POINTER), ("grad_output_stride", LONG), ("grad", POINTER * 8)],
-        *[("grad_ready", ctypes.c_bool), ("grad_output_was_one", POINTER), ("max_blocks", LONG)],
+        *[("grad_ready", ctypes.c_bool), ("grad_output_was_one", POINTER), ("tuning", CudaTuning)],
     ]
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from fusedloss import pointwise_losses
 
-from .emulator import DTYPES, REDUCTIONS, Emulator, PointwiseOptions
+from .emulator import DTYPES, REDUCTIONS, CudaTuning, Emulator, PointwiseOptions
 from .problems import TUNINGS, Problem, bits_of, statistic
 
 INF, NAN = float("inf"), float("nan")
@@ -142,7 +142,7 @@ class Pointwise(Problem):
             o.parameter[k] = value
         losses, offset = (self.numel, self.offsets[-2]) if self.reduction == "none" else (1, 0)
         outputs = {"loss": emulator.output(losses, self.loss_dtype, "loss", offset)}
-        o.loss, o.max_blocks = outputs["loss"].data_ptr(), TUNINGS[self.tuning].get("max_blocks", 8192)
+        o.loss, o.tuning = outputs["loss"].data_ptr(), CudaTuning.of(**TUNINGS[self.tuning])
         o.scratch = emulator.output(emulator.call("pointwise_scratch", o), torch.uint8, "scratch").data_ptr()
         grads = {}
         if self.grad_in_forward:
