@@ -43,8 +43,8 @@ wanted() { [[ $chosen == *" $1 "* ]]; }
 
 note() { printf '%-14s %4ss  %s\n' "$@" | tee -a "$rows"; }
 
-# step NAME SECONDS COMMAND...: what it prints goes to OUT/NAME.log. Where times are taken, stdout is shown at once, else
-# an excerpt at the end. Python prints and writes what it has when the step is interrupted at its limit.
+# step NAME SECONDS COMMAND...: what it prints goes to OUT/NAME.log. Where times are taken, stdout is shown at once,
+# else an excerpt at the end. Python prints and writes what it has when the step is interrupted at its limit.
 step() {
     local name=$1 start=$SECONDS status log=$out/$1.log own=${1^^}_SECONDS
     local limit=${!own:-$2} left=$((${SECONDS_IN_ALL:-100000} - SECONDS))
@@ -58,7 +58,7 @@ step() {
         timeout --foreground -s INT -k 20 "$limit" "$@" 2>"$log" </dev/null | tee -a "$log"
         status=${PIPESTATUS[0]}
         ;;
-    *check) # beside others; the signal is for the tool and for what it watches
+    *check | profile) # the signal is for the tool and for what it watches
         timeout -k 20 "$limit" "$@" >"$log" 2>&1 </dev/null
         status=$?
         ;;
@@ -118,13 +118,14 @@ profile() {
     wanted profile || return 0
     command -v ncu >/dev/null || { skip profile "there is no ncu"; return; }
     local options=(--clock-control none --profile-from-start off --csv --page raw --print-units base) name
+    local limit=${PROFILE_SECONDS:-75}
     for name in SpeedOfLight LaunchStats Occupancy SchedulerStats WarpStateStats MemoryWorkloadAnalysis; do
         options+=(--section "$name")
     done
     # Those that do the work, and not the sums after them.
     options+=(--kernel-name 'regex:^(forward_|gradients)' --log-file "$out/profile.csv" --force-overwrite)
     rm -f "$out/profile.csv"
-    step profile 75 ncu "${options[@]}" "$python" -m benchmarks.profiled
+    step profile "$limit" ncu "${options[@]}" "$python" -m benchmarks.profiled --seconds $((limit - 25))
 }
 
 sanitize() {
@@ -138,11 +139,14 @@ sanitize() {
 }
 
 run_tests() {
-    local pytest=("$python" -m pytest -p benchmarks.leave_out -q -m gpu -rf --tb line --maxfail 60) several=() ignored=()
+    local several=() ignored=() name
+    local pytest=("$python" -m pytest -p benchmarks.leave_out -q -m gpu -rf --tb line --maxfail 60)
     "$python" -c 'import xdist' 2>/dev/null && several=(-n 8)
     # These take long and say least about the kernels.
     local of_compiler=(tests/test_compile.py tests/test_export.py tests/test_accuracy.py)
-    for name in "${of_compiler[@]}" tests/test_large.py tests/test_cuda_emulator.py; do ignored+=(--ignore "$name"); done
+    for name in "${of_compiler[@]}" tests/test_large.py tests/test_cuda_emulator.py; do
+        ignored+=(--ignore "$name")
+    done
     step test 140 env OMP_NUM_THREADS=1 "${pytest[@]}" "${several[@]}" "${ignored[@]}" tests
     step test_compiler 200 env TORCHINDUCTOR_COMPILE_THREADS=2 OMP_NUM_THREADS=1 \
         "${pytest[@]}" "${several[@]}" "${of_compiler[@]}"
@@ -152,7 +156,8 @@ main() {
     local sampler tool
     date -u +%FT%TZ
     echo "commit $(git log -1 --format='%h %s' 2>/dev/null || echo "${FUSEDLOSS_COMMIT:-unknown}")"
-    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.memory --format=csv,noheader 2>/dev/null
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.memory \
+        --format=csv,noheader 2>/dev/null
     echo "steps:$chosen seed: $FUSEDLOSS_TEST_SEED"
     # Without one, every test would be skipped, and so pass.
     "$python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)

@@ -1,5 +1,8 @@
 """`python -m benchmarks.profiled`: a call of each case for a profiler that is off until the program turns it on."""
 
+import argparse
+import time
+
 import torch
 
 from . import suites
@@ -20,9 +23,22 @@ def cases() -> list[Case]:
     ]
 
 
-def main(device: str = "cuda") -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profiled", description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu tries it out, at tiny sizes")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=600,
+        help="begin no case later than that: a profiler that is cut off may write nothing; default: %(default)s",
+    )
+    options = parser.parse_args(argv)
+    start = time.monotonic()
     for case in cases():
-        if device == "cpu":
+        if time.monotonic() - start > options.seconds:
+            print("no time is left for the other cases")
+            break
+        if options.device == "cpu":
             case = suites.tiny(case)
         step = make_step(fused(case), case, [make_inputs(case)])
         step()  # what happens once, such as loading the kernels

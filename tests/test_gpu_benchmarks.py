@@ -110,6 +110,15 @@ def test_the_faster_copy_is_the_limit(seconds: list[float], op: str, monkeypatch
     assert read == [sources[0].data_ptr(), sources[1].data_ptr(), sources[0].data_ptr()]
 
 
+def test_the_copy_of_a_slice_is_of_dense_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "cuda_timer", lambda step, calls: 1.0)
+    sources = [torch.randn(4, 8)[:, :5].requires_grad_()]
+    copy = copying.make_cuda_copy(sources)
+    with Ops() as ops:
+        copy()
+    assert ops.names == ["aten.copy_.default"] and ops.read != [sources[0].data_ptr()]
+
+
 # The suite ------------------------------------------------------------------------------------------------------------
 
 
@@ -394,10 +403,12 @@ def test_the_profiler_sees_one_call_of_each_case(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for name in ("start", "stop"):
         monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: switched.append(name))
-    profiled.main("cpu")
+    profiled.main(["--device", "cpu"])
     assert switched == ["start", "stop"] * len(profiled.cases())
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(profiled.cases()) and printed[0] == "cross_entropy 3x40 bfloat16 forward+backward"
+    profiled.main(["--device", "cpu", "--seconds", "0"])
+    assert capsys.readouterr().out == "no time is left for the other cases\n"
 
 
 @pytest.mark.parametrize(
@@ -655,6 +666,17 @@ def test_without_a_gpu_nothing_runs(tmp_path: Path) -> None:
     done, calls = run_script(tmp_path, fails="is_available")
     assert done.returncode == 1 and done.stdout.endswith("gpu.sh: torch sees no GPU\n")
     assert not any("setup.py" in call or "-m" in call.split() for call in calls)
+
+
+def test_the_readme_names_every_step() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [step for step in STEPS if f"`{step}`" not in readme] == []
+
+
+def test_make_gpu_runs_the_script() -> None:
+    arguments = ["make", "-n", "gpu", "STEPS=second test", "OUT=folder", "PYTHON=python9"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "PYTHON=python9 bash benchmarks/gpu.sh folder second test\n"
 
 
 def test_an_unknown_step_is_one_sentence(tmp_path: Path) -> None:
