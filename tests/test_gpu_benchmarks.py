@@ -244,10 +244,13 @@ def test_the_suite_is_tried_out_without_a_gpu(
     # The compiler is needed for custom losses, and another file times those.
     cases = [case for case in getattr(suites, suite)() if case.loss not in CUSTOM][::4]
     monkeypatch.setattr(suites, suite, lambda: cases)
+    warmed_up: list[list[str]] = []
+    monkeypatch.setattr(command, "warm_up", lambda device, losses: warmed_up.append(list(losses)))
     json_file, svg_file, records = (str(path) for path in files.values())
     arguments = ["--suite", suite, "--device", "cpu", "--no-compile"]
     command.main([*arguments, "--records", records, "--json", json_file, "--plot", svg_file])
     printed = capsys.readouterr().out
+    assert warmed_up == [[]], "no custom loss is compiled before the first case"
     assert "note: quack is left out: ModuleNotFoundError" in printed
     lines = [line for line in printed.splitlines() if "us " in line]
     assert [line.split()[0] for line in lines] == [case.loss for case in cases]
