@@ -24,7 +24,8 @@ help:
 	@echo "make test        run all tests"
 	@echo "make cuda-build  build with nvcc too, in $(VENV_CUDA), and run tests of the CPU through that; needs no GPU"
 	@echo "make bench       measure against torch, eager and compiled"
-	@echo "make gpu         on a machine with a GPU, in the Python there: build, test, sanitize and measure the CUDA kernels"
+	@echo "make gpu         on a machine with a GPU, in the Python there: build, measure, sanitize and test the kernels;"
+	@echo "                 STEPS names the steps, or a group of them: first (5 min), second (4 min) or all"
 	@echo "make lint        check the style; make format puts it right"
 	@echo "make wheel       build the wheel and the source distribution into dist/"
 	@echo "make clean       remove everything that was built, .venv and $(VENV_CUDA) included"
@@ -46,8 +47,10 @@ bench: build
 	$(PY) -m benchmarks
 
 # No .venv: torch, and the toolkit that fits it, are those of the machine.
+OUT ?= build/gpu
+STEPS ?= first
 gpu:
-	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh $(OUT) $(STEPS)
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .

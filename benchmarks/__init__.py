@@ -4,6 +4,7 @@ The way through it: `__main__` reads the arguments, `cases` says what is measure
 `contenders` builds what is timed, `measure` verifies and times one case (with `timing`, `memory` and `contention`),
 `report` draws the table and the JSON, `machine` says where the figures came from. `demo` is the newcomer's first run.
 
-`gpu.sh` is the same for a machine with a GPU, and more: it builds, runs the tests there (with `leave_out`), has the
-sanitizers watch `representative`, times the CUDA suite, with `peers`, and has a profiler watch `profiled`.
+`gpu.sh` is the same for a machine with a GPU, and more: it builds, times single kernels (`kernels`), the suites for a
+GPU, with `peers`, and other tunings (`sweep`), has a profiler watch `profiled` and reads its file (`ncu`), has the
+sanitizers watch `representative`, and runs the tests there (with `leave_out`).
 """

@@ -14,7 +14,7 @@ from .arguments import Size, names_among, sizes, sizes_text
 from .cases import DTYPES, Case, all_cases
 from .contenders import CONTENDERS, warm_up
 from .losses import LOSSES
-from .measure import measure_all
+from .measure import CaseResult, measure_all
 from .timing import Effort
 
 SIZES: list[Size] = [(128, 10), (4096, 1000), (65536, 100), (1024, 32000)]
@@ -24,23 +24,37 @@ DEFAULT_LOSSES = ["cross_entropy", "mse"]
 QUICK_POINTWISE = ["bce", "log_cosh"]  # a row each of the family, and of custom losses
 EFFORT = Effort()
 SUITE_EFFORT = Effort(batch_seconds=1e-2)
-CUDA_EFFORT = Effort(max_rounds=51, seconds=0.25)
+# Short batches: of a long one, not all launches would find a place in the GPU's queue beforehand.
+CUDA_EFFORT = Effort(min_rounds=7, max_rounds=31, seconds=0.2, batch_seconds=5e-4)
+TRY_OUT_EFFORT = Effort(min_rounds=2, max_rounds=2, seconds=0, batch_seconds=0)
+CUDA_SUITES = ("goals", "cuda")
 QUICK_EFFORT = Effort(min_rounds=7, max_rounds=51, seconds=0.3)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    absent = peers.missing() if options.suite == "cuda" else {}
+    absent = peers.missing() if options.suite in CUDA_SUITES else {}
     plan = plan_of(options, absent)
     description = {**machine.describe(), "peers": peers.versions()}
     console = Console(soft_wrap=True)
-    warm_up(options.device, {case.loss: None for case, _ in plan})
-    results = measure_all(plan, effort_of(options), Console(stderr=True))
+    # For a GPU the custom loss is the last case: no figure has to wait until nvcc has compiled it.
+    losses = [] if options.suite in CUDA_SUITES else [case.loss for case, _ in plan]
+    warm_up(options.device, dict.fromkeys(losses))
+    if options.records:
+        report.append(options.records, description)
+
+    def keep(result: CaseResult) -> None:
+        if options.records:
+            print(report.line(result), flush=True)
+            report.append(options.records, {"figures": report.figures(result)})
+
+    results = measure_all(plan, effort_of(options), Console(stderr=True), keep)
     asked_for = {name for _, contenders in plan for name in contenders}
     names = [name for name in report.COLUMNS if name in asked_for]
     console.print(machine.summary(description))
-    report.print_results(console, results, names, options.device)
-    console.print(report.legend(names, options.device), highlight=False)
+    if not options.records:
+        report.print_results(console, results, names, options.device)
+        console.print(report.legend(names, options.device), highlight=False)
     for name, reason in absent.items():
         console.print(f"note: {name} is left out: {reason}", style="yellow", markup=False)
     if options.quick and "compile" in names:
@@ -49,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         options.json.write_text(json.dumps(report.as_json(results, description), indent=1) + "\n")
         console.print(f"Figures written to {options.json}", markup=False)
     if options.plot:
-        draw = {"scaling": plot.draw_scaling, "cuda": plot.draw_shares}.get(options.suite, plot.draw_ratios)
+        of_suites = {"scaling": plot.draw_scaling, **dict.fromkeys(CUDA_SUITES, plot.draw_shares)}
+        draw = of_suites.get(options.suite, plot.draw_ratios)
         plot.save(options.plot, results, machine.summary(description), draw)
         console.print(f"Plot written to {options.plot}", markup=False)
     console.print(report.verdict(results))
@@ -60,8 +75,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def effort_of(options: argparse.Namespace) -> Effort:
+    if options.suite in CUDA_SUITES:
+        return CUDA_EFFORT if options.device == "cuda" else TRY_OUT_EFFORT
     if options.suite:
-        return CUDA_EFFORT if options.suite == "cuda" else SUITE_EFFORT
+        return SUITE_EFFORT
     return QUICK_EFFORT if options.quick else EFFORT
 
 
@@ -70,12 +87,17 @@ def plan_of(options: argparse.Namespace, absent: Container[str] = ()) -> list[tu
     if options.suite:
         cases, names_in = {
             "cpu": (suites.cpu, lambda case: suites.CPU_CONTENDERS),
+            "goals": (suites.goals, suites.cuda_contenders),
             "cuda": (suites.cuda, suites.cuda_contenders),
             "pointwise": (suites.pointwise, lambda case: suites.CPU_CONTENDERS),
             "scaling": (suites.scaling, lambda case: suites.SCALING_CONTENDERS),
         }[options.suite]
         out = {*absent, *(["compile"] if options.no_compile else [])}
-        return [(case, [name for name in names_in(case) if name not in out]) for case in cases()]
+        tried_out = options.suite in CUDA_SUITES and options.device == "cpu"
+        return [
+            (suites.tiny(case) if tried_out else case, [name for name in names_in(case) if name not in out])
+            for case in cases()
+        ]
     cases = all_cases(options.loss or DEFAULT_LOSSES, options.sizes, options.dtype, options.device)
     if options.quick and not options.loss:
         size, dtype = options.sizes[-1], options.dtype[0]
@@ -94,7 +116,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks",
         description="Time fusedloss's losses against torch's, eager and compiled, and print one table.",
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="default: cpu, or cuda for the suites 'goals' and 'cuda', which 'cpu' tries out at tiny sizes",
+    )
     parser.add_argument(
         "--dtype",
         type=names_among(DTYPES),
@@ -117,24 +143,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--suite",
-        choices=["cpu", "pointwise", "cuda", "scaling"],
+        choices=["cpu", "pointwise", *CUDA_SUITES, "scaling"],
         help="a fixed set of cases instead of --sizes, --dtype and --loss: 'cpu', what docs/kernels.md quotes, also "
         "against eager with huge pages and against the machine's copy (about 10 min); 'pointwise', so too, but of each "
-        "pointwise loss, and of custom ones, with 10,000,000 elements (about 6 min); 'cuda', also against the GPU's "
-        "copy, and liger-kernel and quack-kernels where installed (about 4 min); 'scaling', 1e3 to 1e8 elements",
+        "pointwise loss, and of custom ones, with 10,000,000 elements (about 6 min); 'goals', on a GPU, the shapes of "
+        "models, also against the GPU's copy, and liger-kernel and quack-kernels where installed (about 90 s); 'cuda', "
+        "these and more classes, dtypes and options (about 3 min); 'scaling', 1e3 to 1e8 elements",
     )
     parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: under 90 s on two cores")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes seconds a case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure, and the machine, to FILE")
+    parser.add_argument(
+        "--records",
+        type=Path,
+        metavar="FILE",
+        help="instead of the table, print a line for each case, and append one of JSON to FILE, once it is measured",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table into FILE, a .png or .svg")
     options = parser.parse_args(argv)
-    if options.suite and (options.quick or options.sizes or options.dtype or options.loss or options.device != "cpu"):
+    of_gpu = options.suite in CUDA_SUITES
+    device = None if of_gpu else options.device
+    if options.suite and (options.quick or options.sizes or options.dtype or options.loss or device):
         parser.error("--suite has its own sizes, dtypes, losses and device")
-    if options.suite == "cuda":
-        options.device = "cuda"
+    options.device = options.device or ("cuda" if of_gpu else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"{'--suite' if options.suite else '--device'} cuda needs a GPU, and torch sees none")
-    for name, path in (("--json", options.json), ("--plot", options.plot)):
+    for name, path in (("--json", options.json), ("--records", options.records), ("--plot", options.plot)):
         if path and not path.resolve().parent.is_dir():
             parser.error(f"{name} {path}: the directory {path.resolve().parent} does not exist")
     if options.plot and options.plot.suffix not in (".png", ".svg"):
@@ -146,5 +180,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     # As Ctrl-C does: what is measured when a time-box ends the run is printed and written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     main()

@@ -42,6 +42,7 @@ class Case:
     label_smoothing: float = 0.0
     weighted: bool = False
     in_place: bool = False  # the logits are the result of an operation, and fusedloss writes the gradient over them
+    padding: int = 0  # classes in memory behind those of each row: the input is a slice, as of a padded vocabulary
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.loss, self.size, self.dtype, self.variant, self.step)))
@@ -64,6 +65,7 @@ class Case:
                 (f"smoothing {self.label_smoothing:g}", self.label_smoothing),
                 ("weights", self.weighted),
                 ("in place", self.in_place),
+                (f"slice of {self.classes + self.padding}", self.padding),
             )
             if given
         )
@@ -128,9 +130,15 @@ def gradient_bytes(case: Case) -> int:
 def make_inputs(case: Case, seed: int = 0) -> tuple[Tensor, ...]:
     """The operands, random. Never zeros: they would make exp and the memory both too easy."""
     generator = torch.Generator(case.device).manual_seed(seed)
-    drawn = (operand.draw(case.shape, generator) for operand in case.operands)
+    # Rounded once, to the dtype.
+    first, *others = (
+        values.to(case.torch_dtype) if values.is_floating_point() else values
+        for values in (operand.draw(case.shape, generator) for operand in case.operands)
+    )
+    if case.padding:
+        memory = first.new_zeros(case.rows, case.classes + case.padding, *case.inner)
+        first = memory[:, : case.classes].copy_(first)
     return tuple(
-        # Rounded once, to the dtype.
-        (values.to(case.torch_dtype) if values.is_floating_point() else values).requires_grad_(operand.differentiable)
-        for values, operand in zip(drawn, case.operands, strict=True)
+        values.requires_grad_(operand.differentiable)
+        for values, operand in zip((first, *others), case.operands, strict=True)
     )

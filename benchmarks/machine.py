@@ -21,7 +21,7 @@ THP = Path("/sys/kernel/mm/transparent_hugepage")
 def describe() -> dict[str, Any]:
     """Everything that a reader needs to judge, or repeat, a run; nothing that names the host or its user."""
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "commit": commit(),
         "machine": {
             "cpu": cpu_model(),
@@ -48,6 +48,10 @@ def describe() -> dict[str, Any]:
     }
 
 
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def summary(description: dict[str, Any]) -> str:
     """The one line that stands above the table."""
     machine, software = description["machine"], description["software"]
@@ -56,8 +60,8 @@ def summary(description: dict[str, Any]) -> str:
 
 
 def commit() -> dict[str, Any]:
-    """The commit, and whether files differ from it; both None outside a git checkout."""
-    head = first_line("git", "-C", str(ROOT), "rev-parse", "--verify", "HEAD")
+    """The commit, and whether files differ from it; outside a git checkout, the commit that FUSEDLOSS_COMMIT names."""
+    head = first_line("git", "-C", str(ROOT), "rev-parse", "--verify", "HEAD") or os.environ.get("FUSEDLOSS_COMMIT")
     changes = run("git", "-C", str(ROOT), "status", "--porcelain")
     return {"hash": head, "dirty": None if changes is None else bool(changes)}
 

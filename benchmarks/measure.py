@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +20,7 @@ from .timing import Effort, Step, Times, host_seconds, interleave, timer_for
 from .worker import EagerWithHugePages
 
 MAX_COPIES = 64
+CHECKED_ELEMENTS = 1 << 28  # of logits, at most, that are compared with the reference, whose tensors are of float64
 HOST_COUNTS_BELOW = 1 << 20  # bytes of logits: where a GPU takes less time than its host to launch the kernels
 PAUSE_BETWEEN_PROCESSES = 0.02
 # Of the loss, and of the largest entry of the gradient. Wide: the tests are the judge, this only keeps wrong kernels
@@ -63,14 +64,19 @@ class CaseResult:
         return mine / limit if mine and limit else None
 
 
-def measure_all(plan: Iterable[tuple[Case, list[str]]], effort: Effort, progress_console: Console) -> list[CaseResult]:
+def measure_all(
+    plan: Iterable[tuple[Case, list[str]]],
+    effort: Effort,
+    progress_console: Console,
+    keep: Callable[[CaseResult], None] = lambda result: None,
+) -> list[CaseResult]:
     """Every case of the plan with its contenders, under a progress bar where there is a terminal to draw it.
 
-    An interrupt ends it after the cases that are done.
+    `keep` is called with each result at once. An interrupt ends the run after the cases that are done.
     """
     plan = list(plan)
     results = []
-    with progress_bar(progress_console) as progress:
+    with quick_garbage_collection(), progress_bar(progress_console) as progress:
         task = progress.add_task("", total=len(plan))
         for case, names in plan:
             progress.update(task, description=str(case), refresh=True)
@@ -81,8 +87,19 @@ def measure_all(plan: Iterable[tuple[Case, list[str]]], effort: Effort, progress
                 results.append(CaseResult(case, dict.fromkeys(names, note)))
             except KeyboardInterrupt:
                 break
+            keep(results[-1])
             progress.advance(task)
     return results
+
+
+@contextmanager
+def quick_garbage_collection() -> Iterator[None]:
+    """A case has two collections. They pass over what is there now: torch's modules are a great many objects."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
@@ -101,7 +118,8 @@ def measure_case(case: Case, names: list[str], effort: Effort) -> CaseResult:
         gc.collect()  # what the case before has left, and the allocator keeps in blocks of its sizes
         torch.cuda.empty_cache()
     inputs = [make_inputs(case, seed) for seed in range(copies(case))]
-    reference = reference_results(case, inputs[0])
+    checked, operands = part_to_check(case, inputs[0])
+    reference = reference_results(checked, operands)
     steps: dict[str, Step] = {}
     notes: dict[str, str] = {}
     for name in names:
@@ -109,13 +127,15 @@ def measure_case(case: Case, names: list[str], effort: Effort) -> CaseResult:
             if name in OTHERS:
                 steps[name], notes[name] = OTHERS[name](case, inputs), ""
                 continue
-            loss, overwrites = loss_of(name, case), overwrites_logits(name)
+            loss, overwrites = loss_of(name, checked), overwrites_logits(name)
+            notes[name] = disagreement(loss, checked, operands, reference, overwrites)
+            if checked != case:
+                loss = loss_of(name, case)  # anew: the compiler's code for a second size would be slower
             steps[name] = make_step(loss, case, inputs, overwrites)
-            notes[name] = disagreement(loss, case, inputs[0], reference, overwrites)
             steps[name]()  # compiles what is compiled at first use
         except Exception as error:  # a compiler can raise anything
             notes[name] = first_line(error)
-    del reference
+    del reference, operands
     sound = {name: step for name, step in steps.items() if not notes[name]}
     peaks = {name: peak_extra_bytes(step, case.device) for name, step in sound.items() if name not in OTHERS}
     helpers = [step for step in sound.values() if isinstance(step, EagerWithHugePages)]
@@ -136,6 +156,15 @@ def copies(case: Case) -> int:
     cache = torch.cuda.get_device_properties(case.device).L2_cache_size
     size = sum(operand.nbytes for operand in make_inputs(case))
     return min(MAX_COPIES, math.ceil(2 * cache / size) + 1)
+
+
+def part_to_check(case: Case, operands: tuple[Tensor, ...]) -> tuple[Case, tuple[Tensor, ...]]:
+    """The case, or one of its first rows alone where float64 of all would not fit beside what is timed."""
+    rows = CHECKED_ELEMENTS // math.prod(case.shape[1:])
+    if case.rows <= rows:
+        return case, operands
+    part = (operand.detach()[:rows].requires_grad_(operand.requires_grad) for operand in operands)
+    return replace(case, rows=rows), tuple(part)
 
 
 def reference_results(case: Case, operands: tuple[Tensor, ...]) -> list[Tensor]:

@@ -1,25 +1,54 @@
 """`python -m benchmarks.profiled`: a call of each case for a profiler that is off until the program turns it on."""
 
+import argparse
+import time
+
 import torch
 
-from .cases import PASSES, Case, make_inputs
+from . import suites
+from .cases import Case, make_inputs
 from .contenders import fused, make_step
 
-SIZES = [(4096, 32000, "bfloat16"), (8192, 4096, "bfloat16"), (65536, 1024, "bfloat16"), (4096, 131072, "float32")]
+
+def cases() -> list[Case]:
+    return [
+        suites.on_cuda(8192, 32000),
+        suites.on_cuda(8192, 50257),
+        suites.on_cuda(8192, 128256),
+        suites.on_cuda(65536, 1000),
+        suites.of_cuda_bytes(100, "bfloat16"),
+        suites.of_cuda_bytes(32768, "bfloat16", "forward"),
+        suites.on_cuda(8, 32000, "bfloat16", 128),
+        suites.elementwise("mse", "bfloat16"),
+    ]
 
 
-def main(device: str = "cuda") -> None:
-    for rows, classes, dtype in SIZES:
-        for one_pass in PASSES:
-            case = Case("cross_entropy", rows, classes, dtype, one_pass, device)
-            step = make_step(fused(case), case, [make_inputs(case)])
-            step()  # what happens once, such as loading the kernels
-            torch.cuda.synchronize()
-            print(case, flush=True)
-            torch.cuda.profiler.start()
-            step()
-            torch.cuda.synchronize()
-            torch.cuda.profiler.stop()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profiled", description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu tries it out, at tiny sizes")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=600,
+        help="begin no case later than that: a profiler that is cut off may write nothing; default: %(default)s",
+    )
+    options = parser.parse_args(argv)
+    start = time.monotonic()
+    for case in cases():
+        if time.monotonic() - start > options.seconds:
+            print("no time is left for the other cases")
+            break
+        if options.device == "cpu":
+            case = suites.tiny(case)
+        step = make_step(fused(case), case, [make_inputs(case)])
+        step()  # what happens once, such as loading the kernels
+        torch.cuda.synchronize()
+        print(case, flush=True)
+        torch.cuda.profiler.start()
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+        del step  # with its inputs, before the next ones are made
 
 
 if __name__ == "__main__":

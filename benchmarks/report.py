@@ -1,6 +1,8 @@
 """What a run leaves behind: one table for people, one JSON file for programs."""
 
+import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -8,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .cases import BYTES_FORMULA, PASSES, bytes_moved
+from . import machine
+from .cases import BYTES_FORMULA, PASSES, Case, bytes_moved
 from .contenders import OTHERS
 from .contention import WORTH_A_NOTE
 from .measure import CaseResult, Measurement
@@ -67,6 +70,28 @@ def print_results(console: Console, results: list[CaseResult], names: list[str],
     console.print(drawn)
     for note in notes(results) + unrest(results) + host_times(results):
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+
+
+def brief(case: Case) -> str:
+    """The case in few characters: a training step, where nothing else is said."""
+    dtype = case.dtype.replace("bfloat", "bf").replace("float", "fp")
+    words = (case.loss, case.size, dtype, case.variant, "forward" if case.step == "forward" else "")
+    return " ".join(filter(None, words))
+
+
+def line(result: CaseResult) -> str:
+    """fusedloss's time, its share of the copy and the copy's time; how many times faster it is than each other."""
+    words = [brief(result.case)]
+    if median := result.median("fusedloss"):
+        words.append(f"{median * 1e6:.1f}us")
+    if copy := result.median("copy"):
+        words.append(f"{percent(result.share_of_copy('fusedloss'))} of {copy * 1e6:.1f}us")
+    for name in result.measurements:
+        if name not in ("fusedloss", "copy") and (value := result.ratio("fusedloss", to=name)):
+            words.append(f"{name} {value:.2f}")
+    host = {name: m.host_seconds for name, m in result.measurements.items() if m.host_seconds is not None}
+    words += ["host:", *(f"{name} {seconds * 1e6:.3g}us" for name, seconds in host.items())] if host else []
+    return " ".join(words) + "".join(f"; {name}: {m.note[:100]}" for name, m in result.measurements.items() if m.note)
 
 
 def legend(names: list[str], device: str) -> str:
@@ -174,6 +199,12 @@ def verdict(results: list[CaseResult]) -> str:
     return f"fusedloss ahead of eager in {score('')} rows ({each})"
 
 
+def append(path: Path, entry: dict[str, Any]) -> None:
+    """A line of JSON: what ends the program later takes nothing away from it."""
+    with path.open("a") as file:
+        file.write(json.dumps({"at": machine.now(), **entry}) + "\n")
+
+
 def as_json(results: list[CaseResult], description: dict[str, Any]) -> dict[str, Any]:
     """The machine, the method and every figure, one entry per case and contender."""
     return {
@@ -184,10 +215,12 @@ def as_json(results: list[CaseResult], description: dict[str, Any]) -> dict[str,
             "bytes": BYTES_FORMULA,
             "peak_extra_bytes": METHOD,
         },
-        "figures": [
-            figure(result, name, measurement) for result in results for name, measurement in result.measurements.items()
-        ],
+        "figures": [entry for result in results for entry in figures(result)],
     }
+
+
+def figures(result: CaseResult) -> list[dict[str, Any]]:
+    return [figure(result, name, measurement) for name, measurement in result.measurements.items()]
 
 
 def figure(result: CaseResult, name: str, measurement: Measurement) -> dict[str, Any]:

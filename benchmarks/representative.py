@@ -8,6 +8,7 @@ on the CPU, and the device does no more than the losses.
 import argparse
 import itertools
 import json
+import signal
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fusedloss import functional, reference
 
+from .arguments import names_among
 from .cases import DTYPES
 
 IGNORED = 3
@@ -128,23 +130,36 @@ def error(mine: Tensor, exact: Tensor, dtype: str) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.representative", description=__doc__)
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    parser.add_argument("--dtype", type=names_among(DTYPES), default=list(DTYPES), help="comma-separated; default: all")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th problem; default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write errors and checksums of the results to FILE")
     options = parser.parse_args(argv)
-    outcomes = {str(problem): run(problem, options.device) for problem in problems()}
-    if options.json:
-        options.json.write_text(json.dumps(outcomes, indent=1) + "\n")
-    errors = {
-        f"{problem}: {name}": value
-        for problem, outcome in outcomes.items()
-        for name, value in outcome.items()
-        if name.endswith("error")
-    }
-    wrong = [where for where, value in errors.items() if not value <= 1]  # NaN is wrong
-    for where in wrong:
-        print(f"wrong: {where} {errors[where]:.3g}")
-    print(f"{len(outcomes)} problems on {options.device}, {len(wrong)} of {len(errors)} results wrong")
+    chosen = [problem for problem in problems() if problem.dtype in options.dtype][:: options.every]
+    outcomes: dict[str, dict[str, float]] = {}
+    judged = wrong = 0
+    problem = None
+    try:
+        for problem in chosen:
+            print(problem, flush=True)  # before it runs: the last line names a problem that hangs
+            outcome = outcomes[str(problem)] = run(problem, options.device)
+            errors = {name: value for name, value in outcome.items() if name.endswith("error")}
+            for name, value in errors.items():
+                judged += 1
+                if not value <= 1:  # NaN is wrong
+                    wrong += 1
+                    print(f"wrong: {problem}: {name} {value:.3g}", flush=True)
+    except BaseException as error:
+        print(f"failed at: {problem}: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
+        raise
+    finally:
+        if options.json:
+            options.json.write_text(json.dumps(outcomes, indent=1) + "\n")
+        print(f"{len(outcomes)} of {len(chosen)} problems on {options.device}, {wrong} of {judged} results wrong")
     raise SystemExit(bool(wrong))
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does: what was judged when a time limit ends the run is printed and written.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     main()

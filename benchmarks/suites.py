@@ -1,6 +1,7 @@
 """Fixed sets of cases, each an answer to one question."""
 
 import itertools
+from dataclasses import replace
 
 from .cases import DTYPES, PASSES, Case, Pass
 from .losses import CUSTOM, LOSSES
@@ -11,8 +12,9 @@ CPU_CONTENDERS = ["eager", "eager, THP", "compile", "fusedloss", "copy"]
 POINTWISE = [loss for loss in LOSSES if loss != "cross_entropy"]
 IN_16_BITS_TOO = ("mse", "huber", "bce")
 CUDA_BYTES = 1 << 28  # at least, of logits: several times what a GPU's second-level cache holds
-CUDA_CLASSES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 50257, 65536, 131072, 262144)
-AGAINST_ALL = (1024, 4096, 32768, 131072, 262144)  # of them, where the compiler and the peers are timed as well
+CUDA_CLASSES = (256, 1024, 4096, 16384, 32768, 50257, 131072, 262144)
+# Rows and classes where the compiler and the peers are timed as well.
+AGAINST_ALL = ((8192, 32000), (8192, 128256), (65536, 1000), (32768, 4096))
 
 
 def cpu() -> list[Case]:
@@ -64,45 +66,72 @@ def scaling() -> list[Case]:
     return [Case("cross_entropy", *size, "float32", "forward+backward") for size in dict.fromkeys(sizes)]
 
 
-def cuda() -> list[Case]:
-    """How near to the memory's own speed are the losses on a GPU, over classes, dtypes and options?"""
+def on_cuda(
+    rows: int, classes: int, dtype: str = "bfloat16", *inner: int, step: Pass = "forward+backward", **options: object
+) -> Case:
+    return Case("cross_entropy", rows, classes, dtype, step, "cuda", inner, **options)
 
-    def cross_entropy(
-        rows: int, classes: int, dtype: str, *inner: int, step: Pass = "forward+backward", **options: object
-    ) -> Case:
-        return Case("cross_entropy", rows, classes, dtype, step, "cuda", inner, **options)
 
-    def large(classes: int, dtype: str, **options: object) -> Case:
-        return cross_entropy(-(-CUDA_BYTES // (classes * DTYPES[dtype].itemsize)), classes, dtype, **options)
+def of_cuda_bytes(classes: int, dtype: str, step: Pass = "forward+backward") -> Case:
+    """So many rows that a GPU's second-level cache does not hold the logits."""
+    return on_cuda(-(-CUDA_BYTES // (classes * DTYPES[dtype].itemsize)), classes, dtype, step=step)
 
-    def elementwise(loss: str, dtype: str = "float32", step: Pass = "forward+backward", **options: object) -> Case:
-        return Case(loss, 1 << 17, 1 << 10, dtype, step, "cuda", **options)
 
-    dtypes = ("bfloat16", "float32")
-    # nvcc takes long for a custom loss: one stands for all.
-    family = [loss for loss in POINTWISE if loss not in ("mse", *CUSTOM)] + ["log_cosh"]
-    options = ({"target": "probabilities"}, {"label_smoothing": 0.1}, {"weighted": True}, {"in_place": True})
+def elementwise(loss: str, dtype: str = "float32", step: Pass = "forward+backward", **options: object) -> Case:
+    return Case(loss, 1 << 17, 1 << 10, dtype, step, "cuda", **options)
+
+
+def goals() -> list[Case]:
+    """How near to the memory's own speed is each loss on a GPU, at the shapes that models have?"""
+    vocabularies = (32000, 50257, 50304, 128256, 262144)
+    options = ({"target": "probabilities"}, {"label_smoothing": 0.1}, {"weighted": True})
     return [
-        *(large(classes, dtype, step=step) for dtype, classes, step in itertools.product(dtypes, CUDA_CLASSES, PASSES)),
-        *(large(32768, dtype, **option) for dtype, option in itertools.product(dtypes, options)),
-        *(cross_entropy(8, 32000, dtype, 1024) for dtype in dtypes),
-        *(cross_entropy(16, 21, dtype, 512, 512) for dtype in dtypes),
-        *(cross_entropy(8, 262144, dtype, step=step) for dtype, step in itertools.product(dtypes, PASSES)),
-        *(cross_entropy(128, 10, "float32", step=step) for step in PASSES),
-        *(elementwise("mse", dtype, step) for dtype, step in itertools.product(dtypes, PASSES)),
-        *(elementwise(loss) for loss in family),
-        elementwise("bce", weighted=True),
+        *(on_cuda(8192, classes) for classes in vocabularies),
+        *(on_cuda(8192, classes, "float32") for classes in (32000, 128256)),
+        *(on_cuda(*size) for size in ((65536, 1000), (32768, 4096), (524288, 256), (65536, 100))),
+        of_cuda_bytes(100, "bfloat16"),
+        *(of_cuda_bytes(1 << power, "bfloat16", "forward") for power in range(11, 19)),
+        *(on_cuda(8192, 32000, **option) for option in options),
+        on_cuda(8192, 50257, padding=47),  # of 50304
+        *(on_cuda(8, 32000, "bfloat16", inner) for inner in (1024, 128)),
+        on_cuda(16, 21, "bfloat16", 512, 512),
+        *(on_cuda(128, 10, "float32", step=step) for step in PASSES),
+        *(elementwise("mse", dtype) for dtype in ("bfloat16", "float32")),
+        *(elementwise(loss) for loss in POINTWISE if loss not in ("mse", *CUSTOM)),
     ]
+
+
+def cuda() -> list[Case]:
+    """The goals first, then more classes, dtypes and options."""
+    dtypes = ("bfloat16", "float32")
+    options = ({"target": "probabilities"}, {"label_smoothing": 0.1}, {"weighted": True})
+    cases = [
+        *goals(),
+        *(of_cuda_bytes(*three) for three in itertools.product(CUDA_CLASSES, dtypes, PASSES)),
+        *(on_cuda(8192, 32000, "float32", **option) for option in options),
+        *(on_cuda(8192, 32000, dtype, in_place=True) for dtype in dtypes),
+        on_cuda(8, 32000, "float32", 1024),
+        on_cuda(16, 21, "float32", 512, 512),
+        *(on_cuda(8, 262144, dtype, step=step) for dtype, step in itertools.product(dtypes, PASSES)),
+        *(elementwise("mse", dtype, "forward") for dtype in dtypes),
+        elementwise("bce", weighted=True),
+        elementwise("log_cosh"),  # nvcc takes long for a custom loss: one stands for all
+    ]
+    return list(dict.fromkeys(cases))
 
 
 def cuda_contenders(case: Case) -> list[str]:
     """Compiling a contender takes seconds a case: only where it says most."""
-    against_all = (
-        not case.variant
-        and not case.inner
-        and case.classes in AGAINST_ALL
-        and case.loss in ("cross_entropy", "mse", "bce", "log_cosh")
-    )
+    if case.loss == "cross_entropy":
+        against_all = not case.variant and not case.inner and (case.rows, case.classes) in AGAINST_ALL
+    else:
+        against_all = not case.variant and case.loss in ("mse", "bce", "log_cosh")
     compiled = ["compile"] if against_all and case.step == "forward+backward" else []
     peers = ["liger", "quack"] if against_all and case.loss == "cross_entropy" else []
     return ["eager", *compiled, "fusedloss", *peers, "copy"]
+
+
+def tiny(case: Case) -> Case:
+    """The same on the CPU in no time, to try out what runs on a GPU otherwise."""
+    inner, padding = tuple(2 for _ in case.inner), min(case.padding, 7)
+    return replace(case, rows=3, classes=min(case.classes, 40), inner=inner, padding=padding, device="cpu")

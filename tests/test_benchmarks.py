@@ -14,7 +14,7 @@ from torch import nn
 
 import fusedloss
 from benchmarks import __main__ as command
-from benchmarks import contenders, contention, measure, report, suites
+from benchmarks import contenders, contention, machine, measure, report, suites
 from benchmarks.arguments import sizes
 from benchmarks.cases import Case, all_cases, bytes_moved, make_inputs
 from benchmarks.losses import CUSTOM, LOSSES
@@ -467,6 +467,12 @@ def test_json_holds_every_figure_and_where_it_came_from(tmp_path: Path) -> None:
         assert figure["peak_extra_bytes"] > 0
         if figure["contender"] == "eager":
             assert figure["times_faster_than_eager"] == 1.0
+
+
+def test_without_git_the_environment_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "run", lambda *command: None)
+    monkeypatch.setenv("FUSEDLOSS_COMMIT", "abc")
+    assert machine.commit() == {"hash": "abc", "dirty": None}
 
 
 def test_the_pointwise_suite_has_every_loss_at_one_size() -> None:

@@ -16,10 +16,17 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(7, 10), (40, 600), (3, 5000), (2, 140_000), (2, 6, 300), (4, 3, 5, 6), (9,)]
 
 
+def send_back_one(device: str) -> None:
+    logits = torch.zeros(1, 2, device=device, requires_grad=True)
+    fused.cross_entropy(logits, torch.tensor([0], device=device)).backward()
+    if device == "cuda":
+        torch.cuda.synchronize()  # the kernel tells the host
+
+
 @pytest.fixture(autouse=True)
-def grad_output_was_one():
-    """What comes back from a loss is 1, as far as the library has seen."""
-    fused.cross_entropy(torch.zeros(1, 2, requires_grad=True), torch.tensor([0])).backward()
+def grad_output_was_one(request: pytest.FixtureRequest) -> None:
+    """What comes back from a loss is 1, as far as the library has seen on the device under test."""
+    send_back_one(request.getfixturevalue("device") if "device" in request.fixturenames else "cpu")
 
 
 def events(run) -> set[str]:
@@ -98,6 +105,33 @@ def test_the_way_that_is_taken(name):
         assert with_grad not in events(loss)
     with torch.no_grad():
         assert with_grad not in events(loss)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(700, 100), (300, 1000), (200, 5000), (256, 100_000), (4, 21, 30, 30)], ids=str)
+def test_the_way_that_is_taken_on_a_gpu(shape, dtype):
+    """The backward pass launches a kernel in any case, but takes memory only if the forward pass left no gradient."""
+    send_back_one("cuda")
+    x = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), device="cuda")
+
+    def grows_by_a_gradient(run) -> tuple[Tensor, bool]:
+        before = torch.cuda.memory_allocated()
+        result = run()
+        return result, torch.cuda.memory_allocated() - before >= x.nbytes
+
+    # Another grad_output than 1: the next forward pass leaves no gradient.
+    for grad_output, of_forward in ((1.0, True), (1.0, True), (2.0, True), (1.0, False), (1.0, True)):
+        loss, in_forward = grows_by_a_gradient(lambda: fused.cross_entropy(x, target))
+        back = torch.full_like(loss, grad_output)
+        grad, in_backward = grows_by_a_gradient(lambda loss=loss, back=back: torch.autograd.grad(loss, x, back)[0])
+        torch.cuda.synchronize()  # the kernel tells the host what it saw
+        assert (in_forward, in_backward) == (of_forward, not of_forward)
+        exact = x.detach().double().requires_grad_()
+        reference.cross_entropy(exact, target).backward(back.double())
+        scale = max(4 * exact.grad.abs().max().item(), 0.1 * grad_output / target.numel())
+        assert_exact(grad, exact.grad, scale=scale, what="gradient")
 
 
 def test_a_loss_scale_is_applied_before_rounding():

@@ -6,6 +6,7 @@ Losses and gradients are compared with float64 in rows at both ends and around t
 """
 
 import gc
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from oracle import assert_exact
 from torch import Tensor
 
 import fusedloss.functional as fused
-from fusedloss import reference
+from fusedloss import _backend, reference
 
 GIB = 2**30
 PERIOD = 1_000_003  # of the values
@@ -139,6 +140,8 @@ def test_columns_beyond_2_to_the_31(flat, device):
 
 
 def test_one_row_of_more_than_2_to_the_31_classes(flat, block, device):
+    if device == "cuda":
+        pytest.skip("torch's own function computes it: the next test sees that it is asked to")
     need(5, device)
     input = flat.detach().requires_grad_()
     target = torch.tensor(NUMEL - 2, device=device)
@@ -153,6 +156,20 @@ def test_one_row_of_more_than_2_to_the_31_classes(flat, block, device):
     expected = log_p.exp() - (some == NUMEL - 2).double()
     # Relative to each: the classes' sum has 2^31 terms of float32.
     assert ((grad[some].double() - expected).abs() <= (2**-8 + 1e-3) * expected.abs()).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_rows_of_more_classes_than_the_cuda_kernels_count_go_to_torch(beyond):
+    need(5, "cuda")
+    classes = 2**30 + beyond
+    row = torch.zeros((), device="cuda", dtype=torch.bfloat16).expand(1, classes)
+    target = torch.zeros(1, device="cuda", dtype=torch.int64)
+    loss = _backend.extension().cross_entropy(row, target, None, 1, -100, 0.0, False)  # 1: the mean
+    if beyond:
+        assert loss is None
+    else:
+        assert_exact(loss, torch.tensor(math.log(classes), device="cuda", dtype=torch.float64), what="loss")
 
 
 def test_mse_beyond_2_to_the_31(flat, block, device):
