@@ -18,7 +18,7 @@
 // is taken in a fixed order, and no launch waits for the host.
 #include "cuda/cross_entropy_cuda.h"
 
-#include "cuda/cross_entropy_row.cuh"
+#include "cuda/cross_entropy_stream.cuh"
 
 namespace fusedloss::cuda {
 namespace {
@@ -28,9 +28,7 @@ constexpr int64_t kMaxClasses = 1 << 30;  // within a row, indices are int
 // Threads that a multiprocessor must hold at once. Said outright since the compiler, left to choose, spills registers
 // to make room for a few more.
 template <typename T, bool kSpread>
-constexpr int kResident = sizeof(T) == 8 ? 256 : kSpread ? 512 : 1024;
-template <typename T, bool kSpread>
-constexpr int kRowThreads = max_row_threads(sizeof(T) == 8, kSpread);
+constexpr int kResident = sizeof(T) == 8 ? 256 : kSpread ? 512 : 768;
 
 // What a thread adds up over its rows.
 struct Partial {
@@ -43,15 +41,6 @@ struct Partial {
 template <typename T, bool kSpread>
 __device__ __forceinline__ T ask_for_target_logit(const Row<T, kSpread>& row) {
   return row.y < 0 ? T() : row.logits[row.y * row.o.logits_strides.classes];
-}
-
-// The same number, but the compiler does not know: else it would hold on to all that it knows of the row through the
-// first sweep, and registers would not suffice.
-__device__ __forceinline__ int64_t looked_up_again(int64_t number) {
-#if FUSEDLOSS_CUDA_ARCH
-  asm volatile("" : "+l"(number));
-#endif
-  return number;
 }
 
 // One thread of the row: statistics in, loss out. x_y: the target class's.
@@ -90,47 +79,62 @@ __device__ __forceinline__ void leave(const CrossEntropyOptions& o, const Partia
 }
 
 template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kRowThreads<T, kSpread>, (kResident<T, kSpread> / kRowThreads<T, kSpread>))
+__global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThreads))
     forward_rows(const Problem<T> o) {
   using A = Statistic<T>;
-  constexpr int kPacks = kTilePacks<kSpread>;
   const RowPlan& plan = o.plan;
-  const int rank = int(blockIdx.x % plan.blocks);  // among the blocks of a row
+  const int rank = int(blockIdx.x) & (plan.blocks - 1);  // among the blocks of a row
   const int thread = rank * int(blockDim.x) + int(threadIdx.x), threads = plan.blocks * int(blockDim.x);
-  const Kept kept(plan.kept_packs), nothing(0);
-  let_next_launch_start();
+  const bool keeps = o.grad_logits != nullptr && !plan.split;
   __shared__ Partial sums[kRowsOfBlock];  // a row's first thread has one for itself: registers are scarce
   if (threadIdx.x == 0) sums[threadIdx.y] = {};
+  let_next_launch_start();
   if (plan.cluster) cluster_sync();  // a block must have started before others write to its memory
+
+  using Rows = Stream<T, kSpread>;
+  Rows stream(plan, thread, threads);
+  // All lanes of a warp take part when statistics are merged, so those behind the last row come along.
+  const auto row_of = [&](int64_t number, int y) {
+    return Row<T, kSpread>(o, number < plan.rows ? number : plan.rows - 1, y);
+  };
+  int64_t number = int64_t(blockIdx.x / plan.blocks) * blockDim.y + threadIdx.y;
+  int y = o.target_of(number), next_y = o.target_of(number + plan.step);
+  auto now = Rows::source_of(row_of(number, y), number < plan.rows);
+  stream.start(now);
   int turn = 0;
-  for (int64_t first = int64_t(blockIdx.x / plan.blocks) * blockDim.y; first < plan.rows; first += plan.step, ++turn) {
-    // All lanes of a warp take part when statistics are merged, so those behind the last row come along.
-    const bool is_row = first + threadIdx.y < plan.rows;
-    const int64_t number = is_row ? first + threadIdx.y : plan.rows - 1;
-    auto state = empty_row_state<A>();
-    A scale;
-    {
-      const Row<T, kSpread> row(o, number);
-      const auto share = share_of(row, thread, threads);
-      const T x_y = ask_for_target_logit(row);
-      if (is_row && row.counts()) {
-        absorb<kVector<T>, kPacks>(state, row, share, kept);
-        absorb<1, kPacks>(state, row, share, nothing);
-      }
-      state = row_merge<kSpread>(state);
-      if (plan.split) {
-        if (threadIdx.x == 0) static_cast<RowState<A>*>(o.scratch)[number * plan.blocks + rank] = state;
-        continue;  // to be finished by finish_split
-      }
-      if (plan.cluster) state = cluster_merge<kSpread>(state, rank, plan.blocks, turn);
-      scale = scale_of(row, state);
-      if (is_row && thread == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
-    }
-    if (o.grad_logits == nullptr || !is_row) continue;
-    wait_for_launch_before();  // for total_weight
-    const Row<T, kSpread> row(o, looked_up_again(number));
+  for (; number - threadIdx.y < plan.rows; number += plan.step, ++turn) {
+    const bool is_row = number < plan.rows;
+    const int later_y = o.target_of(number + 2 * plan.step);  // asked for long before it is needed
+    const auto next = Rows::source_of(row_of(number + plan.step, next_y), number + plan.step < plan.rows);
+    const Row<T, kSpread> row = row_of(number, y);
+    const bool counts = is_row && row.counts();
     const auto share = share_of(row, thread, threads);
-    write_row<false>(row, state.max, scale, share, kept);
+    const T x_y = ask_for_target_logit(row);
+    auto state = empty_row_state<A>();
+    if (counts) absorb<1, Rows::kPacks>(state, row, share);
+    stream.absorb_row(state, row, counts, keeps, share, now, next);
+    state = row_merge<kSpread>(state);
+    if (plan.split) {
+      if (threadIdx.x == 0) static_cast<RowState<A>*>(o.scratch)[number * plan.blocks + rank] = state;
+    } else {
+      if (plan.cluster) state = cluster_merge<kSpread>(state, rank, plan.blocks, turn);
+      const A scale = scale_of(row, state);
+      if (is_row && thread == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
+      if (keeps) {
+        wait_for_launch_before();  // for total_weight
+        if (counts) {
+          write_gradient<false>(row, row_gradient(row, state.max, scale), share, [&](const RowGradient<A>& of_row) {
+            stream.write_row_vectors(row, of_row, share, next);
+          });
+        } else {
+          if (is_row) write_row_of_zeros(row, share);
+          stream.start(next);
+        }
+      }
+    }
+    now = next;
+    y = next_y;
+    next_y = later_y;
   }
   if (!plan.split) leave(o, thread == 0 ? sums[threadIdx.y] : Partial());
 }
@@ -140,7 +144,6 @@ __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColu
     forward_columns(const Problem<T> o) {
   const RowPlan& plan = o.plan;
   const Share<T> share = {only_single<T>(int(o.classes)), int(threadIdx.y), int(blockDim.y)};
-  const Kept nothing(0);
   Partial sum = {};
   let_next_launch_start();
   for (int64_t first = int64_t(blockIdx.x) * blockDim.x; first < plan.rows; first += plan.step) {
@@ -148,12 +151,12 @@ __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColu
     const Row<T, kSpread> row(o, is_row ? first + threadIdx.x : plan.rows - 1);
     const T x_y = ask_for_target_logit(row);
     auto state = empty_row_state<Statistic<T>>();
-    if (is_row && row.counts()) absorb<1, kColumnPacks<kSpread>>(state, row, share, nothing);
+    if (is_row && row.counts()) absorb<1, kColumnPacks<kSpread>>(state, row, share);
     state = column_merge<kSpread, kColumnThreads>(state);
     const auto scale = scale_of(row, state);
     if (is_row && threadIdx.y == 0) finish_row(row, state, scale, x_y, sum);
     wait_for_launch_before();  // for total_weight
-    if (row.grad != nullptr && is_row) write_row<true>(row, state.max, scale, share, nothing);
+    if (row.grad != nullptr && is_row) write_row<true>(row, state.max, scale, share);
   }
   leave(o, sum);
 }
@@ -253,19 +256,18 @@ __global__ void count_rows(const CrossEntropyOptions o) {
 // ---- The gradient alone, from the statistics that the forward pass has left: no thread waits for another
 
 template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kRowThreads<T, kSpread>, (kResident<T, kSpread> / kRowThreads<T, kSpread>))
+__global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThreads))
     backward_rows(const Problem<T> o) {
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
   using A = Statistic<T>;
   const RowPlan& plan = o.plan;
-  const int rank = int(blockIdx.x % plan.blocks);
+  const int rank = int(blockIdx.x) & (plan.blocks - 1);
   const int thread = rank * int(blockDim.x) + int(threadIdx.x), threads = plan.blocks * int(blockDim.x);
-  const Kept nothing(0);
   for (int64_t i = int64_t(blockIdx.x / plan.blocks) * blockDim.y + threadIdx.y; i < plan.rows; i += plan.step) {
     const Row<T, kSpread> row(o, i);
     const auto share = share_of(row, thread, threads);
-    write_row<false>(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i], share, nothing);
+    write_row<false>(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i], share);
   }
 }
 
@@ -276,10 +278,9 @@ __global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColu
   if (gradient_is_ready<T>(o)) return;
   using A = Statistic<T>;
   const Share<T> share = {only_single<T>(int(o.classes)), int(threadIdx.y), int(blockDim.y)};
-  const Kept nothing(0);
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < o.plan.rows; i += o.plan.step) {
     const Row<T, kSpread> row(o, i);
-    write_row<true>(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i], share, nothing);
+    write_row<true>(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i], share);
   }
 }
 
@@ -312,12 +313,28 @@ cudaError_t launch_backward(CrossEntropyOptions o, cudaStream_t stream) {
 }
 
 template <typename T>
+auto forward_kernel(const CrossEntropyOptions& o, const RowPlan& plan) {
+  const bool spread = o.is_spread();
+  return plan.columns ? (spread ? forward_columns<T, true> : forward_columns<T, false>)
+                      : (spread ? forward_rows<T, true> : forward_rows<T, false>);
+}
+
+// Blocks that take rows have as many of them as the device's size makes necessary.
+template <typename T>
+cudaError_t fit_to_device(const CrossEntropyOptions& o, RowPlan& plan) {
+  if (plan.columns || plan.split) return cudaSuccess;
+  int64_t most = 0;
+  const cudaError_t error = resident_blocks(forward_kernel<T>(o, plan), plan.shape(o, false), most);
+  if (error == cudaSuccess) plan.limit_grid(o.tuning.waves * most);
+  return error;
+}
+
+template <typename T>
 cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cudaStream_t stream) {
   const bool spread = o.is_spread();
   const Problem<T> problem(o, plan);
   cudaError_t error = launch_weigh<T>(o, plan, stream);
-  const auto kernel = plan.columns ? (spread ? forward_columns<T, true> : forward_columns<T, false>)
-                                   : (spread ? forward_rows<T, true> : forward_rows<T, false>);
+  const auto kernel = forward_kernel<T>(o, plan);
   const bool overlaps = weigh_grid(o, plan) > 0;  // no more than the weights: other launches may write the logits
   if (error == cudaSuccess) error = launch(kernel, plan.shape(o, overlaps), stream, problem);
   if (error != cudaSuccess || !plan.split) return error;
@@ -347,9 +364,10 @@ cudaError_t cross_entropy_forward(const CrossEntropyOptions& o, cudaStream_t str
   if (o.classes > kMaxClasses) return cudaErrorInvalidValue;
   return on_dtype(o.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const RowPlan plan = plan_rows(o, /*with_exchange=*/true);
+    RowPlan plan = plan_rows(o, /*with_exchange=*/true);
     if (o.rows() > 0) {
-      const cudaError_t error = launch_forward<T>(o, plan, stream);
+      cudaError_t error = fit_to_device<T>(o, plan);
+      if (error == cudaSuccess) error = launch_forward<T>(o, plan, stream);
       if (error != cudaSuccess || plan.split) return error;
     }
     if (o.reduction == Reduction::kNone) return cudaSuccess;

@@ -6,12 +6,10 @@
 namespace fusedloss::cuda {
 
 constexpr int kMaxThreads = 512;
+constexpr int kRowThreads = 256;  // of a block that takes rows, at most
 constexpr int kColumnThreads = 256;
 constexpr int kRowsOfBlock = 128;  // at most
 constexpr int kPackBytes = 16;
-
-// Of a block that takes a row, at most: fewer where a thread needs more registers.
-constexpr int max_row_threads(bool is_float64, bool is_spread) { return is_float64 || is_spread ? 256 : kMaxThreads; }
 
 // How many packs of logits a thread holds at a time, and as many of probabilities: bytes in flight against registers. In
 // columns, where a pack is one class. The sweep that writes takes half of them: half of its traffic is its stores.
@@ -30,11 +28,20 @@ struct RowPlan {
   int blocks = 1;              // that share a row, if they are more
   bool cluster = false;        // either in a cluster
   bool split = false;          // or apart, to meet in scratch
-  int kept_packs = 0;          // of logits, of each thread, in shared memory
+  int tiles = 0;               // of a thread, in a row
+  int depth = 0;               // so many tiles of a thread have slots in shared memory: see cross_entropy_stream.cuh
+  int slots = 0;               // of a thread, each for a pack; fewer than `depth` tiles of them where a row ends sooner
 
   LaunchShape shape(const CrossEntropyOptions& o, bool overlaps) const {
-    return {grid, block, cluster ? blocks : 1, kept_packs * kept_bytes_of_pack(o) * block.x * block.y,
-            o.tuning.kept_bytes, overlaps && o.tuning.overlap};
+    return {grid, block, cluster ? blocks : 1, slots * kept_bytes_of_pack(o) * block.x * block.y, o.tuning.kept_bytes,
+            overlaps && o.tuning.overlap};
+  }
+
+  // As many blocks as the device holds at once, if there are fewer than rows: each then takes several rows in turn.
+  void limit_grid(int64_t most) {
+    const int64_t groups = larger(1, smaller(grid, most) / blocks);
+    grid = unsigned(groups * blocks);
+    step = groups * block.y;
   }
 
   static int64_t kept_bytes_of_pack(const CrossEntropyOptions& o) {
@@ -84,36 +91,39 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
   const bool many_rows = o.rows() >= 16 * t.multiprocessors;
   const int64_t warp_bytes = !many_rows ? t.warp_bytes / 4 : keeps ? t.warp_bytes : 2 * t.warp_bytes;
   if (o.classes * bytes_of(o.dtype) <= warp_bytes) {
-    const int64_t of_lane = (many_rows ? 2 : 1) * tile_packs;
+    const int64_t of_lane = many_rows ? t.lane_packs : tile_packs;
     unsigned lanes = 1;
     while (lanes < 32 && (lanes * of_lane < packs || (lanes < t.least_lanes && 2 * lanes <= packs))) lanes *= 2;
     plan.block = dim3(lanes, kRowsOfBlock / lanes);
   } else {
-    const unsigned possible = max_row_threads(o.dtype == DType::kFloat64, o.is_spread());
-    const unsigned most_threads = possible < t.block_threads ? possible : unsigned(t.block_threads);
-    const int64_t parts = divide_up(8 * t.multiprocessors, o.rows() > 0 ? o.rows() : 1);
-    const int64_t most_parts = o.classes / t.split_classes;
+    const int64_t parts = divide_up(8 * t.multiprocessors, larger(1, o.rows()));
+    const int64_t most_parts = smaller(parts, o.classes / t.split_classes);
     if (o.rows() < t.multiprocessors && most_parts >= 2) {
-      plan.blocks = int(parts < most_parts ? parts : most_parts);
+      while (2 * plan.blocks <= most_parts) plan.blocks *= 2;
       plan.split = true;
     } else if (keeps) {
-      // Whole tiles are kept; of tiny memories, in tests, count what there is.
-      const int64_t whole = t.kept_bytes - t.kept_bytes % (most_threads * tile_packs * pack_bytes);
-      const int64_t room = whole > 0 ? whole : t.kept_bytes;
-      while (2 * plan.blocks <= t.cluster_blocks && packs * pack_bytes > plan.blocks * room) plan.blocks *= 2;
+      while (2 * plan.blocks <= t.cluster_blocks && packs * pack_bytes > plan.blocks * t.kept_bytes) plan.blocks *= 2;
       plan.cluster = plan.blocks > 1;
     }
     unsigned threads = 128;
-    while (threads < most_threads && packs >= 4 * threads * tile_packs * plan.blocks) threads *= 2;
+    while (threads < t.block_threads && packs >= 4 * threads * tile_packs * plan.blocks) threads *= 2;
     plan.block = dim3(threads);
   }
   plan.grid = grid_size(o, plan.block.y, plan.blocks);
   plan.step = int64_t(plan.grid / plan.blocks) * plan.block.y;
-  if (keeps && !plan.split) {
-    const int64_t tiles = divide_up(packs, int64_t(plan.block.x) * plan.blocks * tile_packs);
-    const int64_t room = t.kept_bytes / (int64_t(plan.block.x) * plan.block.y * tile_packs * pack_bytes);
-    plan.kept_packs = int((tiles < room ? tiles : room) * tile_packs);
+  if (!with_exchange) return plan;
+
+  // In training all tiles have slots, if there is room; else enough of them for memory to be busy.
+  const int64_t of_thread = divide_up(packs, int64_t(plan.block.x) * plan.blocks);
+  const int64_t room = t.kept_bytes / (int64_t(plan.block.x) * plan.block.y * pack_bytes);
+  plan.tiles = int(divide_up(of_thread, tile_packs));
+  if (keeps && !plan.split && of_thread <= room) {
+    plan.depth = plan.tiles;
+  } else {
+    const int64_t most = room / tile_packs;
+    plan.depth = int(smaller(plan.tiles, keeps && !plan.split ? most : smaller(most, t.stream_tiles)));
   }
+  plan.slots = int(smaller(of_thread, plan.depth * tile_packs));
   return plan;
 }
 

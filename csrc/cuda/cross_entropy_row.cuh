@@ -2,6 +2,8 @@
 // row's statistics, and its gradient.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
+
 #include "cuda/cross_entropy_plan.h"
 #include "cuda/grad_output.cuh"
 #include "cuda/reduce.cuh"
@@ -24,6 +26,10 @@ struct Problem : CrossEntropyOptions {
   __device__ __forceinline__ int class_of(int64_t index) const {
     return index == ignore_index || index < 0 || index >= classes ? -1 : int(index);
   }
+  // The target class of a row; -1 for probabilities too, and behind the last row.
+  __device__ __forceinline__ int target_of(int64_t row) const {
+    return target_index && row < plan.rows ? class_of(target_index[row]) : -1;
+  }
   __device__ __forceinline__ A weight_of(int c) const { return weight ? static_cast<const A*>(weight)[c] : A(1); }
   __device__ __forceinline__ A sum_of_weights() const {
     return weight_sum ? *static_cast<const A*>(weight_sum) : A(classes);
@@ -45,7 +51,8 @@ struct Row {
   const int y;                 // the target class; -1 for probabilities, and where there is none
   const A w_y;                 // its weight
 
-  __device__ __forceinline__ Row(const Problem<T>& problem, int64_t row)
+  __device__ __forceinline__ Row(const Problem<T>& problem, int64_t row) : Row(problem, row, problem.target_of(row)) {}
+  __device__ __forceinline__ Row(const Problem<T>& problem, int64_t row, int target)
       : o(problem),
         number(row),
         outer(o.inner == 1 ? row : row / o.inner),
@@ -53,7 +60,7 @@ struct Row {
         logits(at(o.logits, o.logits_strides)),
         probability(kSpread && o.target_probability ? at(o.target_probability, o.target_strides) : nullptr),
         grad(o.grad_logits ? const_cast<T*>(at(o.grad_logits, o.grad_strides)) : nullptr),
-        y(kSpread && o.target_probability ? -1 : o.class_of(o.target_index[row])),
+        y(target),
         w_y(y < 0 ? A(0) : o.weight_of(y)) {}
 
   // The row's first element in a tensor like the logits.
@@ -71,15 +78,12 @@ __device__ __forceinline__ Share<T> share_of(const Row<T, kSpread>& row, int thr
   return {split(int(row.o.classes), row.logits, row.probability, row.grad), thread, threads};
 }
 
-// What a thread keeps of its part in shared memory, from the first sweep to the second: its first packs. Nobody else
-// reads them, so no barrier is needed.
-struct Kept {
-  int packs;
-  uint4* own;  // [packs], as many elements apart as the block has threads
+// A thread's own slots in shared memory, each for a pack. Nobody else reads or writes them, so no barrier is needed.
+struct Slots {
+  uint4* own;  // as many elements apart as the block has threads
 
-  explicit __device__ __forceinline__ Kept(int packs)
-      : packs(packs), own(dynamic_shared_memory + threadIdx.y * blockDim.x + threadIdx.x) {}
-  __device__ __forceinline__ uint4& pack(int i) const { return own[i * int(blockDim.x * blockDim.y)]; }
+  __device__ __forceinline__ Slots() : own(dynamic_shared_memory + threadIdx.y * blockDim.x + threadIdx.x) {}
+  __device__ __forceinline__ uint4& operator[](int i) const { return own[i * int(blockDim.x * blockDim.y)]; }
 };
 
 // What a thread holds of a row at a time: kPacks packs of kWidth neighbouring classes. kWhole: all of them lie in the
@@ -90,23 +94,10 @@ struct Tile {
   Pack<T, kWidth> t[kPacks] = {};  // probabilities only
   int first[kPacks];               // class of a pack's first element; -1 behind the row's end
 
-  // A share's tile; with kWidth = 1 the classes may lie apart.
-  __device__ __forceinline__ Tile(const Row<T, kSpread>& row, const Share<T>& share, int number, const Kept& kept) {
-    int unit = share.thread + number * kPacks * share.step;
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k, unit += share.step)
-      first[k] = kWhole || unit < share.template units<kWidth>() ? share.template first<kWidth>(unit) : -1;
-    if constexpr (kWidth > 1) {
-      if (number * kPacks < kept.packs) {
-        take(row, number, kept);
-        return;
-      }
-    }
-    load_all(row);
-  }
-
-  __device__ __forceinline__ void load_all(const Row<T, kSpread>& row) {
-    // What is not there is 0, lest registers be held for what was there before.
+  // A share's tile, from memory; with kWidth = 1 the classes may lie apart.
+  __device__ __forceinline__ Tile(const Row<T, kSpread>& row, const Share<T>& share, int number) {
+    find(share, number);
+    // What is not there is 0: a register that is left as it was would have to be kept from the round before.
 #pragma unroll
     for (int k = 0; k < kPacks; ++k)
       x[k] = is_there(k) ? load<kWidth>(row.logits + offset(first[k], row.o.logits_strides)) : Pack<T, kWidth>();
@@ -116,21 +107,25 @@ struct Tile {
       t[k] = is_there(k) ? load<kWidth>(row.probability + offset(first[k], row.o.target_strides)) : Pack<T, kWidth>();
   }
 
-  __device__ __forceinline__ void keep(const Row<T, kSpread>& row, int number, const Kept& kept) const {
-    const int place = number * kPacks, step = row.has_probabilities() ? 2 : 1;
-    for_each_pack([&](int k) {
-      kept.pack(step * (place + k)) = x[k].as_vector();
-      if (row.has_probabilities()) kept.pack(step * (place + k) + 1) = t[k].as_vector();
-    });
-  }
-  __device__ __forceinline__ void take(const Row<T, kSpread>& row, int number, const Kept& kept) {
-    const int place = number * kPacks, step = row.has_probabilities() ? 2 : 1;
+  // The same from a thread's slots, where a Stream has copied it; `place` is the first pack's.
+  __device__ __forceinline__ Tile(const Row<T, kSpread>& row, const Share<T>& share, int number, const Slots& slots,
+                                  int place) {
+    find(share, number);
+    const int step = row.has_probabilities() ? 2 : 1;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
+      x[k] = Pack<T, kWidth>();
       if (!is_there(k)) continue;
-      x[k].from_vector(kept.pack(step * (place + k)));
-      if (row.has_probabilities()) t[k].from_vector(kept.pack(step * (place + k) + 1));
+      x[k].from_vector(slots[step * (place + k)]);
+      if (row.has_probabilities()) t[k].from_vector(slots[step * (place + k) + 1]);
     }
+  }
+
+  __device__ __forceinline__ void find(const Share<T>& share, int number) {
+    int unit = share.thread + number * kPacks * share.step;
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k, unit += share.step)
+      first[k] = kWhole || unit < share.template units<kWidth>() ? share.template first<kWidth>(unit) : -1;
   }
 
   static __device__ __forceinline__ int64_t offset(int c, const Strides& strides) {
@@ -167,14 +162,14 @@ __device__ __forceinline__ void with_or_without_weights(const Problem<T>& o, F f
 }
 
 // A thread's tiles: `whole` ones, as many for every thread of the row, then one more that ends behind the row if there
-// are more in all.
+// are more in all. As many threads share a row as a power of two.
 struct TileCount {
   int whole, all;
 
   template <int kWidth, int kPacks, typename T>
   static __device__ __forceinline__ TileCount of(const Share<T>& share) {
     const int units = share.template units<kWidth>(), together = kPacks * share.step;
-    const int whole = units / together;
+    const int whole = units >> (31 - __clz(together));
     return {whole, whole + (share.thread < units - whole * together)};
   }
 };
@@ -213,24 +208,20 @@ __device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kSp
   });
 }
 
-// Adds a thread's share of the row to its statistics, and keeps what there is room for.
+// Adds the tiles of a thread's share to its statistics, from number `first` on, as they come from memory.
 template <int kWidth, int kPacks, typename T, bool kSpread, typename A>
 __device__ __forceinline__ void absorb(RowState<A>& state, const Row<T, kSpread>& row, const Share<T>& share,
-                                       const Kept& kept) {
+                                       int first = 0) {
   const auto tiles = TileCount::of<kWidth, kPacks>(share);
   with_or_without_weights<kSpread>(row.o, [&](auto weighted) {
-    const auto absorb_next = [&](const auto& tile, int number) {
-      if constexpr (kWidth > 1)
-        if (number * kPacks < kept.packs) tile.keep(row, number, kept);
-      absorb_tile<decltype(weighted)::value>(state, row, tile);
-    };
-    int number = 0;
+    constexpr bool kWeighted = decltype(weighted)::value;
+    int number = first;
 #pragma unroll 1
     for (; number < tiles.whole; ++number)
-      absorb_next(Tile<T, kSpread, kWidth, kPacks, true>(row, share, number, Kept(0)), number);
+      absorb_tile<kWeighted>(state, row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number));
 #pragma unroll 1
     for (; number < tiles.all; ++number)
-      absorb_next(Tile<T, kSpread, kWidth, kPacks, false>(row, share, number, Kept(0)), number);
+      absorb_tile<kWeighted>(state, row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number));
   });
 }
 
@@ -283,20 +274,21 @@ __device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const Row
   });
 }
 
-// A thread's tiles, those kept last, while the cache may still hold what was not kept.
+// The tiles of a thread's share, from the last to number `first`, as they come from memory: the cache may still hold the
+// last ones.
 template <int kWidth, int kPacks, typename T, bool kSpread, typename A>
 __device__ __forceinline__ void write_tiles(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
-                                            const Share<T>& share, const Kept& kept) {
+                                            const Share<T>& share, int first = 0) {
   const auto tiles = TileCount::of<kWidth, kPacks>(share);
   with_or_without_weights<kSpread>(row.o, [&](auto weighted) {
     constexpr bool kWeighted = decltype(weighted)::value;
     int number = tiles.all - 1;
 #pragma unroll 1
-    for (; number >= tiles.whole; --number)
-      write_tile<kWeighted>(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number, kept));
+    for (; number >= tiles.whole && number >= first; --number)
+      write_tile<kWeighted>(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number));
 #pragma unroll 1
-    for (; number >= 0; --number)
-      write_tile<kWeighted>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number, kept));
+    for (; number >= first; --number)
+      write_tile<kWeighted>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number));
   });
 }
 
@@ -308,22 +300,19 @@ __device__ __forceinline__ bool has_target(const Row<T, kSpread>& row, const Sha
   const int unit = behind_head < 0             ? row.y
                    : behind_head >= in_vectors ? row.y - in_vectors
                                                : behind_head / kVector<T>;
-  return unit % share.step == share.thread;
+  return (unit & (share.step - 1)) == share.thread;
 }
 
-// Writes a thread's share of the gradient. The target class is put right afterwards: looking out for it in every pack
-// costs more. Its logit is read before, as the gradient may be written over it.
-template <bool kColumns, typename T, bool kSpread, typename A>
+// Writes a thread's share of the gradient, of which write_vectors writes the vectors. The target class is put right
+// afterwards: looking out for it in every pack costs more. Its logit is read before, as the gradient may be written over
+// it.
+template <bool kColumns, typename T, bool kSpread, typename A, typename F>
 __device__ __forceinline__ void write_gradient(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
-                                               const Share<T>& share, const Kept& kept) {
+                                               const Share<T>& share, F write_vectors) {
   const bool mine = has_target(row, share);
   const T x_y = mine ? row.logits[row.y * row.o.logits_strides.classes] : T();
-  if constexpr (kColumns) {
-    write_tiles<1, kColumnPacks<kSpread> / 2>(row, of_row, share, kept);
-  } else {
-    write_tiles<kVector<T>, kTilePacks<kSpread> / 2>(row, of_row, share, kept);
-    write_tiles<1, kTilePacks<kSpread> / 2>(row, of_row, share, Kept(0));
-  }
+  write_tiles<1, (kColumns ? kColumnPacks<kSpread> : kTilePacks<kSpread>) / 2>(row, of_row, share);
+  write_vectors(of_row);
   if (!mine) return;
   const A q = of_row.q_y + (kSpread ? math::product(row.o.smoothing.uniform, row.w_y) : A(0));
   const A of_target[1] = {gradient_of(of_row, A(widen(x_y)), q)};
@@ -339,15 +328,23 @@ __device__ __forceinline__ void write_zeros(const Row<T, kSpread>& row, const Sh
     store_values(row.grad + share.template first<kWidth>(unit) * row.o.grad_strides.classes, zeros);
 }
 
-// A thread's share of the gradient of any row, from its statistics.
+template <typename T, bool kSpread>
+__device__ __forceinline__ void write_row_of_zeros(const Row<T, kSpread>& row, const Share<T>& share) {
+  write_zeros<kVector<T>>(row, share);
+  write_zeros<1>(row, share);
+}
+
+// A thread's share of the gradient of any row, from its statistics and the logits in memory.
 template <bool kColumns, typename T, bool kSpread, typename A>
-__device__ __forceinline__ void write_row(const Row<T, kSpread>& row, A max, A scale, const Share<T>& share,
-                                          const Kept& kept) {
+__device__ __forceinline__ void write_row(const Row<T, kSpread>& row, A max, A scale, const Share<T>& share) {
   if (row.counts()) {
-    write_gradient<kColumns>(row, row_gradient(row, max, scale), share, kept);
-  } else {
-    if constexpr (!kColumns) write_zeros<kVector<T>>(row, share);
+    write_gradient<kColumns>(row, row_gradient(row, max, scale), share, [&](const RowGradient<A>& of_row) {
+      if constexpr (!kColumns) write_tiles<kVector<T>, kTilePacks<kSpread> / 2>(row, of_row, share);
+    });
+  } else if constexpr (kColumns) {
     write_zeros<1>(row, share);
+  } else {
+    write_row_of_zeros(row, share);
   }
 }
 

@@ -12,6 +12,7 @@
 
 #include <map>
 #include <mutex>
+#include <tuple>
 
 #include "integers.h"
 #include "options.h"
@@ -57,38 +58,80 @@ __device__ __forceinline__ void wait_for_launch_before() {
 }
 
 #ifndef FUSEDLOSS_LAUNCH
+// A launch's configuration for the CUDA runtime.
+struct LaunchConfig {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+
+  LaunchConfig(const LaunchShape& shape, cudaStream_t stream) {
+    config.gridDim = shape.grid;
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = size_t(shape.shared_bytes);
+    config.stream = stream;
+    config.attrs = attributes;
+    if (shape.cluster > 1) {
+      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {unsigned(shape.cluster), 1, 1};
+    }
+    if (shape.overlaps) {
+      cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+      overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      overlap.val.programmaticStreamSerializationAllowed = 1;
+    }
+  }
+};
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
                    const Arguments&... arguments) {
-  if (shape.shared_bytes > 0) {  // always the same limit, so that threads of the host do not get into each other's way
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_limit));
-    if (error != cudaSuccess) return error;
+  const LaunchConfig launch(shape, stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, Parameters(arguments)...);
+}
+
+// How many blocks of such a launch the current device holds at once. The runtime is asked once for each kind of launch,
+// and then also told how much shared memory the kernel may ask for: a kernel must be prepared so before it is launched
+// with shared memory.
+template <typename... Parameters>
+cudaError_t resident_blocks(void (*kernel)(Parameters...), const LaunchShape& shape, int64_t& answer) {
+  static std::mutex one_at_a_time;
+  static std::map<std::tuple<int, const void*, unsigned, int64_t, int>, int64_t> answers;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const auto kind = std::make_tuple(device, reinterpret_cast<const void*>(kernel),
+                                    shape.block.x * shape.block.y * shape.block.z, shape.shared_bytes, shape.cluster);
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  if (const auto known = answers.find(kind); known != answers.end()) {
+    answer = known->second;
+    return error;
   }
-  cudaLaunchAttribute attributes[2] = {};
-  unsigned count = 0;
-  if (shape.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {unsigned(shape.cluster), 1, 1};
+  int count = 0, multiprocessors = 0;
+  if (error == cudaSuccess)  // always the same limit, so that threads of the host do not get into each other's way
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_limit));
+  if (error == cudaSuccess && shape.cluster > 1) {
+    const LaunchConfig launch(shape, nullptr);
+    error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);
+    answer = int64_t(count) * shape.cluster;
+  } else if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, int(std::get<2>(kind)),
+                                                          size_t(shape.shared_bytes));
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    answer = int64_t(count) * multiprocessors;
   }
-  if (shape.overlaps) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = shape.grid;
-  config.blockDim = shape.block;
-  config.dynamicSmemBytes = size_t(shape.shared_bytes);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  if (error == cudaSuccess) answers[kind] = answer;
+  return error;
 }
 #else
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t,
                    const Arguments&... arguments) {
   return FUSEDLOSS_LAUNCH(kernel, shape, arguments...);
+}
+
+template <typename... Parameters>
+cudaError_t resident_blocks(void (*)(Parameters...), const LaunchShape& shape, int64_t& answer) {
+  answer = 2 * shape.cluster;  // few, so that small problems have blocks with several rows
+  return cudaSuccess;
 }
 #endif
 

@@ -67,6 +67,10 @@ void emulator_cluster_barrier(SourceLine caller);
 void* emulator_shared_of_block(const void* p, unsigned rank);  // the same place in another block of the cluster
 uint64_t emulator_warp_op(WarpOp op, unsigned mask, uint64_t value, int source_lane, SourceLine caller);
 void emulator_fence();
+void emulator_copy_later(void* to, const void* from, size_t size);
+void emulator_commit_copies();
+// The oldest copy that has not been done, unless it belongs to the last `groups` groups.
+bool emulator_next_copy(size_t groups, void** to, const void** from);
 void emulator_before_atomic(void* p, int size);
 cudaError_t emulator_launch(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, void (*thread)(void*),
                             void* arguments, size_t size);
@@ -157,6 +161,25 @@ inline int __any_sync(unsigned mask, int p, SourceLine caller = EMULATOR_CALLER)
 }
 inline int __all_sync(unsigned mask, int p, SourceLine caller = EMULATOR_CALLER) {
   return emulator_warp_op(kBallot, mask, p == 0, 0, caller) == 0;
+}
+
+// ---- Integers
+
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(unsigned(value)); }
+
+// ---- Asynchronous copies from global to shared memory
+//
+// A thread's copies are done when it waits for them, and no sooner: a wait that is missing shows as a read of what was
+// there before.
+
+#define _CUDA_PIPELINE_PRIMITIVES_H_  // in place of the toolkit's header
+
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t size) { emulator_copy_later(to, from, size); }
+inline void __pipeline_commit() { emulator_commit_copies(); }
+inline void __pipeline_wait_prior(size_t groups) {
+  void* to;
+  const void* from;
+  while (emulator_next_copy(groups, &to, &from)) *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
 }
 
 // ---- Atomics: no other thread runs in between, so plain code will do once the runtime has been told

@@ -24,8 +24,9 @@ class Strides(ctypes.Structure):
 
 class CudaTuning(ctypes.Structure):
     _fields_ = [
-        *[("thread_classes", LONG), ("warp_bytes", LONG), ("least_lanes", LONG), ("block_threads", LONG)],
-        *[("split_classes", LONG), ("weigh_rows", LONG), ("max_blocks", LONG), ("overlap", LONG)],
+        *[("thread_classes", LONG), ("warp_bytes", LONG), ("lane_packs", LONG), ("least_lanes", LONG)],
+        *[("block_threads", LONG), ("stream_tiles", LONG), ("split_classes", LONG), ("weigh_rows", LONG)],
+        *[("max_blocks", LONG), ("waves", LONG), ("overlap", LONG)],
         *[("multiprocessors", LONG), ("kept_bytes", LONG), ("cluster_blocks", LONG)],
     ]
 
@@ -34,11 +35,14 @@ class CudaTuning(ctypes.Structure):
         defaults = {
             "thread_classes": 16,
             "warp_bytes": 4096,
-            "least_lanes": 8,
-            "block_threads": 512,
+            "lane_packs": 16,
+            "least_lanes": 2,
+            "block_threads": 256,
+            "stream_tiles": 3,
             "split_classes": 8192,
             "weigh_rows": 8192,
             "max_blocks": 8192,
+            "waves": 1,
             "overlap": 0,
         }
         # A GPU of one multiprocessor: never are there so few rows that blocks would share one.

@@ -39,6 +39,14 @@ struct Thread {
   unsigned mask;
   int source_lane;
   uint64_t value, result;
+  // The asynchronous copies that it has asked for, each with the number of the group that it belongs to.
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t group;
+  };
+  std::vector<Copy> copies;
+  size_t copies_done, groups_committed;
 };
 
 struct Region;  // memory.cpp

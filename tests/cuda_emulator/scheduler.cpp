@@ -178,6 +178,8 @@ void try_warp_op(Block& block, uint32_t thread) {
 
 void thread_main() {
   kernel_thread(kernel_arguments);
+  if (running->copies_done != running->copies.size())
+    complain("ASYNCHRONOUS COPY", "not waited for when its thread ends");
   running->state = State::kDone;
   try_warp_op(*running->block, running->number);
   try_barrier(*running->block);
@@ -288,6 +290,20 @@ void stop() {
   stopped = true;
   back_to_host();
   std::abort();
+}
+
+extern "C" void emulator_copy_later(void* to, const void* from, size_t size) {
+  if (size != sizeof(uint4)) complain("ASYNCHRONOUS COPY", "of " + std::to_string(size) + " bytes, 16 are expected");
+  running->copies.push_back({to, from, running->groups_committed});
+}
+extern "C" void emulator_commit_copies() { ++running->groups_committed; }
+extern "C" bool emulator_next_copy(size_t groups, void** to, const void** from) {
+  Thread& t = *running;
+  if (t.copies_done == t.copies.size() || t.copies[t.copies_done].group + groups >= t.groups_committed) return false;
+  *to = t.copies[t.copies_done].to;
+  *from = t.copies[t.copies_done].from;
+  ++t.copies_done;
+  return true;
 }
 
 extern "C" int emulator_block_barrier(int predicate, SourceLine caller) {

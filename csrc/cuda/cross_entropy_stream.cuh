@@ -1,0 +1,122 @@
+// The rows of a block, one after another, as a stream of tiles from memory to shared memory.
+//
+// Each thread copies its own packs asynchronously (cp.async) into slots of its own. A block starts the copies of a row
+// while it still works on the row before, so that memory is never idle while threads compute, or wait for one another.
+//
+// In training the slots hold a whole row, if there is room: the first sweep reads them and, after the statistics are
+// merged, the second sweep reads them again, writes the gradient of a tile, and starts the copy of the next row's tile
+// into the same slots. Without a gradient, the first sweep itself starts the next copy into the slots that it has read.
+#pragma once
+
+#include "cuda/cross_entropy_row.cuh"
+
+namespace fusedloss::cuda {
+
+template <typename T, bool kSpread>
+class Stream {
+ public:
+  using A = Statistic<T>;
+  static constexpr int kPacks = kTilePacks<kSpread>;
+
+  __device__ __forceinline__ Stream(const RowPlan& plan, int thread, int threads)
+      : tiles(plan.tiles), depth(plan.depth), thread(thread), threads(threads) {}
+
+  // The vectors of a row, as many as have to be read.
+  struct Source {
+    const T* logits;
+    const T* probability;
+    int vectors;
+  };
+  static __device__ __forceinline__ Source source_of(const Row<T, kSpread>& row, bool is_row) {
+    const auto elements = split(int(row.o.classes), row.logits, row.probability, row.grad);
+    return {row.logits + elements.head, row.has_probabilities() ? row.probability + elements.head : nullptr,
+            is_row && row.counts() ? elements.vectors : 0};
+  }
+
+  // Starts to copy the first tiles of the first row.
+  __device__ __forceinline__ void start(const Source& first) {
+#pragma unroll 1
+    for (int number = 0; number < depth; ++number) {
+      copy(first, number);
+      advance();
+    }
+  }
+
+  // Adds a row, or what a thread has of it, to the statistics, and starts to copy what comes next unless the row is kept.
+  __device__ __forceinline__ void absorb_row(RowState<A>& state, const Row<T, kSpread>& row, bool counts, bool keeps,
+                                             const Share<T>& share, const Source& now, const Source& next) {
+    const int streamed = keeps || depth == 0 ? depth : tiles;
+    const int whole = TileCount::of<kVector<T>, kPacks>(share).whole;
+    with_or_without_weights<kSpread>(row.o, [&](auto weighted) {
+      const auto absorb_next = [&](auto is_whole, int number) {
+        __pipeline_wait_prior(size_t(keeps ? depth - 1 - number : depth - 1));
+        if (counts)
+          absorb_tile<decltype(weighted)::value>(
+              state, row,
+              Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, place));
+        if (!keeps) {
+          const bool of_next = number + depth >= tiles;
+          // Member by member: chosen by its address, a source would have to lie in memory.
+          copy({of_next ? next.logits : now.logits, of_next ? next.probability : now.probability,
+                of_next ? next.vectors : now.vectors},
+               number + depth - (of_next ? tiles : 0));
+        }
+        advance();
+      };
+      int number = 0;
+#pragma unroll 1
+      for (; number < streamed && number < whole; ++number) absorb_next(std::true_type(), number);
+#pragma unroll 1
+      for (; number < streamed; ++number) absorb_next(std::false_type(), number);
+    });
+    if (counts && streamed < tiles) absorb<kVector<T>, kPacks>(state, row, share, streamed);
+  }
+
+  // Writes the gradient of a row's vectors, and starts to copy the next row into the slots that become free.
+  __device__ __forceinline__ void write_row_vectors(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
+                                                    const Share<T>& share, const Source& next) {
+    if (depth < tiles) write_tiles<kVector<T>, kPacks>(row, of_row, share, depth);
+    const int whole = TileCount::of<kVector<T>, kPacks>(share).whole;
+    with_or_without_weights<kSpread>(row.o, [&](auto weighted) {
+      const auto write_next = [&](auto is_whole, int number) {
+        write_tile<decltype(weighted)::value>(
+            row, of_row,
+            Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, place));
+        copy(next, number);
+        advance();
+      };
+      int number = 0;
+#pragma unroll 1
+      for (; number < depth && number < whole; ++number) write_next(std::true_type(), number);
+#pragma unroll 1
+      for (; number < depth; ++number) write_next(std::false_type(), number);
+    });
+  }
+
+ private:
+  const int tiles, depth;  // of a row; that have slots
+  const int thread, threads;
+  const Slots slots;
+  int place = 0;  // the first pack of the tile whose turn it is
+
+  __device__ __forceinline__ void advance() {
+    place += kPacks;
+    if (place == depth * kPacks) place = 0;
+  }
+
+  __device__ __forceinline__ void copy(const Source& source, int number) {
+    const int step = source.probability ? 2 : 1;
+    int unit = thread + number * kPacks * threads;
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k, unit += threads) {
+      if (unit >= source.vectors) continue;
+      const int at = unit * kVector<T>;
+      __pipeline_memcpy_async(&slots[step * (place + k)], source.logits + at, kPackBytes);
+      if (kSpread && source.probability)
+        __pipeline_memcpy_async(&slots[step * (place + k) + 1], source.probability + at, kPackBytes);
+    }
+    __pipeline_commit();
+  }
+};
+
+}  // namespace fusedloss::cuda
