@@ -36,13 +36,6 @@ struct Partial {
   bool bad_target;
 };
 
-// The logit of the target class, asked for before the sweep, so that nobody waits for it afterwards; and not widened, so
-// that nobody waits for it beforehand.
-template <typename T, bool kSpread>
-__device__ __forceinline__ T ask_for_target_logit(const Row<T, kSpread>& row) {
-  return row.y < 0 ? T() : row.logits[row.y * row.o.logits_strides.classes];
-}
-
 // One thread of the row: statistics in, loss out. x_y: the target class's.
 template <typename T, bool kSpread, typename A>
 __device__ __forceinline__ void finish_row(const Row<T, kSpread>& row, RowState<A> state, A scale, T x_y,
@@ -50,7 +43,7 @@ __device__ __forceinline__ void finish_row(const Row<T, kSpread>& row, RowState<
   const Problem<T>& o = row.o;
   A loss[1] = {0};
   if (row.counts()) {
-    const A logsum = math::log(state.sum);
+    const A logsum = math::Exponential<A>(shift(state.max)).log(state.sum, shift(state.max));
     if (kSpread && row.y >= 0) state.mass = index_mass(A(0), o.sum_of_weights(), o.smoothing);  // not rounded C times
     if (kSpread) loss[0] = expected_negative_log_likelihood(state, logsum);
     if (row.y >= 0) loss[0] += o.smoothing.kept * row.w_y * negative_log_likelihood(widen(x_y), state.max, logsum);
@@ -82,6 +75,7 @@ template <typename T, bool kSpread>
 __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThreads))
     forward_rows(const Problem<T> o) {
   using A = Statistic<T>;
+  using Rows = Stream<T, kSpread>;
   const RowPlan& plan = o.plan;
   const int rank = int(blockIdx.x) & (plan.blocks - 1);  // among the blocks of a row
   const int thread = rank * int(blockDim.x) + int(threadIdx.x), threads = plan.blocks * int(blockDim.x);
@@ -89,31 +83,32 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
   __shared__ Partial sums[kRowsOfBlock];  // a row's first thread has one for itself: registers are scarce
   if (threadIdx.x == 0) sums[threadIdx.y] = {};
   let_next_launch_start();
-  if (plan.cluster) cluster_sync();  // a block must have started before others write to its memory
+  if (plan.cluster) start_cluster_merge<A>();
 
-  using Rows = Stream<T, kSpread>;
   Rows stream(plan, thread, threads);
   // All lanes of a warp take part when statistics are merged, so those behind the last row come along.
   const auto row_of = [&](int64_t number, int y) {
     return Row<T, kSpread>(o, number < plan.rows ? number : plan.rows - 1, y);
   };
   int64_t number = int64_t(blockIdx.x / plan.blocks) * blockDim.y + threadIdx.y;
-  int y = o.target_of(number), next_y = o.target_of(number + plan.step);
+  int y = o.class_of(o.target_at(number)), next_y = o.class_of(o.target_at(number + plan.step));
   auto now = Rows::source_of(row_of(number, y), number < plan.rows);
   stream.start(now);
+  A g = 0;
   int turn = 0;
   for (; number - threadIdx.y < plan.rows; number += plan.step, ++turn) {
     const bool is_row = number < plan.rows;
-    const int later_y = o.target_of(number + 2 * plan.step);  // asked for long before it is needed
+    // Asked for here and looked at after this row: nobody waits for it.
+    const int64_t later_target = o.target_at(number + 2 * plan.step);
     const auto next = Rows::source_of(row_of(number + plan.step, next_y), number + plan.step < plan.rows);
     const Row<T, kSpread> row = row_of(number, y);
     const bool counts = is_row && row.counts();
     const auto share = share_of(row, thread, threads);
     const T x_y = ask_for_target_logit(row);
     auto state = empty_row_state<A>();
-    if (counts) absorb<1, Rows::kPacks>(state, row, share);
+    if (counts && share.template units<1>() > 0) absorb<1, Rows::kPacks>(state, row, share);
     stream.absorb_row(state, row, counts, keeps, share, now, next);
-    state = row_merge<kSpread>(state);
+    state = row_merge<kSpread>(state, turn);
     if (plan.split) {
       if (threadIdx.x == 0) static_cast<RowState<A>*>(o.scratch)[number * plan.blocks + rank] = state;
     } else {
@@ -121,11 +116,13 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
       const A scale = scale_of(row, state);
       if (is_row && thread == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
       if (keeps) {
-        wait_for_launch_before();  // for total_weight
+        if (turn == 0) {
+          wait_for_launch_before();  // for total_weight
+          g = with_mean(o, A(1));    // nobody has sent a grad_output yet
+        }
         if (counts) {
-          write_gradient<false>(row, row_gradient(row, state.max, scale), share, [&](const RowGradient<A>& of_row) {
-            stream.write_row_vectors(row, of_row, share, next);
-          });
+          write_gradient<false>(row, row_gradient(row, state.max, scale, g), share, x_y,
+                                [&](const RowGradient<A>& of_row) { stream.write_row_vectors(row, of_row, share, next); });
         } else {
           if (is_row) write_row_of_zeros(row, share);
           stream.start(next);
@@ -134,7 +131,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
     }
     now = next;
     y = next_y;
-    next_y = later_y;
+    next_y = o.class_of(later_target);
   }
   if (!plan.split) leave(o, thread == 0 ? sums[threadIdx.y] : Partial());
 }
@@ -322,10 +319,10 @@ auto forward_kernel(const CrossEntropyOptions& o, const RowPlan& plan) {
 // Blocks that take rows have as many of them as the device's size makes necessary.
 template <typename T>
 cudaError_t fit_to_device(const CrossEntropyOptions& o, RowPlan& plan) {
-  if (plan.columns || plan.split) return cudaSuccess;
+  if (plan.columns) return cudaSuccess;
   int64_t most = 0;
   const cudaError_t error = resident_blocks(forward_kernel<T>(o, plan), plan.shape(o, false), most);
-  if (error == cudaSuccess) plan.limit_grid(o.tuning.waves * most);
+  if (error == cudaSuccess && !plan.split) plan.limit_grid(o.tuning.waves * most);
   return error;
 }
 

@@ -33,7 +33,7 @@ struct RowPlan {
   int slots = 0;               // of a thread, each for a pack; fewer than `depth` tiles of them where a row ends sooner
 
   LaunchShape shape(const CrossEntropyOptions& o, bool overlaps) const {
-    return {grid, block, cluster ? blocks : 1, slots * kept_bytes_of_pack(o) * block.x * block.y, o.tuning.kept_bytes,
+    return {grid, block, cluster ? blocks : 1, slots * kept_bytes_of_pack(o) * block.x * block.y,
             overlaps && o.tuning.overlap};
   }
 

@@ -26,9 +26,9 @@ struct Problem : CrossEntropyOptions {
   __device__ __forceinline__ int class_of(int64_t index) const {
     return index == ignore_index || index < 0 || index >= classes ? -1 : int(index);
   }
-  // The target class of a row; -1 for probabilities too, and behind the last row.
-  __device__ __forceinline__ int target_of(int64_t row) const {
-    return target_index && row < plan.rows ? class_of(target_index[row]) : -1;
+  // What stands in the target for a row; something that is no class for probabilities, and behind the last row.
+  __device__ __forceinline__ int64_t target_at(int64_t row) const {
+    return target_index && row < plan.rows ? target_index[row] : -1;
   }
   __device__ __forceinline__ A weight_of(int c) const { return weight ? static_cast<const A*>(weight)[c] : A(1); }
   __device__ __forceinline__ A sum_of_weights() const {
@@ -51,7 +51,7 @@ struct Row {
   const int y;                 // the target class; -1 for probabilities, and where there is none
   const A w_y;                 // its weight
 
-  __device__ __forceinline__ Row(const Problem<T>& problem, int64_t row) : Row(problem, row, problem.target_of(row)) {}
+  __device__ __forceinline__ Row(const Problem<T>& problem, int64_t row) : Row(problem, row, problem.class_of(problem.target_at(row))) {}
   __device__ __forceinline__ Row(const Problem<T>& problem, int64_t row, int target)
       : o(problem),
         number(row),
@@ -71,6 +71,13 @@ struct Row {
   // If not, the row adds nothing and is not even read.
   __device__ __forceinline__ bool counts() const { return has_probabilities() || y >= 0; }
 };
+
+// The logit of the target class, asked for before a sweep, so that nobody waits for it afterwards; and not widened, so
+// that nobody waits for it beforehand.
+template <typename T, bool kSpread>
+__device__ __forceinline__ T ask_for_target_logit(const Row<T, kSpread>& row) {
+  return row.y < 0 ? T() : row.logits[row.y * row.o.logits_strides.classes];
+}
 
 // A thread's part of the classes of a row that several threads share.
 template <typename T, bool kSpread>
@@ -193,14 +200,14 @@ __device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kSp
   tile.for_each_pack([&](int k) { max = math::max(max, tile.x[k].max()); });
   state = rescale(state, max);
   const A reference = shift(max);
+  const math::Exponential<A> exponential(reference);
   tile.for_each_pack([&](int k) {
     A e[kWidth], dot[kWidth], mass[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      const A x = tile.x[k][j] - reference;
-      e[j] = math::exp(x);
+      e[j] = exponential(tile.x[k][j]);
       mass[j] = tile.template coefficient<kWeighted>(row, k, j);
-      dot[j] = mass[j] * x;
+      dot[j] = mass[j] * (tile.x[k][j] - reference);
     }
     state.sum += sum_of(e);
     if (kSpread) state.dot += sum_of(dot);
@@ -233,7 +240,8 @@ __device__ __forceinline__ void absorb(RowState<A>& state, const Row<T, kSpread>
 
 template <typename A>
 struct RowGradient {
-  A max, scale, grad_output;
+  math::Exponential<A> exponential;  // from the row's maximum
+  A scale, grad_output;
   A q_y;  // what q has at a target class above the others: kept * w_y
   A scale_times_grad_output;
 };
@@ -246,18 +254,24 @@ __device__ __forceinline__ A scale_of(const Row<T, kSpread>& row, const RowState
   return mass / state.sum;
 }
 
+// A row's part of grad_output.
+template <typename T, typename A = Statistic<T>>
+__device__ __forceinline__ A with_mean(const Problem<T>& o, A grad_output) {
+  if (o.reduction != Reduction::kMean) return grad_output;
+  return divide_by_total_weight(grad_output, *static_cast<const A*>(o.total_weight));
+}
+
+// g: with the mean's division.
 template <typename T, bool kSpread, typename A>
-__device__ __forceinline__ RowGradient<A> row_gradient(const Row<T, kSpread>& row, A max, A scale) {
+__device__ __forceinline__ RowGradient<A> row_gradient(const Row<T, kSpread>& row, A max, A scale, A g) {
   const Problem<T>& o = row.o;
-  A g = grad_output_at<T>(o, row.number);
-  if (o.reduction == Reduction::kMean) g = divide_by_total_weight(g, *static_cast<const A*>(o.total_weight));
-  return {max, scale, g, math::product(o.smoothing.kept, row.w_y), scale * g};
+  return {math::Exponential<A>(max), scale, g, math::product(o.smoothing.kept, row.w_y), scale * g};
 }
 
 // Grad_output times d loss/dx_c for a class of logit x.
 template <typename A>
 __device__ __forceinline__ A gradient_of(const RowGradient<A>& of_row, A x, A q) {
-  return logit_gradient(math::exp(x - of_row.max), of_row.scale, q, of_row.grad_output);
+  return logit_gradient(of_row.exponential(x), of_row.scale, q, of_row.grad_output);
 }
 
 // As if none were the target class.
@@ -269,7 +283,7 @@ __device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const Row
 #pragma unroll
     for (int j = 0; j < kWidth; ++j)
       values[j] = kSpread ? gradient_of(of_row, A(tile.x[k][j]), tile.template coefficient<kWeighted>(row, k, j))
-                          : math::exp(tile.x[k][j] - of_row.max) * of_row.scale_times_grad_output;
+                          : of_row.exponential(tile.x[k][j]) * of_row.scale_times_grad_output;
     store_values(row.grad + tile.offset(tile.first[k], row.o.grad_strides), values);
   });
 }
@@ -304,14 +318,14 @@ __device__ __forceinline__ bool has_target(const Row<T, kSpread>& row, const Sha
 }
 
 // Writes a thread's share of the gradient, of which write_vectors writes the vectors. The target class is put right
-// afterwards: looking out for it in every pack costs more. Its logit is read before, as the gradient may be written over
-// it.
+// afterwards: looking out for it in every pack costs more. x_y is its logit, read before, as the gradient may be written
+// over it.
 template <bool kColumns, typename T, bool kSpread, typename A, typename F>
 __device__ __forceinline__ void write_gradient(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
-                                               const Share<T>& share, F write_vectors) {
+                                               const Share<T>& share, T x_y, F write_vectors) {
   const bool mine = has_target(row, share);
-  const T x_y = mine ? row.logits[row.y * row.o.logits_strides.classes] : T();
-  write_tiles<1, (kColumns ? kColumnPacks<kSpread> : kTilePacks<kSpread>) / 2>(row, of_row, share);
+  if (kColumns || share.template units<1>() > 0)
+    write_tiles<1, (kColumns ? kColumnPacks<kSpread> : kTilePacks<kSpread>) / 2>(row, of_row, share);
   write_vectors(of_row);
   if (!mine) return;
   const A q = of_row.q_y + (kSpread ? math::product(row.o.smoothing.uniform, row.w_y) : A(0));
@@ -338,7 +352,10 @@ __device__ __forceinline__ void write_row_of_zeros(const Row<T, kSpread>& row, c
 template <bool kColumns, typename T, bool kSpread, typename A>
 __device__ __forceinline__ void write_row(const Row<T, kSpread>& row, A max, A scale, const Share<T>& share) {
   if (row.counts()) {
-    write_gradient<kColumns>(row, row_gradient(row, max, scale), share, [&](const RowGradient<A>& of_row) {
+    const A g = with_mean(row.o, grad_output_at<T>(row.o, row.number));
+    // Nobody but the thread that writes it reads it: the gradient may be written over the logits.
+    const T x_y = has_target(row, share) ? row.logits[row.y * row.o.logits_strides.classes] : T();
+    write_gradient<kColumns>(row, row_gradient(row, max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
       if constexpr (!kColumns) write_tiles<kVector<T>, kTilePacks<kSpread> / 2>(row, of_row, share);
     });
   } else if constexpr (kColumns) {

@@ -12,18 +12,16 @@ namespace fusedloss::cuda {
 
 namespace math {
 
-// The hardware's 2^x, instead of the eight instructions of expf: 2 ulp around 0, where the large terms of a softmax
-// lie, and below it no worse than what rounding the argument to float32 does anyway. Under 2^-126 it gives 0.
-FUSEDLOSS_INLINE float exp(float x) {
+// The hardware's 2^x, one instruction. Its error is at most 2 ulp; under 2^-126 it gives 0.
+FUSEDLOSS_INLINE float exp2(float x) {
 #if FUSEDLOSS_CUDA_ARCH
   float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.4426950408889634f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
 #else
-  return ::expf(x);
+  return ::exp2f(x);
 #endif
 }
-FUSEDLOSS_INLINE double exp(double x) { return ::exp(x); }
 
 // Rounded, where the compiler would fuse it with a sum that it is part of.
 template <typename A>
@@ -35,6 +33,40 @@ FUSEDLOSS_INLINE A product(A a, A b) {
   return a * b;
 #endif
 }
+
+// exp(x - reference) for the logits x of a row, up to a factor that is the same for all of them.
+//
+// In float32 it is 2^(x * factor - offset), one multiply-add and one exponential. `offset` is reference * factor,
+// rounded, and so each result is off by the same factor 2^residue, which cancels where results are divided by their sum;
+// `log` of a sum takes it away. References so large that their product would overflow have 1 as their factor: there,
+// logits that differ from the reference at all differ so much that the exponential is 0.
+template <typename A>
+struct Exponential {
+  A reference;
+
+  explicit FUSEDLOSS_INLINE Exponential(A reference) : reference(reference) {}
+  FUSEDLOSS_INLINE A operator()(A x) const { return ::exp(x - reference); }
+  FUSEDLOSS_INLINE A log(A sum, A) const { return ::log(sum); }
+};
+
+template <>
+struct Exponential<float> {
+  float factor, offset;
+
+  explicit FUSEDLOSS_INLINE Exponential(float reference)
+      : factor(::fabsf(reference) < 0x1p120f ? 1.4426950408889634f : 1.0f), offset(product(reference, factor)) {}
+  FUSEDLOSS_INLINE float operator()(float x) const { return exp2(::fmaf(x, factor, -offset)); }
+  // The natural logarithm of the sum of exp(x - reference), from a sum of results. `reference` as constructed with.
+  FUSEDLOSS_INLINE float log(float sum, float reference) const {
+    return ::logf(sum) - 0.6931471805599453f * ::fmaf(reference, factor, -offset);
+  }
+};
+
+// What moves a sum of Exponential(from)'s results to those of Exponential(to).
+FUSEDLOSS_INLINE float rescaling(float from, float to) {
+  return exp2(Exponential<float>(from).offset - Exponential<float>(to).offset);
+}
+FUSEDLOSS_INLINE double rescaling(double from, double to) { return ::exp(from - to); }
 
 FUSEDLOSS_INLINE float log(float x) { return ::logf(x); }
 FUSEDLOSS_INLINE double log(double x) { return ::log(x); }

@@ -23,11 +23,6 @@
 #else
 #define FUSEDLOSS_CUDA_ARCH 0
 #endif
-#if FUSEDLOSS_CUDA_ARCH >= 900 || defined(FUSEDLOSS_LAUNCH)
-#define FUSEDLOSS_HAS_CLUSTERS 1
-#else
-#define FUSEDLOSS_HAS_CLUSTERS 0
-#endif
 
 namespace fusedloss::cuda {
 
@@ -38,7 +33,6 @@ struct LaunchShape {
   dim3 grid = 1, block = 1;
   int cluster = 1;           // blocks
   int64_t shared_bytes = 0;  // of dynamic_shared_memory
-  int64_t shared_limit = 0;  // what a launch of this kernel may ever ask for
   bool overlaps = false;     // the kernel may start before the launch before it has ended: see wait_for_launch_before
 };
 
@@ -106,8 +100,10 @@ cudaError_t resident_blocks(void (*kernel)(Parameters...), const LaunchShape& sh
     return error;
   }
   int count = 0, multiprocessors = 0;
-  if (error == cudaSuccess)  // always the same limit, so that threads of the host do not get into each other's way
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_limit));
+  cudaFuncAttributes now = {};
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&now, kernel);
+  if (error == cudaSuccess && shape.shared_bytes > now.maxDynamicSharedSizeBytes)  // never less than others have asked
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
   if (error == cudaSuccess && shape.cluster > 1) {
     const LaunchConfig launch(shape, nullptr);
     error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);

@@ -2,12 +2,15 @@
 // its bits depend on nothing but the inputs: values meet in a fixed order.
 #pragma once
 
+#include <cstring>
+
 #include "cuda/formulas.cuh"
 
 namespace fusedloss::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kMaxRowWarps = 8;  // of a block that takes one row
 constexpr int kMaxCluster = 8;  // blocks; what every GPU that has clusters can do
 
 // Over each group of `lanes` neighbouring lanes, a power of two. All lanes of the warp take part.
@@ -92,11 +95,18 @@ __device__ __forceinline__ V sum_of_blocks(const void* left, int blocks) {
 }
 
 // Over the threads of a row within a block: threadIdx.x in [0, blockDim.x), some lanes of a warp or the whole block.
+// `turn` counts the calls: the warps meet in one of two places in turn, so that one barrier is enough. A warp that writes
+// to a place again has passed the barrier of the call in between, as have all that read it.
 template <bool kSpread, typename A>
-__device__ __forceinline__ RowState<A> row_merge(RowState<A> state) {
+__device__ __forceinline__ RowState<A> row_merge(RowState<A> state, int turn) {
   state = lanes_merge<kSpread>(state, int(blockDim.x));
   if (blockDim.x <= kWarp) return state;
-  return lanes_merge<kSpread>(exchange_between_warps(state, empty_row_state<A>()));
+  __shared__ RowState<A> of_warp[2][kMaxRowWarps];
+  if (threadIdx.x % kWarp == 0) of_warp[turn % 2][threadIdx.x / kWarp] = state;
+  __syncthreads();
+  const int from = int(threadIdx.x) % kMaxRowWarps;
+  return lanes_merge<kSpread>(from * kWarp < int(blockDim.x) ? of_warp[turn % 2][from] : empty_row_state<A>(),
+                              kMaxRowWarps);
 }
 
 // Over threadIdx.y in [0, blockDim.y), a power of two: the threads of a row whose neighbours along x have other rows.
@@ -116,32 +126,110 @@ __device__ __forceinline__ RowState<A> column_merge(RowState<A> state) {
 }
 
 // ---- Clusters: blocks that run at the same time, and reach into each other's shared memory
+//
+// Each block of a cluster sends its state of a row to all of them. The blocks meet in one of two places in turn, counted
+// by `turn`: a block sends its state of the next row but one only after it has received everybody's state of the next
+// row, which they send after all of their threads have read this row's.
 
-#if FUSEDLOSS_HAS_CLUSTERS
+template <typename A>
+struct ClusterStates {
+  alignas(16) RowState<A> of_block[2][kMaxCluster];
+  alignas(8) uint64_t arrived[2];  // barriers that count the bytes which have come (mbarrier)
+};
+template <typename A>
+__device__ __forceinline__ ClusterStates<A>& cluster_states() {
+  __shared__ ClusterStates<A> states;
+  return states;
+}
 
-// Waits for all threads of the cluster, and orders what they did before.
-__device__ __forceinline__ void cluster_sync() {
+template <bool kSpread, typename A>
+__device__ __forceinline__ RowState<A> merge_places(const RowState<A> (&of_block)[kMaxCluster], int blocks) {
+  const int from = threadIdx.x % kMaxCluster;
+  return lanes_merge<kSpread>(from < blocks ? of_block[from] : empty_row_state<A>(), kMaxCluster);
+}
+
+#if FUSEDLOSS_CUDA_ARCH >= 900
+
+__device__ __forceinline__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
+
+// All threads of all blocks of the cluster call this once: a block must have started before others write to its memory.
+template <typename A>
+__device__ __forceinline__ void start_cluster_merge() {
+  ClusterStates<A>& states = cluster_states<A>();
+  if (threadIdx.x == 0) {
+    for (uint64_t& barrier : states.arrived)
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
 }
 
-// Over the blocks of a cluster, where all threads of a block have its state already. `turn` counts the calls; each block
-// tells all others its state, in one of two places in turn, so that one barrier is enough: no block is more than one
-// barrier ahead of another, so what it writes for the next turn is not what a slow one still reads of this.
+// Over the blocks of a cluster, where all threads of a block have its state already. The states travel as st.async, which
+// tells the receiver's barrier how many bytes have come: a barrier of the cluster would also wait until every store of a
+// gradient before it is done.
 template <bool kSpread, typename A>
 __device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, int rank, int blocks, int turn) {
-  __shared__ RowState<A> of_block[2][kMaxCluster];
-  const int from = threadIdx.x % kMaxCluster;
-  if (int(threadIdx.x) < blocks)
-    *static_cast<RowState<A>*>(__cluster_map_shared_rank(&of_block[turn % 2][rank], threadIdx.x)) = state;
+  ClusterStates<A>& states = cluster_states<A>();
+  const int place = turn % 2;
+  const unsigned arrived = shared_address(&states.arrived[place]);
+  if (threadIdx.x == 0)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived),
+                 "r"(unsigned(blocks * sizeof(RowState<A>)))
+                 : "memory");
+  if (int(threadIdx.x) < blocks) {
+    constexpr int kPieces = sizeof(RowState<A>) / sizeof(uint4);
+    static_assert(kPieces * sizeof(uint4) == sizeof(RowState<A>));
+    uint4 pieces[kPieces];
+    memcpy(pieces, &state, sizeof state);
+    unsigned to, barrier;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(to)
+        : "r"(shared_address(&states.of_block[place][rank])), "r"(threadIdx.x));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(arrived), "r"(threadIdx.x));
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                       to + i * unsigned(sizeof(uint4))),
+                   "r"(pieces[i].x), "r"(pieces[i].y), "r"(pieces[i].z), "r"(pieces[i].w), "r"(barrier)
+                   : "memory");
+  }
+  for (unsigned done = 0; done == 0;)
+    asm volatile(
+        "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(arrived), "r"(unsigned(turn / 2 % 2))
+        : "memory");
+  return merge_places<kSpread>(states.of_block[place], blocks);
+}
+
+#elif defined(FUSEDLOSS_LAUNCH)
+
+// The emulator has no barriers that count bytes: the same places, and a barrier of the whole cluster for each row.
+__device__ __forceinline__ void cluster_sync() {
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+template <typename A>
+__device__ __forceinline__ void start_cluster_merge() {
   cluster_sync();
-  return lanes_merge<kSpread>(from < blocks ? of_block[turn % 2][from] : empty_row_state<A>(), kMaxCluster);
+}
+template <bool kSpread, typename A>
+__device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, int rank, int blocks, int turn) {
+  auto& of_block = cluster_states<A>().of_block[turn % 2];
+  if (int(threadIdx.x) < blocks)
+    *static_cast<RowState<A>*>(__cluster_map_shared_rank(&of_block[rank], threadIdx.x)) = state;
+  cluster_sync();
+  return merge_places<kSpread>(of_block, blocks);
 }
 
 #else
 
 // Never launched in clusters: the host asks whether these were compiled.
-__device__ __forceinline__ void cluster_sync() { __trap(); }
+template <typename A>
+__device__ __forceinline__ void start_cluster_merge() {
+  __trap();
+}
 template <bool kSpread, typename A>
 __device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, int, int, int) {
   return state;

@@ -25,10 +25,17 @@ class Bug:
 # What, in which file, where (the expression or statement between the two @), and what takes its place.
 LISTED = [
     ("lanes without a warp", "reduce.cuh", "of_warp[lane] : @none@", "value"),
+    (
+        "a row's lanes without a warp",
+        "reduce.cuh",
+        "of_warp[turn % 2][from] : @empty_row_state<A>()@",
+        "of_warp[turn % 2][0]",
+    ),
+    ("warps of two rows in one place", "reduce.cuh", "of_warp[@turn % 2@][threadIdx.x / kWarp]", "0"),
     ("lanes of another row", "reduce.cuh", "lanes_merge<kSpread>(state, @int(blockDim.x)@)", "kWarp"),
     ("lanes not rescaled", "reduce.cuh", "@state = rescale(state, lanes_max(state.max, lanes));@", ""),
-    ("blocks of a cluster in one place", "reduce.cuh", "&of_block[@turn % 2@][rank]", "0"),
-    ("a block of a cluster left out", "reduce.cuh", "if (int(threadIdx.x) < @blocks@)", "blocks - 1"),
+    ("blocks of a cluster in one place", "reduce.cuh", "cluster_states<A>().of_block[@turn % 2@]", "0"),
+    ("a block of a cluster left out", "reduce.cuh", "if (int(threadIdx.x) < @blocks@)\n    *static_cast", "blocks - 1"),
     ("columns not merged", "reduce.cuh", "if (@blockDim.y == 1@) return state;", "true"),
     ("one vector too many", "vec.cuh", "{size, head, @(size - head) / kVector<T>@}", "(size - head) / kVector<T> + 1"),
     ("vectors from a misaligned start", "vec.cuh", "head = @to_boundary < size ? to_boundary : size@", "Index(0)"),
