@@ -376,7 +376,7 @@ FUSEDLOSS_INLINE Hyperbolic<V> hyperbolic(V x) {
   const V limit = elementary::constant<V>(sizeof(elementary::element(x)) == 8 ? 800 : 100);
   const V magnitude = elementary::abs(x);
   const V less_one = elementary::expm1(V(half * elementary::select(magnitude > limit, limit, magnitude)));
-  const V inverse = elementary::inverse(V(less_one + one));
+  const V inverse = elementary::divide_by_moderate(one, V(less_one + one));
   const V sinh = half * (less_one + less_one * inverse), cosh = half * (less_one + one + inverse);
   const V twice = (sinh + sinh) * cosh;
   return {odd(twice, x), one + (sinh + sinh) * sinh};

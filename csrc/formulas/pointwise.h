@@ -93,14 +93,15 @@ struct KLDivLogTargetLoss {
 
 // -log P(target) of a Poisson distribution without its constant, log(target!): rate - target log(rate). input is the
 // logarithm of the rate, or (kLog false) the rate, to which eps is added before its logarithm is taken. kFull: with
-// Stirling's approximation of the constant, for targets above 1.
+// Stirling's approximation of the constant, for targets above 1: target log(target) - target + log(2 pi target) / 2, the
+// logarithms joined into one.
 template <bool kLog, bool kFull>
 struct PoissonNLLLossOf {
   static constexpr int kOperands = 2, kParameters = 1;
   template <typename V, typename X, typename T, typename P>
   static FUSEDLOSS_INLINE auto loss(X input, T target, P eps) {
     if constexpr (kFull) {
-      const auto stirling = target * log(target) - target + 0.5 * log(6.283185307179586 * target);
+      const auto stirling = (target + 0.5) * log(target) - target + 0.9189385332046727;
       return variable_part<V>(input, target, eps) + where(target <= 1, constant<V>(0), stirling);
     } else {
       return variable_part<V>(input, target, eps);
