@@ -153,7 +153,7 @@ __device__ __forceinline__ Statistic<T> share(const PointwiseOptions& o, const S
   for (int k = 0; k < F::kParameters; ++k) common.parameter[k] = Statistic<T>(o.parameter[k]);
   if constexpr (kGradients) common.grad_output = common_grad_output<T>(o);
 
-  // An operand of one value has it in all packs from here on: nothing is loaded there, and where packs move up, it stays.
+  // An operand of one value has it in all packs from here on: nothing is loaded there, and it stays as packs move up.
   Pack<T, kWidth> packs[kPacks][F::kOperands] = {};
 #pragma unroll
   for (int k = 0; k < F::kOperands; ++k)
