@@ -117,6 +117,20 @@ FUSEDLOSS_INLINE DoubleV sqrt(DoubleV x) {
 #endif
 }
 
+// Here division is one instruction, whatever is known of the divisor.
+template <typename V>
+FUSEDLOSS_INLINE V divide(V a, V b) {
+  return a / b;
+}
+template <typename V>
+FUSEDLOSS_INLINE V divide_by_moderate(V a, V b) {
+  return a / b;
+}
+template <typename V>
+FUSEDLOSS_INLINE V inverse(V x) {
+  return constant<V>(1) / x;
+}
+
 // ---- exp and its kin; a NaN passes each `select`
 
 // Infinite from where it overflows, and not by a last multiplication: fused with a sum, that would not overflow.
@@ -161,6 +175,11 @@ FUSEDLOSS_INLINE V log1p(V x) {
   const V zero = constant<V>(0), one = constant<V>(1);
   const V u = x + one, lost = x - (u - one);
   return with_sign(log(u) + select((u < constant<V>(INFINITY)) & (u > zero), lost / u, zero), x);
+}
+
+template <typename V>
+FUSEDLOSS_INLINE V log1p_up_to_1(V x) {
+  return log1p(x);
 }
 
 // c[0] + c[1] x + …

@@ -23,7 +23,8 @@ FUSEDLOSS_INLINE float exp2(float x) {
 #endif
 }
 
-// Rounded, where the compiler would fuse it with a sum that it is part of.
+// A product and a sum that are rounded by themselves, where the compiler might fuse a product with the sum that it is
+// part of: in one kernel it does so and in another not, and their results would differ in the last place.
 template <typename A>
 FUSEDLOSS_INLINE A product(A a, A b) {
 #if FUSEDLOSS_CUDA_ARCH
@@ -31,6 +32,16 @@ FUSEDLOSS_INLINE A product(A a, A b) {
   else return __fmul_rn(a, b);
 #else
   return a * b;
+#endif
+}
+
+template <typename A>
+FUSEDLOSS_INLINE A sum(A a, A b) {
+#if FUSEDLOSS_CUDA_ARCH
+  if constexpr (sizeof(A) == 8) return __dadd_rn(a, b);
+  else return __fadd_rn(a, b);
+#else
+  return a + b;
 #endif
 }
 

@@ -17,9 +17,11 @@ namespace {  // a library of each source: none may take the kernels of another
 
 constexpr int kThreads = 256;
 
-// Packs of each operand that a thread loads before it computes: about eight altogether.
+// Packs of each operand that a thread loads before it computes: four altogether at least, and two of each, unless there
+// are many. More of them would take registers that other threads need, and each pack moves up through the places of
+// those before it.
 FUSEDLOSS_INLINE constexpr int packs_in_flight(int operands) {
-  return operands == 1 ? 8 : operands == 2 ? 4 : operands <= 4 ? 2 : 1;
+  return operands == 1 ? 4 : operands <= 4 ? 2 : 1;
 }
 
 template <typename F>
@@ -61,9 +63,8 @@ __device__ __forceinline__ Statistic<T> common_grad_output(const PointwiseOption
 }
 
 // What all elements of a thread share.
-template <typename F, typename T, int kWidth>
+template <typename F, typename T>
 struct Common {
-  Pack<T, kWidth> one[F::kOperands];  // of operands that are one value
   Statistic<T> parameter[F::kParameters + 1];
   Statistic<T> grad_output;
 };
@@ -88,20 +89,19 @@ __device__ __forceinline__ auto losses_of(const Values<F, A, kWidth>& values, co
   return losses;
 }
 
-// Adds the losses to sum, or writes them.
-template <typename F, typename T, int kWidth>
-__device__ __forceinline__ void take_losses(const PointwiseOptions& o, int64_t i,
-                                            const Values<F, Statistic<T>, kWidth>& values,
-                                            const Statistic<T> (&parameter)[F::kParameters + 1], Statistic<T>& sum) {
-  const auto losses = losses_of<F, 0>(values, parameter);
+// Adds the losses to sum, or writes them. The sum's additions are not fused with what the formula ends in: so it has the
+// same bits with and without gradients.
+template <typename T, int kWidth, typename Loss>
+__device__ __forceinline__ void take_losses(const PointwiseOptions& o, int64_t i, const Loss (&losses)[kWidth],
+                                            Statistic<T>& sum) {
   if (o.reduction == Reduction::kNone) {
     Statistic<T> plain[kWidth];
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) plain[j] = losses.of[j].value;
+    for (int j = 0; j < kWidth; ++j) plain[j] = losses[j].value;
     store_loss<T>(o.loss, o.loss_dtype != o.dtype, i, plain);
   } else {
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) sum += losses.of[j].value;
+    for (int j = 0; j < kWidth; ++j) sum = math::sum(sum, losses[j].value);
   }
 }
 
@@ -118,18 +118,18 @@ __device__ __forceinline__ void write_gradient(const PointwiseOptions& o, int64_
 // One pack of each operand. With gradients, what their losses take besides is computed only if those are wanted, and so
 // is what the gradients by other operands than the first take: those are wanted seldom.
 template <typename F, bool kGradients, typename T, int kWidth, int... kOperand>
-__device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common<F, T, kWidth>& common, int64_t i,
+__device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common<F, T>& common, int64_t i,
                                          const Pack<T, kWidth> (&packs)[F::kOperands], Statistic<T>& sum,
                                          std::integer_sequence<int, kOperand...>) {
   using A = Statistic<T>;
   Values<F, A, kWidth> values;
 #pragma unroll
   for (int j = 0; j < kWidth; ++j)
-    ((values.of[j][kOperand] = is_one_value(o, kOperand) ? common.one[kOperand][j] : packs[kOperand][j]), ...);
+    ((values.of[j][kOperand] = packs[kOperand][j]), ...);
   if constexpr (kGradients) {
     constexpr unsigned kFirst = 1, kOthers = (1u << F::kOperands) - 2;
     const auto by_first = losses_of<F, kFirst>(values, common.parameter);
-    if (o.loss != nullptr) take_losses<F, T>(o, i, values, common.parameter, sum);
+    if (o.loss != nullptr) take_losses<T>(o, i, by_first.of, sum);
     A g[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) g[j] = common.grad_output;
@@ -140,7 +140,7 @@ __device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common
       ([&] { if constexpr (kOperand > 0) write_gradient<kOperand, T>(o, i, by_others.of, g); }(), ...);
     }
   } else {
-    take_losses<F, T>(o, i, values, common.parameter, sum);
+    take_losses<T>(o, i, losses_of<F, 0>(values, common.parameter).of, sum);
   }
 }
 
@@ -148,18 +148,24 @@ __device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common
 template <int kWidth, typename F, bool kGradients, typename T>
 __device__ __forceinline__ Statistic<T> share(const PointwiseOptions& o, const Split<T, int64_t>& elements) {
   constexpr int kPacks = packs_in_flight(F::kOperands);
-  Common<F, T, kWidth> common = {};
-#pragma unroll
-  for (int k = 0; k < F::kOperands; ++k)
-    if (is_one_value(o, k)) common.one[k] = splat<kWidth>(*elements_of<T>(o, k));
+  Common<F, T> common = {};
 #pragma unroll
   for (int k = 0; k < F::kParameters; ++k) common.parameter[k] = Statistic<T>(o.parameter[k]);
   if constexpr (kGradients) common.grad_output = common_grad_output<T>(o);
 
+  // An operand of one value has it in all packs from here on: nothing is loaded there, and it stays as packs move up.
+  Pack<T, kWidth> packs[kPacks][F::kOperands] = {};
+#pragma unroll
+  for (int k = 0; k < F::kOperands; ++k)
+    if (is_one_value(o, k)) {
+      const auto one = splat<kWidth>(*elements_of<T>(o, k));
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) packs[p][k] = one;
+    }
+
   Statistic<T> sum = 0;
   const int64_t units = elements.template units<kWidth>(), step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < units; unit += kPacks * step) {
-    Pack<T, kWidth> packs[kPacks][F::kOperands];
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       if (unit + p * step >= units) continue;
@@ -194,8 +200,9 @@ __device__ __forceinline__ void evaluate_all(const PointwiseOptions& o) {
   if (threadIdx.x == 0) static_cast<double*>(o.scratch)[blockIdx.x] = of_block;
 }
 
-// One block is enough for ptxas: to fit in a third, it would spill registers.
-#define FUSEDLOSS_BOUNDS __launch_bounds__(kThreads, 1)
+// Two blocks at least on a multiprocessor, so that one loads while the other computes. To fit in a third, ptxas would
+// spill registers.
+#define FUSEDLOSS_BOUNDS __launch_bounds__(kThreads, 2)
 
 template <typename F, typename T>
 __global__ void FUSEDLOSS_BOUNDS losses(const PointwiseOptions o) {

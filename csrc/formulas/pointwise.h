@@ -44,14 +44,16 @@ struct HuberLoss {
   }
 };
 
-// -(target log p + (1 - target) log(1 - p)) with p = sigmoid(input). The derivatives of log p and log(1 - p), each from
-// input, do not cancel, however sure p is; that by target would, and is given as what it comes to.
+// -(target log p + (1 - target) log(1 - p)) with p = sigmoid(input). Of log p and log(1 - p), one is the logarithm that
+// softplus_below_0 gives, and the other is that and |input|: with targets in [0, 1] all terms are positive, so that the
+// loss is precise however sure p is. The derivative by target would cancel, and is given as what it comes to.
 struct BCEWithLogitsLoss {
   static constexpr int kOperands = 2, kParameters = 0;
   template <typename V, typename X, typename T>
   static FUSEDLOSS_INLINE auto loss(X input, T target) {
-    const auto loss = (1 - plain(target)) * softplus(input) - plain(target) * logsigmoid(input);
-    return with_slope(loss, -input, target);
+    const auto size = magnitude(input);
+    const auto against = where(input > 0, 1 - plain(target), plain(target));
+    return with_slope(against * size + softplus_below_0(-size), -input, target);
   }
 };
 
@@ -60,10 +62,13 @@ struct WeightedBCEWithLogitsLoss {
   static constexpr int kOperands = 4, kParameters = 0;
   template <typename V, typename X, typename T, typename W, typename P>
   static FUSEDLOSS_INLINE auto loss(X input, T target, W weight, P pos_weight) {
-    const auto positive = pos_weight * logsigmoid(input);
-    const auto loss = (1 - plain(target)) * softplus(input) - plain(target) * positive;
+    const auto size = magnitude(input);
+    const auto if_0 = 1 - plain(target);
+    const auto if_1 = plain(target) * pos_weight;
+    const auto loss = where(input > 0, if_0, if_1) * size + (if_0 + if_1) * softplus_below_0(-size);
     // The same twice: one does not cancel near 0, the other is no difference of infinities.
-    const auto near = (1 - pos_weight) * logsigmoid(input) - input, far = -(softplus(input) + positive);
+    const auto near = (1 - pos_weight) * logsigmoid(input) - input;
+    const auto far = -(softplus(input) + pos_weight * logsigmoid(input));
     return weight * with_slope(loss, where(abs(input) < 1, near, far), target);
   }
 };
@@ -88,14 +93,15 @@ struct KLDivLogTargetLoss {
 
 // -log P(target) of a Poisson distribution without its constant, log(target!): rate - target log(rate). input is the
 // logarithm of the rate, or (kLog false) the rate, to which eps is added before its logarithm is taken. kFull: with
-// Stirling's approximation of the constant, for targets above 1.
+// Stirling's approximation of the constant, for targets above 1: target log(target) - target + log(2 pi target) / 2, the
+// logarithms joined into one.
 template <bool kLog, bool kFull>
 struct PoissonNLLLossOf {
   static constexpr int kOperands = 2, kParameters = 1;
   template <typename V, typename X, typename T, typename P>
   static FUSEDLOSS_INLINE auto loss(X input, T target, P eps) {
     if constexpr (kFull) {
-      const auto stirling = target * log(target) - target + 0.5 * log(6.283185307179586 * target);
+      const auto stirling = (target + 0.5) * log(target) - target + 0.9189385332046727;
       return variable_part<V>(input, target, eps) + where(target <= 1, constant<V>(0), stirling);
     } else {
       return variable_part<V>(input, target, eps);
