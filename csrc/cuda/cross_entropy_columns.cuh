@@ -17,9 +17,14 @@
 
 namespace fusedloss::cuda {
 
-// Threads that a multiprocessor must hold at once.
+// Threads of a block, at most, and blocks of so many that a multiprocessor must hold at once. Said outright since the
+// compiler, left to choose, spills registers to make room for a few more.
 template <typename T, bool kSpread>
 constexpr int kColumnThreads = max_column_threads(sizeof(T) == 8, kSpread);
+template <typename T, bool kSpread>
+constexpr int kForwardBlocks = sizeof(T) < 8 && kSpread ? 2 : 1;
+template <typename T, bool kSpread>
+constexpr int kBackwardBlocks = sizeof(T) == 8 ? 1 : kSpread ? 2 : 3;
 
 // In the place of the target class: the row does not count, and its gradient is 0; or the class is no concern of this
 // block.
@@ -35,10 +40,11 @@ struct ColumnRow {
   const int y;  // the target class; -1 for probabilities, and where there is none
   const A w_y;
 
-  __device__ __forceinline__ ColumnRow(const Problem<T>& problem, int64_t row)
+  // target: as it stands in target_index, where there are class indices.
+  __device__ __forceinline__ ColumnRow(const Problem<T>& problem, int64_t row, int64_t target)
       : o(problem),
         number(row),
-        y(has_probabilities() ? -1 : o.class_of(o.target_index[row])),
+        y(has_probabilities() ? -1 : o.class_of(target)),
         w_y(y < 0 ? A(0) : o.weight_of(y)) {}
 
   __device__ __forceinline__ bool has_probabilities() const { return kSpread && o.target_probability != nullptr; }
@@ -320,14 +326,14 @@ template <int kWidth, typename T, bool kSpread, typename F>
 __device__ __forceinline__ void for_each_merged_row(const ColumnMemory<T, kSpread>& memory, int set, int shift, F f) {
   using A = Statistic<T>;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, part = thread & ((1 << shift) - 1);
-  const int rows = int(blockDim.x) * kWidth, rows_at_once = int(blockDim.x * blockDim.y) >> shift;
+  const unsigned rows = blockDim.x * kWidth, rows_at_once = blockDim.x * blockDim.y >> shift;
 #pragma unroll 1
-  for (int first = 0; first < rows; first += rows_at_once) {
-    const int row = first + (thread >> shift);
+  for (unsigned first = 0; first < rows; first += rows_at_once) {
+    const unsigned row = first + (thread >> shift);
     const int place = memory.template place<kWidth>(row / kWidth, row % kWidth);
     auto state = row < rows ? memory.get(set + part, place) : empty_row_state<A>();
     if (shift > 0) state = lanes_merge<kSpread>(state, 1 << shift);
-    if (row < rows) f(row, place, state, part);
+    if (row < rows) f(int(row), place, state, part);
   }
 }
 
@@ -340,12 +346,12 @@ __device__ __forceinline__ int thread_of_class(const Problem<T>& o, int c) {
 }
 template <typename T>
 __device__ __forceinline__ int rank_of_class(const Problem<T>& o, int c) {
-  return unsigned(thread_of_class(o, c)) / blockDim.y;
+  return thread_of_class(o, c) >> (o.plan.of_columns.step_shift - o.plan.of_columns.blocks_shift);
 }
 
 // The target class's logit, where this block has that class: from what a thread has kept, if it has.
 template <int kWidth, typename T, bool kSpread>
-__device__ __forceinline__ T logit_of_target(const ColumnRow<T, kSpread>& row, int row_of_block, int kept_packs) {
+__device__ __forceinline__ T logit_of_target(const ColumnRow<T, kSpread>& row, unsigned row_of_block, int kept_packs) {
   const Problem<T>& o = row.o;
   if constexpr (kWidth > 1) {
     const int pack = row.y >> o.plan.of_columns.step_shift;
@@ -361,9 +367,22 @@ __device__ __forceinline__ T logit_of_target(const ColumnRow<T, kSpread>& row, i
   return static_cast<const T*>(o.logits)[position.in(o.logits_strides) + row.y * o.logits_strides.classes];
 }
 
-// What one grad_output serves all rows makes of it, or the one of a row.
+// Brings the cache line of p to the second-level cache, and waits for nothing.
+__device__ __forceinline__ void fetch_to_cache(const int64_t* p) {
+#if FUSEDLOSS_CUDA_ARCH
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
+// A row's target, asked for as early as it can be; what there is none of is 0.
 template <typename T>
-__device__ __forceinline__ Statistic<T> grad_of_row(const Problem<T>& o, int64_t number) {
+__device__ __forceinline__ int64_t ask_for_target(const Problem<T>& o, int64_t number) {
+  return o.target_index != nullptr && number < o.plan.rows ? o.target_index[number] : 0;
+}
+
+// grad_output of a row, which the mean divides.
+template <typename T>
+__device__ __forceinline__ Statistic<T> divided_grad_output(const Problem<T>& o, int64_t number) {
   const auto g = grad_output_at<T>(o, number);
   return o.reduction == Reduction::kMean
              ? divide_by_total_weight(g, *static_cast<const Statistic<T>*>(o.total_weight))
@@ -458,7 +477,8 @@ __device__ __forceinline__ void write_columns(const Columns<T, kSpread, kWidth>&
 // ---- The kernels
 
 template <typename T, bool kSpread, int kWidth>
-__global__ void __launch_bounds__((kColumnThreads<T, kSpread>), 1) forward_columns(const Problem<T> o) {
+__global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T, kSpread>))
+    forward_columns(const Problem<T> o) {
   using A = Statistic<T>;
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
@@ -478,7 +498,13 @@ __global__ void __launch_bounds__((kColumnThreads<T, kSpread>), 1) forward_colum
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
     const bool is_there = first + threadIdx.x < columns.units;
+    if (threadIdx.y == 0 && is_there && o.target_index != nullptr)
+      fetch_to_cache(o.target_index + (first + threadIdx.x) * kWidth);
     if (is_there) absorb_columns(state, Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread));
+    // The target of this thread's next row in step 3.
+    const int last_shift = plan.cluster ? columns.blocks_shift : columns.sets_shift;
+    const int threads = int(blockDim.x * blockDim.y), in_block = threadIdx.y * blockDim.x + threadIdx.x;
+    int64_t next_target = ask_for_target(o, first * kWidth + (in_block >> last_shift));
     if (blockDim.x < kWarp) merge_lanes_apart<kSpread>(state);
     __syncthreads();  // the rows before have been read
     if (threadIdx.y % threads_of_set == 0) {
@@ -487,8 +513,9 @@ __global__ void __launch_bounds__((kColumnThreads<T, kSpread>), 1) forward_colum
         memory.put(threadIdx.y / threads_of_set, memory.template place<kWidth>(threadIdx.x, i), state[i]);
     }
     __syncthreads();
-    int set = 0, shift = columns.sets_shift;
+    int set = 0;
     if (plan.cluster) {
+      const int shift = columns.sets_shift;
       set = columns.exchange_set + (turn % 2 << columns.blocks_shift);
       for_each_merged_row<kWidth>(memory, 0, shift, [&](int, int place, const RowState<A>& merged, int part) {
         for (int block = part; block < plan.blocks; block += 1 << shift) {
@@ -504,27 +531,29 @@ __global__ void __launch_bounds__((kColumnThreads<T, kSpread>), 1) forward_colum
         }
       });
       cluster_sync();
-      shift = columns.blocks_shift;
     }
     wait_for_launch_before();  // for total_weight
-    for_each_merged_row<kWidth>(memory, set, shift, [&](int in_block, int place, const RowState<A>& merged, int part) {
-      const int64_t number = first * kWidth + in_block;
+    A grad_output = wants_gradient ? divided_grad_output(o, 0) : A(0);
+    for_each_merged_row<kWidth>(memory, set, last_shift, [&](int of_block, int place, const RowState<A>& merged, int part) {
+      const int64_t number = first * kWidth + of_block, target = next_target;
+      next_target = ask_for_target(o, number + (threads >> last_shift));
       if (part != 0 || number >= plan.rows) return;
       if (plan.split) {
         static_cast<RowState<A>*>(o.scratch)[(number << columns.blocks_shift) + rank] = merged;
         return;  // to be finished by finish_split
       }
-      const ColumnRow<T, kSpread> row(o, number);
+      const ColumnRow<T, kSpread> row(o, number, target);
       const A mass = row.has_probabilities() ? merged.mass
                      : kSpread               ? index_mass(row.w_y, o.sum_of_weights(), o.smoothing)
                                              : row.w_y;
       const A scale = mass / merged.sum;
       // One block speaks for the row: the one that has its target class, and so the class's logit.
       const bool here = row.y < 0 ? rank == 0 : rank_of_class(o, row.y) == rank;
-      const T x_y = here && row.y >= 0 ? logit_of_target<kWidth>(row, in_block, plan.kept_packs) : T();
+      const T x_y = here && row.y >= 0 ? logit_of_target<kWidth>(row, of_block, plan.kept_packs) : T();
       if (here) finish_row<kSpread>(row, merged, scale, x_y, sum);
-      if (wants_gradient)
-        prepare_gradient(memory, columns.last_set, place, row, merged.max, scale, grad_of_row(o, number), here, x_y);
+      if (!wants_gradient) return;
+      if (o.grad_output_stride != 0) grad_output = divided_grad_output(o, number);
+      prepare_gradient(memory, columns.last_set, place, row, merged.max, scale, grad_output, here, x_y);
     });
     if (!wants_gradient) continue;
     __syncthreads();
@@ -536,7 +565,8 @@ __global__ void __launch_bounds__((kColumnThreads<T, kSpread>), 1) forward_colum
 
 // No thread waits for another block: the rows' statistics are known.
 template <typename T, bool kSpread, int kWidth>
-__global__ void __launch_bounds__((kColumnThreads<T, kSpread>), 1) backward_columns(const Problem<T> o) {
+__global__ void __launch_bounds__(kBackwardColumnThreads, (kBackwardBlocks<T, kSpread>))
+    backward_columns(const Problem<T> o) {
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
   using A = Statistic<T>;
@@ -545,17 +575,20 @@ __global__ void __launch_bounds__((kColumnThreads<T, kSpread>), 1) backward_colu
   const ColumnMemory<T, kSpread> memory(columns);
   const int rank = int(blockIdx.x & ((1u << columns.blocks_shift) - 1));
   const int threads = int(blockDim.x * blockDim.y);
+  A grad_output = divided_grad_output(o, 0);
   for (int64_t first = int64_t(blockIdx.x >> columns.blocks_shift) * blockDim.x; first < columns.units; first += plan.step) {
     __syncthreads();  // the rows before have been read
+#pragma unroll 2
     for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < int(blockDim.x) * kWidth; i += threads) {
       const int64_t number = first * kWidth + i;
       if (number >= plan.rows) continue;
-      const ColumnRow<T, kSpread> row(o, number);
+      const ColumnRow<T, kSpread> row(o, number, ask_for_target(o, number));
+      if (o.grad_output_stride != 0) grad_output = divided_grad_output(o, number);
       const bool here = row.y >= 0 && rank_of_class(o, row.y) == rank;
       const T x_y = here ? logit_of_target<kWidth>(row, i, 0) : T();
       prepare_gradient(memory, columns.last_set, memory.template place<kWidth>(i / kWidth, i % kWidth), row,
                        static_cast<const A*>(o.row_max)[number], static_cast<const A*>(o.row_scale)[number],
-                       grad_of_row(o, number), here, x_y);
+                       grad_output, here, x_y);
     }
     __syncthreads();
     if (first + threadIdx.x < columns.units)

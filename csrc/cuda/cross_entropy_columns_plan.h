@@ -7,6 +7,7 @@
 namespace fusedloss::cuda {
 
 constexpr int kMaxColumnThreads = 512;
+constexpr int kBackwardColumnThreads = 256;  // at most, of a block that knows the rows' statistics
 constexpr int64_t kLeastClasses = 8;  // of a thread, where there is a choice: as many loads as it has in flight
 
 // Of a block, at most: fewer where a thread needs more registers.
@@ -68,7 +69,8 @@ inline RowPlan plan_columns(const CrossEntropyOptions& o, bool with_exchange) {
   c.units = plan.rows / c.width;
   const bool keeps = with_exchange && o.grad_logits != nullptr && c.width > 1;
   const int64_t kept_bytes = keeps ? RowPlan::kept_bytes_of_pack(o) : 0;  // of a thread, a class
-  const unsigned most_threads = max_column_threads(o.dtype == DType::kFloat64, o.is_spread());
+  const unsigned most_threads =
+      with_exchange ? max_column_threads(o.dtype == DType::kFloat64, o.is_spread()) : kBackwardColumnThreads;
 
   // Of a class, a block reads at least 64 bytes that lie side by side; 128 where that costs no room to keep them in.
   const unsigned least_x = unsigned((keeps ? 64 : 128) / (c.width * bytes_of(o.dtype)));
