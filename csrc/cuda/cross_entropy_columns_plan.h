@@ -21,7 +21,9 @@ constexpr int kStateArrays = kSpread ? 4 : 2;
 
 // In shared memory, what belongs to the i-th rows of all threads side by side begins i strides behind what belongs to
 // the first ones. A multiple of 32 would have the rows of one thread meet in one bank.
-FUSEDLOSS_ANYWHERE int column_stride(int threads, int width) { return threads >= 32 && width > 1 ? threads + 32 / width : threads; }
+FUSEDLOSS_ANYWHERE int column_stride(int threads, int width) {
+  return threads >= 32 && width > 1 ? threads + 32 / width : threads;
+}
 FUSEDLOSS_ANYWHERE int column_places(int threads, int width) { return column_stride(threads, width) * width; }
 
 inline int log2_of(int64_t power) {
@@ -102,7 +104,7 @@ inline RowPlan plan_columns(const CrossEntropyOptions& o, bool with_exchange) {
     plan.cluster = plan.blocks > 1;
   } else if (blocks() < 4 * t.multiprocessors) {
     // Nothing is kept: wider reads, and as many blocks as the backward pass will have.
-    while (x * 16 * c.width < 256 && y > 1 && c.units >= 2 * x) x *= 2, y /= 2;
+    while (x * c.width * bytes_of(o.dtype) < 256 && y > 1 && c.units >= 2 * x) x *= 2, y /= 2;
     while (o.classes >= 2 * plan.blocks * y * kLeastClasses && blocks() < 4 * t.multiprocessors) plan.blocks *= 2;
     plan.split = plan.blocks > 1;
   }

@@ -99,22 +99,6 @@ __device__ __forceinline__ RowState<A> row_merge(RowState<A> state) {
   return lanes_merge<kSpread>(exchange_between_warps(state, empty_row_state<A>()));
 }
 
-// Over threadIdx.y in [0, blockDim.y), a power of two: the threads of a row whose neighbours along x have other rows.
-template <bool kSpread, int kThreads, typename A>
-__device__ __forceinline__ RowState<A> column_merge(RowState<A> state) {
-  if (blockDim.y == 1) return state;
-  __shared__ RowState<A> states[kThreads];
-  const int own = threadIdx.y * blockDim.x + threadIdx.x;
-  __syncthreads();  // the previous exchange has been read
-  states[own] = state;
-  for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.y < half) states[own] = merge(states[own], states[own + half * blockDim.x]);
-  }
-  __syncthreads();
-  return states[threadIdx.x];
-}
-
 // ---- Clusters: blocks that run at the same time, and reach into each other's shared memory
 
 #if FUSEDLOSS_HAS_CLUSTERS

@@ -51,11 +51,11 @@ def bits_of(tensor: Tensor) -> Tensor:
 class Placement:
     """Where a tensor [outer, classes, inner] lies: strides, the offset of its start, and the elements it spans."""
 
-    def __init__(self, layout: str, shape: tuple[int, int, int], rng: random.Random):
+    def __init__(self, layout: str, shape: tuple[int, int, int], rng: random.Random, aligned: bool | None = None):
         outer, classes, inner = shape
         gap = 0 if layout in ("contiguous", "expanded") else rng.choice(GAPS)
         self.offset = 0 if layout in ("contiguous", "expanded") else rng.choice(GAP_OFFSETS)
-        if layout == "inner" and inner % 2 == 0 and rng.random() < 0.7:  # columns whose alignment is as their inner size
+        if layout == "inner" and (rng.random() < 0.7 if aligned is None else aligned):  # as far as the inner size is
             gap, self.offset = rng.choice([0, 0, inner]), rng.choice([0, 0, 0, 8])
         if layout == "expanded":  # one row serves all
             self.strides = (0, 1, 1)
