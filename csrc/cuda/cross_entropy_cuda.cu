@@ -7,8 +7,8 @@
 // that the logits are read from memory once and the gradient is written once, and nothing else is of that size.
 //
 // Who shares a row is a matter of its length, and of how many there are (cross_entropy_plan.h decides):
-//   a thread                    very few classes, or rows that are neighbours in memory, as in (N, C, d1, …): "columns"
-//   several threads of columns  the same, where rows alone are too few
+//   a thread, or several        very few classes, or rows that are neighbours in memory, as in (N, C, d1, …): "columns",
+//                               of which a thread takes as many side by side as 16 bytes hold (cross_entropy_columns.cuh)
 //   some lanes of a warp        up to a few thousand classes
 //   a block                     more than those
 //   a cluster of blocks         more than the shared memory of one block keeps
