@@ -20,7 +20,7 @@ LOADS, STORES = "LDG", "STG"
 KERNELS = {
     "finish*": [],  # a number or two for each row or block, not for each class
     "weigh*": [],
-    "*columns*": [],  # a thread's classes lie apart; what a warp loads at once are neighbours
+    "*columns*": [],  # of one row a thread; of several, see below
     "gather": [],  # one element a row
     "scatter": [STORES],
     "forward_rows": [LOADS, STORES],
@@ -86,6 +86,8 @@ def scalar_accesses(kernels: dict[tuple[str, str], str]) -> list[str]:
     for (cubin, mangled), code in kernels.items():
         name = kernel_name(mangled)
         wanted = next((wanted for pattern, wanted in KERNELS.items() if fnmatch(name, pattern)), None)
+        if name.endswith("columns") and "Li1E" not in mangled:  # kWidth is not 1: a thread has rows side by side
+            wanted = [LOADS, STORES]
         if wanted is None:
             found.append(f"{name} is a new kernel: add to KERNELS in {Path(__file__).name} what it must load and store")
         else:

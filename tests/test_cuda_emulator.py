@@ -24,7 +24,15 @@ from cuda_emulator.emulator import (
     Strides,
 )
 from cuda_emulator.pointwise_problems import FORMULAS, Pointwise
-from cuda_emulator.problems import LAYOUTS, TUNINGS, CrossEntropy, NegativeLogLikelihood, Problem, statistic
+from cuda_emulator.problems import (
+    LAYOUTS,
+    TUNINGS,
+    CrossEntropy,
+    NegativeLogLikelihood,
+    Placement,
+    Problem,
+    statistic,
+)
 
 from fusedloss import _build
 
@@ -192,14 +200,60 @@ def test_some_lanes_of_a_warp(classes, lanes, emulator, rng):
             assert (launch.block_x, launch.block_y) == (lanes, 128 // lanes)
 
 
-@pytest.mark.parametrize(("classes", "threads"), [(40, 2), (700, 32)])
+@pytest.mark.parametrize(("classes", "threads"), [(40, 4), (700, 8)])
 def test_columns_of_several_threads_a_row(classes, threads, emulator, rng):
+    """Rows that no 16-byte access can reach together."""
     for target in TARGETS:
-        problem = CrossEntropy(rng, torch.float32, classes, *target, layout="inner", rows=5)
+        problem = CrossEntropy(rng, torch.float32, classes, *target, layout="inner", rows=5, inner=3)
         problem.tuning = "many multiprocessors"
         problem.check(emulator)
-    launch = emulator.launches()[int(problem.reduction == "mean" and problem.grad_in_forward)]
-    assert (launch.block_x, launch.block_y) == (256 // threads, threads)
+    launch = next(launch for launch in emulator.launches() if launch.block_y > 1)
+    assert (launch.block_x, launch.block_y) == (32, threads)
+
+
+# Rows a thread takes side by side, or not; few rows, and more than a block takes at once; classes that are kept, all or
+# in part, or of which several blocks have some.
+COLUMNS = [(16, 21, 3), (64, 40, 1), (8, 700, 2), (24, 300, 1), (5, 40, 2), (1024, 3, 2), (1040, 9, 1)]
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns(dtype, tuning, emulator, rng):
+    for inner, classes, outer in rng.sample(COLUMNS, 5):
+        problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), layout="inner", rows=outer, inner=inner)
+        problem.tuning, problem.schedules = tuning, problem.schedules[:1]
+        problem.check(emulator)
+
+
+def launch_of_columns(emulator, rng, tuning: str, dtype: torch.dtype, shape: tuple[int, int, int], offset: int = 0):
+    """What the rows were launched with, gradient and all."""
+    outer, classes, inner = shape
+    problem = CrossEntropy(rng, dtype, classes, reduction="sum", layout="inner", rows=outer, inner=inner)
+    place = Placement("inner", shape, rng, aligned=True)
+    place.offset = offset
+    problem.place_logits = problem.place_target = problem.place_grad = place
+    problem.tuning, problem.grad_in_forward, problem.in_place, problem.schedules = tuning, True, False, [(1, 0)]
+    problem.check(emulator)
+    return emulator.launches()[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_launch_of_columns(dtype, emulator, rng):
+    """All rows that a 16-byte access reaches are taken together, unless the tensor lies elsewhere."""
+    width = 16 // dtype.itemsize
+    side_by_side = launch_of_columns(emulator, rng, "default", dtype, (5, 3, 64 * width))
+    assert (side_by_side.grid, side_by_side.block_x, side_by_side.block_y) == (5, 64, 1)
+    for shape, offset in [((5, 3, 64 * width), 1), ((64 * width, 3, 5), 0)]:
+        apart = launch_of_columns(emulator, rng, "default", dtype, shape, offset)
+        assert (apart.grid, apart.block_x, apart.block_y) == (5 * width, 64, 1)
+    assert launch_of_columns(emulator, rng, "clusters", dtype, (1, 2100, 2 * width)).cluster > 1
+
+
+def test_split_columns_are_finished_by_many_blocks(emulator, rng):
+    for dtype in DTYPES:
+        launch_of_columns(emulator, rng, "many multiprocessors", dtype, (4, 1100, 128))
+        rows, split = emulator.launches()[:2]
+        assert rows.cluster == 1 and split.grid > 1
 
 
 def test_more_blocks_than_the_last_kernel_has_threads(emulator, rng):
@@ -313,8 +367,11 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
                 target = rng.choice(TARGETS)
                 problems.append(CrossEntropy(rng, dtype, classes, *target, rng.choice(["mean", "none"]), layout, 3))
         for tuning in TUNINGS:
-            for layout, classes, rows in [("contiguous", 257, 6), ("contiguous", 4099, 3), ("inner", 40, 300)]:
-                problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), "mean", layout, rows)
+            shapes = [("contiguous", 257, 6, 1), ("contiguous", 4099, 3, 1), ("inner", 40, 100, 3)]
+            # Columns that a thread takes side by side, if their places are aligned, and many of one block.
+            shapes += [("inner", 300, 12, 16), ("inner", 21, 3, 200)]
+            for layout, classes, rows, inner in shapes:
+                problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), "mean", layout, rows, inner)
                 problem.tuning, problem.grad_in_forward = tuning, not problem.in_place
                 problems.append(problem)
     if not file.startswith(("cross_entropy", "nll_loss")):

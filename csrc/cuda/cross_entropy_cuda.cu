@@ -7,8 +7,8 @@
 // that the logits are read from memory once and the gradient is written once, and nothing else is of that size.
 //
 // Who shares a row is a matter of its length, and of how many there are (cross_entropy_plan.h decides):
-//   a thread                    very few classes, or rows that are neighbours in memory, as in (N, C, d1, …): "columns"
-//   several threads of columns  the same, where rows alone are too few
+//   a thread, or several        very few classes, or rows that are neighbours in memory, as in (N, C, d1, …): "columns",
+//                               of which a thread takes as many side by side as 16 bytes hold (cross_entropy_columns.cuh)
 //   some lanes of a warp        up to a few thousand classes
 //   a block                     more than those
 //   a cluster of blocks         more than the shared memory of one block keeps
@@ -18,10 +18,20 @@
 // is taken in a fixed order, and no launch waits for the host.
 #include "cuda/cross_entropy_cuda.h"
 
+#include "cuda/cross_entropy_columns.cuh"
 #include "cuda/cross_entropy_stream.cuh"
 
 namespace fusedloss::cuda {
 namespace {
+
+constexpr int kSplitThreads = 256;
+constexpr int64_t kMostSplitBlocks = 1024;
+// Of a warp, for each row.
+FUSEDLOSS_ANYWHERE int lanes_of_split(int blocks) {
+  int lanes = 1;
+  while (lanes < kWarp && lanes < blocks) lanes *= 2;
+  return lanes;
+}
 
 constexpr int64_t kMaxClasses = 1 << 30;  // within a row, indices are int
 
@@ -29,47 +39,6 @@ constexpr int64_t kMaxClasses = 1 << 30;  // within a row, indices are int
 // to make room for a few more.
 template <typename T, bool kSpread>
 constexpr int kResident = sizeof(T) == 8 ? 256 : kSpread ? 512 : 768;
-
-// What a thread adds up over its rows.
-struct Partial {
-  LossSum sum;
-  bool bad_target;
-};
-
-// One thread of the row: statistics in, loss out. x_y: the target class's.
-template <typename T, bool kSpread, typename A>
-__device__ __forceinline__ void finish_row(const Row<T, kSpread>& row, RowState<A> state, A scale, T x_y,
-                                           Partial& partial) {
-  const Problem<T>& o = row.o;
-  A loss[1] = {0};
-  if (row.counts()) {
-    const A logsum = math::Exponential<A>(shift(state.max)).log(state.sum, shift(state.max));
-    if (kSpread && row.y >= 0) state.mass = index_mass(A(0), o.sum_of_weights(), o.smoothing);  // not rounded C times
-    if (kSpread) loss[0] = expected_negative_log_likelihood(state, logsum);
-    if (row.y >= 0) loss[0] += o.smoothing.kept * row.w_y * negative_log_likelihood(widen(x_y), state.max, logsum);
-    partial.sum.loss += double(loss[0]);
-    partial.sum.weight += row.has_probabilities() ? 1.0 : double(row.w_y);
-  } else {
-    state.max = scale = 0;
-    if (o.target_index[row.number] != o.ignore_index) partial.bad_target = true;
-  }
-  static_cast<A*>(o.row_max)[row.number] = state.max;
-  static_cast<A*>(o.row_scale)[row.number] = scale;
-  if (o.reduction == Reduction::kNone) store_loss<T>(o.loss, o.loss_dtype != o.dtype, row.number, loss);
-}
-
-// All threads of the block. The assert waits until here since a call that may return costs registers around it.
-__device__ __forceinline__ LossSum finish_block(const Partial& of_thread) {
-  assert(!of_thread.bad_target && "cross_entropy: a target is neither a class index nor ignore_index");
-  return block_sum(of_thread.sum);
-}
-
-__device__ __forceinline__ void leave(const CrossEntropyOptions& o, const Partial& of_thread) {
-  wait_for_launch_before();  // which may still read its own sums in scratch
-  const LossSum sum = finish_block(of_thread);
-  if (o.reduction != Reduction::kNone && threadIdx.x + threadIdx.y == 0)
-    static_cast<LossSum*>(o.scratch)[blockIdx.x] = sum;
-}
 
 template <typename T, bool kSpread>
 __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThreads))
@@ -114,7 +83,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
     } else {
       if (plan.cluster) state = cluster_merge<kSpread>(state, rank, plan.blocks, turn);
       const A scale = scale_of(row, state);
-      if (is_row && thread == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
+      if (is_row && thread == 0) finish_row<kSpread>(row, state, scale, x_y, sums[threadIdx.y]);
       if (keeps) {
         if (turn == 0) {
           wait_for_launch_before();  // for total_weight
@@ -134,28 +103,6 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
     next_y = o.class_of(later_target);
   }
   if (!plan.split) leave(o, thread == 0 ? sums[threadIdx.y] : Partial());
-}
-
-template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColumnThreads))
-    forward_columns(const Problem<T> o) {
-  const RowPlan& plan = o.plan;
-  const Share<T> share = {only_single<T>(int(o.classes)), int(threadIdx.y), int(blockDim.y)};
-  Partial sum = {};
-  let_next_launch_start();
-  for (int64_t first = int64_t(blockIdx.x) * blockDim.x; first < plan.rows; first += plan.step) {
-    const bool is_row = first + threadIdx.x < plan.rows;
-    const Row<T, kSpread> row(o, is_row ? first + threadIdx.x : plan.rows - 1);
-    const T x_y = ask_for_target_logit(row);
-    auto state = empty_row_state<Statistic<T>>();
-    if (is_row && row.counts()) absorb<1, kColumnPacks<kSpread>>(state, row, share);
-    state = column_merge<kSpread, kColumnThreads>(state);
-    const auto scale = scale_of(row, state);
-    if (is_row && threadIdx.y == 0) finish_row(row, state, scale, x_y, sum);
-    wait_for_launch_before();  // for total_weight
-    if (row.grad != nullptr && is_row) write_row<true>(row, state.max, scale, share);
-  }
-  leave(o, sum);
 }
 
 // ---- After the rows, in one block
@@ -183,16 +130,17 @@ __global__ void __launch_bounds__(kSumThreads) finish(const CrossEntropyOptions 
   if (o.reduction == Reduction::kMean && !weighed) store_total_weight<T>(o, sum.weight);
 }
 
-// Split rows: some lanes of a warp merge what a row's blocks have left, and finish the row.
+// Split rows: some lanes of a warp merge what a row's blocks have left, and finish the row. If a block is alone it
+// finishes the loss, too; else it leaves its sum for `finish`.
 template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kMaxThreads) finish_split(const Problem<T> o) {
+__global__ void __launch_bounds__(kSplitThreads) finish_split(const Problem<T> o, LossSum* sums) {
   using A = Statistic<T>;
-  int lanes = 1;
-  while (lanes < kWarp && lanes < o.plan.blocks) lanes *= 2;
+  const int lanes = lanes_of_split(o.plan.blocks);
   const int lane = threadIdx.x % lanes, rows_at_once = blockDim.x / lanes;
   wait_for_launch_before();
   Partial of_thread = {};
-  for (int64_t first = 0; first < o.plan.rows; first += rows_at_once) {
+  for (int64_t first = int64_t(blockIdx.x) * rows_at_once; first < o.plan.rows;
+       first += int64_t(gridDim.x) * rows_at_once) {
     const int64_t i = first + threadIdx.x / lanes;
     const bool is_row = i < o.plan.rows;
     const Row<T, kSpread> row(o, is_row ? i : 0);
@@ -202,10 +150,14 @@ __global__ void __launch_bounds__(kMaxThreads) finish_split(const Problem<T> o) 
     for (int block = lane; block < o.plan.blocks; block += lanes) state = merge(state, states[block]);
     state = lanes_merge<kSpread>(state, lanes);
     const A scale = scale_of(row, state);
-    if (is_row && lane == 0) finish_row(row, state, scale, x_y, of_thread);
+    if (is_row && lane == 0) finish_row<kSpread>(row, state, scale, x_y, of_thread);
   }
   const LossSum sum = finish_block(of_thread);
   if (threadIdx.x != 0 || o.reduction == Reduction::kNone) return;
+  if (gridDim.x > 1) {
+    sums[blockIdx.x] = sum;
+    return;
+  }
   conclude<T>(o, sum);
   if (o.reduction == Reduction::kMean) store_total_weight<T>(o, sum.weight);
 }
@@ -268,20 +220,16 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
   }
 }
 
-template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kColumnThreads, (kResident<T, kSpread> / kColumnThreads))
-    backward_columns(const Problem<T> o) {
-  wait_for_launch_before();
-  if (gradient_is_ready<T>(o)) return;
-  using A = Statistic<T>;
-  const Share<T> share = {only_single<T>(int(o.classes)), int(threadIdx.y), int(blockDim.y)};
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < o.plan.rows; i += o.plan.step) {
-    const Row<T, kSpread> row(o, i);
-    write_row<true>(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i], share);
-  }
-}
-
 // ---- Launch
+
+// What the blocks of split rows leave in scratch, before the sums of finish_split's blocks.
+int64_t split_states_bytes(const CrossEntropyOptions& o, const RowPlan& plan) {
+  return o.rows() * plan.blocks * (o.dtype == DType::kFloat64 ? sizeof(RowState<double>) : sizeof(RowState<float>));
+}
+unsigned split_grid(const RowPlan& plan) {
+  const int64_t blocks = divide_up(plan.rows * lanes_of_split(plan.blocks), kSplitThreads);
+  return unsigned(smaller(larger(blocks, 1), kMostSplitBlocks));
+}
 
 // The grid of the kernel that weighs; 0 where nothing has to be weighed.
 unsigned weigh_grid(const CrossEntropyOptions& o, const RowPlan& plan) {
@@ -300,20 +248,36 @@ cudaError_t launch_weigh(const CrossEntropyOptions& o, const RowPlan& plan, cuda
 }
 
 template <typename T>
+cudaError_t launch_columns(const CrossEntropyOptions& o, const RowPlan& plan, bool forward, bool overlaps,
+                           cudaStream_t stream) {
+  const auto launch_of_width = [&](auto width, auto spread) {
+    constexpr bool kSpread = decltype(spread)::value;
+    constexpr int kWidth = decltype(width)::value;
+    const auto kernel = forward ? forward_columns<T, kSpread, kWidth> : backward_columns<T, kSpread, kWidth>;
+    int64_t resident = 0;  // not needed, but so the kernel is prepared for its shared memory
+    const cudaError_t error = resident_blocks(kernel, plan.shape(o, overlaps), resident);
+    return error != cudaSuccess ? error : launch(kernel, plan.shape(o, overlaps), stream, Problem<T>(o, plan));
+  };
+  const auto launch_of = [&](auto width) {
+    return o.is_spread() ? launch_of_width(width, std::true_type()) : launch_of_width(width, std::false_type());
+  };
+  return plan.of_columns.width > 1 ? launch_of(std::integral_constant<int, kVector<T>>())
+                                   : launch_of(std::integral_constant<int, 1>());
+}
+
+template <typename T>
 cudaError_t launch_backward(CrossEntropyOptions o, cudaStream_t stream) {
   if (o.grad_ready) o.tuning.max_blocks = smaller(o.tuning.max_blocks, kHandOverBlocks);
   const RowPlan plan = plan_rows(o, /*with_exchange=*/false);
   const bool spread = o.is_spread();
-  const auto kernel = plan.columns ? (spread ? backward_columns<T, true> : backward_columns<T, false>)
-                                   : (spread ? backward_rows<T, true> : backward_rows<T, false>);
+  if (plan.columns) return launch_columns<T>(o, plan, /*forward=*/false, /*overlaps=*/true, stream);
+  const auto kernel = spread ? backward_rows<T, true> : backward_rows<T, false>;
   return launch(kernel, plan.shape(o, /*overlaps=*/true), stream, Problem<T>(o, plan));
 }
 
 template <typename T>
-auto forward_kernel(const CrossEntropyOptions& o, const RowPlan& plan) {
-  const bool spread = o.is_spread();
-  return plan.columns ? (spread ? forward_columns<T, true> : forward_columns<T, false>)
-                      : (spread ? forward_rows<T, true> : forward_rows<T, false>);
+auto rows_kernel(const CrossEntropyOptions& o) {
+  return o.is_spread() ? forward_rows<T, true> : forward_rows<T, false>;
 }
 
 // Blocks that take rows have as many of them as the device's size makes necessary.
@@ -321,7 +285,7 @@ template <typename T>
 cudaError_t fit_to_device(const CrossEntropyOptions& o, RowPlan& plan) {
   if (plan.columns) return cudaSuccess;
   int64_t most = 0;
-  const cudaError_t error = resident_blocks(forward_kernel<T>(o, plan), plan.shape(o, false), most);
+  const cudaError_t error = resident_blocks(rows_kernel<T>(o), plan.shape(o, false), most);
   if (error == cudaSuccess && !plan.split) plan.limit_grid(o.tuning.waves * most);
   return error;
 }
@@ -331,12 +295,21 @@ cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cu
   const bool spread = o.is_spread();
   const Problem<T> problem(o, plan);
   cudaError_t error = launch_weigh<T>(o, plan, stream);
-  const auto kernel = forward_kernel<T>(o, plan);
+  const auto kernel = rows_kernel<T>(o);
   const bool overlaps = weigh_grid(o, plan) > 0;  // no more than the weights: other launches may write the logits
-  if (error == cudaSuccess) error = launch(kernel, plan.shape(o, overlaps), stream, problem);
+  if (error == cudaSuccess)
+    error = plan.columns ? launch_columns<T>(o, plan, /*forward=*/true, overlaps, stream)
+                         : launch(kernel, plan.shape(o, overlaps), stream, problem);
   if (error != cudaSuccess || !plan.split) return error;
-  error = launch(spread ? finish_split<T, true> : finish_split<T, false>, after_launch(o, 1, kMaxThreads), stream,
-                 problem);
+  const unsigned blocks = split_grid(plan);
+  const auto sums = reinterpret_cast<LossSum*>(static_cast<char*>(o.scratch) + split_states_bytes(o, plan));
+  error = launch(spread ? finish_split<T, true> : finish_split<T, false>, after_launch(o, blocks, kSplitThreads), stream,
+                 problem, sums);
+  if (error == cudaSuccess && blocks > 1 && o.reduction != Reduction::kNone) {
+    CrossEntropyOptions of_sums = o;
+    of_sums.scratch = sums;
+    error = launch(finish<T>, after_launch(o, 1, kSumThreads), stream, of_sums, int(blocks), false);
+  }
   if (error != cudaSuccess || o.grad_logits == nullptr) return error;
   return launch_backward<T>(o, stream);
 }
@@ -350,10 +323,10 @@ cudaError_t complete_tuning(CudaTuning& tuning) {
 cudaError_t cross_entropy_scratch_bytes(CrossEntropyOptions& o, int64_t& bytes) {
   const cudaError_t error = complete_tuning(o.tuning);
   const RowPlan plan = plan_rows(o, /*with_exchange=*/true);
-  const int64_t state = o.dtype == DType::kFloat64 ? sizeof(RowState<double>) : sizeof(RowState<float>);
   const int64_t partials = plan.grid * int64_t(sizeof(LossSum));
   const int64_t weights = weigh_grid(o, plan) * int64_t(sizeof(double));
-  bytes = plan.split ? o.rows() * plan.blocks * state : partials > weights ? partials : weights;
+  bytes = plan.split ? split_states_bytes(o, plan) + split_grid(plan) * int64_t(sizeof(LossSum))
+                     : larger(partials, weights);
   return error;
 }
 

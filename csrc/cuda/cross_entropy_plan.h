@@ -7,7 +7,6 @@ namespace fusedloss::cuda {
 
 constexpr int kMaxThreads = 512;
 constexpr int kRowThreads = 256;  // of a block that takes rows, at most
-constexpr int kColumnThreads = 256;
 constexpr int kRowsOfBlock = 128;  // at most
 constexpr int kPackBytes = 16;
 
@@ -18,8 +17,23 @@ constexpr int kTilePacks = kSpread ? 2 : 4;
 template <bool kSpread>
 constexpr int kColumnPacks = kSpread ? 4 : 8;
 
-// A block has (threads of a row, rows) threads; in columns, (rows, threads of a row), since there the neighbours of an
-// element in memory are of other rows.
+// What more there is to say of columns: see cross_entropy_columns_plan.h.
+struct ColumnPlan {
+  int width = 1;              // rows that a thread takes side by side
+  int64_t units = 0;          // of so many rows, in all; a step counts these
+  int step_shift = 0;         // log2 of the threads of a row, in all its blocks
+  int blocks_shift = 0;       // log2 of those blocks
+  int kept_vectors = 0;       // of 16 bytes, of the block, before what its threads exchange
+  int64_t exchange_bytes = 0;
+  // Sets of statistics in shared memory, see ColumnMemory:
+  int sets_shift = 0;         // log2 of what a block's threads leave, from set 0 on
+  int last_set = 0;           // what the gradient needs
+  int exchange_set = 0;       // what the blocks of a cluster tell each other: two turns of as many sets
+  int sets = 1;
+};
+
+// A block has (threads of a row, rows) threads; in columns, (threads side by side, threads of a row), since there the
+// neighbours of an element in memory are of other rows.
 struct RowPlan {
   dim3 block = 1;
   unsigned grid = 1;
@@ -31,9 +45,11 @@ struct RowPlan {
   int tiles = 0;               // of a thread, in a row
   int depth = 0;               // so many tiles of a thread have slots in shared memory: see cross_entropy_stream.cuh
   int slots = 0;               // of a thread, each for a pack; fewer than `depth` tiles of them where a row ends sooner
+  ColumnPlan of_columns;       // if they are
 
   LaunchShape shape(const CrossEntropyOptions& o, bool overlaps) const {
-    return {grid, block, cluster ? blocks : 1, slots * kept_bytes_of_pack(o) * block.x * block.y,
+    return {grid, block, cluster ? blocks : 1,
+            slots * kept_bytes_of_pack(o) * block.x * block.y + of_columns.exchange_bytes,
             overlaps && o.tuning.overlap};
   }
 
@@ -54,23 +70,7 @@ inline unsigned grid_size(const CrossEntropyOptions& o, int64_t work_of_a_block,
   return unsigned((groups < most ? groups : most > 0 ? most : 1) * blocks_together);
 }
 
-// Rows are neighbours in memory, or nothing is. Fewer rows to a block, down to the 32 bytes that memory gives at once,
-// where that keeps more multiprocessors busy.
-inline RowPlan plan_columns(const CrossEntropyOptions& o) {
-  constexpr int64_t kLeastClasses = 16;  // of a thread
-  RowPlan plan;
-  plan.rows = o.rows();
-  plan.columns = true;
-  plan.block = dim3(kColumnThreads, 1);
-  while (plan.block.x * bytes_of(o.dtype) > 32 && o.classes >= 2 * plan.block.y * kLeastClasses &&
-         divide_up(o.rows(), plan.block.x) < 4 * o.tuning.multiprocessors) {
-    plan.block.x /= 2;
-    plan.block.y *= 2;
-  }
-  plan.grid = grid_size(o, plan.block.x);
-  plan.step = int64_t(plan.grid) * plan.block.x;
-  return plan;
-}
+inline RowPlan plan_columns(const CrossEntropyOptions& o, bool with_exchange);  // cross_entropy_columns_plan.h
 
 // with_exchange: the threads of a row have to merge what they know; without_exchange: its statistics are known, as in
 // the backward pass.
@@ -80,7 +80,7 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
   const bool neighbours = o.logits_strides.classes == 1 &&
                           (o.grad_logits == nullptr || o.grad_strides.classes == 1) &&
                           (o.target_probability == nullptr || o.target_strides.classes == 1);
-  if (!neighbours || o.classes <= t.thread_classes) return plan_columns(o);
+  if (!neighbours || o.classes <= t.thread_classes) return plan_columns(o, with_exchange);
 
   const int64_t packs = divide_up(o.classes * bytes_of(o.dtype), kPackBytes);
   const int64_t tile_packs = o.is_spread() ? kTilePacks<true> : kTilePacks<false>;
@@ -128,3 +128,5 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
 }
 
 }  // namespace fusedloss::cuda
+
+#include "cuda/cross_entropy_columns_plan.h"

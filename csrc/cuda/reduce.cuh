@@ -109,22 +109,6 @@ __device__ __forceinline__ RowState<A> row_merge(RowState<A> state, int turn) {
                               kMaxRowWarps);
 }
 
-// Over threadIdx.y in [0, blockDim.y), a power of two: the threads of a row whose neighbours along x have other rows.
-template <bool kSpread, int kThreads, typename A>
-__device__ __forceinline__ RowState<A> column_merge(RowState<A> state) {
-  if (blockDim.y == 1) return state;
-  __shared__ RowState<A> states[kThreads];
-  const int own = threadIdx.y * blockDim.x + threadIdx.x;
-  __syncthreads();  // the previous exchange has been read
-  states[own] = state;
-  for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.y < half) states[own] = merge(states[own], states[own + half * blockDim.x]);
-  }
-  __syncthreads();
-  return states[threadIdx.x];
-}
-
 // ---- Clusters: blocks that run at the same time, and reach into each other's shared memory
 //
 // Each block of a cluster sends its state of a row to all of them. The blocks meet in one of two places in turn, counted
@@ -147,6 +131,21 @@ __device__ __forceinline__ RowState<A> merge_places(const RowState<A> (&of_block
   const int from = threadIdx.x % kMaxCluster;
   return lanes_merge<kSpread>(from < blocks ? of_block[from] : empty_row_state<A>(), kMaxCluster);
 }
+
+#if FUSEDLOSS_CUDA_ARCH >= 900 || defined(FUSEDLOSS_LAUNCH)
+
+// Waits for all threads of the cluster, and orders what they did before.
+__device__ __forceinline__ void cluster_sync() {
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+
+#else
+
+// Clusters are never launched: the host asks whether this was compiled for them.
+__device__ __forceinline__ void cluster_sync() { __trap(); }
+
+#endif
 
 #if FUSEDLOSS_CUDA_ARCH >= 900
 
@@ -206,10 +205,6 @@ __device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, i
 #elif defined(FUSEDLOSS_LAUNCH)
 
 // The emulator has no barriers that count bytes: the same places, and a barrier of the whole cluster for each row.
-__device__ __forceinline__ void cluster_sync() {
-  __cluster_barrier_arrive();
-  __cluster_barrier_wait();
-}
 template <typename A>
 __device__ __forceinline__ void start_cluster_merge() {
   cluster_sync();
@@ -225,7 +220,6 @@ __device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, i
 
 #else
 
-// Never launched in clusters: the host asks whether these were compiled.
 template <typename A>
 __device__ __forceinline__ void start_cluster_merge() {
   __trap();

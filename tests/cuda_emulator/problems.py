@@ -51,10 +51,12 @@ def bits_of(tensor: Tensor) -> Tensor:
 class Placement:
     """Where a tensor [outer, classes, inner] lies: strides, the offset of its start, and the elements it spans."""
 
-    def __init__(self, layout: str, shape: tuple[int, int, int], rng: random.Random):
+    def __init__(self, layout: str, shape: tuple[int, int, int], rng: random.Random, aligned: bool | None = None):
         outer, classes, inner = shape
         gap = 0 if layout in ("contiguous", "expanded") else rng.choice(GAPS)
         self.offset = 0 if layout in ("contiguous", "expanded") else rng.choice(GAP_OFFSETS)
+        if layout == "inner" and (rng.random() < 0.7 if aligned is None else aligned):  # as far as the inner size is
+            gap, self.offset = rng.choice([0, 0, inner]), rng.choice([0, 0, 0, 8])
         if layout == "expanded":  # one row serves all
             self.strides = (0, 1, 1)
         elif layout == "inner":  # (N, C, d): rows are neighbours
@@ -127,11 +129,14 @@ class CrossEntropy(Problem):
         reduction: str | None = None,
         layout: str | None = None,
         rows: int | None = None,
+        inner: int | None = None,
     ):
         self.dtype, self.classes, self.smoothing = dtype, classes, smoothing
         self.reduction = reduction or rng.choice(list(REDUCTIONS))
         self.layout = layout or rng.choice(LAYOUTS)
-        inner = rng.choice([2, 3, 5]) if self.layout in ("inner", "inner last", "apart") else 1
+        if inner is None:
+            # Rows that a 16-byte access can reach together, or not.
+            inner = rng.choice([2, 3, 5, 8, 16]) if self.layout in ("inner", "inner last", "apart") else 1
         self.shape = (rows or rng.choice([1, 3, 5] if inner == 1 else [1, 2, 3]), classes, inner)
         self.rows = self.shape[0] * inner
         self.place_logits, self.place_target, self.place_grad = (self.place(rng) for _ in range(3))

@@ -1,0 +1,597 @@
+// Columns: rows that are neighbours in memory, as in (N, C, d1, …), and rows of so few classes that a thread takes one.
+//
+// A thread takes kWidth neighbouring rows side by side: one 16-byte load brings one class of all of them. Where
+// alignment does not allow that, kWidth is 1. A block is (threads side by side, threads along the classes); where that
+// does not fill the GPU, or where a block cannot keep its classes in shared memory, several blocks share the same rows,
+// in a cluster or apart (cross_entropy_plan.h decides).
+//
+// A block goes from the threads' view to the rows' view and back, by way of shared memory:
+//   1. each thread sweeps its classes, and has the statistics of kWidth rows;
+//   2. they are merged: in a warp by shuffles, then in shared memory, then over the blocks of the cluster;
+//   3. one thread for each row, or some lanes, makes the row's loss, and what the gradient needs to know of the row;
+//   4. each thread reads that of its kWidth rows, and sweeps its classes again to write the gradient.
+// The backward pass begins with 3.
+#pragma once
+
+#include "cuda/cross_entropy_finish.cuh"
+
+namespace fusedloss::cuda {
+
+// Threads of a block, at most, and blocks of so many that a multiprocessor must hold at once. Said outright since the
+// compiler, left to choose, spills registers to make room for a few more.
+template <typename T, bool kSpread>
+constexpr int kColumnThreads = max_column_threads(sizeof(T) == 8, kSpread);
+template <typename T, bool kSpread>
+constexpr int kForwardBlocks = sizeof(T) < 8 && kSpread ? 2 : 1;
+template <typename T, bool kSpread>
+constexpr int kBackwardBlocks = sizeof(T) == 8 ? 1 : kSpread ? 2 : 3;
+
+// In the place of the target class: the row does not count, and its gradient is 0; or the class is no concern of this
+// block.
+constexpr int kDoesNotCount = -2, kNotHere = -1;
+
+// One row in step 3. Unlike Row it does not know where its logits lie, which would cost each row a division.
+template <typename T, bool kSpread>
+struct ColumnRow {
+  using A = Statistic<T>;
+
+  const Problem<T>& o;
+  const int64_t number;
+  const int y;  // the target class; -1 for probabilities, and where there is none
+  const A w_y;
+
+  // target: as it stands in target_index, where there are class indices.
+  __device__ __forceinline__ ColumnRow(const Problem<T>& problem, int64_t row, int64_t target)
+      : o(problem),
+        number(row),
+        y(has_probabilities() ? -1 : o.class_of(target)),
+        w_y(y < 0 ? A(0) : o.weight_of(y)) {}
+
+  __device__ __forceinline__ bool has_probabilities() const { return kSpread && o.target_probability != nullptr; }
+  __device__ __forceinline__ bool counts() const { return has_probabilities() || y >= 0; }
+};
+
+// Where the classes of a row lie, from the start of a tensor with these strides.
+template <typename T>
+struct ColumnPosition {
+  int64_t outer, inner;
+
+  // In 32 bits, where they suffice, a division takes a third of the time.
+  __device__ __forceinline__ ColumnPosition(const Problem<T>& o, int64_t row)
+      : outer(o.inner == 1 ? row : (row | o.inner) >> 32 == 0 ? uint32_t(row) / uint32_t(o.inner) : row / o.inner),
+        inner(row - outer * o.inner) {}
+  __device__ __forceinline__ int64_t in(const Strides& strides) const {
+    return outer * strides.outer + inner * strides.inner;
+  }
+};
+
+// The larger element at each place, or the other one where one is NaN.
+template <typename T, int kWidth>
+__device__ __forceinline__ Pack<T, kWidth> larger_of(const Pack<T, kWidth>& a, const Pack<T, kWidth>& b) {
+  Pack<T, kWidth> larger;
+  if constexpr (kWidth == 1) {
+    larger.element = narrow<T>(math::max(widen(a.element), widen(b.element)));
+  } else if constexpr (sizeof(T) == 2) {
+    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Pair of_a, of_b;
+      memcpy(static_cast<void*>(&of_a), &a.words[i], 4);
+      memcpy(static_cast<void*>(&of_b), &b.words[i], 4);
+      const Pair max = __hmax2(of_a, of_b);
+      memcpy(&larger.words[i], static_cast<const void*>(&max), 4);
+    }
+  } else {
+    alignas(16) T values[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) values[i] = math::max(a[i], b[i]);
+    larger.from_vector(*reinterpret_cast<const uint4*>(values));
+  }
+  return larger;
+}
+
+// ---- What a block has in shared memory, behind what its threads keep
+
+// A place is one of the block's rows. Sets of one value for each place: each set has the arrays of a RowState, or, the
+// last of step 3, what the gradient needs.
+template <typename T, bool kSpread>
+struct ColumnMemory {
+  using A = Statistic<T>;
+
+  const int places;
+  A* const values;  // [sets][kStateArrays<kSpread>][places]
+  int* const y;     // [places]
+  T* const of_target;  // [places]  the gradient of the target class
+
+  explicit __device__ __forceinline__ ColumnMemory(const ColumnPlan& p)
+      : places(column_places(int(blockDim.x), p.width)),
+        values(reinterpret_cast<A*>(dynamic_shared_memory + p.kept_vectors)),
+        y(reinterpret_cast<int*>(values + p.sets * kStateArrays<kSpread> * places)),
+        of_target(reinterpret_cast<T*>(y + places)) {}
+
+  // Row `row` of the threads that are the thread-th side by side. Padded so that neither a warp of threads, each at
+  // its first row, nor a warp of neighbouring rows meet in the same bank.
+  template <int kWidth>
+  __device__ __forceinline__ int place(int thread, int row) const {
+    return row * column_stride(int(blockDim.x), kWidth) + thread;
+  }
+  __device__ __forceinline__ A& at(int set, int array, int place) const {
+    return values[(set * kStateArrays<kSpread> + array) * places + place];
+  }
+  __device__ __forceinline__ void put(int set, int place, const RowState<A>& state) const {
+    at(set, 0, place) = state.max;
+    at(set, 1, place) = state.sum;
+    if constexpr (kSpread) {
+      at(set, 2, place) = state.dot;
+      at(set, 3, place) = state.mass;
+    }
+  }
+  __device__ __forceinline__ RowState<A> get(int set, int place) const {
+    RowState<A> state = {at(set, 0, place), at(set, 1, place), A(0), A(0)};
+    if constexpr (kSpread) {
+      state.dot = at(set, 2, place);
+      state.mass = at(set, 3, place);
+    }
+    return state;
+  }
+};
+
+// ---- A thread's rows
+
+// The classes first, first + step, … of kWidth neighbouring rows.
+template <typename T, bool kSpread, int kWidth>
+struct Columns {
+  using A = Statistic<T>;
+
+  const Problem<T>& o;
+  const T* logits;       // of the first row, class 0
+  const T* probability;  // null for class indices
+  T* grad;               // null if it is not wanted
+  int first;             // the thread's number among those of the rows, in all blocks
+  int shift;             // of step, a power of two
+
+  __device__ __forceinline__ Columns(const Problem<T>& problem, int64_t unit, int thread)
+      : o(problem), first(thread), shift(problem.plan.of_columns.step_shift) {
+    const ColumnPosition<T> position(o, unit * kWidth);
+    logits = static_cast<const T*>(o.logits) + position.in(o.logits_strides);
+    probability = kSpread && o.target_probability
+                      ? static_cast<const T*>(o.target_probability) + position.in(o.target_strides)
+                      : nullptr;
+    grad = o.grad_logits ? static_cast<T*>(o.grad_logits) + position.in(o.grad_strides) : nullptr;
+  }
+  __device__ __forceinline__ bool has_probabilities() const { return kSpread && probability != nullptr; }
+  __device__ __forceinline__ int classes() const { return int(o.classes); }
+};
+
+// kPacks classes of a thread, a pack of kWidth rows each. kWhole: all of them exist.
+template <typename T, bool kSpread, int kWidth, int kPacks, bool kWhole>
+struct ColumnTile {
+  using Rows = Columns<T, kSpread, kWidth>;
+
+  Pack<T, kWidth> x[kPacks];
+  Pack<T, kWidth> t[kPacks] = {};  // probabilities only
+  int first;                       // the first class
+  int count;                       // of packs that exist
+
+  __device__ __forceinline__ ColumnTile(const Rows& rows, int number, int kept_packs) {
+    first = rows.first + (number * kPacks << rows.shift);
+    count = kWhole ? kPacks : (rows.classes() - first + (1 << rows.shift) - 1) >> rows.shift;
+    if constexpr (kWidth > 1) {
+      if (number * kPacks < kept_packs) {
+        take(rows, number);
+        return;
+      }
+    }
+    load_all(rows.logits, rows.o.logits_strides.classes, rows, x);
+    if (rows.has_probabilities()) load_all(rows.probability, rows.o.target_strides.classes, rows, t);
+  }
+
+  // What is not there is 0, lest registers be held for what was there before.
+  __device__ __forceinline__ void load_all(const T* p, int64_t stride, const Rows& rows, Pack<T, kWidth> (&packs)[kPacks]) {
+    p += first * stride;
+    const int64_t step = stride << rows.shift;
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k, p += step) packs[k] = is_there(k) ? load<kWidth>(p) : Pack<T, kWidth>();
+  }
+  __device__ __forceinline__ void keep(const Rows& rows, int number) const {
+    const Slots slots;
+    const int arrays = rows.has_probabilities() ? 2 : 1;
+    for_each_pack([&](int k) {
+      slots[arrays * (number * kPacks + k)] = x[k].as_vector();
+      if (rows.has_probabilities()) slots[arrays * (number * kPacks + k) + 1] = t[k].as_vector();
+    });
+  }
+  __device__ __forceinline__ void take(const Rows& rows, int number) {
+    const Slots slots;
+    const int arrays = rows.has_probabilities() ? 2 : 1;
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      x[k] = Pack<T, kWidth>();
+      if (!is_there(k)) continue;
+      x[k].from_vector(slots[arrays * (number * kPacks + k)]);
+      if (rows.has_probabilities()) t[k].from_vector(slots[arrays * (number * kPacks + k) + 1]);
+    }
+  }
+
+  __device__ __forceinline__ bool is_there(int k) const { return kWhole || k < count; }
+  __device__ __forceinline__ int class_of(const Rows& rows, int k) const { return first + (k << rows.shift); }
+
+  template <typename F>
+  __device__ __forceinline__ void for_each_pack(F f) const {
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k)
+      if (is_there(k)) f(k);
+  }
+
+  // q of pack k in row i, w being the class's weight; for a class index, without kept * w_y.
+  __device__ __forceinline__ Statistic<T> coefficient(const Rows& rows, int k, int i, Statistic<T> w) const {
+    if constexpr (!kSpread) return 0;
+    return rows.has_probabilities() ? probability_coefficient(t[k][i], w, rows.o.smoothing)
+                                    : math::product(rows.o.smoothing.uniform, w);
+  }
+};
+
+// Calls f(tile, its number) for all tiles of a thread, from the last to the first if kReverse: what was not kept is then
+// read again while the cache may still hold it. `whole` tiles are so for every thread of the rows.
+template <int kPacks, bool kReverse, typename T, bool kSpread, int kWidth, typename F>
+__device__ __forceinline__ void for_each_tile(const Columns<T, kSpread, kWidth>& rows, int kept_packs, F f) {
+  const int whole = (rows.classes() >> rows.shift) / kPacks;
+  const int all = whole + (rows.first + (whole * kPacks << rows.shift) < rows.classes());
+  const auto last = [&] {
+    if (whole < all) f(ColumnTile<T, kSpread, kWidth, kPacks, false>(rows, whole, kept_packs), whole);
+  };
+  if (kReverse) last();
+#pragma unroll 1
+  for (int i = 0; i < whole; ++i) {
+    const int number = kReverse ? whole - 1 - i : i;
+    f(ColumnTile<T, kSpread, kWidth, kPacks, true>(rows, number, kept_packs), number);
+  }
+  if (!kReverse) last();
+}
+
+// ---- 1. The statistics
+
+template <bool kWeighted, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
+__device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth],
+                                                    const Columns<T, kSpread, kWidth>& rows,
+                                                    const ColumnTile<T, kSpread, kWidth, kPacks, kWhole>& tile) {
+  auto largest = splat<kWidth>(narrow<T>(A(-INFINITY)));
+  tile.for_each_pack([&](int k) { largest = larger_of(largest, tile.x[k]); });
+  bool grows = false;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) grows |= largest[i] > state[i].max;
+  if (grows) {  // after the first tiles, mostly no row's maximum does
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) state[i] = rescale(state[i], math::max(state[i].max, largest[i]));
+  }
+  tile.for_each_pack([&](int k) {
+    const A w = kWeighted ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const A reference = shift(state[i].max);
+      state[i].sum += math::Exponential<A>(reference)(tile.x[k][i]);
+      if constexpr (kSpread) {
+        const A q = tile.coefficient(rows, k, i, w);
+        state[i].dot += q * (tile.x[k][i] - reference);
+        state[i].mass += q;
+      }
+    }
+  });
+}
+
+template <typename T, bool kSpread, int kWidth, typename A>
+__device__ __forceinline__ void absorb_columns(RowState<A> (&state)[kWidth], const Columns<T, kSpread, kWidth>& rows) {
+  constexpr int kPacks = kColumnPacks<kSpread>;
+  const int kept_packs = rows.o.plan.slots;
+  with_or_without_weights<kSpread>(rows.o, [&](auto weighted) {
+    for_each_tile<kPacks, false>(rows, 0, [&](const auto& tile, int number) {
+      if constexpr (kWidth > 1)
+        if (number * kPacks < kept_packs) tile.keep(rows, number);
+      absorb_columns_tile<decltype(weighted)::value>(state, rows, tile);
+    });
+  });
+}
+
+// ---- 2. Their merge
+
+// Over the lanes of a warp that have the same rows: those whose numbers differ by a multiple of blockDim.x. Fewer threads
+// than lanes are side by side then.
+template <bool kSpread, int kWidth, typename A>
+__device__ __forceinline__ void merge_lanes_apart(RowState<A> (&state)[kWidth]) {
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    A max = state[i].max;
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+      if (distance >= int(blockDim.x)) max = math::max(max, __shfl_xor_sync(kAllLanes, max, distance));
+    state[i] = rescale(state[i], max);
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      if (distance < int(blockDim.x)) continue;
+      state[i].sum += __shfl_xor_sync(kAllLanes, state[i].sum, distance);
+      if constexpr (kSpread) {
+        state[i].dot += __shfl_xor_sync(kAllLanes, state[i].dot, distance);
+        state[i].mass += __shfl_xor_sync(kAllLanes, state[i].mass, distance);
+      }
+    }
+  }
+}
+
+// Calls f(row of the block, its place, its state, is this the lane that speaks for it) for all rows of the block, with
+// what `1 << shift` neighbouring sets from `set` on have of the row, merged by as many lanes. All threads take part.
+template <int kWidth, typename T, bool kSpread, typename F>
+__device__ __forceinline__ void for_each_merged_row(const ColumnMemory<T, kSpread>& memory, int set, int shift, F f) {
+  using A = Statistic<T>;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, part = thread & ((1 << shift) - 1);
+  const unsigned rows = blockDim.x * kWidth, rows_at_once = blockDim.x * blockDim.y >> shift;
+#pragma unroll 1
+  for (unsigned first = 0; first < rows; first += rows_at_once) {
+    const unsigned row = first + (thread >> shift);
+    const int place = memory.template place<kWidth>(row / kWidth, row % kWidth);
+    auto state = row < rows ? memory.get(set + part, place) : empty_row_state<A>();
+    if (shift > 0) state = lanes_merge<kSpread>(state, 1 << shift);
+    if (row < rows) f(int(row), place, state, part);
+  }
+}
+
+// ---- 3. The rows
+
+// Of a class: which of the threads of its rows has it, in all blocks; and which block that is.
+template <typename T>
+__device__ __forceinline__ int thread_of_class(const Problem<T>& o, int c) {
+  return c & ((1 << o.plan.of_columns.step_shift) - 1);
+}
+template <typename T>
+__device__ __forceinline__ int rank_of_class(const Problem<T>& o, int c) {
+  return thread_of_class(o, c) >> (o.plan.of_columns.step_shift - o.plan.of_columns.blocks_shift);
+}
+
+// The target class's logit, where this block has that class: from what a thread has kept, if it has.
+template <int kWidth, typename T, bool kSpread>
+__device__ __forceinline__ T logit_of_target(const ColumnRow<T, kSpread>& row, unsigned row_of_block, int kept_packs) {
+  const Problem<T>& o = row.o;
+  if constexpr (kWidth > 1) {
+    const int pack = row.y >> o.plan.of_columns.step_shift;
+    if (pack < kept_packs) {
+      const int along = thread_of_class(o, row.y) & int(blockDim.y - 1);
+      const int thread = along * int(blockDim.x) + row_of_block / kWidth;
+      const int slot = (row.has_probabilities() ? 2 : 1) * pack;
+      const uint4* kept = dynamic_shared_memory + slot * int(blockDim.x * blockDim.y) + thread;
+      return reinterpret_cast<const T*>(kept)[row_of_block % kWidth];
+    }
+  }
+  const ColumnPosition<T> position(o, row.number);
+  return static_cast<const T*>(o.logits)[position.in(o.logits_strides) + row.y * o.logits_strides.classes];
+}
+
+// Brings the cache line of p to the second-level cache, and waits for nothing.
+__device__ __forceinline__ void fetch_to_cache(const int64_t* p) {
+#if FUSEDLOSS_CUDA_ARCH
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
+// A row's target, asked for as early as it can be; what there is none of is 0.
+template <typename T>
+__device__ __forceinline__ int64_t ask_for_target(const Problem<T>& o, int64_t number) {
+  return o.target_index != nullptr && number < o.plan.rows ? o.target_index[number] : 0;
+}
+
+// grad_output of a row, which the mean divides.
+template <typename T>
+__device__ __forceinline__ Statistic<T> divided_grad_output(const Problem<T>& o, int64_t number) {
+  const auto g = grad_output_at<T>(o, number);
+  return o.reduction == Reduction::kMean
+             ? divide_by_total_weight(g, *static_cast<const Statistic<T>*>(o.total_weight))
+             : g;
+}
+
+// Leaves in shared memory what the gradient needs of a row; here: has this block the target class?
+template <typename T, bool kSpread, typename A>
+__device__ __forceinline__ void prepare_gradient(const ColumnMemory<T, kSpread>& memory, int set, int place,
+                                                 const ColumnRow<T, kSpread>& row, A max, A scale, A grad_output,
+                                                 bool here, T x_y) {
+  const bool counts = row.counts();
+  memory.at(set, 0, place) = counts ? max : A(0);
+  memory.at(set, 1, place) = !counts ? A(0) : kSpread ? scale : scale * grad_output;
+  if constexpr (kSpread) memory.at(set, 2, place) = grad_output;
+  memory.y[place] = !counts ? kDoesNotCount : here ? row.y : kNotHere;
+  if (row.y < 0 || !here) return;
+  const A q_y = math::product(row.o.smoothing.kept, row.w_y);
+  const A q = q_y + (kSpread ? math::product(row.o.smoothing.uniform, row.w_y) : A(0));
+  memory.of_target[place] = narrow<T>(logit_gradient(math::Exponential<A>(max)(A(widen(x_y))), scale, q, grad_output));
+}
+
+// ---- 4. The gradient
+
+// kWidth neighbouring values, zeros where a row does not count, even if its logits are NaN.
+template <typename T, int kWidth>
+struct RowsThatCount {
+  uint32_t mask[kWidth == 1 ? 1 : 4] = {};
+
+  __device__ __forceinline__ void add(int row) {
+    if constexpr (sizeof(T) == 8 && kWidth > 1) mask[2 * row] = mask[2 * row + 1] = ~0u;
+    else if constexpr (sizeof(T) == 2 && kWidth > 1) mask[row / 2] |= 0xffffu << row % 2 * 16;
+    else mask[row] = ~0u;
+  }
+  __device__ __forceinline__ void store(T* p, const Statistic<T> (&values)[kWidth]) const {
+    if constexpr (kWidth == 1) {
+      *p = mask[0] ? narrow<T>(values[0]) : T(0.0f);
+    } else {
+      alignas(16) T narrowed[kWidth];
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) narrowed[i] = narrow<T>(values[i]);
+      const uint4 v = *reinterpret_cast<const uint4*>(narrowed);
+      store_vector(p, {v.x & mask[0], v.y & mask[1], v.z & mask[2], v.w & mask[3]});
+    }
+  }
+};
+
+// The target class comes after the others, from the thread that has it.
+template <typename T, bool kSpread, int kWidth>
+__device__ __forceinline__ void write_columns(const Columns<T, kSpread, kWidth>& rows,
+                                              const ColumnMemory<T, kSpread>& memory, int set, int kept_packs) {
+  using A = Statistic<T>;
+  constexpr int kPacks = kColumnPacks<kSpread> / 2;
+  A max[kWidth], factor[kWidth], grad_output[kWidth];
+  RowsThatCount<T, kWidth> count;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const int place = memory.template place<kWidth>(threadIdx.x, i);
+    max[i] = memory.at(set, 0, place);
+    factor[i] = memory.at(set, 1, place);
+    if constexpr (kSpread) grad_output[i] = memory.at(set, 2, place);
+    if (memory.y[place] != kDoesNotCount) count.add(i);
+  }
+  const int64_t stride = rows.o.grad_strides.classes;
+  with_or_without_weights<kSpread>(rows.o, [&](auto weighted) {
+    for_each_tile<kPacks, true>(rows, kept_packs, [&](const auto& tile, int) {
+      T* p = rows.grad + tile.first * stride;
+      const int64_t step = stride << rows.shift;
+      tile.for_each_pack([&](int k) {
+        const A w = decltype(weighted)::value ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
+        A values[kWidth];
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+          const A e = math::Exponential<A>(max[i])(tile.x[k][i]);
+          if constexpr (kSpread)
+            values[i] = logit_gradient(e, factor[i], tile.coefficient(rows, k, i, w), grad_output[i]);
+          else values[i] = e * factor[i];
+        }
+        count.store(p + k * step, values);
+      });
+    });
+  });
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const int place = memory.template place<kWidth>(threadIdx.x, i), y = memory.y[place];
+    if (y < 0 || thread_of_class(rows.o, y) != rows.first) continue;
+    const int64_t in_row = kWidth == 1 ? 0 : i;  // of more rows than one, the next one is the next element
+    rows.grad[in_row + y * stride] = memory.of_target[place];
+  }
+}
+
+// ---- The kernels
+
+template <typename T, bool kSpread, int kWidth>
+__global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T, kSpread>))
+    forward_columns(const Problem<T> o) {
+  using A = Statistic<T>;
+  const RowPlan& plan = o.plan;
+  const ColumnPlan& columns = plan.of_columns;
+  const ColumnMemory<T, kSpread> memory(columns);
+  const int rank = int(blockIdx.x & ((1u << columns.blocks_shift) - 1));
+  const int thread = rank * int(blockDim.y) + int(threadIdx.y);  // of those of a row
+  const bool wants_gradient = o.grad_logits != nullptr && !plan.split;
+  // Threads of one warp that have the same rows leave one state; each of the others a set of its own.
+  const int threads_of_set = blockDim.x < kWarp ? kWarp / blockDim.x : 1;
+  let_next_launch_start();
+  if (plan.cluster) cluster_sync();  // a block must have started before others write to its memory
+  Partial sum = {};
+  int turn = 0;
+  for (int64_t first = int64_t(blockIdx.x >> columns.blocks_shift) * blockDim.x; first < columns.units;
+       first += plan.step, ++turn) {
+    RowState<A> state[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
+    const bool is_there = first + threadIdx.x < columns.units;
+    if (threadIdx.y == 0 && is_there && o.target_index != nullptr)
+      fetch_to_cache(o.target_index + (first + threadIdx.x) * kWidth);
+    if (is_there) absorb_columns(state, Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread));
+    // The target of this thread's next row in step 3.
+    const int last_shift = plan.cluster ? columns.blocks_shift : columns.sets_shift;
+    const int threads = int(blockDim.x * blockDim.y), in_block = threadIdx.y * blockDim.x + threadIdx.x;
+    int64_t next_target = ask_for_target(o, first * kWidth + (in_block >> last_shift));
+    if (blockDim.x < kWarp) merge_lanes_apart<kSpread>(state);
+    __syncthreads();  // the rows before have been read
+    if (threadIdx.y % threads_of_set == 0) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i)
+        memory.put(threadIdx.y / threads_of_set, memory.template place<kWidth>(threadIdx.x, i), state[i]);
+    }
+    __syncthreads();
+    int set = 0;
+    if (plan.cluster) {
+      const int shift = columns.sets_shift;
+      set = columns.exchange_set + (turn % 2 << columns.blocks_shift);
+      for_each_merged_row<kWidth>(memory, 0, shift, [&](int, int place, const RowState<A>& merged, int part) {
+        for (int block = part; block < plan.blocks; block += 1 << shift) {
+          const auto tell = [&](int array, A value) {
+            *static_cast<A*>(__cluster_map_shared_rank(&memory.at(set + rank, array, place), block)) = value;
+          };
+          tell(0, merged.max);
+          tell(1, merged.sum);
+          if constexpr (kSpread) {
+            tell(2, merged.dot);
+            tell(3, merged.mass);
+          }
+        }
+      });
+      cluster_sync();
+    }
+    wait_for_launch_before();  // for total_weight
+    A grad_output = wants_gradient ? divided_grad_output(o, 0) : A(0);
+    for_each_merged_row<kWidth>(memory, set, last_shift, [&](int of_block, int place, const RowState<A>& merged, int part) {
+      const int64_t number = first * kWidth + of_block, target = next_target;
+      next_target = ask_for_target(o, number + (threads >> last_shift));
+      if (part != 0 || number >= plan.rows) return;
+      if (plan.split) {
+        static_cast<RowState<A>*>(o.scratch)[(number << columns.blocks_shift) + rank] = merged;
+        return;  // to be finished by finish_split
+      }
+      const ColumnRow<T, kSpread> row(o, number, target);
+      const A mass = row.has_probabilities() ? merged.mass
+                     : kSpread               ? index_mass(row.w_y, o.sum_of_weights(), o.smoothing)
+                                             : row.w_y;
+      const A scale = mass / merged.sum;
+      // One block speaks for the row: the one that has its target class, and so the class's logit.
+      const bool here = row.y < 0 ? rank == 0 : rank_of_class(o, row.y) == rank;
+      const T x_y = here && row.y >= 0 ? logit_of_target<kWidth>(row, of_block, plan.slots) : T();
+      if (here) finish_row<kSpread>(row, merged, scale, x_y, sum);
+      if (!wants_gradient) return;
+      if (o.grad_output_stride != 0) grad_output = divided_grad_output(o, number);
+      prepare_gradient(memory, columns.last_set, place, row, merged.max, scale, grad_output, here, x_y);
+    });
+    if (!wants_gradient) continue;
+    __syncthreads();
+    if (is_there)
+      write_columns(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread), memory, columns.last_set, plan.slots);
+  }
+  if (!plan.split) leave(o, sum);
+}
+
+// No thread waits for another block: the rows' statistics are known.
+template <typename T, bool kSpread, int kWidth>
+__global__ void __launch_bounds__(kBackwardColumnThreads, (kBackwardBlocks<T, kSpread>))
+    backward_columns(const Problem<T> o) {
+  wait_for_launch_before();
+  if (gradient_is_ready<T>(o)) return;
+  using A = Statistic<T>;
+  const RowPlan& plan = o.plan;
+  const ColumnPlan& columns = plan.of_columns;
+  const ColumnMemory<T, kSpread> memory(columns);
+  const int rank = int(blockIdx.x & ((1u << columns.blocks_shift) - 1));
+  const int threads = int(blockDim.x * blockDim.y);
+  A grad_output = divided_grad_output(o, 0);
+  for (int64_t first = int64_t(blockIdx.x >> columns.blocks_shift) * blockDim.x; first < columns.units; first += plan.step) {
+    __syncthreads();  // the rows before have been read
+#pragma unroll 2
+    for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < int(blockDim.x) * kWidth; i += threads) {
+      const int64_t number = first * kWidth + i;
+      if (number >= plan.rows) continue;
+      const ColumnRow<T, kSpread> row(o, number, ask_for_target(o, number));
+      if (o.grad_output_stride != 0) grad_output = divided_grad_output(o, number);
+      const bool here = row.y >= 0 && rank_of_class(o, row.y) == rank;
+      const T x_y = here ? logit_of_target<kWidth>(row, i, 0) : T();
+      prepare_gradient(memory, columns.last_set, memory.template place<kWidth>(i / kWidth, i % kWidth), row,
+                       static_cast<const A*>(o.row_max)[number], static_cast<const A*>(o.row_scale)[number],
+                       grad_output, here, x_y);
+    }
+    __syncthreads();
+    if (first + threadIdx.x < columns.units)
+      write_columns(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, rank * int(blockDim.y) + int(threadIdx.y)),
+                    memory, columns.last_set, 0);
+  }
+}
+
+}  // namespace fusedloss::cuda
