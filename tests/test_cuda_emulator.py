@@ -173,7 +173,7 @@ SHAPES = {
     "blocks": lambda shape: shape.block_y == 1 and shape.cluster == 1,
     "clusters": lambda shape: shape.cluster == 8 and shape.shared_bytes == 0,
     "clusters that keep": lambda shape: shape.cluster == 4 and shape.shared_bytes == 6144,
-    "split": lambda shape: shape.grid > 5 and shape.cluster == 1 and shape.shared_bytes == 0,
+    "split": lambda shape: shape.grid > 5 and shape.cluster == 1,
     "split in two": lambda shape: shape.grid == 10 and shape.cluster == 1,
     "many multiprocessors": lambda shape: shape.cluster == 1,
     "loops": lambda shape: shape.grid == 2 and shape.cluster == 2,
