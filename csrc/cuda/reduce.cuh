@@ -109,6 +109,12 @@ __device__ __forceinline__ void cluster_sync() {
   __cluster_barrier_wait();
 }
 
+// What p, in shared memory, is in another block of the cluster.
+template <typename V>
+__device__ __forceinline__ V* in_block_of_cluster(V* p, int rank) {
+  return static_cast<V*>(__cluster_map_shared_rank(p, unsigned(rank)));
+}
+
 // Over the blocks of a cluster, where all threads of a block have its state already. `turn` counts the calls; each block
 // tells all others its state, in one of two places in turn, so that one barrier is enough: no block is more than one
 // barrier ahead of another, so what it writes for the next turn is not what a slow one still reads of this.
@@ -117,7 +123,7 @@ __device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, i
   __shared__ RowState<A> of_block[2][kMaxCluster];
   const int from = threadIdx.x % kMaxCluster;
   if (int(threadIdx.x) < blocks)
-    *static_cast<RowState<A>*>(__cluster_map_shared_rank(&of_block[turn % 2][rank], threadIdx.x)) = state;
+    *in_block_of_cluster(&of_block[turn % 2][rank], int(threadIdx.x)) = state;
   cluster_sync();
   return lanes_merge<kSpread>(from < blocks ? of_block[turn % 2][from] : empty_row_state<A>(), kMaxCluster);
 }
@@ -126,6 +132,10 @@ __device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, i
 
 // Never launched in clusters: the host asks whether these were compiled.
 __device__ __forceinline__ void cluster_sync() { __trap(); }
+template <typename V>
+__device__ __forceinline__ V* in_block_of_cluster(V* p, int) {
+  return p;
+}
 template <bool kSpread, typename A>
 __device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, int, int, int) {
   return state;
