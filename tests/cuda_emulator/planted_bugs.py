@@ -89,8 +89,8 @@ LISTED = [
     (
         "columns: more is kept than there is room for",
         "cross_entropy_columns.cuh",
-        "if (@number * kPacks < kept_packs@) tile.keep",
-        "true",
+        "if (@number * kPacks + k >= kept_packs@) return",
+        "false",
     ),
     ("columns: read past the last class", "cross_entropy_columns.cuh", "return kWhole || @k < count@;", "true"),
     (
