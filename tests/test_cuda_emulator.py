@@ -175,6 +175,8 @@ SHAPES = {
     "clusters that keep": lambda shape: shape.cluster == 4 and shape.shared_bytes == 6144,
     "split": lambda shape: shape.grid > 5 and shape.cluster == 1,
     "split in two": lambda shape: shape.grid == 10 and shape.cluster == 1,
+    "columns that keep": lambda shape: shape.cluster == 1,
+    "clusters of columns that keep": lambda shape: shape.cluster == 1,
     "many multiprocessors": lambda shape: shape.cluster == 1,
     "loops": lambda shape: shape.grid == 2 and shape.cluster == 2,
 }
@@ -213,7 +215,7 @@ def test_columns_of_several_threads_a_row(classes, threads, emulator, rng):
 
 # Rows a thread takes side by side, or not; few rows, and more than a block takes at once; classes that are kept, all or
 # in part, or of which several blocks have some.
-COLUMNS = [(16, 21, 3), (64, 40, 1), (8, 700, 2), (24, 300, 1), (5, 40, 2), (1024, 3, 2), (1040, 9, 1)]
+COLUMNS = [(16, 21, 3), (64, 40, 1), (8, 700, 2), (24, 300, 1), (5, 40, 2), (1024, 3, 2), (1040, 9, 1), (8, 2100, 1)]
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
@@ -230,7 +232,7 @@ def launch_of_columns(emulator, rng, tuning: str, dtype: torch.dtype, shape: tup
     outer, classes, inner = shape
     problem = CrossEntropy(rng, dtype, classes, reduction="sum", layout="inner", rows=outer, inner=inner)
     place = Placement("inner", shape, rng, aligned=True)
-    place.offset = offset
+    place.strides, place.span, place.offset = (classes * inner, inner, 1), outer * classes * inner, offset
     problem.place_logits = problem.place_target = problem.place_grad = place
     problem.tuning, problem.grad_in_forward, problem.in_place, problem.schedules = tuning, True, False, [(1, 0)]
     problem.check(emulator)
@@ -246,7 +248,10 @@ def test_the_launch_of_columns(dtype, emulator, rng):
     for shape, offset in [((5, 3, 64 * width), 1), ((64 * width, 3, 5), 0)]:
         apart = launch_of_columns(emulator, rng, "default", dtype, shape, offset)
         assert (apart.grid, apart.block_x, apart.block_y) == (5 * width, 64, 1)
-    assert launch_of_columns(emulator, rng, "clusters", dtype, (1, 2100, 2 * width)).cluster > 1
+    cluster = launch_of_columns(emulator, rng, "clusters of columns that keep", dtype, (1, 2100, 2 * width))
+    assert cluster.cluster > 1 and cluster.shared_bytes > 4 * 16 * cluster.block_x * cluster.block_y
+    kept = launch_of_columns(emulator, rng, "columns that keep", dtype, (3, 9, 64 * width))
+    assert kept.cluster == 1 and kept.shared_bytes > 4 * 16 * kept.block_x * kept.block_y
 
 
 def test_split_columns_are_finished_by_many_blocks(emulator, rng):

@@ -416,7 +416,7 @@ struct RowsThatCount {
   }
   __device__ __forceinline__ void store(T* p, const Statistic<T> (&values)[kWidth]) const {
     if constexpr (kWidth == 1) {
-      *p = mask[0] ? narrow<T>(values[0]) : T(0.0f);
+      *p = mask[0] ? narrow<T>(values[0]) : T();
     } else {
       alignas(16) T narrowed[kWidth];
 #pragma unroll
@@ -517,7 +517,7 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
       for_each_merged_row<kWidth>(memory, 0, shift, [&](int, int place, const RowState<A>& merged, int part) {
         for (int block = part; block < plan.blocks; block += 1 << shift) {
           const auto tell = [&](int array, A value) {
-            *static_cast<A*>(__cluster_map_shared_rank(&memory.at(set + rank, array, place), block)) = value;
+            *in_block_of_cluster(&memory.at(set + rank, array, place), block) = value;
           };
           tell(0, merged.max);
           tell(1, merged.sum);

@@ -7,6 +7,7 @@ namespace fusedloss::cuda {
 
 constexpr int kMaxThreads = 512;
 constexpr int kRowThreads = 256;  // of a block that takes rows, at most
+constexpr int kFewestRowThreads = 128;
 constexpr int kRowsOfBlock = 128;  // at most
 constexpr int kPackBytes = 16;
 
@@ -105,8 +106,9 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
       while (2 * plan.blocks <= t.cluster_blocks && packs * pack_bytes > plan.blocks * t.kept_bytes) plan.blocks *= 2;
       plan.cluster = plan.blocks > 1;
     }
-    unsigned threads = 128;
-    while (threads < t.block_threads && packs >= 4 * threads * tile_packs * plan.blocks) threads *= 2;
+    const int64_t most_threads = keeps && !o.is_spread() ? t.block_threads : t.few_threads;
+    unsigned threads = kFewestRowThreads;
+    while (threads < most_threads && packs >= 4 * threads * tile_packs * plan.blocks) threads *= 2;
     plan.block = dim3(threads);
   }
   plan.grid = grid_size(o, plan.block.y, plan.blocks);

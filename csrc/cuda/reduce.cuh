@@ -140,10 +140,20 @@ __device__ __forceinline__ void cluster_sync() {
   __cluster_barrier_wait();
 }
 
+// What p, in shared memory, is in another block of the cluster.
+template <typename V>
+__device__ __forceinline__ V* in_block_of_cluster(V* p, int rank) {
+  return static_cast<V*>(__cluster_map_shared_rank(p, unsigned(rank)));
+}
+
 #else
 
 // Clusters are never launched: the host asks whether this was compiled for them.
 __device__ __forceinline__ void cluster_sync() { __trap(); }
+template <typename V>
+__device__ __forceinline__ V* in_block_of_cluster(V* p, int) {
+  return p;
+}
 
 #endif
 
@@ -213,7 +223,7 @@ template <bool kSpread, typename A>
 __device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, int rank, int blocks, int turn) {
   auto& of_block = cluster_states<A>().of_block[turn % 2];
   if (int(threadIdx.x) < blocks)
-    *static_cast<RowState<A>*>(__cluster_map_shared_rank(&of_block[rank], threadIdx.x)) = state;
+    *in_block_of_cluster(&of_block[rank], int(threadIdx.x)) = state;
   cluster_sync();
   return merge_places<kSpread>(of_block, blocks);
 }

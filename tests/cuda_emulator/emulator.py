@@ -25,7 +25,8 @@ class Strides(ctypes.Structure):
 class CudaTuning(ctypes.Structure):
     _fields_ = [
         *[("thread_classes", LONG), ("warp_bytes", LONG), ("lane_packs", LONG), ("least_lanes", LONG)],
-        *[("block_threads", LONG), ("stream_tiles", LONG), ("split_classes", LONG), ("weigh_rows", LONG)],
+        *[("block_threads", LONG), ("few_threads", LONG), ("stream_tiles", LONG)],
+        *[("split_classes", LONG), ("weigh_rows", LONG)],
         *[("max_blocks", LONG), ("waves", LONG), ("overlap", LONG)],
         *[("multiprocessors", LONG), ("kept_bytes", LONG), ("cluster_blocks", LONG)],
     ]
@@ -35,10 +36,11 @@ class CudaTuning(ctypes.Structure):
         defaults = {
             "thread_classes": 16,
             "warp_bytes": 4096,
-            "lane_packs": 16,
+            "lane_packs": 8,
             "least_lanes": 2,
             "block_threads": 256,
-            "stream_tiles": 3,
+            "few_threads": 128,
+            "stream_tiles": 2,
             "split_classes": 8192,
             "weigh_rows": 8192,
             "max_blocks": 8192,

@@ -35,7 +35,7 @@ LISTED = [
     ("lanes of another row", "reduce.cuh", "lanes_merge<kSpread>(state, @int(blockDim.x)@)", "kWarp"),
     ("lanes not rescaled", "reduce.cuh", "@state = rescale(state, lanes_max(state.max, lanes));@", ""),
     ("blocks of a cluster in one place", "reduce.cuh", "cluster_states<A>().of_block[@turn % 2@]", "0"),
-    ("a block of a cluster left out", "reduce.cuh", "if (int(threadIdx.x) < @blocks@)\n    *static_cast", "blocks - 1"),
+    ("a block of a cluster left out", "reduce.cuh", "if (int(threadIdx.x) < @blocks@)\n    *in_block", "blocks - 1"),
     ("one vector too many", "vec.cuh", "{size, head, @(size - head) / kVector<T>@}", "(size - head) / kVector<T> + 1"),
     ("vectors from a misaligned start", "vec.cuh", "head = @to_boundary < size ? to_boundary : size@", "Index(0)"),
     ("alignment of other tensors ignored", "vec.cuh", "return @aligned@ ?", "true"),
@@ -100,8 +100,8 @@ LISTED = [
     (
         "columns: more is kept than there is room for",
         "cross_entropy_columns.cuh",
-        "if (@number * kPacks < kept_packs@) tile.keep",
-        "true",
+        "if (@number * kPacks + k >= kept_packs@) return",
+        "false",
     ),
     ("columns: read past the last class", "cross_entropy_columns.cuh", "return kWhole || @k < count@;", "true"),
     (

@@ -24,8 +24,8 @@ LAYOUTS = ["contiguous", "expanded", "padded", "padded each", "inner", "inner la
 GAP_OFFSETS = [0, 0, 1, 2, 3, 4, 7]  # elements between a 256-byte boundary and a tensor's start
 GAPS = [0, 0, 1, 2, 3, 5, 8]  # elements behind each row
 # Small problems reach every kernel: as a large GPU would choose; rows of lanes, with and without room to keep what was
-# read; every row by a block; by a cluster; by blocks apart, some of them idle or all busy; columns of several threads a
-# row.
+# read; every row by a block; by a cluster; by blocks apart, some of them idle or all busy; columns of which a block,
+# or a cluster, keeps some classes or all; columns of several threads a row.
 TUNINGS = {
     "default": {},
     "nothing kept": {"kept_bytes": 1},
@@ -35,6 +35,8 @@ TUNINGS = {
     "clusters that keep": {"warp_bytes": 0, "kept_bytes": 8192, "cluster_blocks": 4},
     "split": {"thread_classes": 0, "warp_bytes": 0, "split_classes": 3, "multiprocessors": 20},
     "split in two": {"warp_bytes": 0, "split_classes": 2000, "multiprocessors": 20},
+    "columns that keep": {"kept_bytes": 1 << 15},
+    "clusters of columns that keep": {"kept_bytes": 1 << 15, "cluster_blocks": 4},
     "many multiprocessors": {"multiprocessors": 1000, "max_blocks": 2},
     "loops": {"max_blocks": 2, "weigh_rows": 1, "cluster_blocks": 2, "kept_bytes": 2048},
 }
@@ -51,12 +53,12 @@ def bits_of(tensor: Tensor) -> Tensor:
 class Placement:
     """Where a tensor [outer, classes, inner] lies: strides, the offset of its start, and the elements it spans."""
 
-    def __init__(self, layout: str, shape: tuple[int, int, int], rng: random.Random, aligned: bool | None = None):
+    def __init__(self, layout: str, shape: tuple[int, int, int], rng: random.Random, aligned: bool = False):
         outer, classes, inner = shape
         gap = 0 if layout in ("contiguous", "expanded") else rng.choice(GAPS)
         self.offset = 0 if layout in ("contiguous", "expanded") else rng.choice(GAP_OFFSETS)
-        if layout == "inner" and (rng.random() < 0.7 if aligned is None else aligned):  # as far as the inner size is
-            gap, self.offset = rng.choice([0, 0, inner]), rng.choice([0, 0, 0, 8])
+        if aligned:  # to 16 bytes; whether rows can be taken side by side is then up to the inner size
+            gap, self.offset = -inner % 8 + rng.choice([0, 0, 8]), rng.choice([0, 0, 8])
         if layout == "expanded":  # one row serves all
             self.strides = (0, 1, 1)
         elif layout == "inner":  # (N, C, d): rows are neighbours
@@ -139,6 +141,7 @@ class CrossEntropy(Problem):
             inner = rng.choice([2, 3, 5, 8, 16]) if self.layout in ("inner", "inner last", "apart") else 1
         self.shape = (rows or rng.choice([1, 3, 5] if inner == 1 else [1, 2, 3]), classes, inner)
         self.rows = self.shape[0] * inner
+        self.aligned = self.layout == "inner" and rng.random() < 0.7
         self.place_logits, self.place_target, self.place_grad = (self.place(rng) for _ in range(3))
         self.in_place = self.layout != "expanded" and rng.random() < 0.1  # the gradient replaces the logits
         if self.layout in ("contiguous", "expanded", "padded"):  # what the op layer makes of one tensor
@@ -156,7 +159,7 @@ class CrossEntropy(Problem):
         self.grad_in_forward = self.reduction != "none" and not self.in_place and rng.random() < 0.6
 
     def place(self, rng: random.Random) -> Placement:
-        return Placement(self.layout, self.shape, rng)
+        return Placement(self.layout, self.shape, rng, self.aligned)
 
     # ---- Values
 

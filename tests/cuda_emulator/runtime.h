@@ -72,7 +72,7 @@ struct Block {
 constexpr size_t kStackSize = 64 * 1024;
 constexpr uint32_t kMaxGrid = 1u << 19, kMaxBlock = 1024;  // as far as a Moment counts
 constexpr uint32_t kMaxCluster = 8;
-constexpr size_t kMaxDynamicShared = 32 * 1024;
+constexpr size_t kMaxDynamicShared = 64 * 1024;
 
 struct Launch {
   unsigned grid, block_x, block_y, cluster, shared_bytes;
