@@ -185,6 +185,9 @@ void set_debug(bool enabled) { debug_enabled = enabled; }
 bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight) {
   if (!is_ours(input) || !is_plain(target) || (weight.has_value() && !is_plain(*weight))) return false;
   if (input.dim() == 0 || row_sizes(input).classes == 0) return false;
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (on_cuda(input) && row_sizes(input).classes > cuda::kMaxClasses) return false;
+#endif
   if (weight.has_value() && weight->requires_grad()) return false;  // torch differentiates, or refuses
   if (input.dim() == 1 && target.dim() == 1 && target.numel() == 1 && input.numel() != 1) return false;
   if (has_probabilities(input, target) && at::isFloatingType(target.scalar_type())) {

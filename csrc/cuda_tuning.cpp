@@ -14,7 +14,8 @@ struct Field {
 constexpr Field kFields[] = {
     {"thread_classes", &CudaTuning::thread_classes}, {"warp_bytes", &CudaTuning::warp_bytes},
     {"lane_packs", &CudaTuning::lane_packs},
-    {"least_lanes", &CudaTuning::least_lanes},       {"block_threads", &CudaTuning::block_threads},
+    {"least_lanes", &CudaTuning::least_lanes},
+    {"direct_bytes", &CudaTuning::direct_bytes},       {"block_threads", &CudaTuning::block_threads},
     {"few_threads", &CudaTuning::few_threads},
     {"stream_tiles", &CudaTuning::stream_tiles},     {"waves", &CudaTuning::waves},
     {"split_classes", &CudaTuning::split_classes},   {"weigh_rows", &CudaTuning::weigh_rows},

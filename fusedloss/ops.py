@@ -22,6 +22,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from . import _backend, pointwise_losses
 
+MAX_CUDA_CLASSES = 2**30  # kMaxClasses in csrc/cuda/cross_entropy_cuda.h
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _REDUCTIONS = ("none", "mean", "sum")  # at torch's number for each
 
@@ -77,8 +78,10 @@ def cross_entropy_covers(input: Tensor, target: Tensor, weight: Tensor | None) -
     """
     if not accepts(input, target, *([] if weight is None else [weight])) or input.dim() == 0:
         return False
-    if not torch.compiler.is_compiling() and input.shape[min(1, input.dim() - 1)] == 0:
-        return False
+    if not torch.compiler.is_compiling():
+        classes = input.shape[min(1, input.dim() - 1)]
+        if classes == 0 or (input.is_cuda and classes > MAX_CUDA_CLASSES):
+            return False
     if weight is not None and (weight.requires_grad or weight.dtype != input.dtype or weight.dim() != 1):
         return False
     if input.dim() == target.dim():

@@ -20,6 +20,7 @@ LOADS, STORES = "LDG", "STG"
 KERNELS = {
     "finish*": [],  # a number or two for each row or block, not for each class
     "weigh*": [],
+    "count_rows": [],
     "*columns*": [],  # of one row a thread; of several, see below
     "gather": [],  # one element a row
     "scatter": [STORES],

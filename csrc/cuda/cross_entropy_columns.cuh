@@ -193,10 +193,11 @@ struct ColumnTile {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k, p += step) packs[k] = is_there(k) ? load<kWidth>(p) : Pack<T, kWidth>();
   }
-  __device__ __forceinline__ void keep(const Rows& rows, int number) const {
+  __device__ __forceinline__ void keep(const Rows& rows, int number, int kept_packs) const {
     const Slots slots;
     const int arrays = rows.has_probabilities() ? 2 : 1;
     for_each_pack([&](int k) {
+      if (number * kPacks + k >= kept_packs) return;
       slots[arrays * (number * kPacks + k)] = x[k].as_vector();
       if (rows.has_probabilities()) slots[arrays * (number * kPacks + k) + 1] = t[k].as_vector();
     });
@@ -286,7 +287,7 @@ __device__ __forceinline__ void absorb_columns(RowState<A> (&state)[kWidth], con
   with_or_without_weights<kSpread>(rows.o, [&](auto weighted) {
     for_each_tile<kPacks, false>(rows, 0, [&](const auto& tile, int number) {
       if constexpr (kWidth > 1)
-        if (number * kPacks < kept_packs) tile.keep(rows, number);
+        if (number * kPacks < kept_packs) tile.keep(rows, number, kept_packs);
       absorb_columns_tile<decltype(weighted)::value>(state, rows, tile);
     });
   });

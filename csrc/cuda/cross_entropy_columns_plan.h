@@ -116,8 +116,9 @@ inline RowPlan plan_columns(const CrossEntropyOptions& o, bool with_exchange) {
   if (keeps && !plan.split) {
     const int64_t classes = divide_up(o.classes, plan.blocks * y);  // of a thread
     const int64_t fit = (room() - c.exchange_bytes) / (x * y * kept_bytes);
-    // All, or else whole tiles of them.
-    plan.slots = int(fit >= classes ? classes : fit > 0 ? fit / kColumnPacks<false> * kColumnPacks<false> : 0);
+    // All, or else whole tiles of the second sweep.
+    constexpr int64_t kTile = kColumnPacks<false> / 2;
+    plan.slots = int(fit >= classes ? classes : fit > 0 ? fit / kTile * kTile : 0);
     c.kept_vectors = int(plan.slots * kept_bytes / kPackBytes * x * y);
   }
   const int64_t most = larger(t.max_blocks / plan.blocks, 1);

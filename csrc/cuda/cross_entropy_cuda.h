@@ -6,6 +6,8 @@
 
 namespace fusedloss::cuda {
 
+constexpr int64_t kMaxClasses = int64_t(1) << 30;  // within a row, the kernels count classes in int
+
 // Bytes that options.scratch must have for the forward pass. Everything else in the options is set, but for what
 // options.tuning leaves to the device: this fills it in.
 cudaError_t cross_entropy_scratch_bytes(CrossEntropyOptions& options, int64_t& bytes);

@@ -119,7 +119,9 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
   const int64_t of_thread = divide_up(packs, int64_t(plan.block.x) * plan.blocks);
   const int64_t room = t.kept_bytes / (int64_t(plan.block.x) * plan.block.y * pack_bytes);
   plan.tiles = int(divide_up(of_thread, tile_packs));
-  if (keeps && !plan.split && of_thread <= room) {
+  if (o.classes * bytes_of(o.dtype) <= t.direct_bytes) {
+    plan.depth = 0;  // copies on their way cost more instructions than so short rows have to spare
+  } else if (keeps && !plan.split && of_thread <= room) {
     plan.depth = plan.tiles;
   } else {
     const int64_t most = room / tile_packs;

@@ -79,10 +79,12 @@ __device__ __forceinline__ T ask_for_target_logit(const Row<T, kSpread>& row) {
   return row.y < 0 ? T() : row.logits[row.y * row.o.logits_strides.classes];
 }
 
-// A thread's part of the classes of a row that several threads share.
+// A thread's part of the classes of a row that several threads share. The vectors are those of the logits; where the
+// gradient is aligned otherwise, as that of a slice of a padded vocabulary, only its stores are of single elements.
 template <typename T, bool kSpread>
 __device__ __forceinline__ Share<T> share_of(const Row<T, kSpread>& row, int thread, int threads) {
-  return {split(int(row.o.classes), row.logits, row.probability, row.grad), thread, threads};
+  const auto elements = split(int(row.o.classes), row.logits, row.probability);
+  return {elements, thread, threads, reinterpret_cast<uintptr_t>(row.grad + elements.head) % kPackBytes == 0};
 }
 
 // A thread's own slots in shared memory, each for a pack. Nobody else reads or writes them, so no barrier is needed.
@@ -274,17 +276,28 @@ __device__ __forceinline__ A gradient_of(const RowGradient<A>& of_row, A x, A q)
   return logit_gradient(of_row.exponential(x), of_row.scale, q, of_row.grad_output);
 }
 
+template <typename T, int kWidth, typename A>
+__device__ __forceinline__ void store_gradient(T* p, const A (&values)[kWidth], bool stores_vectors) {
+  if (kWidth == 1 || stores_vectors) {
+    store_values(p, values);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) p[j] = narrow<T>(values[j]);
+  }
+}
+
 // As if none were the target class.
 template <bool kWeighted, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
-                                           const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile) {
+                                           const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile,
+                                           bool stores_vectors) {
   tile.for_each_pack([&](int k) {
     A values[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j)
       values[j] = kSpread ? gradient_of(of_row, A(tile.x[k][j]), tile.template coefficient<kWeighted>(row, k, j))
                           : of_row.exponential(tile.x[k][j]) * of_row.scale_times_grad_output;
-    store_values(row.grad + tile.offset(tile.first[k], row.o.grad_strides), values);
+    store_gradient(row.grad + tile.offset(tile.first[k], row.o.grad_strides), values, stores_vectors);
   });
 }
 
@@ -299,10 +312,12 @@ __device__ __forceinline__ void write_tiles(const Row<T, kSpread>& row, const Ro
     int number = tiles.all - 1;
 #pragma unroll 1
     for (; number >= tiles.whole && number >= first; --number)
-      write_tile<kWeighted>(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number));
+      write_tile<kWeighted>(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number),
+                            share.stores_vectors);
 #pragma unroll 1
     for (; number >= first; --number)
-      write_tile<kWeighted>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number));
+      write_tile<kWeighted>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number),
+                            share.stores_vectors);
   });
 }
 
@@ -339,7 +354,8 @@ __device__ __forceinline__ void write_zeros(const Row<T, kSpread>& row, const Sh
   const Statistic<T> zeros[kWidth] = {};
 #pragma unroll 1
   for (int unit = share.thread; unit < share.template units<kWidth>(); unit += share.step)
-    store_values(row.grad + share.template first<kWidth>(unit) * row.o.grad_strides.classes, zeros);
+    store_gradient(row.grad + share.template first<kWidth>(unit) * row.o.grad_strides.classes, zeros,
+                   share.stores_vectors);
 }
 
 template <typename T, bool kSpread>

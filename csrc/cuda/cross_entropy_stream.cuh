@@ -23,14 +23,14 @@ class Stream {
 
   // The vectors of a row, as many as have to be read.
   struct Source {
-    const T* logits;
-    const T* probability;
-    int vectors;
+    const T* logits = nullptr;
+    const T* probability = nullptr;
+    int vectors = 0;
   };
-  static __device__ __forceinline__ Source source_of(const Row<T, kSpread>& row, bool is_row) {
-    const auto elements = split(int(row.o.classes), row.logits, row.probability, row.grad);
+  static __device__ __forceinline__ Source source_of(const Row<T, kSpread>& row) {
+    const auto elements = split(int(row.o.classes), row.logits, row.probability);
     return {row.logits + elements.head, row.has_probabilities() ? row.probability + elements.head : nullptr,
-            is_row && row.counts() ? elements.vectors : 0};
+            row.counts() ? elements.vectors : 0};
   }
 
   // Starts to copy the first tiles of the first row.
@@ -81,7 +81,8 @@ class Stream {
       const auto write_next = [&](auto is_whole, int number) {
         write_tile<decltype(weighted)::value>(
             row, of_row,
-            Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, place));
+            Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, place),
+            share.stores_vectors);
         copy(next, number);
         advance();
       };

@@ -84,8 +84,9 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
 }
 
 // How many blocks of such a launch the current device holds at once. The runtime is asked once for each kind of launch,
-// and then also told how much shared memory the kernel may ask for: a kernel must be prepared so before it is launched
-// with shared memory.
+// and then also told how much shared memory the kernel may ask for, and that it wants as much of each multiprocessor's
+// memory as it can have: left to itself, the driver gives kernels that ask for less than 48 KB room for fewer blocks. A
+// kernel must be prepared so before it is launched with shared memory.
 template <typename... Parameters>
 cudaError_t resident_blocks(void (*kernel)(Parameters...), const LaunchShape& shape, int64_t& answer) {
   static std::mutex one_at_a_time;
@@ -104,6 +105,8 @@ cudaError_t resident_blocks(void (*kernel)(Parameters...), const LaunchShape& sh
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&now, kernel);
   if (error == cudaSuccess && shape.shared_bytes > now.maxDynamicSharedSizeBytes)  // never less than others have asked
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
+  if (error == cudaSuccess && shape.shared_bytes > 0)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error == cudaSuccess && shape.cluster > 1) {
     const LaunchConfig launch(shape, nullptr);
     error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);
