@@ -187,7 +187,8 @@ struct ColumnTile {
   }
 
   // What is not there is 0, lest registers be held for what was there before.
-  __device__ __forceinline__ void load_all(const T* p, int64_t stride, const Rows& rows, Pack<T, kWidth> (&packs)[kPacks]) {
+  __device__ __forceinline__ void load_all(const T* p, int64_t stride, const Rows& rows,
+                                           Pack<T, kWidth> (&packs)[kPacks]) {
     p += first * stride;
     const int64_t step = stride << rows.shift;
 #pragma unroll
@@ -535,7 +536,8 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
     }
     wait_for_launch_before();  // for total_weight
     A grad_output = wants_gradient ? divided_grad_output(o, 0) : A(0);
-    for_each_merged_row<kWidth>(memory, set, last_shift, [&](int of_block, int place, const RowState<A>& merged, int part) {
+    for_each_merged_row<kWidth>(memory, set, last_shift, [&](int of_block, int place, const RowState<A>& merged,
+                                                             int part) {
       const int64_t number = first * kWidth + of_block, target = next_target;
       next_target = ask_for_target(o, number + (threads >> last_shift));
       if (part != 0 || number >= plan.rows) return;
@@ -559,7 +561,8 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
     if (!wants_gradient) continue;
     __syncthreads();
     if (is_there)
-      write_columns(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread), memory, columns.last_set, plan.kept_packs);
+      write_columns(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread), memory, columns.last_set,
+                    plan.kept_packs);
   }
   if (!plan.split) leave(o, sum);
 }
@@ -577,7 +580,8 @@ __global__ void __launch_bounds__(kBackwardColumnThreads, (kBackwardBlocks<T, kS
   const int rank = int(blockIdx.x & ((1u << columns.blocks_shift) - 1));
   const int threads = int(blockDim.x * blockDim.y);
   A grad_output = divided_grad_output(o, 0);
-  for (int64_t first = int64_t(blockIdx.x >> columns.blocks_shift) * blockDim.x; first < columns.units; first += plan.step) {
+  for (int64_t first = int64_t(blockIdx.x >> columns.blocks_shift) * blockDim.x; first < columns.units;
+       first += plan.step) {
     __syncthreads();  // the rows before have been read
 #pragma unroll 2
     for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < int(blockDim.x) * kWidth; i += threads) {
