@@ -11,7 +11,8 @@ struct Partial {
   bool bad_target;
 };
 
-// One thread of the row: statistics in, loss out. x_y: the target class's logit. AnyRow: Row, or what columns know of one.
+// One thread of the row: statistics in, loss out. x_y: the target class's logit. AnyRow: Row, or what columns know of
+// one.
 template <bool kSpread, typename T, typename AnyRow, typename A>
 __device__ __forceinline__ void finish_row(const AnyRow& row, RowState<A> state, A scale, T x_y, Partial& partial) {
   const Problem<T>& o = row.o;
