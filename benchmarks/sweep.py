@@ -22,15 +22,19 @@ from .timing import Effort
 
 DEFAULTS = "defaults"
 VALUES: dict[str, tuple[int, ...]] = {
-    "block_threads": (128, 256),
+    "block_threads": (128,),
+    "few_threads": (256,),
     "kept_bytes": (49152, 73728),
     "cluster_blocks": (1, 2, 4),
-    "warp_bytes": (2048, 4096, 16384),
-    "least_lanes": (1, 2, 4),
+    "warp_bytes": (4096, 16384),
+    "lane_packs": (4, 16),
+    "least_lanes": (1, 4),
+    "direct_bytes": (0, 2048),
     "thread_classes": (8, 128),
     "max_blocks": (1056, 2112, 65536),
-    "weigh_rows": (1024, 2048),
-    "split_classes": (2048, 32768),
+    "waves": (4,),
+    "weigh_rows": (4096,),
+    "overlap": (0,),
 }
 EFFORT = Effort(min_rounds=7, max_rounds=7, seconds=0, batch_seconds=5e-4)
 BEST = 3

@@ -23,9 +23,9 @@ struct CudaTuning {
   int64_t warp_bytes = 8192;     // up to so many bytes of a row, a warp or a part of one does, if it keeps the row
   int64_t lane_packs = 8;        // of a row for each lane, at most, where there are many rows
   int64_t least_lanes = 2;       // of a warp that take a row, where the row has as many packs
-  int64_t direct_bytes = 1024;   // up to so many bytes of a row, threads read it twice: the second time from the cache
+  int64_t direct_bytes = 1024;   // up to so many bytes, a row is read from memory by each sweep: the second finds it cached
   int64_t block_threads = 256;   // at most, of a block that takes a row of class indices and writes its gradient
-  int64_t few_threads = 128;     // at most, of any other block that takes a row
+  int64_t few_threads = 128;     // at most, of any other block that takes a row; there are never fewer than 128
   int64_t stream_tiles = 3;      // of a thread on their way from memory, where no gradient is wanted
   int64_t split_classes = 8192;  // where rows are few, several blocks share one, with so many classes each at least
   int64_t weigh_rows = 16384;    // of a block that adds up the rows' weights
@@ -35,7 +35,7 @@ struct CudaTuning {
 
   // 0: as the current device has them.
   int64_t multiprocessors = 0;
-  int64_t kept_bytes = 0;      // of shared memory that a block may keep its part of a row in
+  int64_t kept_bytes = 0;      // of shared memory that a block may keep its part of a row in; of columns, up to twice that
   int64_t cluster_blocks = 0;  // at most, in one cluster; 1: there are no clusters
 };
 
@@ -59,7 +59,8 @@ struct CrossEntropyOptions {
 
   // Written by the forward pass, read by the backward pass; all of the statistics' type.
   void* row_max;       // [rows]
-  void* row_scale;     // [rows]  sum(q) / sum(exp(logit - row_max)), q as in formulas/cross_entropy.h
+  void* row_scale;     // [rows]  sum(q) / sum(exp(logit - row_max)), q as in formulas/cross_entropy.h; on CUDA, of the
+                       // exponentials as its kernels compute them (math::Exponential), up to a factor
   void* total_weight;  // [1]     what the mean divides by; null for the other reductions
   void* weight_sum;    // [1]     the sum of weight, before the first launch; null where it is not needed
 

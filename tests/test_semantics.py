@@ -332,6 +332,24 @@ def test_logits_far_apart(height, dtype, layout, device):
             assert loss.flatten()[0] == 0
 
 
+@pytest.mark.parametrize("value", [1.3e9, -1.4e9, 5e9, -1e10, -1e30, -3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_logits_masked_with_a_huge_number(dtype, value, device):
+    """Wholly or in part: a row of one number is uniform, whatever the number."""
+    for classes in (7, 300, 3000):
+        logits = torch.randn(4, classes).to(device, dtype)
+        logits[0] = value
+        logits[1, ::3] = value
+        logits[2, : classes // 2] = value
+        target = torch.tensor([1, 1, classes - 1, 0], device=device)
+        if value > 0:
+            target[1:3] = 0  # a loss of the number's own size would hide the others
+        check(logits, target, reduction="none")
+        if abs(value) < 1e34:  # float32 holds the sum of so many
+            check(logits, target, label_smoothing=0.1, reduction="none")
+        check(logits[:1], target[:1])
+
+
 # ---- nothing to average, nothing at all, one class ----
 
 

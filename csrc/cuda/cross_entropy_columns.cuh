@@ -3,7 +3,7 @@
 // A thread takes kWidth neighbouring rows side by side: one 16-byte load brings one class of all of them. Where
 // alignment does not allow that, kWidth is 1. A block is (threads side by side, threads along the classes); where that
 // does not fill the GPU, or where a block cannot keep its classes in shared memory, several blocks share the same rows,
-// in a cluster or apart (cross_entropy_plan.h decides).
+// in a cluster or apart (cross_entropy_columns_plan.h decides).
 //
 // A block goes from the threads' view to the rows' view and back, by way of shared memory:
 //   1. each thread sweeps its classes, and has the statistics of kWidth rows;

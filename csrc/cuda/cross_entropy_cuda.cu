@@ -3,8 +3,9 @@
 // The threads of a row sweep its classes once. Each keeps the statistics of what it has seen (online softmax, see
 // formulas/cross_entropy.h), a tile of several 16-byte vectors at a time: all loads, then the tile's maximum, one exp a
 // class, one rescaling. The threads merge their statistics, and one of them makes the row's loss of them. In training
-// they sweep once more, and write the gradient. What they read in the first sweep they have kept in shared memory, so
-// that the logits are read from memory once and the gradient is written once, and nothing else is of that size.
+// they sweep once more, and write the gradient. What they read in the first sweep they have kept in shared memory, if
+// there is room: the logits are then read from memory once and the gradient is written once, and nothing else is of that
+// size. cross_entropy_stream.cuh says how a row comes into shared memory.
 //
 // Who shares a row is a matter of its length, and of how many there are (cross_entropy_plan.h decides):
 //   a thread, or several        very few classes, or rows that are neighbours in memory, as in (N, C, d1, …): "columns",
@@ -14,8 +15,9 @@
 //   a cluster of blocks         more than the shared memory of one block keeps
 //   blocks apart                few, long rows: "split"; they meet in scratch memory, and a second kernel goes on
 //
-// Launches: the sum of the weights, if the mean's gradient needs it; the rows; the sum of the blocks' losses. Every sum
-// is taken in a fixed order, and no launch waits for the host.
+// Launches: the sum of the weights, if the mean's gradient needs it, in one or two; the rows, and of split rows their end
+// and their gradient; the sum of the blocks' losses. Every sum is taken in a fixed order, and no launch waits for the
+// host.
 #include "cuda/cross_entropy_cuda.h"
 
 #include "cuda/cross_entropy_columns.cuh"
@@ -89,8 +91,9 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
           g = with_mean(o, A(1));    // nobody has sent a grad_output yet
         }
         if (counts) {
-          write_gradient<false>(row, row_gradient(row, state.max, scale, g), share, x_y,
-                                [&](const RowGradient<A>& of_row) { stream.write_row_vectors(row, of_row, share, next); });
+          write_gradient(row, row_gradient(row, state.max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
+            stream.write_row_vectors(row, of_row, share, next);
+          });
         } else {
           if (is_row) write_row_of_zeros(row, share);
           stream.start(next);
@@ -215,7 +218,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
   for (int64_t i = int64_t(blockIdx.x / plan.blocks) * blockDim.y + threadIdx.y; i < plan.rows; i += plan.step) {
     const Row<T, kSpread> row(o, i);
     const auto share = share_of(row, thread, threads);
-    write_row<false>(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i], share);
+    write_row(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i], share);
   }
 }
 
@@ -254,7 +257,7 @@ cudaError_t launch_columns(const CrossEntropyOptions& o, const RowPlan& plan, bo
     constexpr int kWidth = decltype(width)::value;
     const auto kernel = forward ? forward_columns<T, kSpread, kWidth> : backward_columns<T, kSpread, kWidth>;
     int64_t resident = 0;  // not needed, but so the kernel is prepared for its shared memory
-    const cudaError_t error = resident_blocks(kernel, plan.shape(o, overlaps), resident);
+    const cudaError_t error = resident_blocks(kernel, plan.shape(o, false), resident);
     return error != cudaSuccess ? error : launch(kernel, plan.shape(o, overlaps), stream, Problem<T>(o, plan));
   };
   const auto launch_of = [&](auto width) {

@@ -5,7 +5,6 @@
 
 namespace fusedloss::cuda {
 
-constexpr int kMaxThreads = 512;
 constexpr int kRowThreads = 256;  // of a block that takes rows, at most
 constexpr int kFewestRowThreads = 128;
 constexpr int kRowsOfBlock = 128;  // at most
@@ -73,8 +72,8 @@ inline unsigned grid_size(const CrossEntropyOptions& o, int64_t work_of_a_block,
 
 inline RowPlan plan_columns(const CrossEntropyOptions& o, bool with_exchange);  // cross_entropy_columns_plan.h
 
-// with_exchange: the threads of a row have to merge what they know; without_exchange: its statistics are known, as in
-// the backward pass.
+// with_exchange: the threads of a row have to merge what they know; without, its statistics are known, as in the backward
+// pass.
 inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
   const CudaTuning& t = o.tuning;
   const bool keeps = with_exchange && o.grad_logits != nullptr;

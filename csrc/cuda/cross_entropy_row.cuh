@@ -335,12 +335,11 @@ __device__ __forceinline__ bool has_target(const Row<T, kSpread>& row, const Sha
 // Writes a thread's share of the gradient, of which write_vectors writes the vectors. The target class is put right
 // afterwards: looking out for it in every pack costs more. x_y is its logit, read before, as the gradient may be written
 // over it.
-template <bool kColumns, typename T, bool kSpread, typename A, typename F>
+template <typename T, bool kSpread, typename A, typename F>
 __device__ __forceinline__ void write_gradient(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
                                                const Share<T>& share, T x_y, F write_vectors) {
   const bool mine = has_target(row, share);
-  if (kColumns || share.template units<1>() > 0)
-    write_tiles<1, (kColumns ? kColumnPacks<kSpread> : kTilePacks<kSpread>) / 2>(row, of_row, share);
+  if (share.template units<1>() > 0) write_tiles<1, kTilePacks<kSpread> / 2>(row, of_row, share);
   write_vectors(of_row);
   if (!mine) return;
   const A q = of_row.q_y + (kSpread ? math::product(row.o.smoothing.uniform, row.w_y) : A(0));
@@ -365,20 +364,15 @@ __device__ __forceinline__ void write_row_of_zeros(const Row<T, kSpread>& row, c
 }
 
 // A thread's share of the gradient of any row, from its statistics and the logits in memory.
-template <bool kColumns, typename T, bool kSpread, typename A>
+template <typename T, bool kSpread, typename A>
 __device__ __forceinline__ void write_row(const Row<T, kSpread>& row, A max, A scale, const Share<T>& share) {
-  if (row.counts()) {
-    const A g = with_mean(row.o, grad_output_at<T>(row.o, row.number));
-    // Nobody but the thread that writes it reads it: the gradient may be written over the logits.
-    const T x_y = has_target(row, share) ? row.logits[row.y * row.o.logits_strides.classes] : T();
-    write_gradient<kColumns>(row, row_gradient(row, max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
-      if constexpr (!kColumns) write_tiles<kVector<T>, kTilePacks<kSpread> / 2>(row, of_row, share);
-    });
-  } else if constexpr (kColumns) {
-    write_zeros<1>(row, share);
-  } else {
-    write_row_of_zeros(row, share);
-  }
+  if (!row.counts()) return write_row_of_zeros(row, share);
+  const A g = with_mean(row.o, grad_output_at<T>(row.o, row.number));
+  // Nobody but the thread that writes it reads it: the gradient may be written over the logits.
+  const T x_y = has_target(row, share) ? row.logits[row.y * row.o.logits_strides.classes] : T();
+  write_gradient(row, row_gradient(row, max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
+    write_tiles<kVector<T>, kTilePacks<kSpread> / 2>(row, of_row, share);
+  });
 }
 
 }  // namespace fusedloss::cuda

@@ -6,6 +6,7 @@
 // In training the slots hold a whole row, if there is room: the first sweep reads them and, after the statistics are
 // merged, the second sweep reads them again, writes the gradient of a tile, and starts the copy of the next row's tile
 // into the same slots. Without a gradient, the first sweep itself starts the next copy into the slots that it has read.
+// Of short rows, and of those beyond the slots, both sweeps read memory.
 #pragma once
 
 #include "cuda/cross_entropy_row.cuh"
@@ -49,7 +50,7 @@ class Stream {
     const int whole = TileCount::of<kVector<T>, kPacks>(share).whole;
     with_or_without_weights<kSpread>(row.o, [&](auto weighted) {
       const auto absorb_next = [&](auto is_whole, int number) {
-        __pipeline_wait_prior(size_t(keeps ? depth - 1 - number : depth - 1));
+        wait_for_copies(keeps ? depth - 1 - number : depth - 1);
         if (counts)
           absorb_tile<decltype(weighted)::value>(
               state, row,
@@ -99,6 +100,15 @@ class Stream {
   const int thread, threads;
   const Slots slots;
   int place = 0;  // the first pack of the tile whose turn it is
+
+  // Waits for this thread's copies, but for the last `groups` groups of them. The toolkit's function alone does not keep
+  // the compiler from moving reads to before it.
+  static __device__ __forceinline__ void wait_for_copies(int groups) {
+    __pipeline_wait_prior(size_t(groups));
+#if FUSEDLOSS_CUDA_ARCH
+    asm volatile("" ::: "memory");
+#endif
+  }
 
   __device__ __forceinline__ void advance() {
     place += kPacks;

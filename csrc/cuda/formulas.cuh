@@ -49,8 +49,11 @@ FUSEDLOSS_INLINE A sum(A a, A b) {
 //
 // In float32 it is 2^(x * factor - offset), one multiply-add and one exponential. `offset` is reference * factor,
 // rounded, and so each result is off by the same factor 2^residue, which cancels where results are divided by their sum;
-// `log` of a sum takes it away. References so large that their product would overflow have 1 as their factor: there,
-// logits that differ from the reference at all differ so much that the exponential is 0.
+// `log` of a sum takes it away. The residue is at most half a unit in the offset's last place, which must not be so large
+// that 2^residue overflows. From kLargest on, the factor is 1 and the offset exact: neighbouring float32 numbers are 128
+// apart there, so that logits which differ from the reference at all have an exponential of 0.
+constexpr float kLargest = 0x1.4p30f;  // below it, the offset is below 2^31, and the residue at most 64
+
 template <typename A>
 struct Exponential {
   A reference;
@@ -65,7 +68,7 @@ struct Exponential<float> {
   float factor, offset;
 
   explicit FUSEDLOSS_INLINE Exponential(float reference)
-      : factor(::fabsf(reference) < 0x1p120f ? 1.4426950408889634f : 1.0f), offset(product(reference, factor)) {}
+      : factor(::fabsf(reference) < kLargest ? 1.4426950408889634f : 1.0f), offset(product(reference, factor)) {}
   FUSEDLOSS_INLINE float operator()(float x) const { return exp2(::fmaf(x, factor, -offset)); }
   // The natural logarithm of the sum of exp(x - reference), from a sum of results. `reference` as constructed with.
   FUSEDLOSS_INLINE float log(float sum, float reference) const {
@@ -73,9 +76,11 @@ struct Exponential<float> {
   }
 };
 
-// What moves a sum of Exponential(from)'s results to those of Exponential(to).
+// What a sum of Exponential(from)'s results is multiplied by to be one of Exponential(to)'s; from <= to. Where one of
+// them is so large that their factors differ, they lie so far apart that it is 0.
 FUSEDLOSS_INLINE float rescaling(float from, float to) {
-  return exp2(Exponential<float>(from).offset - Exponential<float>(to).offset);
+  const Exponential<float> a(from), b(to);
+  return a.factor == b.factor ? exp2(a.offset - b.offset) : 0.0f;
 }
 FUSEDLOSS_INLINE double rescaling(double from, double to) { return ::exp(from - to); }
 

@@ -1,5 +1,5 @@
 // How a kernel is launched and chosen, and what the device has. tests/cuda_emulator, which executes kernels on a CPU,
-// defines FUSEDLOSS_LAUNCH for itself; no kernel knows of it.
+// defines FUSEDLOSS_LAUNCH and FUSEDLOSS_PREPARE for itself; no kernel knows of it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -37,9 +37,11 @@ struct LaunchShape {
 };
 
 // Programmatic dependent launch. The blocks of a kernel that is launched with `overlaps` may start as soon as all blocks
-// of the launch before have called let_next_launch_start, or have ended. Such a kernel calls wait_for_launch_before
-// before it touches memory that an earlier launch reads or writes; there it waits until that launch has ended and what
-// it wrote can be read. Each kernel of a chain waits, so an earlier launch's end means that all before have ended, too.
+// of the launch before have called let_next_launch_start, or have ended. In wait_for_launch_before a kernel waits until
+// that launch has ended and what it wrote can be read. Each block of each such kernel calls it, so that an earlier
+// launch's end means that all before it have ended, too. Before, a kernel may only touch what the launch before neither
+// writes nor reads; what launches before that one wrote can be read, if that one itself has been launched without
+// `overlaps`: so rows read logits and targets while their weights are summed.
 __device__ __forceinline__ void let_next_launch_start() {
 #if FUSEDLOSS_CUDA_ARCH >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -54,7 +56,7 @@ __device__ __forceinline__ void wait_for_launch_before() {
 #ifndef FUSEDLOSS_LAUNCH
 // A launch's configuration for the CUDA runtime.
 struct LaunchConfig {
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
 
   LaunchConfig(const LaunchShape& shape, cudaStream_t stream) {
@@ -73,6 +75,15 @@ struct LaunchConfig {
       overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       overlap.val.programmaticStreamSerializationAllowed = 1;
     }
+#if CUDART_VERSION >= 13000
+    // As much of a multiprocessor's memory as can be: left to itself, the driver may leave room for fewer blocks than
+    // registers allow. What needs little is better off with a large first-level cache.
+    if (shape.shared_bytes > 8 * 1024) {
+      cudaLaunchAttribute& carveout = attributes[config.numAttrs++];
+      carveout.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+      carveout.val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+    }
+#endif
   }
 };
 
@@ -84,9 +95,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
 }
 
 // How many blocks of such a launch the current device holds at once. The runtime is asked once for each kind of launch,
-// and then also told how much shared memory the kernel may ask for, and that it wants as much of each multiprocessor's
-// memory as it can have: left to itself, the driver gives kernels that ask for less than 48 KB room for fewer blocks. A
-// kernel must be prepared so before it is launched with shared memory.
+// and then also told how much shared memory the kernel may ask for: it must be, before the kernel is launched with more
+// than 48 KB.
 template <typename... Parameters>
 cudaError_t resident_blocks(void (*kernel)(Parameters...), const LaunchShape& shape, int64_t& answer) {
   static std::mutex one_at_a_time;
@@ -105,8 +115,6 @@ cudaError_t resident_blocks(void (*kernel)(Parameters...), const LaunchShape& sh
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&now, kernel);
   if (error == cudaSuccess && shape.shared_bytes > now.maxDynamicSharedSizeBytes)  // never less than others have asked
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
-  if (error == cudaSuccess && shape.shared_bytes > 0)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error == cudaSuccess && shape.cluster > 1) {
     const LaunchConfig launch(shape, nullptr);
     error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);
@@ -128,7 +136,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
 }
 
 template <typename... Parameters>
-cudaError_t resident_blocks(void (*)(Parameters...), const LaunchShape& shape, int64_t& answer) {
+cudaError_t resident_blocks(void (*kernel)(Parameters...), const LaunchShape& shape, int64_t& answer) {
+  FUSEDLOSS_PREPARE(kernel, shape);
   answer = 2 * shape.cluster;  // few, so that small problems have blocks with several rows
   return cudaSuccess;
 }
@@ -143,10 +152,10 @@ inline cudaError_t ask_device(int device, const void* kernel, CudaTuning& answer
     return int64_t(value);
   };
   answer.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
-  // Room for two blocks, so that one loads while the other stores; 6 KB of each are the system's and the kernel's own.
+  // Room for two blocks, so that one loads while the other stores; 7 KB of each are the system's and the kernel's own.
   const int64_t half = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2;
   const int64_t most = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  answer.kept_bytes = (half < most ? half : most) - 6 * 1024;
+  answer.kept_bytes = (half < most ? half : most) - 7 * 1024;
   // The driver may have compiled the kernels from PTX for an older GPU, without the code for clusters and overlap.
   cudaFuncAttributes compiled = {};
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, kernel);
@@ -174,6 +183,10 @@ inline cudaError_t complete(CudaTuning& tuning, const void* kernel) {
   if (tuning.kept_bytes == 0) tuning.kept_bytes = answer->second.kept_bytes;
   if (tuning.cluster_blocks == 0) tuning.cluster_blocks = answer->second.cluster_blocks;
   tuning.overlap = tuning.overlap != 0 && answer->second.overlap != 0;
+  // What kernels were compiled for.
+  tuning.cluster_blocks = smaller(tuning.cluster_blocks, 8);
+  tuning.block_threads = smaller(tuning.block_threads, 256);
+  tuning.few_threads = smaller(tuning.few_threads, 256);
   return cudaSuccess;
 }
 

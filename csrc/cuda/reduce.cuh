@@ -205,7 +205,7 @@ __device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, i
   }
   for (unsigned done = 0; done == 0;)
     asm volatile(
-        "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+        "{\n .reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(arrived), "r"(unsigned(turn / 2 % 2))
         : "memory");

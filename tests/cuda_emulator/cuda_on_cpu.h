@@ -72,8 +72,9 @@ void emulator_commit_copies();
 // The oldest copy that has not been done, unless it belongs to the last `groups` groups.
 bool emulator_next_copy(size_t groups, void** to, const void** from);
 void emulator_before_atomic(void* p, int size);
-cudaError_t emulator_launch(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, void (*thread)(void*),
-                            void* arguments, size_t size);
+void emulator_prepare(const void* kernel, size_t shared_bytes);  // from now on it may be launched with so many
+cudaError_t emulator_launch(const void* kernel, dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
+                            void (*thread)(void*), void* arguments, size_t size);
 }
 
 // ---- Launch
@@ -90,8 +91,11 @@ EMULATOR_UNCHECKED cudaError_t launch_on_cpu(void (*kernel)(Parameters...), dim3
     const Call* call = static_cast<Call*>(p);
     std::apply(call->kernel, call->arguments);
   };
-  return emulator_launch(grid, block, cluster, shared_bytes, thread, &call, sizeof call);
+  return emulator_launch(reinterpret_cast<const void*>(kernel), grid, block, cluster, shared_bytes, thread, &call,
+                         sizeof call);
 }
+#define FUSEDLOSS_PREPARE(kernel, shape) \
+  emulator_prepare(reinterpret_cast<const void*>(kernel), size_t((shape).shared_bytes))
 #define FUSEDLOSS_LAUNCH(kernel, shape, ...) \
   launch_on_cpu(kernel, (shape).grid, (shape).block, unsigned((shape).cluster), size_t((shape).shared_bytes), __VA_ARGS__)
 

@@ -46,8 +46,20 @@ LISTED = [
     (
         "a copy that is not waited for",
         "cross_entropy_stream.cuh",
-        "__pipeline_wait_prior(@size_t(keeps ? depth - 1 - number : depth - 1)@)",
+        "wait_for_copies(@keeps ? depth - 1 - number : depth - 1@)",
         "depth",
+    ),
+    (
+        "rows not prepared for their shared memory",
+        "cross_entropy_cuda.cu",
+        "resident_blocks(rows_kernel<T>(o), @plan.shape(o, false)@, most)",
+        "LaunchShape{}",
+    ),
+    (
+        "columns not prepared for their shared memory",
+        "cross_entropy_cuda.cu",
+        "resident_blocks(kernel, @plan.shape(o, false)@, resident)",
+        "LaunchShape{}",
     ),
     ("a copy past a row's end", "cross_entropy_stream.cuh", "if (@unit >= source.vectors@) continue", "false"),
     ("a copy to the tile before", "cross_entropy_stream.cuh", "&slots[step * (@place + k@)], source.logits", "k"),

@@ -339,9 +339,18 @@ extern "C" uint64_t emulator_warp_op(WarpOp op, unsigned mask, uint64_t value, i
   return t.result;
 }
 
-extern "C" cudaError_t emulator_launch(dim3 grid, dim3 block, unsigned cluster_size, size_t shared_bytes,
-                                       void (*thread)(void*), void* arguments, size_t size) {
+// Since the last reset. A GPU gives a kernel 48 KB without being asked; here problems are small.
+std::map<const void*, size_t> prepared;
+constexpr size_t kUnasked = 256;
+
+extern "C" void emulator_prepare(const void* kernel, size_t shared_bytes) {
+  prepared[kernel] = std::max(prepared[kernel], shared_bytes);
+}
+
+extern "C" cudaError_t emulator_launch(const void* kernel, dim3 grid, dim3 block, unsigned cluster_size,
+                                       size_t shared_bytes, void (*thread)(void*), void* arguments, size_t size) {
   if (!launchable(grid, block, cluster_size, shared_bytes)) return last_error = cudaErrorInvalidConfiguration;
+  if (shared_bytes > kUnasked && shared_bytes > prepared[kernel]) return last_error = cudaErrorInvalidValue;
   emulator_grid_dim = grid;
   emulator_block_dim = block;
   kernel_thread = thread;
@@ -368,6 +377,7 @@ extern "C" cudaError_t emulator_launch(dim3 grid, dim3 block, unsigned cluster_s
 EMULATOR_EXPORT void emulator_schedule(unsigned with_seed, unsigned with_preempt_every) {
   launches.clear();
   last_error = cudaSuccess;
+  prepared.clear();
   seed = with_seed;
   preempt_every = with_preempt_every;
 }
