@@ -324,8 +324,8 @@ def test_gradient_of_expanded_grad_output(layout, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_autocast_gives_float32(dtype, device):
-    """But for float64, which autocast leaves alone. On CUDA torch rounds the log-probabilities to the input's dtype before
-    it adds them up in float32: there its dtypes are asked for, and the values of a loss of float32 logits."""
+    """But for float64, which autocast leaves alone. On CUDA torch rounds log-probabilities to the input's dtype before
+    it adds them up in float32, so the values are compared with those of a loss of float32 logits."""
     input = random_logits((8, 12), dtype, device).requires_grad_()
     target = random_indices((8, 12), device)
     for weight in (None, torch.rand(12, device=device, dtype=torch.promote_types(dtype, torch.float32))):

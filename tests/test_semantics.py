@@ -46,8 +46,7 @@ def indices_of(shape: tuple[int, ...], ignore_index: int, device: str) -> Tensor
 
 
 def as_float64(tensor: Tensor | None) -> Tensor | None:
-    """On the CPU, where torch's loss of one row without a weight has the same mean as that of several: NaN. On CUDA torch
-    gives 0 for the former."""
+    """On the CPU: there torch's mean over one row, if nothing of it counts, is NaN as over several; on CUDA it is 0."""
     if tensor is None:
         return None
     return tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu()
