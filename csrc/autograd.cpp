@@ -103,22 +103,23 @@ NLLLossResult run_nll_loss_forward(const at::Tensor& input, const at::Tensor& ta
 //
 // On CUDA nobody waits to see the value: there the kernels look at it.
 
-// Whether the last grad_output was 1. What it decides is time and never a result.
-std::atomic<bool> grad_output_was_one_on_cpu = true;
+// Whether an op's last grad_output was 1. What it decides is time and never a result.
+std::atomic<bool> grad_output_was_one_on_cpu[kHandOvers] = {true, true};
 
-bool grad_output_was_one(const at::Tensor& input) {
+bool grad_output_was_one(HandOver op, const at::Tensor& input) {
 #ifdef FUSEDLOSS_WITH_CUDA
   if (on_cuda(input)) {
-    const volatile int32_t* const flag = grad_output_was_one_on_cuda(input);
+    const volatile int32_t* const flag = grad_output_was_one_on_cuda(op, input);
     return flag != nullptr && *flag != 0;
   }
 #endif
-  return grad_output_was_one_on_cpu;
+  return grad_output_was_one_on_cpu[int(op)];
 }
 
-bool grad_in_forward(const at::Tensor& input, int64_t reduction) {
+bool grad_in_forward(HandOver op, const at::Tensor& input, int64_t reduction) {
   // Saved-tensor hooks say that memory is short, or that this forward pass will be run again.
-  return reduction != 0 && grad_output_was_one(input) && at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+  return reduction != 0 && grad_output_was_one(op, input) &&
+         at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
 }
 
 bool is_one(const at::Tensor& value) {
@@ -149,7 +150,7 @@ struct GradsOfForward {
   variable_list grads;
   bool are_asked_for = false;  // as they are
 
-  GradsOfForward(AutogradContext* ctx, const at::Tensor& grad_output, size_t count) : grads(count) {
+  GradsOfForward(HandOver op, AutogradContext* ctx, const at::Tensor& grad_output, size_t count) : grads(count) {
     bool any = false;
     for (size_t i = 0; i < count; ++i) {
       const auto found = ctx->saved_data.find(kGradsOfForward[i]);
@@ -160,7 +161,7 @@ struct GradsOfForward {
     }
     if (on_cuda(grad_output) || grad_output.dim() != 0) return;
     const bool one = is_one(grad_output);
-    grad_output_was_one_on_cpu = one;
+    grad_output_was_one_on_cpu[int(op)] = one;
     are_asked_for = one && any;
   }
 };
@@ -192,7 +193,7 @@ class CrossEntropy : public Function<CrossEntropy> {
                             const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                             double label_smoothing, bool inplace_backward) {
     if (inplace_backward) check_overwritable(input);
-    const bool with_grad = !inplace_backward && grad_in_forward(input, reduction);
+    const bool with_grad = !inplace_backward && grad_in_forward(HandOver::kCrossEntropy, input, reduction);
     const auto [loss, statistics, grad] =
         run_cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, with_grad);
     keep_grads_of_forward(ctx, grad);
@@ -233,7 +234,7 @@ class CrossEntropy : public Function<CrossEntropy> {
                                    const at::Tensor&, int64_t, int64_t, double);
       grad = call_registered_op<Signature>("fusedloss::cross_entropy_backward", grad_output, input, target, weight,
                                            statistics, reduction, ignore_index, label_smoothing);
-    } else if (const GradsOfForward left(ctx, grad_output, 1); left.are_asked_for) {
+    } else if (const GradsOfForward left(HandOver::kCrossEntropy, ctx, grad_output, 1); left.are_asked_for) {
       grad = left.grads[0];
     } else {
       RECORD_FUNCTION("fusedloss::cross_entropy_backward", Inputs());
@@ -258,7 +259,7 @@ class Pointwise : public Function<Pointwise> {
                             c10::ArrayRef<double> parameters, int64_t reduction, std::optional<int64_t> divisor) {
     const PointwiseCall call = {pointwise_loss(loss), operands, parameters, reduction, divisor};
     unsigned with_grads = 0;
-    if (grad_in_forward(operands[0], reduction))
+    if (grad_in_forward(HandOver::kPointwise, operands[0], reduction))
       for (size_t k = 0; k < operands.size(); ++k) with_grads |= unsigned(operands[k].requires_grad()) << k;
     auto [value, grads] = run_pointwise_forward(call, with_grads);
     keep_grads_of_forward(ctx, grads);
@@ -291,7 +292,7 @@ class Pointwise : public Function<Pointwise> {
     } else if (!is_plain(grad_output)) {
       drop_grads_of_forward(ctx);
       grads = backward_by_registered_op(grad_output, call, wanted);
-    } else if (GradsOfForward left(ctx, grad_output, operands.size()); left.are_asked_for) {
+    } else if (GradsOfForward left(HandOver::kPointwise, ctx, grad_output, operands.size()); left.are_asked_for) {
       grads = left.grads;
     } else {
       RECORD_FUNCTION("fusedloss::" + call.loss.name + "_backward", Inputs());

@@ -247,7 +247,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
 #ifdef FUSEDLOSS_WITH_CUDA
   if (on_cuda(input) && !per_row) {
     o.grad_ready = ready.defined() && gradient.written.is_same(ready);
-    o.grad_output_was_one = grad_output_was_one_on_cuda(input);
+    o.grad_output_was_one = grad_output_was_one_on_cuda(HandOver::kCrossEntropy, input);
   }
 #endif
   run_backward(call);

@@ -1,4 +1,4 @@
-// The tuning that the next calls pass to the CUDA kernels: the defaults of options.h, unless a measurement has changed them.
+// The tuning that the next calls pass to the CUDA kernels: the defaults of options.h, unless someone has changed them.
 #pragma once
 
 #include <cstdint>

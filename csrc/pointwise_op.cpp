@@ -172,7 +172,7 @@ std::vector<at::Tensor> pointwise_backward(const at::Tensor& grad_output, const 
   if (on_cuda(input)) {
     if (!per_element) {
       o.grad_ready = gradients.are_ready;
-      o.grad_output_was_one = grad_output_was_one_on_cuda(input);
+      o.grad_output_was_one = grad_output_was_one_on_cuda(HandOver::kPointwise, input);
     }
     run_on_cuda(call.op, input, [&](cudaStream_t stream) { return call.loss.on_cuda->backward(o, stream); });
     return std::move(gradients.of);

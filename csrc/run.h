@@ -62,7 +62,7 @@ void run_on_cuda(const char* op, const at::Tensor&, Launch launch) {
   TORCH_CHECK(error == cudaSuccess, op, ": error ", int(error), " of the emulated CUDA");
 }
 
-inline int32_t* allocate_host_flag(const at::Tensor&) { return new int32_t; }
+inline int32_t* allocate_host_flags(const at::Tensor&, int count) { return new int32_t[size_t(count)]; }
 
 #elif defined(FUSEDLOSS_WITH_CUDA)
 
@@ -76,26 +76,32 @@ void run_on_cuda(const char* op, const at::Tensor& tensor, Launch launch) {
 }
 
 // In memory that every device can write to; null if there is none. Asked of the tensor's device: it is in use already.
-inline int32_t* allocate_host_flag(const at::Tensor& tensor) {
+inline int32_t* allocate_host_flags(const at::Tensor& tensor, int count) {
   const c10::cuda::CUDAGuard guard(tensor.device());
   const c10::cuda::CUDAStreamCaptureModeGuard allow(cudaStreamCaptureModeRelaxed);  // a graph may be captured just now
-  void* flag = nullptr;
-  const cudaError_t error = cudaHostAlloc(&flag, sizeof(int32_t), cudaHostAllocPortable | cudaHostAllocMapped);
+  void* flags = nullptr;
+  const size_t bytes = size_t(count) * sizeof(int32_t);
+  const cudaError_t error = cudaHostAlloc(&flags, bytes, cudaHostAllocPortable | cudaHostAllocMapped);
   if (error != cudaSuccess) cudaGetLastError();
-  return error == cudaSuccess ? static_cast<int32_t*>(flag) : nullptr;
+  return error == cudaSuccess ? static_cast<int32_t*>(flags) : nullptr;
 }
 
 #endif
 
+// The ops whose forward pass may compute the gradient. Each remembers its own last grad_output: in a sum of losses
+// with weights, one of them may always be sent 1, and another never.
+enum class HandOver { kCrossEntropy, kPointwise };
+constexpr int kHandOvers = 2;
+
 #if defined(FUSEDLOSS_WITH_CUDA)
-// Where the backward pass on a device tells whether the last grad_output was 1, without the host waiting for it.
-inline int32_t* grad_output_was_one_on_cuda(const at::Tensor& tensor) {
-  static int32_t* const flag = [&] {
-    int32_t* const fresh = allocate_host_flag(tensor);
-    if (fresh != nullptr) *fresh = 1;
+// Where an op's backward pass on a device tells whether the last grad_output was 1, without the host waiting for it.
+inline int32_t* grad_output_was_one_on_cuda(HandOver op, const at::Tensor& tensor) {
+  static int32_t* const flags = [&] {
+    int32_t* const fresh = allocate_host_flags(tensor, kHandOvers);
+    for (int i = 0; fresh != nullptr && i < kHandOvers; ++i) fresh[i] = 1;
     return fresh;
   }();
-  return flag;
+  return flags != nullptr ? flags + int(op) : nullptr;
 }
 #endif
 

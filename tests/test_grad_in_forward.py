@@ -19,6 +19,7 @@ SHAPES = [(7, 10), (40, 600), (3, 5000), (2, 140_000), (2, 6, 300), (4, 3, 5, 6)
 def send_back_one(device: str) -> None:
     logits = torch.zeros(1, 2, device=device, requires_grad=True)
     fused.cross_entropy(logits, torch.tensor([0], device=device)).backward()
+    fused.mse_loss(logits, torch.ones(1, 2, device=device)).backward()
     if device == "cuda":
         torch.cuda.synchronize()  # the kernel tells the host
 
@@ -168,6 +169,20 @@ def test_overwritten_logits_are_noticed():
     logits.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_each_op_remembers_by_itself_what_was_sent_back():
+    target, other = torch.randint(0, 5, (4,)), torch.randn(4, 5)
+
+    def step() -> None:
+        x = torch.randn(4, 5, requires_grad=True)
+        (fused.cross_entropy(x, target) + 0.5 * fused.mse_loss(x, other)).backward()
+
+    step()  # from now on 1 is expected for the one, and something else for the other
+    for _ in range(2):
+        seen = events(step)
+        assert WITH_GRAD.format("cross_entropy") in seen and BACKWARD.format("cross_entropy") not in seen
+        assert WITH_GRAD.format("mse_loss") not in seen and BACKWARD.format("mse_loss") in seen
 
 
 def test_several_losses_of_one_graph():

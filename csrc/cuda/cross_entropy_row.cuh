@@ -51,7 +51,8 @@ struct Row {
   const int y;                 // the target class; -1 for probabilities, and where there is none
   const A w_y;                 // its weight
 
-  __device__ __forceinline__ Row(const Problem<T>& problem, int64_t row) : Row(problem, row, problem.class_of(problem.target_at(row))) {}
+  __device__ __forceinline__ Row(const Problem<T>& problem, int64_t row)
+      : Row(problem, row, problem.class_of(problem.target_at(row))) {}
   __device__ __forceinline__ Row(const Problem<T>& problem, int64_t row, int target)
       : o(problem),
         number(row),
