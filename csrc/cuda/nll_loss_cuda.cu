@@ -36,10 +36,11 @@ struct Problem : NLLLossOptions {
   }
 };
 
+// One block is enough for ptxas, which else spills a register on sm_100 to make room for a few more.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) gather(const Problem<T> o) {
+__global__ void __launch_bounds__(kThreads, 1) gather(const Problem<T> o) {
   const int64_t rows = o.outer * o.inner, step = int64_t(gridDim.x) * blockDim.x;
-  LossSum sum = {};
+  double loss_sum = 0, weight_sum = 0;
   let_next_launch_start();
   bool bad_target = false;
   for (int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; first < rows; first += kRowsAtOnce * step) {
@@ -65,8 +66,8 @@ __global__ void __launch_bounds__(kThreads) gather(const Problem<T> o) {
       if (y[k] >= 0) {
         const double w = o.weight_of(y[k]);
         loss[0] = nll_loss_value(double(widen(x[k])), w);
-        sum.loss += loss[0];
-        sum.weight += w;
+        loss_sum += loss[0];
+        weight_sum += w;
       } else if (o.target[row] != o.ignore_index) {
         bad_target = true;
       }
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) gather(const Problem<T> o) {
   }
   assert(!bad_target && "nll_loss: a target is neither a class index nor ignore_index");
   if (o.reduction == Reduction::kNone) return;
-  sum = block_sum(sum);
+  const LossSum sum = block_sum(LossSum{loss_sum, weight_sum});
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1) o.conclude(sum);
   else static_cast<LossSum*>(o.scratch)[blockIdx.x] = sum;
