@@ -59,8 +59,7 @@ struct CrossEntropyOptions {
 
   // Written by the forward pass, read by the backward pass; all of the statistics' type.
   void* row_max;       // [rows]
-  void* row_scale;     // [rows]  sum(q) / sum(exp(logit - row_max)), q as in formulas/cross_entropy.h; on CUDA, of the
-                       // exponentials as its kernels compute them (math::Exponential), up to a factor
+  void* row_scale;     // [rows]  sum(q) / sum(exp(logit - row_max)), q as in formulas/cross_entropy.h
   void* total_weight;  // [1]     what the mean divides by; null for the other reductions
   void* weight_sum;    // [1]     the sum of weight, before the first launch; null where it is not needed
 

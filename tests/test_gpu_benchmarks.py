@@ -679,7 +679,7 @@ def test_the_readme_names_every_step() -> None:
 
 
 def test_make_gpu_runs_the_script() -> None:
-    arguments = ["make", "-n", "gpu", "STEPS=second test", "OUT=folder", "PYTHON=python9"]
+    arguments = ["make", "--no-print-directory", "-n", "gpu", "STEPS=second test", "OUT=folder", "PYTHON=python9"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "PYTHON=python9 bash benchmarks/gpu.sh folder second test\n"
 

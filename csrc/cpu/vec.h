@@ -463,9 +463,4 @@ FUSEDLOSS_INLINE DoubleV log(DoubleV x) {
   return x;
 }
 
-template <typename V>
-FUSEDLOSS_INLINE V rescaling(V from, V to) {
-  return exp(from - to);
-}
-
 }  // namespace math

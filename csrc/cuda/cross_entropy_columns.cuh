@@ -270,7 +270,7 @@ __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth]
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const A reference = shift(state[i].max);
-      state[i].sum += math::Exponential<A>(reference)(tile.x[k][i]);
+      state[i].sum += math::exp(tile.x[k][i] - reference);
       if constexpr (kSpread) {
         const A q = tile.coefficient(rows, k, i, w);
         state[i].dot += q * (tile.x[k][i] - reference);
@@ -400,7 +400,7 @@ __device__ __forceinline__ void prepare_gradient(const ColumnMemory<T, kSpread>&
   if (row.y < 0 || !here) return;
   const A q_y = math::product(row.o.smoothing.kept, row.w_y);
   const A q = q_y + (kSpread ? math::product(row.o.smoothing.uniform, row.w_y) : A(0));
-  memory.of_target[place] = narrow<T>(logit_gradient(math::Exponential<A>(max)(A(widen(x_y))), scale, q, grad_output));
+  memory.of_target[place] = narrow<T>(logit_gradient(math::exp(A(widen(x_y)) - max), scale, q, grad_output));
 }
 
 // ---- 4. The gradient
@@ -454,7 +454,7 @@ __device__ __forceinline__ void write_columns(const Columns<T, kSpread, kWidth>&
         A values[kWidth];
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          const A e = math::Exponential<A>(max[i])(tile.x[k][i]);
+          const A e = math::exp(tile.x[k][i] - max[i]);
           if constexpr (kSpread)
             values[i] = logit_gradient(e, factor[i], tile.coefficient(rows, k, i, w), grad_output[i]);
           else values[i] = e * factor[i];

@@ -18,7 +18,7 @@ __device__ __forceinline__ void finish_row(const AnyRow& row, RowState<A> state,
   const Problem<T>& o = row.o;
   A loss[1] = {0};
   if (row.counts()) {
-    const A logsum = math::Exponential<A>(shift(state.max)).log(state.sum, shift(state.max));
+    const A logsum = math::log(state.sum);
     if (kSpread && row.y >= 0) state.mass = index_mass(A(0), o.sum_of_weights(), o.smoothing);  // not rounded C times
     if (kSpread) loss[0] = expected_negative_log_likelihood(state, logsum);
     if (row.y >= 0) loss[0] += o.smoothing.kept * row.w_y * negative_log_likelihood(widen(x_y), state.max, logsum);

@@ -203,12 +203,11 @@ __device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kSp
   tile.for_each_pack([&](int k) { max = math::max(max, tile.x[k].max()); });
   state = rescale(state, max);
   const A reference = shift(max);
-  const math::Exponential<A> exponential(reference);
   tile.for_each_pack([&](int k) {
     A e[kWidth], dot[kWidth], mass[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      e[j] = exponential(tile.x[k][j]);
+      e[j] = math::exp(tile.x[k][j] - reference);
       mass[j] = tile.template coefficient<kWeighted>(row, k, j);
       dot[j] = mass[j] * (tile.x[k][j] - reference);
     }
@@ -243,8 +242,7 @@ __device__ __forceinline__ void absorb(RowState<A>& state, const Row<T, kSpread>
 
 template <typename A>
 struct RowGradient {
-  math::Exponential<A> exponential;  // from the row's maximum
-  A scale, grad_output;
+  A max, scale, grad_output;
   A q_y;  // what q has at a target class above the others: kept * w_y
   A scale_times_grad_output;
 };
@@ -268,13 +266,13 @@ __device__ __forceinline__ A with_mean(const Problem<T>& o, A grad_output) {
 template <typename T, bool kSpread, typename A>
 __device__ __forceinline__ RowGradient<A> row_gradient(const Row<T, kSpread>& row, A max, A scale, A g) {
   const Problem<T>& o = row.o;
-  return {math::Exponential<A>(max), scale, g, math::product(o.smoothing.kept, row.w_y), scale * g};
+  return {max, scale, g, math::product(o.smoothing.kept, row.w_y), scale * g};
 }
 
 // Grad_output times d loss/dx_c for a class of logit x.
 template <typename A>
 __device__ __forceinline__ A gradient_of(const RowGradient<A>& of_row, A x, A q) {
-  return logit_gradient(of_row.exponential(x), of_row.scale, q, of_row.grad_output);
+  return logit_gradient(math::exp(x - of_row.max), of_row.scale, q, of_row.grad_output);
 }
 
 template <typename T, int kWidth, typename A>
@@ -297,7 +295,7 @@ __device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const Row
 #pragma unroll
     for (int j = 0; j < kWidth; ++j)
       values[j] = kSpread ? gradient_of(of_row, A(tile.x[k][j]), tile.template coefficient<kWeighted>(row, k, j))
-                          : of_row.exponential(tile.x[k][j]) * of_row.scale_times_grad_output;
+                          : math::exp(tile.x[k][j] - of_row.max) * of_row.scale_times_grad_output;
     store_gradient(row.grad + tile.offset(tile.first[k], row.o.grad_strides), values, stores_vectors);
   });
 }

@@ -12,9 +12,8 @@
 // m and sum stay apart: m + logsum in float32 would lose three digits at logits of 1e4.
 //
 // This file has no include guard and includes nothing: the CPU build compiles it once in the namespace of each
-// instruction set. The includer defines FUSEDLOSS_INLINE and provides in `math`: `rescaling`, what sums of exponentials
-// relative to one maximum are multiplied by to be relative to another; and `product`, which is rounded before something
-// is added to it, so that terms that should cancel do.
+// instruction set. The includer defines FUSEDLOSS_INLINE and provides exp, log and product in `math`; a product is rounded
+// before something is added to it, so that terms that should cancel do.
 
 // What a sweep over some of a row's classes knows; `dot` and `mass` are used only where q is not a single class.
 // V is a scalar, or a vector whose lanes are rows of their own; hence conditions are masks, joined by |.
@@ -41,7 +40,7 @@ FUSEDLOSS_INLINE V shift(V max) {
 template <typename V>
 FUSEDLOSS_INLINE RowState<V> rescale(RowState<V> s, V max) {
   // A sum whose classes are all -inf is 0, or NaN where a NaN was among them; it needs no factor.
-  const V factor = ((s.max == V{} - INFINITY) | (s.max == max)) ? V{} + 1 : math::rescaling(s.max, max);
+  const V factor = ((s.max == V{} - INFINITY) | (s.max == max)) ? V{} + 1 : math::exp(s.max - max);
   // NaN would come of 0 * inf, were the shift of an empty state taken.
   const V moved = s.mass == V{} ? V{} : s.mass * (shift(s.max) - shift(max));
   return {max, s.sum * factor, s.dot + moved, s.mass};

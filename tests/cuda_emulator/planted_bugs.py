@@ -141,7 +141,6 @@ LISTED = [
         "true",
     ),
     ("columns: blocks of a cluster in one place", "cross_entropy_columns.cuh", "at(set + @rank@, array, place)", "0"),
-    ("columns: one place for two turns", "cross_entropy_columns.cuh", "exchange_set + (@turn % 2@ <<", "0"),
     (
         "columns: states of blocks mixed up",
         "cross_entropy_columns.cuh",
