@@ -186,7 +186,7 @@ struct ColumnTile {
     if (rows.has_probabilities()) load_all(rows.probability, rows.o.target_strides.classes, rows, t);
   }
 
-  // What is not there is 0, lest registers be held for what was there before.
+  // What is not there is 0: a register that is left as it was would have to be kept from the round before.
   __device__ __forceinline__ void load_all(const T* p, int64_t stride, const Rows& rows, Pack<T, kWidth> (&packs)[kPacks]) {
     p += first * stride;
     const int64_t step = stride << rows.shift;
@@ -372,21 +372,6 @@ __device__ __forceinline__ void fetch_to_cache(const int64_t* p) {
 #endif
 }
 
-// A row's target, asked for as early as it can be; what there is none of is 0.
-template <typename T>
-__device__ __forceinline__ int64_t ask_for_target(const Problem<T>& o, int64_t number) {
-  return o.target_index != nullptr && number < o.plan.rows ? o.target_index[number] : 0;
-}
-
-// grad_output of a row, which the mean divides.
-template <typename T>
-__device__ __forceinline__ Statistic<T> divided_grad_output(const Problem<T>& o, int64_t number) {
-  const auto g = grad_output_at<T>(o, number);
-  return o.reduction == Reduction::kMean
-             ? divide_by_total_weight(g, *static_cast<const Statistic<T>*>(o.total_weight))
-             : g;
-}
-
 // Leaves in shared memory what the gradient needs of a row; here: has this block the target class?
 template <typename T, bool kSpread, typename A>
 __device__ __forceinline__ void prepare_gradient(const ColumnMemory<T, kSpread>& memory, int set, int place,
@@ -502,7 +487,7 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
     // The target of this thread's next row in step 3.
     const int last_shift = plan.cluster ? columns.blocks_shift : columns.sets_shift;
     const int threads = int(blockDim.x * blockDim.y), in_block = threadIdx.y * blockDim.x + threadIdx.x;
-    int64_t next_target = ask_for_target(o, first * kWidth + (in_block >> last_shift));
+    int64_t next_target = o.target_at(first * kWidth + (in_block >> last_shift));
     if (blockDim.x < kWarp) merge_lanes_apart<kSpread>(state);
     __syncthreads();  // the rows before have been read
     if (threadIdx.y % threads_of_set == 0) {
@@ -531,26 +516,23 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
       cluster_sync();
     }
     wait_for_launch_before();  // for total_weight
-    A grad_output = wants_gradient ? divided_grad_output(o, 0) : A(0);
+    A grad_output = wants_gradient ? with_mean(o, grad_output_at<T>(o, 0)) : A(0);
     for_each_merged_row<kWidth>(memory, set, last_shift, [&](int of_block, int place, const RowState<A>& merged, int part) {
       const int64_t number = first * kWidth + of_block, target = next_target;
-      next_target = ask_for_target(o, number + (threads >> last_shift));
+      next_target = o.target_at(number + (threads >> last_shift));
       if (part != 0 || number >= plan.rows) return;
       if (plan.split) {
         static_cast<RowState<A>*>(o.scratch)[(number << columns.blocks_shift) + rank] = merged;
         return;  // to be finished by finish_split
       }
       const ColumnRow<T, kSpread> row(o, number, target);
-      const A mass = row.has_probabilities() ? merged.mass
-                     : kSpread               ? index_mass(row.w_y, o.sum_of_weights(), o.smoothing)
-                                             : row.w_y;
-      const A scale = mass / merged.sum;
+      const A scale = scale_of<kSpread>(row, merged);
       // One block speaks for the row: the one that has its target class, and so the class's logit.
       const bool here = row.y < 0 ? rank == 0 : rank_of_class(o, row.y) == rank;
       const T x_y = here && row.y >= 0 ? logit_of_target<kWidth>(row, of_block, plan.slots) : T();
       if (here) finish_row<kSpread>(row, merged, scale, x_y, sum);
       if (!wants_gradient) return;
-      if (o.grad_output_stride != 0) grad_output = divided_grad_output(o, number);
+      if (o.grad_output_stride != 0) grad_output = with_mean(o, grad_output_at<T>(o, number));
       prepare_gradient(memory, columns.last_set, place, row, merged.max, scale, grad_output, here, x_y);
     });
     if (!wants_gradient) continue;
@@ -573,15 +555,15 @@ __global__ void __launch_bounds__(kBackwardColumnThreads, (kBackwardBlocks<T, kS
   const ColumnMemory<T, kSpread> memory(columns);
   const int rank = int(blockIdx.x & ((1u << columns.blocks_shift) - 1));
   const int threads = int(blockDim.x * blockDim.y);
-  A grad_output = divided_grad_output(o, 0);
+  A grad_output = with_mean(o, grad_output_at<T>(o, 0));
   for (int64_t first = int64_t(blockIdx.x >> columns.blocks_shift) * blockDim.x; first < columns.units; first += plan.step) {
     __syncthreads();  // the rows before have been read
 #pragma unroll 2
     for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < int(blockDim.x) * kWidth; i += threads) {
       const int64_t number = first * kWidth + i;
       if (number >= plan.rows) continue;
-      const ColumnRow<T, kSpread> row(o, number, ask_for_target(o, number));
-      if (o.grad_output_stride != 0) grad_output = divided_grad_output(o, number);
+      const ColumnRow<T, kSpread> row(o, number, o.target_at(number));
+      if (o.grad_output_stride != 0) grad_output = with_mean(o, grad_output_at<T>(o, number));
       const bool here = row.y >= 0 && rank_of_class(o, row.y) == rank;
       const T x_y = here ? logit_of_target<kWidth>(row, i, 0) : T();
       prepare_gradient(memory, columns.last_set, memory.template place<kWidth>(i / kWidth, i % kWidth), row,

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
       if (threadIdx.x == 0) static_cast<RowState<A>*>(o.scratch)[number * plan.blocks + rank] = state;
     } else {
       if (plan.cluster) state = cluster_merge<kSpread>(state, rank, plan.blocks, turn);
-      const A scale = scale_of(row, state);
+      const A scale = scale_of<kSpread>(row, state);
       if (is_row && thread == 0) finish_row<kSpread>(row, state, scale, x_y, sums[threadIdx.y]);
       if (keeps) {
         if (turn == 0) {
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kSplitThreads) finish_split(const Problem<T> o
     auto state = empty_row_state<A>();
     for (int block = lane; block < o.plan.blocks; block += lanes) state = merge(state, states[block]);
     state = lanes_merge<kSpread>(state, lanes);
-    const A scale = scale_of(row, state);
+    const A scale = scale_of<kSpread>(row, state);
     if (is_row && lane == 0) finish_row<kSpread>(row, state, scale, x_y, of_thread);
   }
   const LossSum sum = finish_block(of_thread);

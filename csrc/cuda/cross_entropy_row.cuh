@@ -2,8 +2,6 @@
 // row's statistics, and its gradient.
 #pragma once
 
-#include <cuda_pipeline_primitives.h>
-
 #include "cuda/cross_entropy_plan.h"
 #include "cuda/grad_output.cuh"
 #include "cuda/reduce.cuh"
@@ -247,15 +245,16 @@ struct RowGradient {
   A scale_times_grad_output;
 };
 
-template <typename T, bool kSpread, typename A>
-__device__ __forceinline__ A scale_of(const Row<T, kSpread>& row, const RowState<A>& state) {
+// AnyRow: Row, or what columns know of one.
+template <bool kSpread, typename AnyRow, typename A>
+__device__ __forceinline__ A scale_of(const AnyRow& row, const RowState<A>& state) {
   const A mass = row.has_probabilities() ? state.mass
                  : kSpread               ? index_mass(row.w_y, row.o.sum_of_weights(), row.o.smoothing)
                                          : row.w_y;
   return mass / state.sum;
 }
 
-// A row's part of grad_output.
+// What a row's loss is multiplied by: grad_output, which the mean divides.
 template <typename T, typename A = Statistic<T>>
 __device__ __forceinline__ A with_mean(const Problem<T>& o, A grad_output) {
   if (o.reduction != Reduction::kMean) return grad_output;

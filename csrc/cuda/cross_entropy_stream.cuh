@@ -9,6 +9,8 @@
 // Of short rows, and of those beyond the slots, both sweeps read memory.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
+
 #include "cuda/cross_entropy_row.cuh"
 
 namespace fusedloss::cuda {

@@ -150,7 +150,7 @@ LISTED = [
     (
         "columns: a row's next target",
         "cross_entropy_columns.cuh",
-        "next_target = ask_for_target(o, @number + (threads >> last_shift)@);",
+        "next_target = o.target_at(@number + (threads >> last_shift)@);",
         "number",
     ),
     (
