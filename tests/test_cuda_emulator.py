@@ -285,6 +285,20 @@ def test_more_blocks_than_the_last_kernel_has_threads(emulator, rng):
         problem.check(emulator)
 
 
+@pytest.mark.parametrize("classes", [1, 2, 4, 7, 8, 11, 12, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_a_few_classes(dtype, classes, emulator, rng):
+    """A block takes its rows to shared memory as one piece, unless they lie apart."""
+    for rows, tuning, layout in [(150, "loops", "contiguous"), (67, "default", "contiguous"), (67, "loops", "padded")]:
+        problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), "sum", layout, rows)
+        problem.tuning = tuning
+        problem.check(emulator)
+        # Also in shared memory: for each row its statistics, two at least, its target and the gradient of that.
+        row = (classes + 3) * dtype.itemsize + 4
+        if layout == "contiguous":
+            assert any(launch.shared_bytes >= launch.block_x * row for launch in emulator.launches())
+
+
 # ---- The edges
 
 
@@ -391,8 +405,11 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
             shapes = [("contiguous", 257, 6, 1), ("contiguous", 4099, 3, 1), ("inner", 40, 100, 3)]
             # Columns that a thread takes side by side, if their places are aligned, and many of one block.
             shapes += [("inner", 300, 12, 16), ("inner", 21, 3, 200)]
-            if file.startswith("cross_entropy_columns") and tuning == "loops":
-                shapes += [("inner", 130, 2, 256)] * 2  # a cluster takes them in several turns
+            if file.startswith("cross_entropy_columns"):
+                # A few classes: rows of which there are more than the blocks take at once, the last one not full.
+                shapes += [("contiguous", 10, 150, 1), ("contiguous", 16, 67, 1)]
+                if tuning == "loops":
+                    shapes += [("inner", 130, 2, 256)] * 2  # a cluster takes them in several turns
             for layout, classes, rows, inner in shapes:
                 problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), "mean", layout, rows, inner)
                 problem.tuning, problem.grad_in_forward = tuning, not problem.in_place

@@ -13,6 +13,8 @@
 // The backward pass begins with 3.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
+
 #include "cuda/cross_entropy_finish.cuh"
 
 namespace fusedloss::cuda {
@@ -136,6 +138,87 @@ struct ColumnMemory {
   }
 };
 
+// ---- Rows of a few classes, one behind another in memory
+//
+// If each thread read and wrote a row of its own there, a warp's accesses would lie a row apart, and memory would move 32
+// bytes for each 2 or 4 of them. So a block copies the logits of all its rows to shared memory as one piece, by 16-byte
+// accesses. Its threads put the gradient in their place, and the block copies that to memory as one piece.
+template <typename T, int kWidth>
+class Stage {
+ public:
+  // For the block's rows from `first` on. All threads of the block call load and store, which do nothing if the plan has
+  // no Stage.
+  __device__ __forceinline__ Stage(const Problem<T>& problem, int64_t first)
+      : o(problem), pitch(o.plan.of_columns.staged_pitch), first(first) {}
+
+  __device__ __forceinline__ bool is_used() const { return kWidth == 1 && pitch > 0; }
+  __device__ __forceinline__ T* row(int of_block) const { return reinterpret_cast<T*>(memory() + of_block * pitch); }
+
+  __device__ __forceinline__ void load() const {
+    if (!is_used()) return;
+    const T* const from = static_cast<const T*>(o.logits) + first * o.classes;
+    __syncthreads();  // the rows before have been stored
+    for_each_vector([&](int i, char* staged, auto piece) {
+      constexpr int kPiece = decltype(piece)::value;
+#pragma unroll
+      for (int at = 0; at < kPackBytes; at += kPiece)
+        __pipeline_memcpy_async(staged + at, reinterpret_cast<const char*>(from + i) + at, kPiece);
+    });
+    for_each_element_behind([&](int i, T* staged) { *staged = from[i]; });
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void store() const {
+    if (!is_used()) return;
+    T* const to = static_cast<T*>(o.grad_logits) + first * o.classes;
+    __syncthreads();  // all rows are written
+    for_each_vector([&](int i, const char* staged, auto piece) {
+      constexpr int kPiece = decltype(piece)::value;
+      using Piece = std::conditional_t<kPiece == 16, uint4, std::conditional_t<kPiece == 8, uint2, uint32_t>>;
+      alignas(16) Piece pieces[kPackBytes / kPiece];
+#pragma unroll
+      for (int k = 0; k < kPackBytes / kPiece; ++k) pieces[k] = reinterpret_cast<const Piece*>(staged)[k];
+      store_vector(to + i, *reinterpret_cast<const uint4*>(pieces));
+    });
+    for_each_element_behind([&](int i, const T* staged) { to[i] = *staged; });
+  }
+
+ private:
+  const Problem<T>& o;
+  const int pitch;
+  const int64_t first;
+
+  static __device__ __forceinline__ char* memory() { return reinterpret_cast<char*>(dynamic_shared_memory); }
+  static __device__ __forceinline__ int thread() { return int(threadIdx.y * blockDim.x + threadIdx.x); }
+  __device__ __forceinline__ int row_bytes() const { return int(o.classes * sizeof(T)); }
+  __device__ __forceinline__ int elements() const {
+    return int(smaller(o.plan.of_columns.units - first, int64_t(blockDim.x)) * o.classes);
+  }
+
+  // Calls f(number of its first element, its place, bytes that can be copied at a time) for each vector of the piece.
+  template <typename F>
+  __device__ __forceinline__ void for_each_vector(F f) const {
+    const int vectors = elements() / kVector<T>, threads = int(blockDim.x * blockDim.y);
+    if (pitch == row_bytes()) {
+      for (int v = thread(); v < vectors; v += threads)
+        f(v * kVector<T>, memory() + v * kPackBytes, std::integral_constant<int, kPackBytes>());
+    } else {
+      const unsigned vectors_of_row = row_bytes() / kPackBytes;
+      for (int v = thread(); v < vectors; v += threads)
+        f(v * kVector<T>, memory() + v * kPackBytes + unsigned(v) / vectors_of_row * (pitch - row_bytes()),
+          std::integral_constant<int, stage_word(sizeof(T))>());
+    }
+  }
+  // For what is less than a vector, at the end of the last block: there are no gaps between rows then.
+  template <typename F>
+  __device__ __forceinline__ void for_each_element_behind(F f) const {
+    const int i = elements() / kVector<T> * kVector<T> + thread();
+    if (i < elements()) f(i, reinterpret_cast<T*>(memory()) + i);
+  }
+};
+
 // ---- A thread's rows
 
 // The classes first, first + step, … of kWidth neighbouring rows.
@@ -150,7 +233,8 @@ struct Columns {
   int first;             // the thread's number among those of the rows, in all blocks
   int shift;             // of step, a power of two
 
-  __device__ __forceinline__ Columns(const Problem<T>& problem, int64_t unit, int thread)
+  // Where the plan has a Stage, it has the logits and takes the gradient.
+  __device__ __forceinline__ Columns(const Problem<T>& problem, int64_t unit, int thread, const Stage<T, kWidth>& stage)
       : o(problem), first(thread), shift(problem.plan.of_columns.step_shift) {
     const ColumnPosition<T> position(o, unit * kWidth);
     logits = static_cast<const T*>(o.logits) + position.in(o.logits_strides);
@@ -158,6 +242,7 @@ struct Columns {
                       ? static_cast<const T*>(o.target_probability) + position.in(o.target_strides)
                       : nullptr;
     grad = o.grad_logits ? static_cast<T*>(o.grad_logits) + position.in(o.grad_strides) : nullptr;
+    if (stage.is_used()) logits = grad = stage.row(int(threadIdx.x));
   }
   __device__ __forceinline__ bool has_probabilities() const { return kSpread && probability != nullptr; }
   __device__ __forceinline__ int classes() const { return int(o.classes); }
@@ -349,8 +434,10 @@ __device__ __forceinline__ int rank_of_class(const Problem<T>& o, int c) {
 
 // The target class's logit, where this block has that class: from what a thread has kept, if it has.
 template <int kWidth, typename T, bool kSpread>
-__device__ __forceinline__ T logit_of_target(const ColumnRow<T, kSpread>& row, unsigned row_of_block, int kept_packs) {
+__device__ __forceinline__ T logit_of_target(const ColumnRow<T, kSpread>& row, unsigned row_of_block, int kept_packs,
+                                             const Stage<T, kWidth>& stage) {
   const Problem<T>& o = row.o;
+  if (stage.is_used()) return stage.row(int(row_of_block))[row.y];
   if constexpr (kWidth > 1) {
     const int pack = row.y >> o.plan.of_columns.step_shift;
     if (pack < kept_packs) {
@@ -481,9 +568,11 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
     const bool is_there = first + threadIdx.x < columns.units;
+    const Stage<T, kWidth> stage(o, first);
+    stage.load();
     if (threadIdx.y == 0 && is_there && o.target_index != nullptr)
       fetch_to_cache(o.target_index + (first + threadIdx.x) * kWidth);
-    if (is_there) absorb_columns(state, Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread));
+    if (is_there) absorb_columns(state, Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread, stage));
     // The target of this thread's next row in step 3.
     const int last_shift = plan.cluster ? columns.blocks_shift : columns.sets_shift;
     const int threads = int(blockDim.x * blockDim.y), in_block = threadIdx.y * blockDim.x + threadIdx.x;
@@ -529,7 +618,7 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
       const A scale = scale_of<kSpread>(row, merged);
       // One block speaks for the row: the one that has its target class, and so the class's logit.
       const bool here = row.y < 0 ? rank == 0 : rank_of_class(o, row.y) == rank;
-      const T x_y = here && row.y >= 0 ? logit_of_target<kWidth>(row, of_block, plan.slots) : T();
+      const T x_y = here && row.y >= 0 ? logit_of_target<kWidth>(row, of_block, plan.slots, stage) : T();
       if (here) finish_row<kSpread>(row, merged, scale, x_y, sum);
       if (!wants_gradient) return;
       if (o.grad_output_stride != 0) grad_output = with_mean(o, grad_output_at<T>(o, number));
@@ -538,7 +627,9 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
     if (!wants_gradient) continue;
     __syncthreads();
     if (is_there)
-      write_columns(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread), memory, columns.last_set, plan.slots);
+      write_columns(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread, stage), memory, columns.last_set,
+                    plan.slots);
+    stage.store();
   }
   if (!plan.split) leave(o, sum);
 }
@@ -557,6 +648,8 @@ __global__ void __launch_bounds__(kBackwardColumnThreads, (kBackwardBlocks<T, kS
   const int threads = int(blockDim.x * blockDim.y);
   A grad_output = with_mean(o, grad_output_at<T>(o, 0));
   for (int64_t first = int64_t(blockIdx.x >> columns.blocks_shift) * blockDim.x; first < columns.units; first += plan.step) {
+    const Stage<T, kWidth> stage(o, first);
+    stage.load();
     __syncthreads();  // the rows before have been read
 #pragma unroll 2
     for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < int(blockDim.x) * kWidth; i += threads) {
@@ -565,15 +658,17 @@ __global__ void __launch_bounds__(kBackwardColumnThreads, (kBackwardBlocks<T, kS
       const ColumnRow<T, kSpread> row(o, number, o.target_at(number));
       if (o.grad_output_stride != 0) grad_output = with_mean(o, grad_output_at<T>(o, number));
       const bool here = row.y >= 0 && rank_of_class(o, row.y) == rank;
-      const T x_y = here ? logit_of_target<kWidth>(row, i, 0) : T();
+      const T x_y = here ? logit_of_target<kWidth>(row, i, 0, stage) : T();
       prepare_gradient(memory, columns.last_set, memory.template place<kWidth>(i / kWidth, i % kWidth), row,
                        static_cast<const A*>(o.row_max)[number], static_cast<const A*>(o.row_scale)[number],
                        grad_output, here, x_y);
     }
     __syncthreads();
     if (first + threadIdx.x < columns.units)
-      write_columns(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, rank * int(blockDim.y) + int(threadIdx.y)),
-                    memory, columns.last_set, 0);
+      write_columns(
+          Columns<T, kSpread, kWidth>(o, first + threadIdx.x, rank * int(blockDim.y) + int(threadIdx.y), stage), memory,
+          columns.last_set, 0);
+    stage.store();
   }
 }
 

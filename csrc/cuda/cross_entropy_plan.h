@@ -23,7 +23,8 @@ struct ColumnPlan {
   int64_t units = 0;          // of so many rows, in all; a step counts these
   int step_shift = 0;         // log2 of the threads of a row, in all its blocks
   int blocks_shift = 0;       // log2 of those blocks
-  int kept_vectors = 0;       // of 16 bytes, of the block, before what its threads exchange
+  int kept_vectors = 0;       // of 16 bytes, of the block, before what its threads exchange: kept classes, or a Stage
+  int staged_pitch = 0;       // bytes from one row of the Stage to the next; 0 if there is none
   int64_t exchange_bytes = 0;
   // Sets of statistics in shared memory, see ColumnMemory:
   int sets_shift = 0;         // log2 of what a block's threads leave, from set 0 on
@@ -48,9 +49,9 @@ struct RowPlan {
   ColumnPlan of_columns;       // if they are
 
   LaunchShape shape(const CrossEntropyOptions& o, bool overlaps) const {
-    return {grid, block, cluster ? blocks : 1,
-            slots * kept_bytes_of_pack(o) * block.x * block.y + of_columns.exchange_bytes,
-            overlaps && o.tuning.overlap};
+    const int64_t shared_bytes = columns ? of_columns.kept_vectors * kPackBytes + of_columns.exchange_bytes
+                                         : slots * kept_bytes_of_pack(o) * block.x * block.y;
+    return {grid, block, cluster ? blocks : 1, shared_bytes, overlaps && o.tuning.overlap};
   }
 
   // As many blocks as the device holds at once, if there are fewer than rows: each then takes several rows in turn.

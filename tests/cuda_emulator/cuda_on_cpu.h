@@ -69,8 +69,8 @@ uint64_t emulator_warp_op(WarpOp op, unsigned mask, uint64_t value, int source_l
 void emulator_fence();
 void emulator_copy_later(void* to, const void* from, size_t size);
 void emulator_commit_copies();
-// The oldest copy that has not been done, unless it belongs to the last `groups` groups.
-bool emulator_next_copy(size_t groups, void** to, const void** from);
+// The oldest copy that has not been done, unless it belongs to the last `groups` groups; -> its bytes, or 0.
+size_t emulator_next_copy(size_t groups, void** to, const void** from);
 void emulator_before_atomic(void* p, int size);
 void emulator_prepare(const void* kernel, size_t shared_bytes);  // from now on it may be launched with so many
 cudaError_t emulator_launch(const void* kernel, dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
@@ -183,7 +183,11 @@ inline void __pipeline_commit() { emulator_commit_copies(); }
 inline void __pipeline_wait_prior(size_t groups) {
   void* to;
   const void* from;
-  while (emulator_next_copy(groups, &to, &from)) *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+  while (const size_t size = emulator_next_copy(groups, &to, &from)) {
+    if (size == 16) *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+    else if (size == 8) *static_cast<uint64_t*>(to) = *static_cast<const uint64_t*>(from);
+    else *static_cast<uint32_t*>(to) = *static_cast<const uint32_t*>(from);
+  }
 }
 
 // ---- Atomics: no other thread runs in between, so plain code will do once the runtime has been told

@@ -98,6 +98,30 @@ LISTED = [
     ),
     ("columns: a block's states mixed up", "cross_entropy_columns.cuh", "put(@threadIdx.y / threads_of_set@,", "0"),
     (
+        "columns: a row of the stage without the gap",
+        "cross_entropy_columns.cuh",
+        "memory() + of_block * @pitch@);",
+        "row_bytes()",
+    ),
+    (
+        "columns: a whole block's rows behind the last one",
+        "cross_entropy_columns.cuh",
+        "return int(@smaller(o.plan.of_columns.units - first, int64_t(blockDim.x))@ * o.classes);",
+        "blockDim.x",
+    ),
+    (
+        "columns: elements behind the last vector left out",
+        "cross_entropy_columns.cuh",
+        "if (@i < elements()@) f(",
+        "false",
+    ),
+    (
+        "columns: the gradient of the block's first rows",
+        "cross_entropy_columns.cuh",
+        "(o.grad_logits) + @first@ * o.classes",
+        "0",
+    ),
+    (
         "columns: lanes of a warp not added up",
         "cross_entropy_columns.cuh",
         "if (@distance < int(blockDim.x)@) continue",

@@ -43,6 +43,7 @@ struct Thread {
   struct Copy {
     void* to;
     const void* from;
+    size_t size;
     size_t group;
   };
   std::vector<Copy> copies;

@@ -293,17 +293,18 @@ void stop() {
 }
 
 extern "C" void emulator_copy_later(void* to, const void* from, size_t size) {
-  if (size != sizeof(uint4)) complain("ASYNCHRONOUS COPY", "of " + std::to_string(size) + " bytes, 16 are expected");
-  running->copies.push_back({to, from, running->groups_committed});
+  if (size != 4 && size != 8 && size != 16)
+    complain("ASYNCHRONOUS COPY", "of " + std::to_string(size) + " bytes, 4, 8 or 16 are expected");
+  running->copies.push_back({to, from, size, running->groups_committed});
 }
 extern "C" void emulator_commit_copies() { ++running->groups_committed; }
-extern "C" bool emulator_next_copy(size_t groups, void** to, const void** from) {
+extern "C" size_t emulator_next_copy(size_t groups, void** to, const void** from) {
   Thread& t = *running;
-  if (t.copies_done == t.copies.size() || t.copies[t.copies_done].group + groups >= t.groups_committed) return false;
-  *to = t.copies[t.copies_done].to;
-  *from = t.copies[t.copies_done].from;
-  ++t.copies_done;
-  return true;
+  if (t.copies_done == t.copies.size() || t.copies[t.copies_done].group + groups >= t.groups_committed) return 0;
+  const Thread::Copy& copy = t.copies[t.copies_done++];
+  *to = copy.to;
+  *from = copy.from;
+  return copy.size;
 }
 
 extern "C" int emulator_block_barrier(int predicate, SourceLine caller) {
