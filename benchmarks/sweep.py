@@ -46,6 +46,7 @@ def cases() -> list[Case]:
     return [
         *(suites.on_cuda(*size) for size in sizes),
         suites.of_cuda_bytes(100, "bfloat16"),
+        suites.of_cuda_bytes(10, "bfloat16"),
         suites.on_cuda(8192, 32000, "float32"),
         suites.on_cuda(8192, 128256, "float32"),
         suites.on_cuda(8, 32000, "bfloat16", 128),

@@ -1,4 +1,5 @@
-// Columns: rows that are neighbours in memory, as in (N, C, d1, …), and rows of so few classes that a thread takes one.
+// Columns: rows that are neighbours in memory, as in (N, C, d1, …), and rows of so few classes that a thread takes one, if
+// cross_entropy_few.cuh cannot take them.
 //
 // A thread takes kWidth neighbouring rows side by side: one 16-byte load brings one class of all of them. Where
 // alignment does not allow that, kWidth is 1. A block is (threads side by side, threads along the classes); where that
@@ -12,8 +13,6 @@
 //   4. each thread reads that of its kWidth rows, and sweeps its classes again to write the gradient.
 // The backward pass begins with 3.
 #pragma once
-
-#include <cuda_pipeline_primitives.h>
 
 #include "cuda/cross_entropy_finish.cuh"
 
@@ -31,27 +30,6 @@ constexpr int kBackwardBlocks = sizeof(T) == 8 ? 1 : kSpread ? 2 : 3;
 // In the place of the target class: the row does not count, and its gradient is 0; or the class is no concern of this
 // block.
 constexpr int kDoesNotCount = -2, kNotHere = -1;
-
-// One row in step 3. Unlike Row it does not know where its logits lie, which would cost each row a division.
-template <typename T, bool kSpread>
-struct ColumnRow {
-  using A = Statistic<T>;
-
-  const Problem<T>& o;
-  const int64_t number;
-  const int y;  // the target class; -1 for probabilities, and where there is none
-  const A w_y;
-
-  // target: as it stands in target_index, where there are class indices.
-  __device__ __forceinline__ ColumnRow(const Problem<T>& problem, int64_t row, int64_t target)
-      : o(problem),
-        number(row),
-        y(has_probabilities() ? -1 : o.class_of(target)),
-        w_y(y < 0 ? A(0) : o.weight_of(y)) {}
-
-  __device__ __forceinline__ bool has_probabilities() const { return kSpread && o.target_probability != nullptr; }
-  __device__ __forceinline__ bool counts() const { return has_probabilities() || y >= 0; }
-};
 
 // Where the classes of a row lie, from the start of a tensor with these strides.
 template <typename T>
@@ -138,87 +116,6 @@ struct ColumnMemory {
   }
 };
 
-// ---- Rows of a few classes, one behind another in memory
-//
-// If each thread read and wrote a row of its own there, a warp's accesses would lie a row apart, and memory would move 32
-// bytes for each 2 or 4 of them. So a block copies the logits of all its rows to shared memory as one piece, by 16-byte
-// accesses. Its threads put the gradient in their place, and the block copies that to memory as one piece.
-template <typename T, int kWidth>
-class Stage {
- public:
-  // For the block's rows from `first` on. All threads of the block call load and store, which do nothing if the plan has
-  // no Stage.
-  __device__ __forceinline__ Stage(const Problem<T>& problem, int64_t first)
-      : o(problem), pitch(o.plan.of_columns.staged_pitch), first(first) {}
-
-  __device__ __forceinline__ bool is_used() const { return kWidth == 1 && pitch > 0; }
-  __device__ __forceinline__ T* row(int of_block) const { return reinterpret_cast<T*>(memory() + of_block * pitch); }
-
-  __device__ __forceinline__ void load() const {
-    if (!is_used()) return;
-    const T* const from = static_cast<const T*>(o.logits) + first * o.classes;
-    __syncthreads();  // the rows before have been stored
-    for_each_vector([&](int i, char* staged, auto piece) {
-      constexpr int kPiece = decltype(piece)::value;
-#pragma unroll
-      for (int at = 0; at < kPackBytes; at += kPiece)
-        __pipeline_memcpy_async(staged + at, reinterpret_cast<const char*>(from + i) + at, kPiece);
-    });
-    for_each_element_behind([&](int i, T* staged) { *staged = from[i]; });
-    __pipeline_commit();
-    __pipeline_wait_prior(0);
-    __syncthreads();
-  }
-
-  __device__ __forceinline__ void store() const {
-    if (!is_used()) return;
-    T* const to = static_cast<T*>(o.grad_logits) + first * o.classes;
-    __syncthreads();  // all rows are written
-    for_each_vector([&](int i, const char* staged, auto piece) {
-      constexpr int kPiece = decltype(piece)::value;
-      using Piece = std::conditional_t<kPiece == 16, uint4, std::conditional_t<kPiece == 8, uint2, uint32_t>>;
-      alignas(16) Piece pieces[kPackBytes / kPiece];
-#pragma unroll
-      for (int k = 0; k < kPackBytes / kPiece; ++k) pieces[k] = reinterpret_cast<const Piece*>(staged)[k];
-      store_vector(to + i, *reinterpret_cast<const uint4*>(pieces));
-    });
-    for_each_element_behind([&](int i, const T* staged) { to[i] = *staged; });
-  }
-
- private:
-  const Problem<T>& o;
-  const int pitch;
-  const int64_t first;
-
-  static __device__ __forceinline__ char* memory() { return reinterpret_cast<char*>(dynamic_shared_memory); }
-  static __device__ __forceinline__ int thread() { return int(threadIdx.y * blockDim.x + threadIdx.x); }
-  __device__ __forceinline__ int row_bytes() const { return int(o.classes * sizeof(T)); }
-  __device__ __forceinline__ int elements() const {
-    return int(smaller(o.plan.of_columns.units - first, int64_t(blockDim.x)) * o.classes);
-  }
-
-  // Calls f(number of its first element, its place, bytes that can be copied at a time) for each vector of the piece.
-  template <typename F>
-  __device__ __forceinline__ void for_each_vector(F f) const {
-    const int vectors = elements() / kVector<T>, threads = int(blockDim.x * blockDim.y);
-    if (pitch == row_bytes()) {
-      for (int v = thread(); v < vectors; v += threads)
-        f(v * kVector<T>, memory() + v * kPackBytes, std::integral_constant<int, kPackBytes>());
-    } else {
-      const unsigned vectors_of_row = row_bytes() / kPackBytes;
-      for (int v = thread(); v < vectors; v += threads)
-        f(v * kVector<T>, memory() + v * kPackBytes + unsigned(v) / vectors_of_row * (pitch - row_bytes()),
-          std::integral_constant<int, stage_word(sizeof(T))>());
-    }
-  }
-  // For what is less than a vector, at the end of the last block: there are no gaps between rows then.
-  template <typename F>
-  __device__ __forceinline__ void for_each_element_behind(F f) const {
-    const int i = elements() / kVector<T> * kVector<T> + thread();
-    if (i < elements()) f(i, reinterpret_cast<T*>(memory()) + i);
-  }
-};
-
 // ---- A thread's rows
 
 // The classes first, first + step, … of kWidth neighbouring rows.
@@ -233,16 +130,14 @@ struct Columns {
   int first;             // the thread's number among those of the rows, in all blocks
   int shift;             // of step, a power of two
 
-  // Where the plan has a Stage, it has the logits and takes the gradient.
-  __device__ __forceinline__ Columns(const Problem<T>& problem, int64_t unit, int thread, const Stage<T, kWidth>& stage)
-      : o(problem), first(thread), shift(problem.plan.of_columns.step_shift) {
+  __device__ __forceinline__ Columns(const Problem<T>& problem, int64_t unit, int thread)
+      : o(problem), first(thread), shift(problem.plan.threads_shift) {
     const ColumnPosition<T> position(o, unit * kWidth);
     logits = static_cast<const T*>(o.logits) + position.in(o.logits_strides);
     probability = kSpread && o.target_probability
                       ? static_cast<const T*>(o.target_probability) + position.in(o.target_strides)
                       : nullptr;
     grad = o.grad_logits ? static_cast<T*>(o.grad_logits) + position.in(o.grad_strides) : nullptr;
-    if (stage.is_used()) logits = grad = stage.row(int(threadIdx.x));
   }
   __device__ __forceinline__ bool has_probabilities() const { return kSpread && probability != nullptr; }
   __device__ __forceinline__ int classes() const { return int(o.classes); }
@@ -279,23 +174,23 @@ struct ColumnTile {
     for (int k = 0; k < kPacks; ++k, p += step) packs[k] = is_there(k) ? load<kWidth>(p) : Pack<T, kWidth>();
   }
   __device__ __forceinline__ void keep(const Rows& rows, int number, int kept_packs) const {
-    const Slots slots;
-    const int arrays = rows.has_probabilities() ? 2 : 1;
+    const int of_pack = rows.o.template slots_of_pack<kSpread>();
+    const Slots slots(rows.o.plan.slots * of_pack);
     for_each_pack([&](int k) {
       if (number * kPacks + k >= kept_packs) return;
-      slots[arrays * (number * kPacks + k)] = x[k].as_vector();
-      if (rows.has_probabilities()) slots[arrays * (number * kPacks + k) + 1] = t[k].as_vector();
+      slots[of_pack * (number * kPacks + k)] = x[k].as_vector();
+      if (rows.has_probabilities()) slots[of_pack * (number * kPacks + k) + 1] = t[k].as_vector();
     });
   }
   __device__ __forceinline__ void take(const Rows& rows, int number) {
-    const Slots slots;
-    const int arrays = rows.has_probabilities() ? 2 : 1;
+    const int of_pack = rows.o.template slots_of_pack<kSpread>();
+    const Slots slots(rows.o.plan.slots * of_pack);
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       x[k] = Pack<T, kWidth>();
       if (!is_there(k)) continue;
-      x[k].from_vector(slots[arrays * (number * kPacks + k)]);
-      if (rows.has_probabilities()) t[k].from_vector(slots[arrays * (number * kPacks + k) + 1]);
+      x[k].from_vector(slots[of_pack * (number * kPacks + k)]);
+      if (rows.has_probabilities()) t[k].from_vector(slots[of_pack * (number * kPacks + k) + 1]);
     }
   }
 
@@ -310,10 +205,10 @@ struct ColumnTile {
   }
 
   // q of pack k in row i, w being the class's weight; for a class index, without kept * w_y.
+  template <Spread kSpreads>
   __device__ __forceinline__ Statistic<T> coefficient(const Rows& rows, int k, int i, Statistic<T> w) const {
-    if constexpr (!kSpread) return 0;
-    return rows.has_probabilities() ? probability_coefficient(t[k][i], w, rows.o.smoothing)
-                                    : math::product(rows.o.smoothing.uniform, w);
+    return is_of_probabilities(kSpreads) ? probability_coefficient(t[k][i], w, rows.o.smoothing)
+                                         : math::product(rows.o.smoothing.uniform, w);
   }
 };
 
@@ -337,7 +232,7 @@ __device__ __forceinline__ void for_each_tile(const Columns<T, kSpread, kWidth>&
 
 // ---- 1. The statistics
 
-template <bool kWeighted, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
+template <Spread kSpreads, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth],
                                                     const Columns<T, kSpread, kWidth>& rows,
                                                     const ColumnTile<T, kSpread, kWidth, kPacks, kWhole>& tile) {
@@ -351,13 +246,13 @@ __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth]
     for (int i = 0; i < kWidth; ++i) state[i] = rescale(state[i], math::max(state[i].max, largest[i]));
   }
   tile.for_each_pack([&](int k) {
-    const A w = kWeighted ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
+    const A w = is_weighted(kSpreads) ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const A reference = shift(state[i].max);
       state[i].sum += math::exp(tile.x[k][i] - reference);
       if constexpr (kSpread) {
-        const A q = tile.coefficient(rows, k, i, w);
+        const A q = tile.template coefficient<kSpreads>(rows, k, i, w);
         state[i].dot += q * (tile.x[k][i] - reference);
         state[i].mass += q;
       }
@@ -369,11 +264,11 @@ template <typename T, bool kSpread, int kWidth, typename A>
 __device__ __forceinline__ void absorb_columns(RowState<A> (&state)[kWidth], const Columns<T, kSpread, kWidth>& rows) {
   constexpr int kPacks = kColumnPacks<kSpread>;
   const int kept_packs = rows.o.plan.slots;
-  with_or_without_weights<kSpread>(rows.o, [&](auto weighted) {
+  with_spread<kSpread>(rows.o, [&](auto spread) {
     for_each_tile<kPacks, false>(rows, 0, [&](const auto& tile, int number) {
       if constexpr (kWidth > 1)
         if (number * kPacks < kept_packs) tile.keep(rows, number, kept_packs);
-      absorb_columns_tile<decltype(weighted)::value>(state, rows, tile);
+      absorb_columns_tile<decltype(spread)::value>(state, rows, tile);
     });
   });
 }
@@ -425,27 +320,25 @@ __device__ __forceinline__ void for_each_merged_row(const ColumnMemory<T, kSprea
 // Of a class: which of the threads of its rows has it, in all blocks; and which block that is.
 template <typename T>
 __device__ __forceinline__ int thread_of_class(const Problem<T>& o, int c) {
-  return c & ((1 << o.plan.of_columns.step_shift) - 1);
+  return c & ((1 << o.plan.threads_shift) - 1);
 }
 template <typename T>
 __device__ __forceinline__ int rank_of_class(const Problem<T>& o, int c) {
-  return thread_of_class(o, c) >> (o.plan.of_columns.step_shift - o.plan.of_columns.blocks_shift);
+  return thread_of_class(o, c) >> (o.plan.threads_shift - o.plan.blocks_shift);
 }
 
 // The target class's logit, where this block has that class: from what a thread has kept, if it has.
 template <int kWidth, typename T, bool kSpread>
-__device__ __forceinline__ T logit_of_target(const ColumnRow<T, kSpread>& row, unsigned row_of_block, int kept_packs,
-                                             const Stage<T, kWidth>& stage) {
+__device__ __forceinline__ T logit_of_target(const RowTarget<T, kSpread>& row, unsigned row_of_block, int kept_packs) {
   const Problem<T>& o = row.o;
-  if (stage.is_used()) return stage.row(int(row_of_block))[row.y];
   if constexpr (kWidth > 1) {
-    const int pack = row.y >> o.plan.of_columns.step_shift;
+    const int pack = row.y >> o.plan.threads_shift;
     if (pack < kept_packs) {
       const int along = thread_of_class(o, row.y) & int(blockDim.y - 1);
       const int thread = along * int(blockDim.x) + row_of_block / kWidth;
-      const int slot = (row.has_probabilities() ? 2 : 1) * pack;
-      const uint4* kept = dynamic_shared_memory + slot * int(blockDim.x * blockDim.y) + thread;
-      return reinterpret_cast<const T*>(kept)[row_of_block % kWidth];
+      const int of_pack = o.template slots_of_pack<kSpread>();
+      const Slots slots(o.plan.slots * of_pack, thread);
+      return reinterpret_cast<const T*>(&slots[of_pack * pack])[row_of_block % kWidth];
     }
   }
   const ColumnPosition<T> position(o, row.number);
@@ -462,7 +355,7 @@ __device__ __forceinline__ void fetch_to_cache(const int64_t* p) {
 // Leaves in shared memory what the gradient needs of a row; here: has this block the target class?
 template <typename T, bool kSpread, typename A>
 __device__ __forceinline__ void prepare_gradient(const ColumnMemory<T, kSpread>& memory, int set, int place,
-                                                 const ColumnRow<T, kSpread>& row, A max, A scale, A grad_output,
+                                                 const RowTarget<T, kSpread>& row, A max, A scale, A grad_output,
                                                  bool here, T x_y) {
   const bool counts = row.counts();
   memory.at(set, 0, place) = counts ? max : A(0);
@@ -470,9 +363,8 @@ __device__ __forceinline__ void prepare_gradient(const ColumnMemory<T, kSpread>&
   if constexpr (kSpread) memory.at(set, 2, place) = grad_output;
   memory.y[place] = !counts ? kDoesNotCount : here ? row.y : kNotHere;
   if (row.y < 0 || !here) return;
-  const A q_y = math::product(row.o.smoothing.kept, row.w_y);
-  const A q = q_y + (kSpread ? math::product(row.o.smoothing.uniform, row.w_y) : A(0));
-  memory.of_target[place] = narrow<T>(logit_gradient(math::exp(A(widen(x_y)) - max), scale, q, grad_output));
+  const A e = math::exp(A(widen(x_y)) - max);
+  memory.of_target[place] = narrow<T>(logit_gradient(e, scale, row.coefficient(), grad_output));
 }
 
 // ---- 4. The gradient
@@ -491,10 +383,7 @@ struct RowsThatCount {
     if constexpr (kWidth == 1) {
       *p = mask[0] ? narrow<T>(values[0]) : T();
     } else {
-      alignas(16) T narrowed[kWidth];
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) narrowed[i] = narrow<T>(values[i]);
-      const uint4 v = *reinterpret_cast<const uint4*>(narrowed);
+      const uint4 v = narrow_pack<T, kWidth>(values).as_vector();
       store_vector(p, {v.x & mask[0], v.y & mask[1], v.z & mask[2], v.w & mask[3]});
     }
   }
@@ -517,19 +406,22 @@ __device__ __forceinline__ void write_columns(const Columns<T, kSpread, kWidth>&
     if (memory.y[place] != kDoesNotCount) count.add(i);
   }
   const int64_t stride = rows.o.grad_strides.classes;
-  with_or_without_weights<kSpread>(rows.o, [&](auto weighted) {
+  with_spread<kSpread>(rows.o, [&](auto spread) {
     for_each_tile<kPacks, true>(rows, kept_packs, [&](const auto& tile, int) {
       T* p = rows.grad + tile.first * stride;
       const int64_t step = stride << rows.shift;
       tile.for_each_pack([&](int k) {
-        const A w = decltype(weighted)::value ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
+        const A w = is_weighted(decltype(spread)::value) ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
         A values[kWidth];
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
           const A e = math::exp(tile.x[k][i] - max[i]);
-          if constexpr (kSpread)
-            values[i] = logit_gradient(e, factor[i], tile.coefficient(rows, k, i, w), grad_output[i]);
-          else values[i] = e * factor[i];
+          if constexpr (kSpread) {
+            const A q = tile.template coefficient<decltype(spread)::value>(rows, k, i, w);
+            values[i] = logit_gradient(e, factor[i], q, grad_output[i]);
+          } else {
+            values[i] = e * factor[i];
+          }
         }
         count.store(p + k * step, values);
       });
@@ -553,7 +445,7 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
   const ColumnMemory<T, kSpread> memory(columns);
-  const int rank = int(blockIdx.x & ((1u << columns.blocks_shift) - 1));
+  const int rank = int(blockIdx.x & ((1u << plan.blocks_shift) - 1));
   const int thread = rank * int(blockDim.y) + int(threadIdx.y);  // of those of a row
   const bool wants_gradient = o.grad_logits != nullptr && !plan.split;
   // Threads of one warp that have the same rows leave one state; each of the others a set of its own.
@@ -562,19 +454,17 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
   if (plan.cluster) cluster_sync();  // a block must have started before others write to its memory
   Partial sum = {};
   int turn = 0;
-  for (int64_t first = int64_t(blockIdx.x >> columns.blocks_shift) * blockDim.x; first < columns.units;
+  for (int64_t first = int64_t(blockIdx.x >> plan.blocks_shift) * blockDim.x; first < columns.units;
        first += plan.step, ++turn) {
     RowState<A> state[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
     const bool is_there = first + threadIdx.x < columns.units;
-    const Stage<T, kWidth> stage(o, first);
-    stage.load();
     if (threadIdx.y == 0 && is_there && o.target_index != nullptr)
       fetch_to_cache(o.target_index + (first + threadIdx.x) * kWidth);
-    if (is_there) absorb_columns(state, Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread, stage));
+    if (is_there) absorb_columns(state, Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread));
     // The target of this thread's next row in step 3.
-    const int last_shift = plan.cluster ? columns.blocks_shift : columns.sets_shift;
+    const int last_shift = plan.cluster ? plan.blocks_shift : columns.sets_shift;
     const int threads = int(blockDim.x * blockDim.y), in_block = threadIdx.y * blockDim.x + threadIdx.x;
     int64_t next_target = o.target_at(first * kWidth + (in_block >> last_shift));
     if (blockDim.x < kWarp) merge_lanes_apart<kSpread>(state);
@@ -588,7 +478,7 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
     int set = 0;
     if (plan.cluster) {
       const int shift = columns.sets_shift;
-      set = columns.exchange_set + (turn % 2 << columns.blocks_shift);
+      set = columns.exchange_set + (turn % 2 << plan.blocks_shift);
       for_each_merged_row<kWidth>(memory, 0, shift, [&](int, int place, const RowState<A>& merged, int part) {
         for (int block = part; block < plan.blocks; block += 1 << shift) {
           const auto tell = [&](int array, A value) {
@@ -611,15 +501,15 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
       next_target = o.target_at(number + (threads >> last_shift));
       if (part != 0 || number >= plan.rows) return;
       if (plan.split) {
-        static_cast<RowState<A>*>(o.scratch)[(number << columns.blocks_shift) + rank] = merged;
+        static_cast<RowState<A>*>(o.scratch)[(number << plan.blocks_shift) + rank] = merged;
         return;  // to be finished by finish_split
       }
-      const ColumnRow<T, kSpread> row(o, number, target);
-      const A scale = scale_of<kSpread>(row, merged);
+      const RowTarget<T, kSpread> row(o, number, o.class_of(target));
+      const A scale = scale_of(row, merged);
       // One block speaks for the row: the one that has its target class, and so the class's logit.
       const bool here = row.y < 0 ? rank == 0 : rank_of_class(o, row.y) == rank;
-      const T x_y = here && row.y >= 0 ? logit_of_target<kWidth>(row, of_block, plan.slots, stage) : T();
-      if (here) finish_row<kSpread>(row, merged, scale, x_y, sum);
+      const T x_y = here && row.y >= 0 ? logit_of_target<kWidth>(row, of_block, plan.slots) : T();
+      if (here) finish_row(row, merged, scale, x_y, sum);
       if (!wants_gradient) return;
       if (o.grad_output_stride != 0) grad_output = with_mean(o, grad_output_at<T>(o, number));
       prepare_gradient(memory, columns.last_set, place, row, merged.max, scale, grad_output, here, x_y);
@@ -627,9 +517,7 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
     if (!wants_gradient) continue;
     __syncthreads();
     if (is_there)
-      write_columns(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread, stage), memory, columns.last_set,
-                    plan.slots);
-    stage.store();
+      write_columns(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread), memory, columns.last_set, plan.slots);
   }
   if (!plan.split) leave(o, sum);
 }
@@ -644,31 +532,27 @@ __global__ void __launch_bounds__(kBackwardColumnThreads, (kBackwardBlocks<T, kS
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
   const ColumnMemory<T, kSpread> memory(columns);
-  const int rank = int(blockIdx.x & ((1u << columns.blocks_shift) - 1));
+  const int rank = int(blockIdx.x & ((1u << plan.blocks_shift) - 1));
   const int threads = int(blockDim.x * blockDim.y);
   A grad_output = with_mean(o, grad_output_at<T>(o, 0));
-  for (int64_t first = int64_t(blockIdx.x >> columns.blocks_shift) * blockDim.x; first < columns.units; first += plan.step) {
-    const Stage<T, kWidth> stage(o, first);
-    stage.load();
+  for (int64_t first = int64_t(blockIdx.x >> plan.blocks_shift) * blockDim.x; first < columns.units; first += plan.step) {
     __syncthreads();  // the rows before have been read
 #pragma unroll 2
     for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < int(blockDim.x) * kWidth; i += threads) {
       const int64_t number = first * kWidth + i;
       if (number >= plan.rows) continue;
-      const ColumnRow<T, kSpread> row(o, number, o.target_at(number));
+      const RowTarget<T, kSpread> row(o, number, o.class_of(o.target_at(number)));
       if (o.grad_output_stride != 0) grad_output = with_mean(o, grad_output_at<T>(o, number));
       const bool here = row.y >= 0 && rank_of_class(o, row.y) == rank;
-      const T x_y = here ? logit_of_target<kWidth>(row, i, 0, stage) : T();
+      const T x_y = here ? logit_of_target<kWidth>(row, i, 0) : T();
       prepare_gradient(memory, columns.last_set, memory.template place<kWidth>(i / kWidth, i % kWidth), row,
                        static_cast<const A*>(o.row_max)[number], static_cast<const A*>(o.row_scale)[number],
                        grad_output, here, x_y);
     }
     __syncthreads();
     if (first + threadIdx.x < columns.units)
-      write_columns(
-          Columns<T, kSpread, kWidth>(o, first + threadIdx.x, rank * int(blockDim.y) + int(threadIdx.y), stage), memory,
-          columns.last_set, 0);
-    stage.store();
+      write_columns(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, rank * int(blockDim.y) + int(threadIdx.y)),
+                    memory, columns.last_set, 0);
   }
 }
 

@@ -26,15 +26,6 @@ FUSEDLOSS_ANYWHERE int column_stride(int threads, int width) {
 }
 FUSEDLOSS_ANYWHERE int column_places(int threads, int width) { return column_stride(threads, width) * width; }
 
-// What the rows of a Stage are aligned to, if not to 16 bytes.
-FUSEDLOSS_ANYWHERE constexpr int stage_word(int64_t bytes_of_element) { return bytes_of_element == 8 ? 8 : 4; }
-
-inline int log2_of(int64_t power) {
-  int shift = 0;
-  while (int64_t(1) << shift < power) ++shift;
-  return shift;
-}
-
 // Rows that one 16-byte access can reach together, or 1. Loads and stores must be aligned, and the rows must lie side
 // by side: of one outer index, so that the inner size must be a multiple as well.
 inline int column_width(const CrossEntropyOptions& o) {
@@ -46,22 +37,6 @@ inline int column_width(const CrossEntropyOptions& o) {
   const bool all_fit = o.inner % width == 0 && fits(o.logits, o.logits_strides) &&
                        fits(o.grad_logits, o.grad_strides) && fits(o.target_probability, o.target_strides);
   return all_fit ? int(width) : 1;
-}
-
-// Do the rows lie one behind another, so that a block's rows are one piece of memory that 16-byte accesses can take?
-inline bool can_be_staged(const CrossEntropyOptions& o) {
-  const auto fits = [&](const void* p, const Strides& strides) {
-    return p == nullptr || (reinterpret_cast<uintptr_t>(p) % kPackBytes == 0 && strides.classes == 1 &&
-                            (strides.outer == o.classes || o.outer == 1));
-  };
-  return o.inner == 1 && o.classes <= o.tuning.thread_classes && fits(o.logits, o.logits_strides) &&
-         fits(o.grad_logits, o.grad_strides);
-}
-
-// Rows of whole vectors are kept a word further apart, or threads would read neighbouring rows from the same bank.
-inline int staged_pitch(const CrossEntropyOptions& o) {
-  const int64_t bytes = bytes_of(o.dtype), row = o.classes * bytes;
-  return int(row % kPackBytes == 0 ? row + stage_word(bytes) : row);
 }
 
 // Sizes and places of what is in shared memory.
@@ -129,8 +104,8 @@ inline RowPlan plan_columns(const CrossEntropyOptions& o, bool with_exchange) {
   }
 
   plan.block = dim3(x, y);
-  c.blocks_shift = log2_of(plan.blocks);
-  c.step_shift = log2_of(plan.blocks * y);
+  plan.blocks_shift = log2_of(plan.blocks);
+  plan.threads_shift = log2_of(plan.blocks * y);
   plan_column_memory(o, plan);
   if (keeps && !plan.split) {
     const int64_t classes = divide_up(o.classes, plan.blocks * y);  // of a thread
@@ -139,10 +114,6 @@ inline RowPlan plan_columns(const CrossEntropyOptions& o, bool with_exchange) {
     constexpr int64_t kTile = kColumnPacks<false> / 2;
     plan.slots = int(fit >= classes ? classes : fit > 0 ? fit / kTile * kTile : 0);
     c.kept_vectors = int(plan.slots * kept_bytes / kPackBytes * x * y);
-  }
-  if (plan.blocks == 1 && can_be_staged(o)) {
-    c.staged_pitch = staged_pitch(o);
-    c.kept_vectors = int(divide_up(int64_t(x) * c.staged_pitch, kPackBytes));
   }
   const int64_t most = larger(t.max_blocks / plan.blocks, 1);
   plan.grid = unsigned(smaller(divide_up(c.units, x), most) * plan.blocks);

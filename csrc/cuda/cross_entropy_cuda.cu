@@ -8,8 +8,9 @@
 // size. cross_entropy_stream.cuh says how a row comes into shared memory.
 //
 // Who shares a row is a matter of its length, and of how many there are (cross_entropy_plan.h decides):
-//   a thread, or several        very few classes, or rows that are neighbours in memory, as in (N, C, d1, …): "columns",
-//                               of which a thread takes as many side by side as 16 bytes hold (cross_entropy_columns.cuh)
+//   a thread                    up to 16 classes (cross_entropy_few.cuh)
+//   a thread, or several        rows that are neighbours in memory, as in (N, C, d1, …): "columns", of which a thread takes
+//                               as many side by side as 16 bytes hold (cross_entropy_columns.cuh)
 //   some lanes of a warp        up to a few thousand classes
 //   a block                     more than those
 //   a cluster of blocks         more than the shared memory of one block keeps
@@ -21,6 +22,7 @@
 #include "cuda/cross_entropy_cuda.h"
 
 #include "cuda/cross_entropy_columns.cuh"
+#include "cuda/cross_entropy_few.cuh"
 #include "cuda/cross_entropy_stream.cuh"
 
 namespace fusedloss::cuda {
@@ -46,20 +48,20 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
   using A = Statistic<T>;
   using Rows = Stream<T, kSpread>;
   const RowPlan& plan = o.plan;
-  const int rank = int(blockIdx.x) & (plan.blocks - 1);  // among the blocks of a row
-  const int thread = rank * int(blockDim.x) + int(threadIdx.x), threads = plan.blocks * int(blockDim.x);
+  const int rank = int(blockIdx.x & ((1u << plan.blocks_shift) - 1));  // among the blocks of a row
+  const int thread = rank * int(blockDim.x) + int(threadIdx.x);  // among those of a row
   const bool keeps = o.grad_logits != nullptr && !plan.split;
   __shared__ Partial sums[kRowsOfBlock];  // a row's first thread has one for itself: registers are scarce
   if (threadIdx.x == 0) sums[threadIdx.y] = {};
   let_next_launch_start();
   if (plan.cluster) start_cluster_merge<A>();
 
-  Rows stream(plan, thread, threads);
+  Rows stream(o, thread);
   const auto source_of = [&](int64_t number, int y) {
     return plan.depth > 0 && number < plan.rows ? Rows::source_of(Row<T, kSpread>(o, number, y))
                                                 : typename Rows::Source{};
   };
-  int64_t number = int64_t(blockIdx.x / plan.blocks) * blockDim.y + threadIdx.y;
+  int64_t number = int64_t(blockIdx.x >> plan.blocks_shift) * blockDim.y + threadIdx.y;
   int y = o.class_of(o.target_at(number)), next_y = o.class_of(o.target_at(number + plan.step));
   auto now = source_of(number, y);
   stream.start(now);
@@ -73,7 +75,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
     // All lanes of a warp take part when statistics are merged, so those behind the last row come along.
     const Row<T, kSpread> row(o, is_row ? number : plan.rows - 1, y);
     const bool counts = is_row && row.counts();
-    const auto share = share_of(row, thread, threads);
+    const auto share = share_of(row, thread);
     const T x_y = ask_for_target_logit(row);
     auto state = empty_row_state<A>();
     if (counts && share.template units<1>() > 0) absorb<1, Rows::kPacks>(state, row, share);
@@ -83,15 +85,15 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
       if (threadIdx.x == 0) static_cast<RowState<A>*>(o.scratch)[number * plan.blocks + rank] = state;
     } else {
       if (plan.cluster) state = cluster_merge<kSpread>(state, rank, plan.blocks, turn);
-      const A scale = scale_of<kSpread>(row, state);
-      if (is_row && thread == 0) finish_row<kSpread>(row, state, scale, x_y, sums[threadIdx.y]);
+      const A scale = scale_of(row, state);
+      if (is_row && thread == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
       if (keeps) {
         if (turn == 0) {
           wait_for_launch_before();  // for total_weight
           g = with_mean(o, A(1));    // nobody has sent a grad_output yet
         }
         if (counts) {
-          write_gradient(row, row_gradient(row, state.max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
+          write_gradient(row, row_gradient(o, state.max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
             stream.write_row_vectors(row, of_row, share, next);
           });
         } else {
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
     y = next_y;
     next_y = o.class_of(later_target);
   }
-  if (!plan.split) leave(o, thread == 0 ? sums[threadIdx.y] : Partial());
+  if (!plan.split) leave_rows(o, sums);
 }
 
 // ---- After the rows, in one block
@@ -151,8 +153,8 @@ __global__ void __launch_bounds__(kSplitThreads) finish_split(const Problem<T> o
     auto state = empty_row_state<A>();
     for (int block = lane; block < o.plan.blocks; block += lanes) state = merge(state, states[block]);
     state = lanes_merge<kSpread>(state, lanes);
-    const A scale = scale_of<kSpread>(row, state);
-    if (is_row && lane == 0) finish_row<kSpread>(row, state, scale, x_y, of_thread);
+    const A scale = scale_of(row, state);
+    if (is_row && lane == 0) finish_row(row, state, scale, x_y, of_thread);
   }
   const LossSum sum = finish_block(of_thread);
   if (threadIdx.x != 0 || o.reduction == Reduction::kNone) return;
@@ -177,11 +179,14 @@ __global__ void __launch_bounds__(kSumThreads) weigh(const Problem<T> o) {
 #pragma unroll
     for (int k = 0; k < kLoadsAtOnce; ++k)
       index[k] = first + k * step < o.plan.rows ? o.target_index[first + k * step] : o.ignore_index;
+    Statistic<T> weight[kLoadsAtOnce];
 #pragma unroll
     for (int k = 0; k < kLoadsAtOnce; ++k) {
       const int y = o.class_of(index[k]);
-      if (y >= 0) sum += double(o.weight_of(y));
+      weight[k] = y < 0 ? Statistic<T>(0) : o.weight_of(y);
     }
+#pragma unroll
+    for (int k = 0; k < kLoadsAtOnce; ++k) sum += double(weight[k]);
   }
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;
@@ -213,11 +218,11 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
   if (gradient_is_ready<T>(o)) return;
   using A = Statistic<T>;
   const RowPlan& plan = o.plan;
-  const int rank = int(blockIdx.x) & (plan.blocks - 1);
-  const int thread = rank * int(blockDim.x) + int(threadIdx.x), threads = plan.blocks * int(blockDim.x);
-  for (int64_t i = int64_t(blockIdx.x / plan.blocks) * blockDim.y + threadIdx.y; i < plan.rows; i += plan.step) {
+  const int rank = int(blockIdx.x & ((1u << plan.blocks_shift) - 1));
+  const int thread = rank * int(blockDim.x) + int(threadIdx.x);  // among those of a row
+  for (int64_t i = int64_t(blockIdx.x >> plan.blocks_shift) * blockDim.y + threadIdx.y; i < plan.rows; i += plan.step) {
     const Row<T, kSpread> row(o, i);
-    const auto share = share_of(row, thread, threads);
+    const auto share = share_of(row, thread);
     write_row(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i], share);
   }
 }
@@ -249,6 +254,15 @@ cudaError_t launch_weigh(const CrossEntropyOptions& o, const RowPlan& plan, cuda
   return launch(finish_weigh<T>, after_launch(o, 1, kSumThreads), stream, o, int(grid));
 }
 
+// Of a kernel that cannot be launched with its shared memory before it is prepared for it.
+template <typename T>
+cudaError_t prepare_and_launch(void (*kernel)(Problem<T>), const CrossEntropyOptions& o, const RowPlan& plan,
+                               bool overlaps, cudaStream_t stream) {
+  int64_t resident = 0;  // not needed
+  const cudaError_t error = resident_blocks(kernel, plan.shape(o, false), resident);
+  return error != cudaSuccess ? error : launch(kernel, plan.shape(o, overlaps), stream, Problem<T>(o, plan));
+}
+
 template <typename T>
 cudaError_t launch_columns(const CrossEntropyOptions& o, const RowPlan& plan, bool forward, bool overlaps,
                            cudaStream_t stream) {
@@ -256,9 +270,7 @@ cudaError_t launch_columns(const CrossEntropyOptions& o, const RowPlan& plan, bo
     constexpr bool kSpread = decltype(spread)::value;
     constexpr int kWidth = decltype(width)::value;
     const auto kernel = forward ? forward_columns<T, kSpread, kWidth> : backward_columns<T, kSpread, kWidth>;
-    int64_t resident = 0;  // not needed, but so the kernel is prepared for its shared memory
-    const cudaError_t error = resident_blocks(kernel, plan.shape(o, false), resident);
-    return error != cudaSuccess ? error : launch(kernel, plan.shape(o, overlaps), stream, Problem<T>(o, plan));
+    return prepare_and_launch(kernel, o, plan, overlaps, stream);
   };
   const auto launch_of = [&](auto width) {
     return o.is_spread() ? launch_of_width(width, std::true_type()) : launch_of_width(width, std::false_type());
@@ -268,10 +280,20 @@ cudaError_t launch_columns(const CrossEntropyOptions& o, const RowPlan& plan, bo
 }
 
 template <typename T>
+cudaError_t launch_few(const CrossEntropyOptions& o, const RowPlan& plan, bool forward, bool overlaps,
+                       cudaStream_t stream) {
+  const auto kernel = forward ? o.is_spread() ? forward_few<T, true> : forward_few<T, false>
+                      : o.is_spread() ? backward_few<T, true>
+                                      : backward_few<T, false>;
+  return prepare_and_launch(kernel, o, plan, overlaps, stream);
+}
+
+template <typename T>
 cudaError_t launch_backward(CrossEntropyOptions o, cudaStream_t stream) {
   if (o.grad_ready) o.tuning.max_blocks = smaller(o.tuning.max_blocks, kHandOverBlocks);
   const RowPlan plan = plan_rows(o, /*with_exchange=*/false);
   const bool spread = o.is_spread();
+  if (plan.few_pitch > 0) return launch_few<T>(o, plan, /*forward=*/false, /*overlaps=*/true, stream);
   if (plan.columns) return launch_columns<T>(o, plan, /*forward=*/false, /*overlaps=*/true, stream);
   const auto kernel = spread ? backward_rows<T, true> : backward_rows<T, false>;
   return launch(kernel, plan.shape(o, /*overlaps=*/true), stream, Problem<T>(o, plan));
@@ -287,7 +309,7 @@ auto rows_kernel(const CrossEntropyOptions& o) {
 // blocks that never end stayed in step with one another, and read and wrote at the same times.
 template <typename T>
 cudaError_t fit_to_device(const CrossEntropyOptions& o, RowPlan& plan) {
-  if (plan.columns) return cudaSuccess;
+  if (plan.columns || plan.few_pitch > 0) return cudaSuccess;
   int64_t most = 0;
   const cudaError_t error = resident_blocks(rows_kernel<T>(o), plan.shape(o, false), most);
   const bool one_row_each = o.grad_logits != nullptr && !o.is_spread();
@@ -303,8 +325,9 @@ cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cu
   const auto kernel = rows_kernel<T>(o);
   const bool overlaps = weigh_grid(o, plan) > 0;  // no more than the weights: other launches may write the logits
   if (error == cudaSuccess)
-    error = plan.columns ? launch_columns<T>(o, plan, /*forward=*/true, overlaps, stream)
-                         : launch(kernel, plan.shape(o, overlaps), stream, problem);
+    error = plan.few_pitch > 0 ? launch_few<T>(o, plan, /*forward=*/true, overlaps, stream)
+            : plan.columns     ? launch_columns<T>(o, plan, /*forward=*/true, overlaps, stream)
+                               : launch(kernel, plan.shape(o, overlaps), stream, problem);
   if (error != cudaSuccess || !plan.split) return error;
   const unsigned blocks = split_grid(plan);
   const auto sums = reinterpret_cast<LossSum*>(static_cast<char*>(o.scratch) + split_states_bytes(o, plan));
@@ -319,8 +342,13 @@ cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cu
   return launch_backward<T>(o, stream);
 }
 
+// In place of what is not given, what the device has; and no more than the kernels were compiled for.
 cudaError_t complete_tuning(CudaTuning& tuning) {
-  return complete(tuning, reinterpret_cast<const void*>(&finish<float>));
+  const cudaError_t error = complete(tuning, reinterpret_cast<const void*>(&finish<float>));
+  tuning.cluster_blocks = smaller(tuning.cluster_blocks, kMaxCluster);
+  tuning.block_threads = smaller(tuning.block_threads, kRowThreads);
+  tuning.few_threads = smaller(tuning.few_threads, kRowThreads);
+  return error;
 }
 
 }  // namespace

@@ -11,10 +11,10 @@ struct Partial {
   bool bad_target;
 };
 
-// One thread of the row: statistics in, loss out. x_y: the target class's logit. AnyRow: Row, or what columns know of
-// one.
-template <bool kSpread, typename T, typename AnyRow, typename A>
-__device__ __forceinline__ void finish_row(const AnyRow& row, RowState<A> state, A scale, T x_y, Partial& partial) {
+// One thread of the row: statistics in, loss out. x_y: the target class's logit.
+template <typename T, bool kSpread, typename A>
+__device__ __forceinline__ void finish_row(const RowTarget<T, kSpread>& row, RowState<A> state, A scale, T x_y,
+                                           Partial& partial) {
   const Problem<T>& o = row.o;
   A loss[1] = {0};
   if (row.counts()) {
@@ -33,17 +33,36 @@ __device__ __forceinline__ void finish_row(const AnyRow& row, RowState<A> state,
   if (o.reduction == Reduction::kNone) store_loss<T>(o.loss, o.loss_dtype != o.dtype, row.number, loss);
 }
 
-// All threads of the block. The assert waits until here since a call that may return costs registers around it.
-__device__ __forceinline__ LossSum finish_block(const Partial& of_thread) {
-  assert(!of_thread.bad_target && "cross_entropy: a target is neither a class index nor ignore_index");
-  return block_sum(of_thread.sum);
+// What may end the kernel waits until all rows are done: a call that may not return costs registers around it.
+__device__ __forceinline__ LossSum checked(const Partial& partial) {
+  assert(!partial.bad_target && "cross_entropy: a target is neither a class index nor ignore_index");
+  return partial.sum;
+}
+
+// All threads of the block.
+__device__ __forceinline__ LossSum finish_block(const Partial& of_thread) { return block_sum(checked(of_thread)); }
+
+// One thread of the block: the block's sum, for a kernel that adds up all of them.
+__device__ __forceinline__ void leave_sum(const CrossEntropyOptions& o, const LossSum& sum) {
+  if (o.reduction != Reduction::kNone) static_cast<LossSum*>(o.scratch)[blockIdx.x] = sum;
 }
 
 __device__ __forceinline__ void leave(const CrossEntropyOptions& o, const Partial& of_thread) {
   wait_for_launch_before();  // which may still read its own sums in scratch
   const LossSum sum = finish_block(of_thread);
-  if (o.reduction != Reduction::kNone && threadIdx.x + threadIdx.y == 0)
-    static_cast<LossSum*>(o.scratch)[blockIdx.x] = sum;
+  if (threadIdx.x + threadIdx.y == 0) leave_sum(o, sum);
+}
+
+// The same where each row has left what it adds in shared memory, of_row[blockDim.y]: the first warp adds them up.
+__device__ __forceinline__ void leave_rows(const CrossEntropyOptions& o, const Partial* of_row) {
+  wait_for_launch_before();
+  const int rows = int(blockDim.y), thread = int(threadIdx.y * blockDim.x + threadIdx.x);
+  if (rows > 1) __syncthreads();
+  if (thread >= kWarp) return;
+  LossSum sum = {};
+  for (int i = thread; i < rows; i += kWarp) sum += checked(of_row[i]);
+  if (rows > 1) sum = {lanes_sum(sum.loss), lanes_sum(sum.weight)};
+  if (thread == 0) leave_sum(o, sum);
 }
 
 }  // namespace fusedloss::cuda

@@ -21,10 +21,7 @@ constexpr int kColumnPacks = kSpread ? 4 : 8;
 struct ColumnPlan {
   int width = 1;              // rows that a thread takes side by side
   int64_t units = 0;          // of so many rows, in all; a step counts these
-  int step_shift = 0;         // log2 of the threads of a row, in all its blocks
-  int blocks_shift = 0;       // log2 of those blocks
-  int kept_vectors = 0;       // of 16 bytes, of the block, before what its threads exchange: kept classes, or a Stage
-  int staged_pitch = 0;       // bytes from one row of the Stage to the next; 0 if there is none
+  int kept_vectors = 0;       // of 16 bytes, of the block, before what its threads exchange
   int64_t exchange_bytes = 0;
   // Sets of statistics in shared memory, see ColumnMemory:
   int sets_shift = 0;         // log2 of what a block's threads leave, from set 0 on
@@ -34,13 +31,16 @@ struct ColumnPlan {
 };
 
 // A block has (threads of a row, rows) threads; in columns, (threads side by side, threads of a row), since there the
-// neighbours of an element in memory are of other rows.
+// neighbours of an element in memory are of other rows; and of rows of a few classes, a thread for each.
 struct RowPlan {
   dim3 block = 1;
   unsigned grid = 1;
   bool columns = false;
+  int few_pitch = 0;           // rows of a few classes: bytes from one to the next in shared memory; else 0
   int64_t rows = 0, step = 0;  // a block's rows of one turn and of the next are a step apart
-  int blocks = 1;              // that share a row, if they are more
+  int blocks = 1;              // that share a row, if they are more: a power of two
+  int blocks_shift = 0;        // log2 of them
+  int threads_shift = 0;       // log2 of the threads that share a row, in all its blocks
   bool cluster = false;        // either in a cluster
   bool split = false;          // or apart, to meet in scratch
   int tiles = 0;               // of a thread, in a row
@@ -49,8 +49,9 @@ struct RowPlan {
   ColumnPlan of_columns;       // if they are
 
   LaunchShape shape(const CrossEntropyOptions& o, bool overlaps) const {
-    const int64_t shared_bytes = columns ? of_columns.kept_vectors * kPackBytes + of_columns.exchange_bytes
-                                         : slots * kept_bytes_of_pack(o) * block.x * block.y;
+    const int64_t shared_bytes = few_pitch > 0 ? int64_t(few_pitch) * block.x
+                                 : columns     ? of_columns.kept_vectors * kPackBytes + of_columns.exchange_bytes
+                                               : slots * kept_bytes_of_pack(o) * block.x * block.y;
     return {grid, block, cluster ? blocks : 1, shared_bytes, overlaps && o.tuning.overlap};
   }
 
@@ -66,6 +67,12 @@ struct RowPlan {
   }
 };
 
+inline int log2_of(int64_t power) {
+  int shift = 0;
+  while (int64_t(1) << shift < power) ++shift;
+  return shift;
+}
+
 inline unsigned grid_size(const CrossEntropyOptions& o, int64_t work_of_a_block, int64_t blocks_together = 1) {
   const int64_t groups = divide_up(o.rows(), work_of_a_block), most = o.tuning.max_blocks / blocks_together;
   return unsigned((groups < most ? groups : most > 0 ? most : 1) * blocks_together);
@@ -73,9 +80,39 @@ inline unsigned grid_size(const CrossEntropyOptions& o, int64_t work_of_a_block,
 
 inline RowPlan plan_columns(const CrossEntropyOptions& o, bool with_exchange);  // cross_entropy_columns_plan.h
 
+// Rows of so few classes that a thread keeps a row in registers, if they lie one behind another: then a block's rows are
+// one piece of memory, which 16-byte accesses can take.
+constexpr int kFewClasses = 16;
+constexpr int kFewThreads = 128;
+
+inline bool are_few(const CrossEntropyOptions& o) {
+  const auto fits = [&](const void* p, const Strides& strides) {
+    return p == nullptr || (reinterpret_cast<uintptr_t>(p) % kPackBytes == 0 && strides.classes == 1 &&
+                            (strides.outer == o.classes || o.outer == 1));
+  };
+  return o.inner == 1 && o.classes <= smaller(o.tuning.thread_classes, kFewClasses) &&
+         fits(o.logits, o.logits_strides) && fits(o.grad_logits, o.grad_strides);
+}
+
+// What rows in shared memory are aligned to that do not lie one behind another.
+FUSEDLOSS_ANYWHERE constexpr int few_word(int64_t bytes_of_element) { return bytes_of_element == 8 ? 8 : 4; }
+
+inline RowPlan plan_few(const CrossEntropyOptions& o) {
+  const int64_t bytes = bytes_of(o.dtype), row = o.classes * bytes;
+  RowPlan plan;
+  plan.rows = o.rows();
+  plan.block = dim3(kFewThreads);
+  plan.grid = grid_size(o, kFewThreads);
+  plan.step = int64_t(plan.grid) * kFewThreads;
+  // Rows of whole vectors lie a word further apart: threads would else read neighbouring rows from the same bank.
+  plan.few_pitch = int(row % kPackBytes == 0 ? row + few_word(bytes) : row);
+  return plan;
+}
+
 // with_exchange: the threads of a row have to merge what they know; without, its statistics are known, as in the backward
 // pass.
 inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
+  if (are_few(o)) return plan_few(o);
   const CudaTuning& t = o.tuning;
   const bool keeps = with_exchange && o.grad_logits != nullptr;
   const bool neighbours = o.logits_strides.classes == 1 &&
@@ -111,6 +148,8 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
     while (threads < most_threads && packs >= 4 * threads * tile_packs * plan.blocks) threads *= 2;
     plan.block = dim3(threads);
   }
+  plan.blocks_shift = log2_of(plan.blocks);
+  plan.threads_shift = log2_of(int64_t(plan.block.x) * plan.blocks);
   plan.grid = grid_size(o, plan.block.y, plan.blocks);
   plan.step = int64_t(plan.grid / plan.blocks) * plan.block.y;
   if (!with_exchange) return plan;

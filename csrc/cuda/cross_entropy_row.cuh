@@ -22,11 +22,16 @@ struct Problem : CrossEntropyOptions {
 
   // -1 where there is none: the target is ignored or, behind an assert, out of range.
   __device__ __forceinline__ int class_of(int64_t index) const {
-    return index == ignore_index || index < 0 || index >= classes ? -1 : int(index);
+    return index == ignore_index || uint64_t(index) >= uint64_t(classes) ? -1 : int(index);
   }
   // What stands in the target for a row; something that is no class for probabilities, and behind the last row.
   __device__ __forceinline__ int64_t target_at(int64_t row) const {
     return target_index && row < plan.rows ? target_index[row] : -1;
+  }
+  // Slots that a thread has for each pack of logits: one more for the pack of probabilities.
+  template <bool kSpread>
+  __device__ __forceinline__ int slots_of_pack() const {
+    return kSpread && target_probability != nullptr ? 2 : 1;
   }
   __device__ __forceinline__ A weight_of(int c) const { return weight ? static_cast<const A*>(weight)[c] : A(1); }
   __device__ __forceinline__ A sum_of_weights() const {
@@ -34,41 +39,78 @@ struct Problem : CrossEntropyOptions {
   }
 };
 
-// kSpread: the target distribution q is not 0 outside the target class, for there are probabilities or there is label
-// smoothing.
+// What the target distribution has outside of the target class. A sweep is compiled for each: to ask at each class would
+// cost as much as all else.
+enum class Spread { kNone, kUniform, kWeights, kProbabilities, kWeightedProbabilities };
+FUSEDLOSS_ANYWHERE constexpr bool is_weighted(Spread spread) {
+  return spread == Spread::kWeights || spread == Spread::kWeightedProbabilities;
+}
+FUSEDLOSS_ANYWHERE constexpr bool is_of_probabilities(Spread spread) {
+  return spread == Spread::kProbabilities || spread == Spread::kWeightedProbabilities;
+}
+
+// Calls f(integral_constant of the Spread).
+template <bool kSpread, typename T, typename F>
+__device__ __forceinline__ void with_spread(const Problem<T>& o, F f) {
+  if constexpr (!kSpread) {
+    f(std::integral_constant<Spread, Spread::kNone>());
+  } else if (o.target_probability != nullptr) {
+    if (o.weight != nullptr) f(std::integral_constant<Spread, Spread::kWeightedProbabilities>());
+    else f(std::integral_constant<Spread, Spread::kProbabilities>());
+  } else {
+    if (o.weight != nullptr) f(std::integral_constant<Spread, Spread::kWeights>());
+    else f(std::integral_constant<Spread, Spread::kUniform>());
+  }
+}
+
+// What is asked of a row, wherever its logits lie. kSpread: the target distribution q is not 0 outside the target class,
+// for there are probabilities or there is label smoothing.
 template <typename T, bool kSpread>
-struct Row {
+struct RowTarget {
   using A = Statistic<T>;
 
   const Problem<T>& o;
   const int64_t number;
-  const int64_t outer, inner;  // its position
+  const int y;  // the target class; -1 for probabilities, and where there is none
+  const A w_y;  // its weight
+
+  __device__ __forceinline__ RowTarget(const Problem<T>& problem, int64_t row, int target)
+      : o(problem), number(row), y(target), w_y(y < 0 ? A(0) : o.weight_of(y)) {}
+
+  __device__ __forceinline__ bool has_probabilities() const { return kSpread && o.target_probability != nullptr; }
+  // If not, the row adds nothing and is not even read.
+  __device__ __forceinline__ bool counts() const { return has_probabilities() || y >= 0; }
+  // q of the target class.
+  __device__ __forceinline__ A coefficient() const {
+    const A q = math::product(o.smoothing.kept, w_y);
+    return kSpread ? q + math::product(o.smoothing.uniform, w_y) : q;
+  }
+};
+
+template <typename T, bool kSpread>
+struct Row : RowTarget<T, kSpread> {
+  using RowTarget<T, kSpread>::o;
+
+  const int64_t outer;         // its position, if there are inner sizes
   const T* const logits;       // [classes]
   const T* const probability;  // [classes]; null for a class index
   T* const grad;               // [classes]; null if it is not wanted
-  const int y;                 // the target class; -1 for probabilities, and where there is none
-  const A w_y;                 // its weight
 
   __device__ __forceinline__ Row(const Problem<T>& problem, int64_t row)
       : Row(problem, row, problem.class_of(problem.target_at(row))) {}
   __device__ __forceinline__ Row(const Problem<T>& problem, int64_t row, int target)
-      : o(problem),
-        number(row),
+      : RowTarget<T, kSpread>(problem, row, target),
         outer(o.inner == 1 ? row : row / o.inner),
-        inner(row - outer * o.inner),
         logits(at(o.logits, o.logits_strides)),
         probability(kSpread && o.target_probability ? at(o.target_probability, o.target_strides) : nullptr),
-        grad(o.grad_logits ? const_cast<T*>(at(o.grad_logits, o.grad_strides)) : nullptr),
-        y(target),
-        w_y(y < 0 ? A(0) : o.weight_of(y)) {}
+        grad(o.grad_logits ? const_cast<T*>(at(o.grad_logits, o.grad_strides)) : nullptr) {}
 
   // The row's first element in a tensor like the logits.
   __device__ __forceinline__ const T* at(const void* tensor, const Strides& strides) const {
-    return static_cast<const T*>(tensor) + (outer * strides.outer + inner * strides.inner);
+    const int64_t offset = outer * strides.outer;
+    return static_cast<const T*>(tensor) +
+           (o.inner == 1 ? offset : offset + (this->number - outer * o.inner) * strides.inner);
   }
-  __device__ __forceinline__ bool has_probabilities() const { return kSpread && probability != nullptr; }
-  // If not, the row adds nothing and is not even read.
-  __device__ __forceinline__ bool counts() const { return has_probabilities() || y >= 0; }
 };
 
 // The logit of the target class, asked for before a sweep, so that nobody waits for it afterwards; and not widened, so
@@ -78,20 +120,26 @@ __device__ __forceinline__ T ask_for_target_logit(const Row<T, kSpread>& row) {
   return row.y < 0 ? T() : row.logits[row.y * row.o.logits_strides.classes];
 }
 
-// A thread's part of the classes of a row that several threads share. The vectors are those of the logits; where the
-// gradient is aligned otherwise, as that of a slice of a padded vocabulary, only its stores are of single elements.
+// A thread's part of the classes of a row that several threads share; thread: its number among them. The vectors are those
+// of the logits; where the gradient is aligned otherwise, as that of a slice of a padded vocabulary, only its stores are of
+// single elements.
 template <typename T, bool kSpread>
-__device__ __forceinline__ Share<T> share_of(const Row<T, kSpread>& row, int thread, int threads) {
+__device__ __forceinline__ Share<T> share_of(const Row<T, kSpread>& row, int thread) {
   const auto elements = split(int(row.o.classes), row.logits, row.probability);
-  return {elements, thread, threads, reinterpret_cast<uintptr_t>(row.grad + elements.head) % kPackBytes == 0};
+  const bool stores_vectors = reinterpret_cast<uintptr_t>(row.grad + elements.head) % kPackBytes == 0;
+  return {elements, thread, row.o.plan.threads_shift, stores_vectors};
 }
 
-// A thread's own slots in shared memory, each for a pack. Nobody else reads or writes them, so no barrier is needed.
+// A thread's own slots in shared memory, each for a pack. Nobody else reads or writes them, so no barrier is needed. Those
+// of a warp lie together, and a thread's next slot a warp further on: a constant that instructions can contain.
 struct Slots {
-  uint4* own;  // as many elements apart as the block has threads
+  uint4* own;
 
-  __device__ __forceinline__ Slots() : own(dynamic_shared_memory + threadIdx.y * blockDim.x + threadIdx.x) {}
-  __device__ __forceinline__ uint4& operator[](int i) const { return own[i * int(blockDim.x * blockDim.y)]; }
+  // count: of each thread. The block has whole warps.
+  explicit __device__ __forceinline__ Slots(int count) : Slots(count, int(threadIdx.y * blockDim.x + threadIdx.x)) {}
+  __device__ __forceinline__ Slots(int count, int thread)
+      : own(dynamic_shared_memory + thread / kWarp * (count * kWarp) + thread % kWarp) {}
+  __device__ __forceinline__ uint4& operator[](int i) const { return own[i * kWarp]; }
 };
 
 // What a thread holds of a row at a time: kPacks packs of kWidth neighbouring classes. kWhole: all of them lie in the
@@ -119,7 +167,7 @@ struct Tile {
   __device__ __forceinline__ Tile(const Row<T, kSpread>& row, const Share<T>& share, int number, const Slots& slots,
                                   int place) {
     find(share, number);
-    const int step = row.has_probabilities() ? 2 : 1;
+    const int step = row.o.template slots_of_pack<kSpread>();
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       x[k] = Pack<T, kWidth>();
@@ -130,9 +178,9 @@ struct Tile {
   }
 
   __device__ __forceinline__ void find(const Share<T>& share, int number) {
-    int unit = share.thread + number * kPacks * share.step;
+    int unit = share.thread + (number * kPacks << share.step_shift);
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k, unit += share.step)
+    for (int k = 0; k < kPacks; ++k, unit += 1 << share.step_shift)
       first[k] = kWhole || unit < share.template units<kWidth>() ? share.template first<kWidth>(unit) : -1;
   }
 
@@ -150,24 +198,13 @@ struct Tile {
 
   // q of class (k, j), element j of pack k; for a class index, without what the target class has above the others:
   // kept * w_y.
-  template <bool kWeighted>
+  template <Spread kSpreads>
   __device__ __forceinline__ Statistic<T> coefficient(const Row<T, kSpread>& row, int k, int j) const {
-    if constexpr (!kSpread) return 0;
-    const Statistic<T> w = kWeighted ? row.o.weight_of(first[k] + j) : 1;
-    return row.has_probabilities() ? probability_coefficient(t[k][j], w, row.o.smoothing)
-                                   : math::product(row.o.smoothing.uniform, w);
+    const Statistic<T> w = is_weighted(kSpreads) ? row.o.weight_of(first[k] + j) : 1;
+    return is_of_probabilities(kSpreads) ? probability_coefficient(t[k][j], w, row.o.smoothing)
+                                         : math::product(row.o.smoothing.uniform, w);
   }
 };
-
-// f(true_type()) where classes have weights of their own that count, else f(false_type()): to ask at each class costs
-// as much as all else.
-template <bool kSpread, typename T, typename F>
-__device__ __forceinline__ void with_or_without_weights(const Problem<T>& o, F f) {
-  if constexpr (kSpread) {
-    if (o.weight != nullptr) return f(std::true_type());
-  }
-  f(std::false_type());
-}
 
 // A thread's tiles: `whole` ones, as many for every thread of the row, then one more that ends behind the row if there
 // are more in all. As many threads share a row as a power of two.
@@ -176,9 +213,9 @@ struct TileCount {
 
   template <int kWidth, int kPacks, typename T>
   static __device__ __forceinline__ TileCount of(const Share<T>& share) {
-    const int units = share.template units<kWidth>(), together = kPacks * share.step;
-    const int whole = units >> (31 - __clz(together));
-    return {whole, whole + (share.thread < units - whole * together)};
+    static_assert((kPacks & (kPacks - 1)) == 0);
+    const int units = share.template units<kWidth>(), whole = (units >> share.step_shift) / kPacks;
+    return {whole, whole + (share.thread < units - (whole * kPacks << share.step_shift))};
   }
 };
 
@@ -194,7 +231,7 @@ __device__ __forceinline__ A sum_of(A (&values)[kCount]) {
   return values[0];
 }
 
-template <bool kWeighted, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
+template <Spread kSpreads, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kSpread>& row,
                                             const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile) {
   A max = state.max;
@@ -205,13 +242,18 @@ __device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kSp
     A e[kWidth], dot[kWidth], mass[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      e[j] = math::exp(tile.x[k][j] - reference);
-      mass[j] = tile.template coefficient<kWeighted>(row, k, j);
-      dot[j] = mass[j] * (tile.x[k][j] - reference);
+      dot[j] = tile.x[k][j] - reference;
+      e[j] = math::exp(dot[j]);
+      if constexpr (kSpread) {
+        mass[j] = tile.template coefficient<kSpreads>(row, k, j);
+        dot[j] *= mass[j];
+      }
     }
     state.sum += sum_of(e);
-    if (kSpread) state.dot += sum_of(dot);
-    if (kSpread) state.mass += sum_of(mass);
+    if constexpr (kSpread) {
+      state.dot += sum_of(dot);
+      state.mass += kSpreads == Spread::kUniform ? row.o.smoothing.uniform * kWidth : sum_of(mass);
+    }
   });
 }
 
@@ -220,15 +262,15 @@ template <int kWidth, int kPacks, typename T, bool kSpread, typename A>
 __device__ __forceinline__ void absorb(RowState<A>& state, const Row<T, kSpread>& row, const Share<T>& share,
                                        int first = 0) {
   const auto tiles = TileCount::of<kWidth, kPacks>(share);
-  with_or_without_weights<kSpread>(row.o, [&](auto weighted) {
-    constexpr bool kWeighted = decltype(weighted)::value;
+  with_spread<kSpread>(row.o, [&](auto spread) {
+    constexpr Spread kSpreads = decltype(spread)::value;
     int number = first;
 #pragma unroll 1
     for (; number < tiles.whole; ++number)
-      absorb_tile<kWeighted>(state, row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number));
+      absorb_tile<kSpreads>(state, row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number));
 #pragma unroll 1
     for (; number < tiles.all; ++number)
-      absorb_tile<kWeighted>(state, row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number));
+      absorb_tile<kSpreads>(state, row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number));
   });
 }
 
@@ -241,13 +283,11 @@ __device__ __forceinline__ void absorb(RowState<A>& state, const Row<T, kSpread>
 template <typename A>
 struct RowGradient {
   A max, scale, grad_output;
-  A q_y;  // what q has at a target class above the others: kept * w_y
-  A scale_times_grad_output;
+  A scale_times_grad_output, uniform_times_grad_output;
 };
 
-// AnyRow: Row, or what columns know of one.
-template <bool kSpread, typename AnyRow, typename A>
-__device__ __forceinline__ A scale_of(const AnyRow& row, const RowState<A>& state) {
+template <typename T, bool kSpread, typename A>
+__device__ __forceinline__ A scale_of(const RowTarget<T, kSpread>& row, const RowState<A>& state) {
   const A mass = row.has_probabilities() ? state.mass
                  : kSpread               ? index_mass(row.w_y, row.o.sum_of_weights(), row.o.smoothing)
                                          : row.w_y;
@@ -261,11 +301,10 @@ __device__ __forceinline__ A with_mean(const Problem<T>& o, A grad_output) {
   return divide_by_total_weight(grad_output, *static_cast<const A*>(o.total_weight));
 }
 
-// g: with the mean's division.
-template <typename T, bool kSpread, typename A>
-__device__ __forceinline__ RowGradient<A> row_gradient(const Row<T, kSpread>& row, A max, A scale, A g) {
-  const Problem<T>& o = row.o;
-  return {max, scale, g, math::product(o.smoothing.kept, row.w_y), scale * g};
+// grad_output: with the mean's division.
+template <typename T, typename A>
+__device__ __forceinline__ RowGradient<A> row_gradient(const Problem<T>& o, A max, A scale, A grad_output) {
+  return {max, scale, grad_output, scale * grad_output, o.smoothing.uniform * grad_output};
 }
 
 // Grad_output times d loss/dx_c for a class of logit x.
@@ -274,29 +313,36 @@ __device__ __forceinline__ A gradient_of(const RowGradient<A>& of_row, A x, A q)
   return logit_gradient(math::exp(x - of_row.max), of_row.scale, q, of_row.grad_output);
 }
 
-template <typename T, int kWidth, typename A>
-__device__ __forceinline__ void store_gradient(T* p, const A (&values)[kWidth], bool stores_vectors) {
-  if (kWidth == 1 || stores_vectors) {
-    store_values(p, values);
-  } else {
+// One after another, where they are not aligned as a vector must be.
+template <typename T, int kWidth>
+__device__ __forceinline__ void store_elements(T* p, const Pack<T, kWidth>& pack) {
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) p[j] = narrow<T>(values[j]);
-  }
+  for (int j = 0; j < kWidth; ++j) p[j] = narrow<T>(pack[j]);
 }
 
-// As if none were the target class.
-template <bool kWeighted, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
+// As if none were the target class. A tile has one branch between both kinds of stores: of a branch for a few stores the
+// compiler would make predicates, and issue both.
+template <Spread kSpreads, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
                                            const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile,
                                            bool stores_vectors) {
-  tile.for_each_pack([&](int k) {
-    A values[kWidth];
+  const auto write = [&](auto put) {
+    tile.for_each_pack([&](int k) {
+      A values[kWidth];
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j)
-      values[j] = kSpread ? gradient_of(of_row, A(tile.x[k][j]), tile.template coefficient<kWeighted>(row, k, j))
-                          : math::exp(tile.x[k][j] - of_row.max) * of_row.scale_times_grad_output;
-    store_gradient(row.grad + tile.offset(tile.first[k], row.o.grad_strides), values, stores_vectors);
-  });
+      for (int j = 0; j < kWidth; ++j) {
+        if constexpr (kSpreads == Spread::kNone || kSpreads == Spread::kUniform) {
+          values[j] = math::exp(tile.x[k][j] - of_row.max) * of_row.scale_times_grad_output;
+          if (kSpreads == Spread::kUniform) values[j] -= of_row.uniform_times_grad_output;
+        } else {
+          values[j] = gradient_of(of_row, A(tile.x[k][j]), tile.template coefficient<kSpreads>(row, k, j));
+        }
+      }
+      put(row.grad + tile.offset(tile.first[k], row.o.grad_strides), narrow_pack<T, kWidth>(values));
+    });
+  };
+  if (kWidth == 1 || stores_vectors) write([](T* p, const auto& pack) { store(p, pack); });
+  else write([](T* p, const auto& pack) { store_elements(p, pack); });
 }
 
 // The tiles of a thread's share, from the last to number `first`, as they come from memory: the cache may still hold the
@@ -305,16 +351,16 @@ template <int kWidth, int kPacks, typename T, bool kSpread, typename A>
 __device__ __forceinline__ void write_tiles(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
                                             const Share<T>& share, int first = 0) {
   const auto tiles = TileCount::of<kWidth, kPacks>(share);
-  with_or_without_weights<kSpread>(row.o, [&](auto weighted) {
-    constexpr bool kWeighted = decltype(weighted)::value;
+  with_spread<kSpread>(row.o, [&](auto spread) {
+    constexpr Spread kSpreads = decltype(spread)::value;
     int number = tiles.all - 1;
 #pragma unroll 1
     for (; number >= tiles.whole && number >= first; --number)
-      write_tile<kWeighted>(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number),
+      write_tile<kSpreads>(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number),
                             share.stores_vectors);
 #pragma unroll 1
     for (; number >= first; --number)
-      write_tile<kWeighted>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number),
+      write_tile<kSpreads>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number),
                             share.stores_vectors);
   });
 }
@@ -327,7 +373,7 @@ __device__ __forceinline__ bool has_target(const Row<T, kSpread>& row, const Sha
   const int unit = behind_head < 0             ? row.y
                    : behind_head >= in_vectors ? row.y - in_vectors
                                                : behind_head / kVector<T>;
-  return (unit & (share.step - 1)) == share.thread;
+  return (unit & ((1 << share.step_shift) - 1)) == share.thread;
 }
 
 // Writes a thread's share of the gradient, of which write_vectors writes the vectors. The target class is put right
@@ -340,19 +386,20 @@ __device__ __forceinline__ void write_gradient(const Row<T, kSpread>& row, const
   if (share.template units<1>() > 0) write_tiles<1, kTilePacks<kSpread> / 2>(row, of_row, share);
   write_vectors(of_row);
   if (!mine) return;
-  const A q = of_row.q_y + (kSpread ? math::product(row.o.smoothing.uniform, row.w_y) : A(0));
-  const A of_target[1] = {gradient_of(of_row, A(widen(x_y)), q)};
+  const A of_target[1] = {gradient_of(of_row, A(widen(x_y)), row.coefficient())};
   store_values(row.grad + row.y * row.o.grad_strides.classes, of_target);
 }
 
 // For a row that does not count: zeros, even where its logits are NaN.
 template <int kWidth, typename T, bool kSpread>
 __device__ __forceinline__ void write_zeros(const Row<T, kSpread>& row, const Share<T>& share) {
-  const Statistic<T> zeros[kWidth] = {};
+  const Pack<T, kWidth> zeros = {};
 #pragma unroll 1
-  for (int unit = share.thread; unit < share.template units<kWidth>(); unit += share.step)
-    store_gradient(row.grad + share.template first<kWidth>(unit) * row.o.grad_strides.classes, zeros,
-                   share.stores_vectors);
+  for (int unit = share.thread; unit < share.template units<kWidth>(); unit += 1 << share.step_shift) {
+    T* const p = row.grad + share.template first<kWidth>(unit) * row.o.grad_strides.classes;
+    if (kWidth == 1 || share.stores_vectors) store(p, zeros);
+    else store_elements(p, zeros);
+  }
 }
 
 template <typename T, bool kSpread>
@@ -368,7 +415,7 @@ __device__ __forceinline__ void write_row(const Row<T, kSpread>& row, A max, A s
   const A g = with_mean(row.o, grad_output_at<T>(row.o, row.number));
   // Nobody but the thread that writes it reads it: the gradient may be written over the logits.
   const T x_y = has_target(row, share) ? row.logits[row.y * row.o.logits_strides.classes] : T();
-  write_gradient(row, row_gradient(row, max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
+  write_gradient(row, row_gradient(row.o, max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
     write_tiles<kVector<T>, kTilePacks<kSpread> / 2>(row, of_row, share);
   });
 }

@@ -21,8 +21,13 @@ class Stream {
   using A = Statistic<T>;
   static constexpr int kPacks = kTilePacks<kSpread>;
 
-  __device__ __forceinline__ Stream(const RowPlan& plan, int thread, int threads)
-      : tiles(plan.tiles), depth(plan.depth), thread(thread), threads(threads) {}
+  __device__ __forceinline__ Stream(const Problem<T>& o, int thread)
+      : tiles(o.plan.tiles),
+        depth(o.plan.depth),
+        slots_of_pack(o.template slots_of_pack<kSpread>()),
+        thread(thread),
+        threads_shift(o.plan.threads_shift),
+        slots(o.plan.slots * slots_of_pack) {}
 
   // The vectors of a row, as many as have to be read.
   struct Source {
@@ -49,12 +54,11 @@ class Stream {
   __device__ __forceinline__ void absorb_row(RowState<A>& state, const Row<T, kSpread>& row, bool counts, bool keeps,
                                              const Share<T>& share, const Source& now, const Source& next) {
     const int streamed = keeps || depth == 0 ? depth : tiles;
-    const int whole = TileCount::of<kVector<T>, kPacks>(share).whole;
-    with_or_without_weights<kSpread>(row.o, [&](auto weighted) {
-      const auto absorb_next = [&](auto is_whole, int number) {
+    with_spread<kSpread>(row.o, [&](auto spread) {
+      for_each_tile(streamed, share, [&](auto is_whole, int number) {
         wait_for_copies(keeps ? depth - 1 - number : depth - 1);
         if (counts)
-          absorb_tile<decltype(weighted)::value>(
+          absorb_tile<decltype(spread)::value>(
               state, row,
               Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, place));
         if (!keeps) {
@@ -64,13 +68,7 @@ class Stream {
                 of_next ? next.vectors : now.vectors},
                number + depth - (of_next ? tiles : 0));
         }
-        advance();
-      };
-      int number = 0;
-#pragma unroll 1
-      for (; number < streamed && number < whole; ++number) absorb_next(std::true_type(), number);
-#pragma unroll 1
-      for (; number < streamed; ++number) absorb_next(std::false_type(), number);
+      });
     });
     if (counts && streamed < tiles) absorb<kVector<T>, kPacks>(state, row, share, streamed);
   }
@@ -79,27 +77,21 @@ class Stream {
   __device__ __forceinline__ void write_row_vectors(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
                                                     const Share<T>& share, const Source& next) {
     if (depth < tiles) write_tiles<kVector<T>, kPacks>(row, of_row, share, depth);
-    const int whole = TileCount::of<kVector<T>, kPacks>(share).whole;
-    with_or_without_weights<kSpread>(row.o, [&](auto weighted) {
-      const auto write_next = [&](auto is_whole, int number) {
-        write_tile<decltype(weighted)::value>(
+    with_spread<kSpread>(row.o, [&](auto spread) {
+      for_each_tile(depth, share, [&](auto is_whole, int number) {
+        write_tile<decltype(spread)::value>(
             row, of_row,
             Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, place),
             share.stores_vectors);
         copy(next, number);
-        advance();
-      };
-      int number = 0;
-#pragma unroll 1
-      for (; number < depth && number < whole; ++number) write_next(std::true_type(), number);
-#pragma unroll 1
-      for (; number < depth; ++number) write_next(std::false_type(), number);
+      });
     });
   }
 
  private:
   const int tiles, depth;  // of a row; that have slots
-  const int thread, threads;
+  const int slots_of_pack;
+  const int thread, threads_shift;
   const Slots slots;
   int place = 0;  // the first pack of the tile whose turn it is
 
@@ -112,21 +104,35 @@ class Stream {
 #endif
   }
 
+  // Calls f(is it whole, its number) for the first `count` tiles of a row.
+  template <typename F>
+  __device__ __forceinline__ void for_each_tile(int count, const Share<T>& share, F f) {
+    const int whole = TileCount::of<kVector<T>, kPacks>(share).whole;
+    int number = 0;
+#pragma unroll 1
+    for (; number < count && number < whole; ++number, advance()) f(std::true_type(), number);
+#pragma unroll 1
+    for (; number < count; ++number, advance()) f(std::false_type(), number);
+  }
+
   __device__ __forceinline__ void advance() {
     place += kPacks;
     if (place == depth * kPacks) place = 0;
   }
 
+  // Does nothing for a source without vectors, as that of a row which does not exist.
   __device__ __forceinline__ void copy(const Source& source, int number) {
-    const int step = source.probability ? 2 : 1;
-    int unit = thread + number * kPacks * threads;
+    const int first = thread + (number * kPacks << threads_shift);
+    if (first < source.vectors) {
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k, unit += threads) {
-      if (unit >= source.vectors) continue;
-      const int at = unit * kVector<T>;
-      __pipeline_memcpy_async(&slots[step * (place + k)], source.logits + at, kPackBytes);
-      if (kSpread && source.probability)
-        __pipeline_memcpy_async(&slots[step * (place + k) + 1], source.probability + at, kPackBytes);
+      for (int k = 0; k < kPacks; ++k) {
+        const int unit = first + (k << threads_shift);
+        if (unit >= source.vectors) continue;
+        const int at = unit * kVector<T>, slot = slots_of_pack * (place + k);
+        __pipeline_memcpy_async(&slots[slot], source.logits + at, kPackBytes);
+        if (kSpread && source.probability)
+          __pipeline_memcpy_async(&slots[slot + 1], source.probability + at, kPackBytes);
+      }
     }
     __pipeline_commit();
   }

@@ -183,10 +183,6 @@ inline cudaError_t complete(CudaTuning& tuning, const void* kernel) {
   if (tuning.kept_bytes == 0) tuning.kept_bytes = answer->second.kept_bytes;
   if (tuning.cluster_blocks == 0) tuning.cluster_blocks = answer->second.cluster_blocks;
   tuning.overlap = tuning.overlap != 0 && answer->second.overlap != 0;
-  // What kernels were compiled for.
-  tuning.cluster_blocks = smaller(tuning.cluster_blocks, 8);
-  tuning.block_threads = smaller(tuning.block_threads, 256);
-  tuning.few_threads = smaller(tuning.few_threads, 256);
   return cudaSuccess;
 }
 

@@ -160,10 +160,10 @@ __device__ __forceinline__ Split<T, Index> split(Index size, const T* p, const O
   return aligned ? Split<T, Index>{size, head, (size - head) / kVector<T>} : only_single<T>(size);
 }
 
-// One thread's part of a row that several threads share: every step-th unit.
+// One thread's part of a row that several threads share: every unit that is a multiple of 2^step_shift from its first.
 template <typename T>
 struct Share : Split<T, int> {
-  int thread, step;
+  int thread, step_shift;
   bool stores_vectors;  // vectors are aligned in the gradient as well
 };
 
@@ -179,17 +179,25 @@ __device__ __forceinline__ void load_values(const T* p, A (&values)[kWidth]) {
   }
 }
 
+template <typename T, int kWidth, typename A>
+__device__ __forceinline__ Pack<T, kWidth> narrow_pack(const A* values) {
+  alignas(16) T narrowed[kWidth];
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) narrowed[j] = narrow<T>(values[j]);
+  return load<kWidth>(narrowed);
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ void store(T* p, const Pack<T, kWidth>& pack) {
+  if constexpr (kWidth == 1) *p = pack.element;
+  else store_vector(p, pack.as_vector());
+}
+
 template <int kWidth, typename T, typename A>
 __device__ __forceinline__ void store_values(T* p, const A (&values)[kWidth]) {
   constexpr int kPiece = kWidth == 1 ? 1 : kVector<T>;
 #pragma unroll
-  for (int i = 0; i < kWidth; i += kPiece) {
-    alignas(16) T piece[kPiece];
-#pragma unroll
-    for (int j = 0; j < kPiece; ++j) piece[j] = narrow<T>(values[i + j]);
-    if constexpr (kPiece == 1) p[i] = piece[0];
-    else store_vector(p + i, *reinterpret_cast<const uint4*>(piece));
-  }
+  for (int i = 0; i < kWidth; i += kPiece) store(p + i, narrow_pack<T, kPiece>(values + i));
 }
 
 // The same for loss and grad_output, which hold T or, if wide, its statistics' type.
