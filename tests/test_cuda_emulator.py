@@ -443,6 +443,8 @@ def test_planted_bug_is_caught(number, buggy, rng):
 SELF_TEST = [
     *["none", "DATA RACE", "DATA RACE", "DATA RACE", "BARRIER", "DEADLOCK", "DATA RACE", "UNDEFINED"],
     *["OUT OF BOUNDS", "UNINITIALISED READ", "MISALIGNED", "WRITE TO INPUT", "DEVICE ASSERT", "UNDEFINED"],
+    *["DATA RACE", "DATA RACE", "DATA RACE", "DEADLOCK", "DATA RACE", "DATA RACE"],
+    *["ARRIVAL BARRIER", "MAY NOT HAVE STARTED", "MAY HAVE ENDED", "NO SUCH BLOCK"],
 ]
 
 
@@ -454,13 +456,14 @@ def test_self_test(bug, emulator):
         emulator.reset(seed, preempt_every, bug)
         memory = [emulator.input(values, "input"), emulator.output(4, torch.float32, "partial")]
         memory.append(emulator.input(torch.zeros(1, dtype=torch.int32), "ticket", read_only=False))
-        memory.append(emulator.output(1, torch.float32, "total"))
+        memory.append(emulator.output(5, torch.float32, "total"))
         pointers = [POINTER(tensor.data_ptr()) for tensor in memory]
         error = emulator.library.self_test(pointers[0], 300, *pointers[1:])
         complaints = emulator.complaints()
         if bug == 0:
             assert complaints == [] and error == 0
-            torch.testing.assert_close(memory[-1][0], values.sum())
+            of_cluster = values[:20].sum()
+            torch.testing.assert_close(memory[-1], torch.stack([values.sum(), *[of_cluster] * 4]))
         else:
             assert error != 0 and any(SELF_TEST[bug] in complaint for complaint in complaints), complaints
 

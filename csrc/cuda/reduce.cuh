@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "cuda/cluster.cuh"
 #include "cuda/formulas.cuh"
 
 namespace fusedloss::cuda {
@@ -11,7 +12,6 @@ namespace fusedloss::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kMaxRowWarps = 8;  // of a block that takes one row
-constexpr int kMaxCluster = 8;  // blocks; what every GPU that has clusters can do
 
 // Over each group of `lanes` neighbouring lanes, a power of two. All lanes of the warp take part.
 template <typename A>
@@ -109,16 +109,17 @@ __device__ __forceinline__ RowState<A> row_merge(RowState<A> state, int turn) {
                               kMaxRowWarps);
 }
 
-// ---- Clusters: blocks that run at the same time, and reach into each other's shared memory
+// ---- Over the blocks of a cluster
 //
-// Each block of a cluster sends its state of a row to all of them. The blocks meet in one of two places in turn, counted
-// by `turn`: a block sends its state of the next row but one only after it has received everybody's state of the next
-// row, which they send after all of their threads have read this row's.
+// Each block sends its state of a row to all of them. The blocks meet in one of two places in turn, counted by `turn`,
+// each with its own arrival barrier: a block sends its state of the next row but one only after it has received
+// everybody's state of the next row, which they send after all of their threads have read this row's, and have passed
+// the barrier of row_merge. No block ends before it has received all that is ever sent to it.
 
 template <typename A>
 struct ClusterStates {
   alignas(16) RowState<A> of_block[2][kMaxCluster];
-  alignas(8) uint64_t arrived[2];  // barriers that count the bytes which have come (mbarrier)
+  uint64_t arrived[2];
 };
 template <typename A>
 __device__ __forceinline__ ClusterStates<A>& cluster_states() {
@@ -126,119 +127,33 @@ __device__ __forceinline__ ClusterStates<A>& cluster_states() {
   return states;
 }
 
-template <bool kSpread, typename A>
-__device__ __forceinline__ RowState<A> merge_places(const RowState<A> (&of_block)[kMaxCluster], int blocks) {
-  const int from = threadIdx.x % kMaxCluster;
-  return lanes_merge<kSpread>(from < blocks ? of_block[from] : empty_row_state<A>(), kMaxCluster);
-}
-
-#if FUSEDLOSS_CUDA_ARCH >= 900 || defined(FUSEDLOSS_LAUNCH)
-
-// Waits for all threads of the cluster, and orders what they did before.
-__device__ __forceinline__ void cluster_sync() {
-  __cluster_barrier_arrive();
-  __cluster_barrier_wait();
-}
-
-// What p, in shared memory, is in another block of the cluster.
-template <typename V>
-__device__ __forceinline__ V* in_block_of_cluster(V* p, int rank) {
-  return static_cast<V*>(__cluster_map_shared_rank(p, unsigned(rank)));
-}
-
-#else
-
-// Clusters are never launched: the host asks whether this was compiled for them.
-__device__ __forceinline__ void cluster_sync() { __trap(); }
-template <typename V>
-__device__ __forceinline__ V* in_block_of_cluster(V* p, int) {
-  return p;
-}
-
-#endif
-
-#if FUSEDLOSS_CUDA_ARCH >= 900
-
-__device__ __forceinline__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
-
-// All threads of all blocks of the cluster call this once: a block must have started before others write to its memory.
+// All threads of all blocks of the cluster call this once: a block must have started before others send to it.
 template <typename A>
 __device__ __forceinline__ void start_cluster_merge() {
-  ClusterStates<A>& states = cluster_states<A>();
-  if (threadIdx.x == 0) {
-    for (uint64_t& barrier : states.arrived)
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  __cluster_barrier_arrive();
-  __cluster_barrier_wait();
+  if (threadIdx.x == 0) start_arrivals(cluster_states<A>().arrived);
+  cluster_sync();
 }
 
-// Over the blocks of a cluster, where all threads of a block have its state already. The states travel as st.async, which
-// tells the receiver's barrier how many bytes have come: a barrier of the cluster would also wait until every store of a
-// gradient before it is done.
+// Over the blocks of a cluster, where all threads of a block have its state already.
 template <bool kSpread, typename A>
 __device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, int rank, int blocks, int turn) {
   ClusterStates<A>& states = cluster_states<A>();
-  const int place = turn % 2;
-  const unsigned arrived = shared_address(&states.arrived[place]);
-  if (threadIdx.x == 0)
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived),
-                 "r"(unsigned(blocks * sizeof(RowState<A>)))
-                 : "memory");
+  RowState<A>(&of_block)[kMaxCluster] = states.of_block[turn % 2];
+  const auto arrived = shared_address(&states.arrived[turn % 2]);
+  const unsigned parity = turn / 2 % 2;
+  if (threadIdx.x == 0) expect_arrivals(arrived, unsigned(blocks * sizeof(RowState<A>)));
   if (int(threadIdx.x) < blocks) {
     constexpr int kPieces = sizeof(RowState<A>) / sizeof(uint4);
     static_assert(kPieces * sizeof(uint4) == sizeof(RowState<A>));
     uint4 pieces[kPieces];
     memcpy(pieces, &state, sizeof state);
-    unsigned to, barrier;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;"
-        : "=r"(to)
-        : "r"(shared_address(&states.of_block[place][rank])), "r"(threadIdx.x));
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(arrived), "r"(threadIdx.x));
 #pragma unroll
     for (int i = 0; i < kPieces; ++i)
-      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                       to + i * unsigned(sizeof(uint4))),
-                   "r"(pieces[i].x), "r"(pieces[i].y), "r"(pieces[i].z), "r"(pieces[i].w), "r"(barrier)
-                   : "memory");
+      send_to_block(int(threadIdx.x), reinterpret_cast<uint4*>(&of_block[rank]) + i, pieces[i], arrived);
   }
-  for (unsigned done = 0; done == 0;)
-    asm volatile(
-        "{\n .reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(arrived), "r"(unsigned(turn / 2 % 2))
-        : "memory");
-  return merge_places<kSpread>(states.of_block[place], blocks);
+  wait_for_arrivals(arrived, parity);
+  const int from = threadIdx.x % kMaxCluster;
+  return lanes_merge<kSpread>(from < blocks ? of_block[from] : empty_row_state<A>(), kMaxCluster);
 }
-
-#elif defined(FUSEDLOSS_LAUNCH)
-
-// The emulator has no barriers that count bytes: the same places, and a barrier of the whole cluster for each row.
-template <typename A>
-__device__ __forceinline__ void start_cluster_merge() {
-  cluster_sync();
-}
-template <bool kSpread, typename A>
-__device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, int rank, int blocks, int turn) {
-  auto& of_block = cluster_states<A>().of_block[turn % 2];
-  if (int(threadIdx.x) < blocks)
-    *in_block_of_cluster(&of_block[rank], int(threadIdx.x)) = state;
-  cluster_sync();
-  return merge_places<kSpread>(of_block, blocks);
-}
-
-#else
-
-template <typename A>
-__device__ __forceinline__ void start_cluster_merge() {
-  __trap();
-}
-template <bool kSpread, typename A>
-__device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, int, int, int) {
-  return state;
-}
-
-#endif
 
 }  // namespace fusedloss::cuda

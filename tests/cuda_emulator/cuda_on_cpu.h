@@ -65,6 +65,10 @@ extern const int planted_bug __asm__("emulator_planted_bug");
 int emulator_block_barrier(int predicate, SourceLine caller);  // -> how many threads came with a predicate != 0
 void emulator_cluster_barrier(SourceLine caller);
 void* emulator_shared_of_block(const void* p, unsigned rank);  // the same place in another block of the cluster
+void emulator_start_arrivals(const void* barrier, SourceLine caller);
+void emulator_expect_arrivals(const void* barrier, unsigned bytes, SourceLine caller);
+void emulator_send(unsigned rank, const void* place, uint4 piece, const void* barrier, SourceLine caller);
+void emulator_wait_for_arrivals(const void* barrier, unsigned parity, SourceLine caller);
 uint64_t emulator_warp_op(WarpOp op, unsigned mask, uint64_t value, int source_lane, SourceLine caller);
 void emulator_fence();
 void emulator_copy_later(void* to, const void* from, size_t size);
@@ -119,6 +123,23 @@ inline void __threadfence() { emulator_fence(); }
 inline void __cluster_barrier_arrive() {}
 inline void __cluster_barrier_wait(SourceLine caller = EMULATOR_CALLER) { emulator_cluster_barrier(caller); }
 inline void* __cluster_map_shared_rank(const void* p, unsigned rank) { return emulator_shared_of_block(p, rank); }
+
+// In the place of cluster.cuh's, which are inline PTX.
+template <int kCount>
+void start_arrivals(uint64_t (&barriers)[kCount], SourceLine caller = EMULATOR_CALLER) {
+  for (uint64_t& barrier : barriers) emulator_start_arrivals(&barrier, caller);
+}
+inline const uint64_t* shared_address(const uint64_t* barrier) { return barrier; }
+inline void expect_arrivals(const uint64_t* barrier, unsigned bytes, SourceLine caller = EMULATOR_CALLER) {
+  emulator_expect_arrivals(barrier, bytes, caller);
+}
+inline void send_to_block(int rank, const uint4* place, uint4 piece, const uint64_t* barrier,
+                          SourceLine caller = EMULATOR_CALLER) {
+  emulator_send(unsigned(rank), place, piece, barrier, caller);
+}
+inline void wait_for_arrivals(const uint64_t* barrier, unsigned parity, SourceLine caller = EMULATOR_CALLER) {
+  emulator_wait_for_arrivals(barrier, parity, caller);
+}
 
 inline int emulator_lane() {
   return int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % warpSize;

@@ -18,14 +18,6 @@ thread_local uint4 dynamic_shared_memory[emulator::kMaxDynamicShared / sizeof(ui
 namespace emulator {
 constexpr size_t kGranule = 2;  // bytes that share a shadow; neighbouring 1-byte writes would look like a race
 
-struct Moment {
-  uint64_t block : 19;  // number + 1; 0 is never
-  uint64_t thread : 10;
-  uint64_t atomic : 1;
-  uint64_t barriers : 17;
-  uint64_t warp_syncs : 17;
-};
-
 bool same_thread(Moment a, Moment b) { return a.block == b.block && a.thread == b.thread; }
 
 struct Shadow {
@@ -62,26 +54,11 @@ const Block* shown = nullptr;           // whose shared memory is there
 size_t dynamic_shared_bytes = 0;        // that the launch asked for
 const char *arguments_begin, *arguments_end;
 
-struct Released {
-  std::map<uint32_t, uint32_t> barriers;  // block -> its accesses before this barrier are published
-};
-std::map<const void*, Released> released;  // by the address of an atomic
+std::map<const void*, Known> released;  // by the address of an atomic
 
-Moment now(Access access) {
-  const Block& b = *running->block;
-  return {b.number + 1, running->number, access == Access::kAtomic, b.barriers, running->warp_syncs};
-}
-
-// CUDA's rules. A block's barrier orders its threads, __syncwarp those of a warp, and a fence with an atomic orders
-// blocks. Shuffles order nothing.
-bool happened_before_now(Moment m) {
-  const Block& b = *running->block;
-  if (m.block == b.number + 1)
-    return m.thread == running->number || m.barriers < b.barriers ||
-           (m.thread / warpSize == running->number / warpSize && m.warp_syncs < running->warp_syncs);
-  const auto it = b.acquired.find(m.block - 1);
-  if (it == b.acquired.end() || m.barriers >= it->second.barriers) return false;
-  return b.barriers > it->second.at_barrier || running->number == it->second.thread;
+bool is_known(const Known& known, Moment m) {
+  const auto it = known.find(m.block - 1);
+  return it != known.end() && m.barriers < it->second;
 }
 
 bool conflicts(Moment earlier, Access access) {
@@ -90,6 +67,7 @@ bool conflicts(Moment earlier, Access access) {
 }
 
 std::string describe(Moment m) {
+  if (m.block == kSent) return describe_piece(m);
   return "block " + std::to_string(m.block - 1) + " thread " + std::to_string(m.thread) + (m.atomic ? " (atomic)" : "");
 }
 
@@ -150,17 +128,16 @@ bool is_constant(const char* p) {
   return (p >= arguments_begin && p < arguments_end) || (p >= this_module().begin && p < this_module().end);
 }
 
-}  // namespace
-
-void check_access(const void* address, size_t size, Access access, bool must_be_aligned, const void* pc) {
-  const char* p = static_cast<const char*>(address);
-  if (running == nullptr || is_own_stack(p)) return;
+void check_dynamic_shared_memory(const char* p, size_t size, const void* pc) {
   if (p + size > dynamic_begin() + dynamic_shared_bytes && p < dynamic_begin() + kMaxDynamicShared &&
       p >= dynamic_begin()) {
     complain("OUT OF BOUNDS", "behind the " + std::to_string(dynamic_shared_bytes) + " bytes of dynamic shared memory", pc);
     stop();
   }
-  p = in_own_copy(p);
+}
+
+// p: where the memory is shadowed; of shared memory, in the block's copy.
+void check_shadowed(const char* p, size_t size, Access access, bool must_be_aligned, Moment me, const void* pc) {
   if (must_be_aligned && reinterpret_cast<uintptr_t>(p) % size != 0) {
     complain("MISALIGNED", std::to_string(size) + "-byte access", pc);
     stop();
@@ -175,9 +152,38 @@ void check_access(const void* address, size_t size, Access access, bool must_be_
     complain("WRITE TO INPUT", "'" + region->name + "'", pc);
     stop();
   }
-  const Moment me = now(access);
   const size_t last = size_t(p + size - 1 - region->begin) / kGranule;
   for (size_t i = size_t(p - region->begin) / kGranule; i <= last; ++i) check_granule(*region, i, access, me, pc);
+}
+
+}  // namespace
+
+Moment now(Access access) {
+  const Block& b = *running->block;
+  return {b.number + 1, running->number, access == Access::kAtomic, b.barriers, running->warp_syncs};
+}
+
+// CUDA's rules. A block's barrier orders its threads, __syncwarp those of a warp, and a fence with an atomic orders
+// blocks. Shuffles order nothing. A piece arrives before those go on who wait for it.
+bool happened_before_now(Moment m) {
+  const Block& b = *running->block;
+  if (m.block == kSent) return piece_came_before_now(m);
+  if (m.block == b.number + 1)
+    return m.thread == running->number || m.barriers < b.barriers ||
+           (m.thread / warpSize == running->number / warpSize && m.warp_syncs < running->warp_syncs);
+  return is_known(b.known, m) || is_known(running->known, m);
+}
+
+void check_access(const void* address, size_t size, Access access, bool must_be_aligned, const void* pc) {
+  const char* p = static_cast<const char*>(address);
+  if (running == nullptr || is_own_stack(p)) return;
+  check_dynamic_shared_memory(p, size, pc);
+  check_shadowed(in_own_copy(p), size, access, must_be_aligned, now(access), pc);
+}
+
+void check_sent(const void* place, const Block& to, Moment m, const void* pc) {
+  check_dynamic_shared_memory(static_cast<const char*>(place), sizeof(uint4), pc);
+  check_shadowed(to.shared->begin + place_in_shared_memory(place), sizeof(uint4), Access::kWrite, true, m, pc);
 }
 
 void begin_launch(const void* arguments, size_t size, size_t shared_bytes) {
@@ -216,38 +222,51 @@ void show_shared_memory(const Block& block) {
   shown = &block;
 }
 
-extern "C" void* emulator_shared_of_block(const void* p, unsigned rank) {
+ptrdiff_t place_in_shared_memory(const void* p) {
   const Module& m = this_module();
-  Block& own = *running->block;
+  const char* at = static_cast<const char*>(p);
+  if (at < m.shared_begin || at >= m.shared_end) {
+    complain("OUT OF BOUNDS", "what must lie in shared memory lies elsewhere");
+    stop();
+  }
+  return at - m.shared_begin;
+}
+
+char* shared_memory_now(const Block& block) {
+  return shown == &block ? this_module().shared_begin : block.shared->begin;
+}
+
+Block& started_block(unsigned rank) {
   if (rank >= cluster.size()) {
     complain("NO SUCH BLOCK", "in the cluster, of " + std::to_string(cluster.size()));
     stop();
   }
   Block& other = cluster[rank];
-  if (&own == &other) return const_cast<void*>(p);
-  if (own.barriers == 0 || !own.acquired.count(other.number))
+  if (&other != running->block && !running->block->known.count(other.number))
     complain("BLOCK MAY NOT HAVE STARTED", "whose memory is reached into before the first cluster barrier");
-  other.awaits_cluster = true;
-  return other.shared->begin + (static_cast<const char*>(p) - m.shared_begin);
+  return other;
+}
+
+extern "C" void* emulator_shared_of_block(const void* p, unsigned rank) {
+  Block& other = started_block(rank);
+  if (&other != running->block) other.awaits_cluster = true;
+  return shared_memory_now(other) + place_in_shared_memory(p);
 }
 
 void synchronise_cluster() {
   for (Block& block : cluster) {
-    ++block.barriers;
     block.awaits_cluster = false;
-  }
-  for (Block& block : cluster)
     for (const Block& other : cluster)
-      if (&block != &other) block.acquired[other.number] = {other.barriers, block.barriers - 1, 0};
+      if (&block != &other) learn(block.known, other.number, other.barriers);
+  }
 }
 
 // Release: what this block did before the fence is known to whoever sees the atomic. Acquire: the reverse.
 void synchronise_through(const void* p) {
   if (!running->fenced) return;
   Block& b = *running->block;
-  auto& published = released[p].barriers;
-  for (const auto& [block, barriers] : published)
-    if (block != b.number) b.acquired[block] = {barriers, b.barriers, running->number};
+  Known& published = released[p];
+  for (const auto& [block, barriers] : published) learn(running->known, block, barriers);
   published[b.number] = b.barriers + 1;
 }
 

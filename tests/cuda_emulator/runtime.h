@@ -17,11 +17,45 @@
 
 namespace emulator {
 
+constexpr size_t kStackSize = 64 * 1024;
+constexpr uint32_t kMaxGrid = 1u << 19, kMaxBlock = 1024;  // as far as a Moment counts
+constexpr uint32_t kMaxCluster = 8;
+constexpr size_t kMaxDynamicShared = 64 * 1024;
+
+// ---- What is known of the order of accesses
+
+// When an access was: a thread, and how many barriers it had passed.
+struct Moment {
+  uint64_t block : 19;  // number + 1; 0 is never, kSent the moment at which a piece arrives
+  uint64_t thread : 10;
+  uint64_t atomic : 1;
+  uint64_t barriers : 17;  // of a piece, this and the next are its number
+  uint64_t warp_syncs : 17;
+};
+constexpr uint64_t kSent = kMaxGrid - 1;
+
+// By a block's number: its accesses before its barrier of this number are known.
+using Known = std::map<uint32_t, uint32_t>;
+void learn(Known& known, uint32_t block, uint32_t barriers);
+
+// An mbarrier that one thread arrives at in each phase: arrivals.cpp
+struct ArrivalBarrier {
+  struct Phase {
+    Known senders;              // of what has come in it: what they had done before their last barrier when they sent
+    std::vector<Moment> waits;  // by thread: when it had waited for the phase's end
+  };
+
+  Moment started;
+  int64_t bytes_to_come;      // below 0 where more have come than are expected by now
+  bool expects;               // has the phase's number of bytes been told?
+  std::vector<Phase> phases;  // those that have ended, and the one under way
+};
+
 // ---- Threads: scheduler.cpp
 
 struct Block;
 
-enum class State : uint8_t { kReady, kAtBarrier, kAtClusterBarrier, kAtWarpOp, kDone };
+enum class State : uint8_t { kReady, kAtBarrier, kAtClusterBarrier, kAtWarpOp, kAtArrivals, kDone };
 
 // A CUDA thread.
 struct Thread {
@@ -48,32 +82,22 @@ struct Thread {
   };
   std::vector<Copy> copies;
   size_t copies_done, groups_committed;
+  Known known;  // to this thread alone, until its block's next barrier
 };
 
 struct Region;  // memory.cpp
 
 // The blocks of a cluster run side by side, clusters one after another. A block without a cluster is one of its own.
 struct Block {
-  // What an atomic has told about another block's past.
-  struct Acquired {
-    uint32_t barriers;      // that block's accesses before its barrier of this number are known
-    uint32_t at_barrier;    // to all threads of this block after its own barrier of this number …
-    uint32_t thread;        // … and to this thread at once
-  };
-
   uint3 idx;
   uint32_t number;  // within the grid
   uint32_t barriers;  // how many __syncthreads and cluster barriers it has passed
   std::shared_ptr<Region> shared;  // its shared memory while another block runs; what was done to it at any time
   bool awaits_cluster;  // has another block reached into it since the last cluster barrier, or can it not be sure of it?
   std::vector<Thread> threads;
-  std::map<uint32_t, Acquired> acquired;  // by the other block's number
+  Known known;  // to all threads
+  std::map<ptrdiff_t, ArrivalBarrier> arrivals;  // by their place in shared memory
 };
-
-constexpr size_t kStackSize = 64 * 1024;
-constexpr uint32_t kMaxGrid = 1u << 19, kMaxBlock = 1024;  // as far as a Moment counts
-constexpr uint32_t kMaxCluster = 8;
-constexpr size_t kMaxDynamicShared = 64 * 1024;
 
 struct Launch {
   unsigned grid, block_x, block_y, cluster, shared_bytes;
@@ -85,20 +109,41 @@ extern std::mt19937 random_bits;
 
 void maybe_preempt();        // lets another thread go first, now and then
 [[noreturn]] void stop();    // ends the launch, from within a thread
+// The running thread is in this state until it is woken.
+void wait_as(State state, SourceLine caller);
+void wake(Thread& thread);
 
 // ---- Memory: memory.cpp
 
 enum class Access : uint8_t { kRead, kWrite, kAtomic };
 
+Moment now(Access access);
+bool happened_before_now(Moment m);  // for the running thread
+
 // By the running thread. `pc` is the instruction behind the access, for the message.
 void check_access(const void* p, size_t size, Access access, bool must_be_aligned, const void* pc);
+// Of 16 bytes that it sends to this place in shared memory, in the block `to`, and that arrive at the moment m.
+void check_sent(const void* place, const Block& to, Moment m, const void* pc);
 // Tells the memory that a launch, or a block, begins. A kernel may read its own arguments.
 void begin_launch(const void* arguments, size_t size, size_t shared_bytes);
 void begin_block(Block& block);
 // Shared memory has one address for all blocks: this puts the block's there.
 void show_shared_memory(const Block& block);
+ptrdiff_t place_in_shared_memory(const void* p);  // of that address, for the running thread
+char* shared_memory_now(const Block& block);      // where the block's bytes are
+// The block of this rank in the running thread's cluster, which must have started.
+Block& started_block(unsigned rank);
 // All blocks of the cluster know what the others did before their common barrier.
 void synchronise_cluster();
+
+// ---- What blocks send to each other's arrival barriers: arrivals.cpp
+
+void forget_pieces();
+bool pieces_on_their_way();
+void let_a_piece_arrive();
+void check_end_of_cluster();  // has each block waited for all that was sent to it?
+bool piece_came_before_now(Moment m);  // as the running thread knows
+std::string describe_piece(Moment m);
 
 // ---- Complaints: complaints.cpp
 

@@ -60,16 +60,20 @@ std::vector<Thread*> ready;
 
 void back_to_host() { emulator_switch(&running->stack_pointer, host_stack_pointer); }
 
-void wake(Thread& thread) {
-  thread.state = State::kReady;
-  ready.push_back(&thread);
-}
-
 unsigned thread_count() { return emulator_block_dim.x * emulator_block_dim.y * emulator_block_dim.z; }
 
 bool same_place(SourceLine a, SourceLine b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
 
 // ---- Barriers
+
+// What a thread has learnt of other blocks, all of its block know behind the next barrier.
+void pass_barrier(Block& block) {
+  ++block.barriers;
+  for (Thread& t : block.threads) {
+    for (const auto& [other, barriers] : t.known) learn(block.known, other, barriers);
+    t.known.clear();
+  }
+}
 
 // Do all threads that have not returned wait at one barrier, of this kind? Then -> how many came with a predicate.
 std::optional<int> all_wait(const Block* blocks, size_t count, State at_barrier) {
@@ -97,7 +101,7 @@ std::optional<int> all_wait(const Block* blocks, size_t count, State at_barrier)
 void try_barrier(Block& block) {
   const auto with_predicate = all_wait(&block, 1, State::kAtBarrier);
   if (!with_predicate) return;
-  ++block.barriers;
+  pass_barrier(block);
   for (Thread& t : block.threads)
     if (t.state == State::kAtBarrier) {
       t.result = uint64_t(*with_predicate);
@@ -108,6 +112,7 @@ void try_barrier(Block& block) {
 // The same for all blocks of a cluster.
 void try_cluster_barrier() {
   if (!all_wait(cluster.data(), cluster.size(), State::kAtClusterBarrier)) return;
+  for (Block& block : cluster) pass_barrier(block);
   synchronise_cluster();
   for (Block& block : cluster)
     for (Thread& t : block.threads)
@@ -232,7 +237,7 @@ void report_deadlock() {
     for (Thread& t : block.threads)
       if (t.state != State::kDone) {
         running = &t;  // for the message
-        complain("DEADLOCK", "waits for threads that never come, at " + place(t.waits_at));
+        complain("DEADLOCK", "waits for threads, or bytes, that never come, at " + place(t.waits_at));
         running = nullptr;
         stopped = true;
         return;
@@ -245,16 +250,27 @@ void start(Block& block, uint32_t number) {
   block.idx = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
   block.barriers = 0;
   block.awaits_cluster = false;
-  block.acquired.clear();
+  block.known.clear();
+  block.arrivals.clear();
   begin_block(block);
   for (uint32_t t = 0; t < thread_count(); ++t) start_thread(block, t);
 }
 
+constexpr unsigned kThreadsBetweenArrivals = 16;  // on average
+
 // The blocks from number `first` on.
 void run_cluster(uint32_t first) {
   ready.clear();
+  forget_pieces();
   for (uint32_t rank = 0; rank < cluster.size(); ++rank) start(cluster[rank], first + rank);
-  for (size_t head = 0; head < ready.size() && !stopped;) {
+  for (size_t head = 0; !stopped;) {
+    const bool nobody_is_ready = head == ready.size();
+    // What has been sent arrives at any time, and at the latest when nothing else can go on.
+    if (pieces_on_their_way() && (nobody_is_ready || (seed != 0 && random_bits() % kThreadsBetweenArrivals == 0))) {
+      let_a_piece_arrive();
+      continue;
+    }
+    if (nobody_is_ready) break;
     // One of those that have waited longest, so that nobody waits for ever.
     const size_t choices = std::min<size_t>(ready.size() - head, cluster.size() * thread_count());
     if (seed != 0) std::swap(ready[head], ready[head + random_bits() % choices]);
@@ -268,6 +284,7 @@ void run_cluster(uint32_t first) {
   for (const Block& block : cluster)
     if (!stopped && block.awaits_cluster)
       complain("BLOCK MAY HAVE ENDED", "whose memory is reached into after its last cluster barrier");
+  if (!stopped) check_end_of_cluster();
 }
 
 bool launchable(dim3 grid, dim3 block, unsigned cluster_size, size_t shared_bytes) {
@@ -278,6 +295,22 @@ bool launchable(dim3 grid, dim3 block, unsigned cluster_size, size_t shared_byte
 }
 
 }  // namespace
+
+void wake(Thread& thread) {
+  thread.state = State::kReady;
+  ready.push_back(&thread);
+}
+
+void wait_as(State state, SourceLine caller) {
+  running->state = state;
+  running->waits_at = caller;
+  back_to_host();
+}
+
+void learn(Known& known, uint32_t block, uint32_t barriers) {
+  uint32_t& so_far = known[block];
+  so_far = std::max(so_far, barriers);
+}
 
 void maybe_preempt() {
   if (preempt_every == 0 || accesses_left-- > 0) return;

@@ -1,10 +1,12 @@
-// A kernel that uses all that the emulator checks, in the right way, or with one planted bug. It sums `input` and
-// leaves the sum of each block in `partial`; the last block to finish adds those.
+// Kernels that use all that the emulator checks, in the right way, or with one planted bug. One sums `input` and leaves
+// the sum of each block in `partial`; the last block to finish adds those. The blocks of a cluster send each other the
+// first elements, and each adds up all of them.
 #include <cassert>
 
 namespace {
 
 constexpr int kThreads = 96;
+constexpr int kBlocks = 4, kTurns = 5;  // of the cluster
 
 // The planted bugs; tests/test_cuda_emulator.py knows which complaint each must cause.
 enum {
@@ -22,6 +24,16 @@ enum {
   kWriteToInput,
   kAssert,
   kOverflow,             // of a signed integer
+  kNoWait,               // what is sent is read before it arrives
+  kWrongParity,          // a wait for a phase that ended long ago
+  kTooFewBytes,          // expected; one block's piece is not waited for
+  kTooManyBytes,         // expected; they never come
+  kStillRead,            // blocks send to a place that others may still read
+  kNoBarrierBeforeSend,  // receivers learn nothing of this block's other threads, which may still read
+  kNotStarted,           // there is no barrier to count what arrives
+  kNoClusterBarrier,     // blocks send to one that may not have started, nor its barrier
+  kSentAtTheEnd,         // blocks send to one that may have ended
+  kNoSuchBlock,
 };
 
 __device__ float load_input(const float* input, int numel, int i) {
@@ -84,11 +96,42 @@ __global__ void sum(float* input, int numel, float* partial, unsigned* ticket, f
   *total = result;
 }
 
+__global__ void exchange(const float* input, float* total) {
+  __shared__ float4 of_block[2][kBlocks];
+  __shared__ uint64_t arrived[2];
+  const int rank = int(blockIdx.x), thread = int(threadIdx.x);
+  const auto send = [&](int turn) {
+    const int place = planted_bug == kStillRead ? 0 : turn % 2;
+    const float value = input[turn % kTurns * kBlocks + rank];
+    uint4 piece = {};
+    std::memcpy(&piece, &value, sizeof value);
+    send_to_block(thread + (planted_bug == kNoSuchBlock), reinterpret_cast<uint4*>(&of_block[place][rank]), piece,
+                  shared_address(&arrived[turn % 2]));
+  };
+  if (thread == 0 && planted_bug != kNotStarted) start_arrivals(arrived);
+  if (planted_bug != kNoClusterBarrier) __cluster_barrier_wait();
+  float sum = 0;
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int place = planted_bug == kStillRead ? 0 : turn % 2;
+    const auto at = shared_address(&arrived[turn % 2]);
+    if (planted_bug != kNoBarrierBeforeSend) __syncthreads();  // all have read what was sent before
+    const int blocks = planted_bug == kTooFewBytes ? kBlocks - 1 : planted_bug == kTooManyBytes ? kBlocks + 1 : kBlocks;
+    if (thread == 0) expect_arrivals(at, unsigned(blocks * sizeof(uint4)));
+    if (thread < kBlocks) send(turn);
+    if (planted_bug != kNoWait) wait_for_arrivals(at, planted_bug == kWrongParity ? 0 : unsigned(turn / 2 % 2));
+    for (int block = 0; block < kBlocks; ++block) sum += of_block[place][block].x;
+  }
+  if (planted_bug == kSentAtTheEnd && thread < kBlocks) send(kTurns);
+  if (thread == 0) total[1 + rank] = sum;
+}
+
 }  // namespace
 
+// `total` has one element for `sum`, then one for each block of `exchange`.
 extern "C" __attribute__((visibility("default"))) int self_test(float* input, int numel, float* partial,
                                                                 unsigned* ticket, float* total) {
   launch_on_cpu(sum, dim3(unsigned(numel + kThreads - 1) / kThreads), dim3(kThreads), 1, 0, input, numel, partial, ticket,
                 total);
+  launch_on_cpu(exchange, dim3(kBlocks), dim3(kThreads), kBlocks, 0, input, total);
   return cudaGetLastError();
 }
