@@ -23,14 +23,14 @@ from .timing import Effort
 DEFAULTS = "defaults"
 VALUES: dict[str, tuple[int, ...]] = {
     "block_threads": (128,),
-    "few_threads": (256,),
+    "other_threads": (256,),
     "kept_bytes": (49152, 73728),
     "cluster_blocks": (1, 2, 4),
     "warp_bytes": (4096, 16384),
     "lane_packs": (4, 16),
     "least_lanes": (1, 4),
     "direct_bytes": (0, 2048),
-    "thread_classes": (8, 128),
+    "thread_classes": (8,),
     "max_blocks": (1056, 2112, 65536),
     "waves": (4,),
     "weigh_rows": (4096,),

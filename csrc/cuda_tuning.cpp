@@ -16,7 +16,7 @@ constexpr Field kFields[] = {
     {"lane_packs", &CudaTuning::lane_packs},
     {"least_lanes", &CudaTuning::least_lanes},
     {"direct_bytes", &CudaTuning::direct_bytes},       {"block_threads", &CudaTuning::block_threads},
-    {"few_threads", &CudaTuning::few_threads},
+    {"other_threads", &CudaTuning::other_threads},
     {"stream_tiles", &CudaTuning::stream_tiles},     {"waves", &CudaTuning::waves},
     {"split_classes", &CudaTuning::split_classes},   {"weigh_rows", &CudaTuning::weigh_rows},
     {"max_blocks", &CudaTuning::max_blocks},         {"overlap", &CudaTuning::overlap},

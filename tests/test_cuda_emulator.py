@@ -409,7 +409,7 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
             if file.startswith("cross_entropy_few"):  # more than the blocks take at once, and the last one is not full
                 shapes = [("contiguous", 10, 270, 1), ("contiguous", 15, 259, 1), ("contiguous", 16, 67, 1)]
             if file.startswith("cross_entropy_columns") and tuning == "loops":
-                shapes += [("inner", 130, 2, 256)] * 2  # a cluster takes them in several turns
+                shapes += [("inner", 2100, 3, 32)] * 2  # a cluster takes them in several turns
             for layout, classes, rows, inner in shapes:
                 problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), "mean", layout, rows, inner)
                 problem.tuning, problem.grad_in_forward = tuning, not problem.in_place

@@ -48,7 +48,7 @@ __device__ __forceinline__ V* in_block_of_cluster(V* p, int) {
 //   send_to_block(rank, &p, piece, at)  writes 16 bytes, sooner or later, to what p is in the block of that rank, and
 //                                       counts them at that block's barrier
 //   wait_for_arrivals(at, parity)       waits for the end of the phase under way if its number has this parity, 0 or 1;
-//                                       else that phase has ended already
+//                                       else the phase before it is meant, and has ended
 //
 // Whoever defines FUSEDLOSS_LAUNCH has these five, too.
 

@@ -205,9 +205,9 @@ struct ColumnTile {
   }
 
   // q of pack k in row i, w being the class's weight; for a class index, without kept * w_y.
-  template <Spread kSpreads>
+  template <SpreadKind kKind>
   __device__ __forceinline__ Statistic<T> coefficient(const Rows& rows, int k, int i, Statistic<T> w) const {
-    return is_of_probabilities(kSpreads) ? probability_coefficient(t[k][i], w, rows.o.smoothing)
+    return is_of_probabilities(kKind) ? probability_coefficient(t[k][i], w, rows.o.smoothing)
                                          : math::product(rows.o.smoothing.uniform, w);
   }
 };
@@ -232,7 +232,7 @@ __device__ __forceinline__ void for_each_tile(const Columns<T, kSpread, kWidth>&
 
 // ---- 1. The statistics
 
-template <Spread kSpreads, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
+template <SpreadKind kKind, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth],
                                                     const Columns<T, kSpread, kWidth>& rows,
                                                     const ColumnTile<T, kSpread, kWidth, kPacks, kWhole>& tile) {
@@ -246,13 +246,13 @@ __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth]
     for (int i = 0; i < kWidth; ++i) state[i] = rescale(state[i], math::max(state[i].max, largest[i]));
   }
   tile.for_each_pack([&](int k) {
-    const A w = is_weighted(kSpreads) ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
+    const A w = is_weighted(kKind) ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const A reference = shift(state[i].max);
       state[i].sum += math::exp(tile.x[k][i] - reference);
       if constexpr (kSpread) {
-        const A q = tile.template coefficient<kSpreads>(rows, k, i, w);
+        const A q = tile.template coefficient<kKind>(rows, k, i, w);
         state[i].dot += q * (tile.x[k][i] - reference);
         state[i].mass += q;
       }
@@ -445,7 +445,7 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
   const ColumnMemory<T, kSpread> memory(columns);
-  const int rank = int(blockIdx.x & ((1u << plan.blocks_shift) - 1));
+  const int rank = rank_of_block(plan);
   const int thread = rank * int(blockDim.y) + int(threadIdx.y);  // of those of a row
   const bool wants_gradient = o.grad_logits != nullptr && !plan.split;
   // Threads of one warp that have the same rows leave one state; each of the others a set of its own.
@@ -454,7 +454,7 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
   if (plan.cluster) cluster_sync();  // a block must have started before others write to its memory
   Partial sum = {};
   int turn = 0;
-  for (int64_t first = int64_t(blockIdx.x >> plan.blocks_shift) * blockDim.x; first < columns.units;
+  for (int64_t first = group_of_block(plan) * blockDim.x; first < columns.units;
        first += plan.step, ++turn) {
     RowState<A> state[kWidth];
 #pragma unroll
@@ -532,10 +532,10 @@ __global__ void __launch_bounds__(kBackwardColumnThreads, (kBackwardBlocks<T, kS
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
   const ColumnMemory<T, kSpread> memory(columns);
-  const int rank = int(blockIdx.x & ((1u << plan.blocks_shift) - 1));
+  const int rank = rank_of_block(plan);
   const int threads = int(blockDim.x * blockDim.y);
   A grad_output = with_mean(o, grad_output_at<T>(o, 0));
-  for (int64_t first = int64_t(blockIdx.x >> plan.blocks_shift) * blockDim.x; first < columns.units; first += plan.step) {
+  for (int64_t first = group_of_block(plan) * blockDim.x; first < columns.units; first += plan.step) {
     __syncthreads();  // the rows before have been read
 #pragma unroll 2
     for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < int(blockDim.x) * kWidth; i += threads) {

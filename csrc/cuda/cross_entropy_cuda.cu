@@ -8,9 +8,10 @@
 // size. cross_entropy_stream.cuh says how a row comes into shared memory.
 //
 // Who shares a row is a matter of its length, and of how many there are (cross_entropy_plan.h decides):
-//   a thread                    up to 16 classes (cross_entropy_few.cuh)
-//   a thread, or several        rows that are neighbours in memory, as in (N, C, d1, …): "columns", of which a thread takes
-//                               as many side by side as 16 bytes hold (cross_entropy_columns.cuh)
+//   a thread, in registers      up to 16 classes, rows one behind another from a 16-byte boundary (cross_entropy_few.cuh)
+//   a thread, or several        other rows of up to 16 classes, and rows that are neighbours in memory, as in
+//                               (N, C, d1, …): "columns", of which a thread takes as many side by side as 16 bytes hold
+//                               (cross_entropy_columns.cuh)
 //   some lanes of a warp        up to a few thousand classes
 //   a block                     more than those
 //   a cluster of blocks         more than the shared memory of one block keeps
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
   using A = Statistic<T>;
   using Rows = Stream<T, kSpread>;
   const RowPlan& plan = o.plan;
-  const int rank = int(blockIdx.x & ((1u << plan.blocks_shift) - 1));  // among the blocks of a row
+  const int rank = rank_of_block(plan);  // among the blocks of a row
   const int thread = rank * int(blockDim.x) + int(threadIdx.x);  // among those of a row
   const bool keeps = o.grad_logits != nullptr && !plan.split;
   __shared__ Partial sums[kRowsOfBlock];  // a row's first thread has one for itself: registers are scarce
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
     return plan.depth > 0 && number < plan.rows ? Rows::source_of(Row<T, kSpread>(o, number, y))
                                                 : typename Rows::Source{};
   };
-  int64_t number = int64_t(blockIdx.x >> plan.blocks_shift) * blockDim.y + threadIdx.y;
+  int64_t number = group_of_block(plan) * blockDim.y + threadIdx.y;
   int y = o.class_of(o.target_at(number)), next_y = o.class_of(o.target_at(number + plan.step));
   auto now = source_of(number, y);
   stream.start(now);
@@ -218,9 +219,9 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
   if (gradient_is_ready<T>(o)) return;
   using A = Statistic<T>;
   const RowPlan& plan = o.plan;
-  const int rank = int(blockIdx.x & ((1u << plan.blocks_shift) - 1));
+  const int rank = rank_of_block(plan);
   const int thread = rank * int(blockDim.x) + int(threadIdx.x);  // among those of a row
-  for (int64_t i = int64_t(blockIdx.x >> plan.blocks_shift) * blockDim.y + threadIdx.y; i < plan.rows; i += plan.step) {
+  for (int64_t i = group_of_block(plan) * blockDim.y + threadIdx.y; i < plan.rows; i += plan.step) {
     const Row<T, kSpread> row(o, i);
     const auto share = share_of(row, thread);
     write_row(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i], share);
@@ -282,9 +283,11 @@ cudaError_t launch_columns(const CrossEntropyOptions& o, const RowPlan& plan, bo
 template <typename T>
 cudaError_t launch_few(const CrossEntropyOptions& o, const RowPlan& plan, bool forward, bool overlaps,
                        cudaStream_t stream) {
-  const auto kernel = forward ? o.is_spread() ? forward_few<T, true> : forward_few<T, false>
-                      : o.is_spread() ? backward_few<T, true>
-                                      : backward_few<T, false>;
+  const auto kernel_for = [&](auto spread) {
+    constexpr bool kSpread = decltype(spread)::value;
+    return forward ? forward_few<T, kSpread> : backward_few<T, kSpread>;
+  };
+  const auto kernel = o.is_spread() ? kernel_for(std::true_type()) : kernel_for(std::false_type());
   return prepare_and_launch(kernel, o, plan, overlaps, stream);
 }
 
@@ -347,7 +350,7 @@ cudaError_t complete_tuning(CudaTuning& tuning) {
   const cudaError_t error = complete(tuning, reinterpret_cast<const void*>(&finish<float>));
   tuning.cluster_blocks = smaller(tuning.cluster_blocks, kMaxCluster);
   tuning.block_threads = smaller(tuning.block_threads, kRowThreads);
-  tuning.few_threads = smaller(tuning.few_threads, kRowThreads);
+  tuning.other_threads = smaller(tuning.other_threads, kRowThreads);
   return error;
 }
 

@@ -1,8 +1,9 @@
 // Rows of a few classes, one behind another in memory: a thread takes a row, and keeps its exponentials in registers.
 //
-// If each thread read and wrote its row in memory, a warp's accesses would lie a row apart, and memory would move 32 bytes
-// for each 2 or 4 of them. So a block copies the logits of all its rows to shared memory as one piece, by 16-byte accesses.
-// Its threads put the gradient in their place, and the block copies that to memory as one piece.
+// If each thread read and wrote its row in memory, a warp's accesses would lie a row apart: each would move 32 bytes for 2 or
+// 4 that it wants. So a block copies the logits of all its rows to shared memory as one piece, by 16-byte accesses. Its
+// threads put the gradient in their place, and the block copies that to memory as one piece. Class probabilities are read
+// where they are.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -85,7 +86,7 @@ class Stage {
 };
 
 // A row in registers: its logits, and then their exponentials.
-template <typename T, bool kSpread, Spread kSpreads>
+template <typename T, bool kSpread, SpreadKind kKind>
 struct FewClasses {
   using A = Statistic<T>;
 
@@ -97,7 +98,7 @@ struct FewClasses {
   __device__ __forceinline__ FewClasses(const RowTarget<T, kSpread>& target, T* logits)
       : row(target),
         staged(logits),
-        probability(is_of_probabilities(kSpreads)
+        probability(is_of_probabilities(kKind)
                         ? static_cast<const T*>(row.o.target_probability) + row.number * row.o.target_strides.outer
                         : nullptr) {
     for_each_class([&](int c) { x[c] = widen(staged[c]); });
@@ -113,8 +114,8 @@ struct FewClasses {
   // q of class c; for a class index, without what the target class has above the others.
   __device__ __forceinline__ A coefficient(int c) const {
     const Problem<T>& o = row.o;
-    const A w = is_weighted(kSpreads) ? o.weight_of(c) : A(1);
-    return is_of_probabilities(kSpreads)
+    const A w = is_weighted(kKind) ? o.weight_of(c) : A(1);
+    return is_of_probabilities(kKind)
                ? probability_coefficient(A(widen(probability[c * o.target_strides.classes])), w, o.smoothing)
                : math::product(o.smoothing.uniform, w);
   }
@@ -164,14 +165,16 @@ __global__ void __launch_bounds__(kFewThreads) forward_few(const Problem<T> o) {
   let_next_launch_start();
   Partial sum = {};
   A grad_output = 0;
+  bool is_first_turn = true;
   for (int64_t first = int64_t(blockIdx.x) * kFewThreads; first < o.plan.rows; first += o.plan.step) {
     const Stage<T> stage(o, first);
     const int64_t number = first + threadIdx.x, target = o.target_at(number);
     stage.load();
-    if (o.grad_logits != nullptr && first == int64_t(blockIdx.x) * kFewThreads) {
+    if (o.grad_logits != nullptr && is_first_turn) {
       wait_for_launch_before();  // for total_weight
       grad_output = with_mean(o, A(1));
     }
+    is_first_turn = false;
     if (stage.has_row()) {
       const RowTarget<T, kSpread> row(o, number, o.class_of(target));
       with_spread<kSpread>(o, [&](auto spread) {

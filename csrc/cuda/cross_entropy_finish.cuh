@@ -1,4 +1,4 @@
-// What becomes of a row's statistics, for rows and for columns: its loss, and what a block adds up over its rows.
+// What becomes of a row's statistics, whoever takes it: its loss, and what a block adds up over its rows.
 #pragma once
 
 #include "cuda/cross_entropy_row.cuh"

@@ -80,8 +80,8 @@ inline unsigned grid_size(const CrossEntropyOptions& o, int64_t work_of_a_block,
 
 inline RowPlan plan_columns(const CrossEntropyOptions& o, bool with_exchange);  // cross_entropy_columns_plan.h
 
-// Rows of so few classes that a thread keeps a row in registers, if they lie one behind another: then a block's rows are
-// one piece of memory, which 16-byte accesses can take.
+// Rows of so few classes that a thread keeps a row in registers, if they lie one behind another from a 16-byte boundary: then
+// a block's rows are one piece of memory, which 16-byte accesses can take.
 constexpr int kFewClasses = 16;
 constexpr int kFewThreads = 128;
 
@@ -104,7 +104,8 @@ inline RowPlan plan_few(const CrossEntropyOptions& o) {
   plan.block = dim3(kFewThreads);
   plan.grid = grid_size(o, kFewThreads);
   plan.step = int64_t(plan.grid) * kFewThreads;
-  // Rows of whole vectors lie a word further apart: threads would else read neighbouring rows from the same bank.
+  // Rows of whole vectors lie a word further apart: a warp would else read its rows from every fourth bank or fewer. Other
+  // rows meet in every second one at worst, and could not be copied by 16 bytes if they lay apart.
   plan.few_pitch = int(row % kPackBytes == 0 ? row + few_word(bytes) : row);
   return plan;
 }
@@ -143,7 +144,7 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
       while (2 * plan.blocks <= t.cluster_blocks && packs * pack_bytes > plan.blocks * t.kept_bytes) plan.blocks *= 2;
       plan.cluster = plan.blocks > 1;
     }
-    const int64_t most_threads = keeps && !o.is_spread() ? t.block_threads : t.few_threads;
+    const int64_t most_threads = keeps && !o.is_spread() ? t.block_threads : t.other_threads;
     unsigned threads = kFewestRowThreads;
     while (threads < most_threads && packs >= 4 * threads * tile_packs * plan.blocks) threads *= 2;
     plan.block = dim3(threads);

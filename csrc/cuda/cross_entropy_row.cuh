@@ -41,25 +41,25 @@ struct Problem : CrossEntropyOptions {
 
 // What the target distribution has outside of the target class. A sweep is compiled for each: to ask at each class would
 // cost as much as all else.
-enum class Spread { kNone, kUniform, kWeights, kProbabilities, kWeightedProbabilities };
-FUSEDLOSS_ANYWHERE constexpr bool is_weighted(Spread spread) {
-  return spread == Spread::kWeights || spread == Spread::kWeightedProbabilities;
+enum class SpreadKind { kNone, kUniform, kWeights, kProbabilities, kWeightedProbabilities };
+FUSEDLOSS_ANYWHERE constexpr bool is_weighted(SpreadKind kind) {
+  return kind == SpreadKind::kWeights || kind == SpreadKind::kWeightedProbabilities;
 }
-FUSEDLOSS_ANYWHERE constexpr bool is_of_probabilities(Spread spread) {
-  return spread == Spread::kProbabilities || spread == Spread::kWeightedProbabilities;
+FUSEDLOSS_ANYWHERE constexpr bool is_of_probabilities(SpreadKind kind) {
+  return kind == SpreadKind::kProbabilities || kind == SpreadKind::kWeightedProbabilities;
 }
 
-// Calls f(integral_constant of the Spread).
+// Calls f(integral_constant of the SpreadKind).
 template <bool kSpread, typename T, typename F>
 __device__ __forceinline__ void with_spread(const Problem<T>& o, F f) {
   if constexpr (!kSpread) {
-    f(std::integral_constant<Spread, Spread::kNone>());
+    f(std::integral_constant<SpreadKind, SpreadKind::kNone>());
   } else if (o.target_probability != nullptr) {
-    if (o.weight != nullptr) f(std::integral_constant<Spread, Spread::kWeightedProbabilities>());
-    else f(std::integral_constant<Spread, Spread::kProbabilities>());
+    if (o.weight != nullptr) f(std::integral_constant<SpreadKind, SpreadKind::kWeightedProbabilities>());
+    else f(std::integral_constant<SpreadKind, SpreadKind::kProbabilities>());
   } else {
-    if (o.weight != nullptr) f(std::integral_constant<Spread, Spread::kWeights>());
-    else f(std::integral_constant<Spread, Spread::kUniform>());
+    if (o.weight != nullptr) f(std::integral_constant<SpreadKind, SpreadKind::kWeights>());
+    else f(std::integral_constant<SpreadKind, SpreadKind::kUniform>());
   }
 }
 
@@ -130,6 +130,12 @@ __device__ __forceinline__ Share<T> share_of(const Row<T, kSpread>& row, int thr
   return {elements, thread, row.o.plan.threads_shift, stores_vectors};
 }
 
+// Which of the blocks of its rows this one is, and how many groups of such blocks come before it.
+__device__ __forceinline__ int rank_of_block(const RowPlan& plan) {
+  return int(blockIdx.x & ((1u << plan.blocks_shift) - 1));
+}
+__device__ __forceinline__ int64_t group_of_block(const RowPlan& plan) { return blockIdx.x >> plan.blocks_shift; }
+
 // A thread's own slots in shared memory, each for a pack. Nobody else reads or writes them, so no barrier is needed. Those
 // of a warp lie together, and a thread's next slot a warp further on: a constant that instructions can contain.
 struct Slots {
@@ -198,10 +204,10 @@ struct Tile {
 
   // q of class (k, j), element j of pack k; for a class index, without what the target class has above the others:
   // kept * w_y.
-  template <Spread kSpreads>
+  template <SpreadKind kKind>
   __device__ __forceinline__ Statistic<T> coefficient(const Row<T, kSpread>& row, int k, int j) const {
-    const Statistic<T> w = is_weighted(kSpreads) ? row.o.weight_of(first[k] + j) : 1;
-    return is_of_probabilities(kSpreads) ? probability_coefficient(t[k][j], w, row.o.smoothing)
+    const Statistic<T> w = is_weighted(kKind) ? row.o.weight_of(first[k] + j) : 1;
+    return is_of_probabilities(kKind) ? probability_coefficient(t[k][j], w, row.o.smoothing)
                                          : math::product(row.o.smoothing.uniform, w);
   }
 };
@@ -213,7 +219,6 @@ struct TileCount {
 
   template <int kWidth, int kPacks, typename T>
   static __device__ __forceinline__ TileCount of(const Share<T>& share) {
-    static_assert((kPacks & (kPacks - 1)) == 0);
     const int units = share.template units<kWidth>(), whole = (units >> share.step_shift) / kPacks;
     return {whole, whole + (share.thread < units - (whole * kPacks << share.step_shift))};
   }
@@ -231,7 +236,7 @@ __device__ __forceinline__ A sum_of(A (&values)[kCount]) {
   return values[0];
 }
 
-template <Spread kSpreads, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
+template <SpreadKind kKind, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kSpread>& row,
                                             const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile) {
   A max = state.max;
@@ -242,17 +247,17 @@ __device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kSp
     A e[kWidth], dot[kWidth], mass[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      dot[j] = tile.x[k][j] - reference;
-      e[j] = math::exp(dot[j]);
+      const A distance = tile.x[k][j] - reference;
+      e[j] = math::exp(distance);
       if constexpr (kSpread) {
-        mass[j] = tile.template coefficient<kSpreads>(row, k, j);
-        dot[j] *= mass[j];
+        mass[j] = tile.template coefficient<kKind>(row, k, j);
+        dot[j] = mass[j] * distance;
       }
     }
     state.sum += sum_of(e);
     if constexpr (kSpread) {
       state.dot += sum_of(dot);
-      state.mass += kSpreads == Spread::kUniform ? row.o.smoothing.uniform * kWidth : sum_of(mass);
+      state.mass += kKind == SpreadKind::kUniform ? row.o.smoothing.uniform * kWidth : sum_of(mass);
     }
   });
 }
@@ -263,14 +268,14 @@ __device__ __forceinline__ void absorb(RowState<A>& state, const Row<T, kSpread>
                                        int first = 0) {
   const auto tiles = TileCount::of<kWidth, kPacks>(share);
   with_spread<kSpread>(row.o, [&](auto spread) {
-    constexpr Spread kSpreads = decltype(spread)::value;
+    constexpr SpreadKind kKind = decltype(spread)::value;
     int number = first;
 #pragma unroll 1
     for (; number < tiles.whole; ++number)
-      absorb_tile<kSpreads>(state, row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number));
+      absorb_tile<kKind>(state, row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number));
 #pragma unroll 1
     for (; number < tiles.all; ++number)
-      absorb_tile<kSpreads>(state, row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number));
+      absorb_tile<kKind>(state, row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number));
   });
 }
 
@@ -304,7 +309,7 @@ __device__ __forceinline__ A with_mean(const Problem<T>& o, A grad_output) {
 // grad_output: with the mean's division.
 template <typename T, typename A>
 __device__ __forceinline__ RowGradient<A> row_gradient(const Problem<T>& o, A max, A scale, A grad_output) {
-  return {max, scale, grad_output, scale * grad_output, o.smoothing.uniform * grad_output};
+  return {max, scale, grad_output, scale * grad_output, math::product(o.smoothing.uniform, grad_output)};
 }
 
 // Grad_output times d loss/dx_c for a class of logit x.
@@ -322,7 +327,7 @@ __device__ __forceinline__ void store_elements(T* p, const Pack<T, kWidth>& pack
 
 // As if none were the target class. A tile has one branch between both kinds of stores: of a branch for a few stores the
 // compiler would make predicates, and issue both.
-template <Spread kSpreads, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
+template <SpreadKind kKind, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
                                            const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile,
                                            bool stores_vectors) {
@@ -331,11 +336,11 @@ __device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const Row
       A values[kWidth];
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        if constexpr (kSpreads == Spread::kNone || kSpreads == Spread::kUniform) {
+        if constexpr (kKind == SpreadKind::kNone || kKind == SpreadKind::kUniform) {
           values[j] = math::exp(tile.x[k][j] - of_row.max) * of_row.scale_times_grad_output;
-          if (kSpreads == Spread::kUniform) values[j] -= of_row.uniform_times_grad_output;
+          if (kKind == SpreadKind::kUniform) values[j] -= of_row.uniform_times_grad_output;
         } else {
-          values[j] = gradient_of(of_row, A(tile.x[k][j]), tile.template coefficient<kSpreads>(row, k, j));
+          values[j] = gradient_of(of_row, A(tile.x[k][j]), tile.template coefficient<kKind>(row, k, j));
         }
       }
       put(row.grad + tile.offset(tile.first[k], row.o.grad_strides), narrow_pack<T, kWidth>(values));
@@ -352,15 +357,15 @@ __device__ __forceinline__ void write_tiles(const Row<T, kSpread>& row, const Ro
                                             const Share<T>& share, int first = 0) {
   const auto tiles = TileCount::of<kWidth, kPacks>(share);
   with_spread<kSpread>(row.o, [&](auto spread) {
-    constexpr Spread kSpreads = decltype(spread)::value;
+    constexpr SpreadKind kKind = decltype(spread)::value;
     int number = tiles.all - 1;
 #pragma unroll 1
     for (; number >= tiles.whole && number >= first; --number)
-      write_tile<kSpreads>(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number),
+      write_tile<kKind>(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number),
                             share.stores_vectors);
 #pragma unroll 1
     for (; number >= first; --number)
-      write_tile<kSpreads>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number),
+      write_tile<kKind>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number),
                             share.stores_vectors);
   });
 }

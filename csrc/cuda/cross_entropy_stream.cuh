@@ -120,7 +120,8 @@ class Stream {
     if (place == depth * kPacks) place = 0;
   }
 
-  // Does nothing for a source without vectors, as that of a row which does not exist.
+  // Copies nothing of a source without vectors, as that of a row which does not exist; but then, too, commits a group, since
+  // groups are counted.
   __device__ __forceinline__ void copy(const Source& source, int number) {
     const int first = thread + (number * kPacks << threads_shift);
     if (first < source.vectors) {

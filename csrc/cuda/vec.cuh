@@ -160,7 +160,7 @@ __device__ __forceinline__ Split<T, Index> split(Index size, const T* p, const O
   return aligned ? Split<T, Index>{size, head, (size - head) / kVector<T>} : only_single<T>(size);
 }
 
-// One thread's part of a row that several threads share: every unit that is a multiple of 2^step_shift from its first.
+// One thread's part of a row that several threads share: the units thread, thread + 2^step_shift, …
 template <typename T>
 struct Share : Split<T, int> {
   int thread, step_shift;

@@ -25,7 +25,7 @@ class Strides(ctypes.Structure):
 class CudaTuning(ctypes.Structure):
     _fields_ = [
         *[("thread_classes", LONG), ("warp_bytes", LONG), ("lane_packs", LONG), ("least_lanes", LONG)],
-        *[("direct_bytes", LONG), ("block_threads", LONG), ("few_threads", LONG), ("stream_tiles", LONG)],
+        *[("direct_bytes", LONG), ("block_threads", LONG), ("other_threads", LONG), ("stream_tiles", LONG)],
         *[("split_classes", LONG), ("weigh_rows", LONG)],
         *[("max_blocks", LONG), ("waves", LONG), ("overlap", LONG)],
         *[("multiprocessors", LONG), ("kept_bytes", LONG), ("cluster_blocks", LONG)],
@@ -40,7 +40,7 @@ class CudaTuning(ctypes.Structure):
             "least_lanes": 2,
             "direct_bytes": 256,
             "block_threads": 256,
-            "few_threads": 128,
+            "other_threads": 128,
             "stream_tiles": 3,
             "split_classes": 8192,
             "weigh_rows": 8192,
