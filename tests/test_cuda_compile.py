@@ -22,6 +22,7 @@ KERNELS = {
     "weigh*": [],
     "count_rows": [],
     "*columns*": [],  # of one row a thread; of several, see below
+    "*_few": ["LDGSTS", STORES],
     "gather": [],  # one element a row
     "scatter": [STORES],
     "forward_rows": [LOADS, STORES],

@@ -68,13 +68,15 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
   stream.start(now);
   A g = 0;
   int turn = 0;
-  for (; number - threadIdx.y < plan.rows; number += plan.step, ++turn) {
+  for (; number - threadIdx.y < plan.rows; ++turn) {
     const bool is_row = number < plan.rows;
+    const int64_t next_number = number + plan.step;
     // Asked for here and looked at after this row: nobody waits for it.
-    const int64_t later_target = o.target_at(number + 2 * plan.step);
-    const auto next = source_of(number + plan.step, next_y);
-    // All lanes of a warp take part when statistics are merged, so those behind the last row come along.
-    const Row<T, kSpread> row(o, is_row ? number : plan.rows - 1, y);
+    const int64_t later_target = o.target_at(next_number + plan.step);
+    const auto next = source_of(next_number, next_y);
+    // All lanes of a warp take part when statistics are merged, so those behind the last row come along: they know of the
+    // row where it would lie, and nobody looks there.
+    const Row<T, kSpread> row(o, number, y);
     const bool counts = is_row && row.counts();
     const auto share = share_of(row, thread);
     const T x_y = ask_for_target_logit(row);
@@ -103,6 +105,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
         }
       }
     }
+    number = next_number;
     now = next;
     y = next_y;
     next_y = o.class_of(later_target);

@@ -159,8 +159,12 @@ struct FewClasses {
   }
 };
 
+// Blocks that a multiprocessor must hold at once. Said outright since the compiler, left to choose, spills registers.
 template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kFewThreads) forward_few(const Problem<T> o) {
+constexpr int kFewBlocks = sizeof(T) == 8 ? 2 : kSpread ? 4 : 6;
+
+template <typename T, bool kSpread>
+__global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kSpread>)) forward_few(const Problem<T> o) {
   using A = Statistic<T>;
   let_next_launch_start();
   Partial sum = {};
@@ -192,7 +196,7 @@ __global__ void __launch_bounds__(kFewThreads) forward_few(const Problem<T> o) {
 }
 
 template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kFewThreads) backward_few(const Problem<T> o) {
+__global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kSpread>)) backward_few(const Problem<T> o) {
   using A = Statistic<T>;
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
