@@ -25,7 +25,7 @@ struct CudaTuning {
   int64_t least_lanes = 2;       // of a warp that take a row, where the row has as many packs
   int64_t direct_bytes = 1024;   // up to so many bytes, a row is read from memory by each sweep: the second finds it cached
   int64_t block_threads = 256;   // at most, of a block that takes a row of class indices and writes its gradient
-  int64_t other_threads = 128;     // at most, of any other block that takes a row; there are never fewer than 128
+  int64_t other_threads = 128;   // at most, of any other block that takes a row; there are never fewer than 128
   int64_t stream_tiles = 3;      // of a thread on their way from memory, where no gradient is wanted
   int64_t split_classes = 8192;  // where rows are few, several blocks share one, with so many classes each at least
   int64_t weigh_rows = 16384;    // of a block that adds up the rows' weights

@@ -42,8 +42,7 @@ __device__ __forceinline__ V* in_block_of_cluster(V* p, int) {
 // by it.
 //
 //   start_arrivals(barriers)            makes them ready, for phase 0; by one thread, before a barrier of the cluster
-//   shared_address(&barrier)            is what the others take for a barrier: the compiler then computes it once, not
-//                                       for each of them anew
+//   shared_address(&barrier)            converts a barrier's address for the functions below, once for all of them
 //   expect_arrivals(at, bytes)          says how many bytes will come in this phase
 //   send_to_block(rank, &p, piece, at)  writes 16 bytes, sooner or later, to what p is in the block of that rank, and
 //                                       counts them at that block's barrier

@@ -208,7 +208,7 @@ struct ColumnTile {
   template <SpreadKind kKind>
   __device__ __forceinline__ Statistic<T> coefficient(const Rows& rows, int k, int i, Statistic<T> w) const {
     return is_of_probabilities(kKind) ? probability_coefficient(t[k][i], w, rows.o.smoothing)
-                                         : math::product(rows.o.smoothing.uniform, w);
+                                      : math::product(rows.o.smoothing.uniform, w);
   }
 };
 

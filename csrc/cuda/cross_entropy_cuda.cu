@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
     // Asked for here and looked at after this row: nobody waits for it.
     const int64_t later_target = o.target_at(next_number + plan.step);
     const auto next = source_of(next_number, next_y);
-    // All lanes of a warp take part when statistics are merged, so those behind the last row come along: they know of the
-    // row where it would lie, and nobody looks there.
+    // All lanes of a warp take part when statistics are merged, so those behind the last row come along. Their row is
+    // one that does not exist: its addresses are computed, and never accessed.
     const Row<T, kSpread> row(o, number, y);
     const bool counts = is_row && row.counts();
     const auto share = share_of(row, thread);
@@ -258,11 +258,11 @@ cudaError_t launch_weigh(const CrossEntropyOptions& o, const RowPlan& plan, cuda
   return launch(finish_weigh<T>, after_launch(o, 1, kSumThreads), stream, o, int(grid));
 }
 
-// Of a kernel that cannot be launched with its shared memory before it is prepared for it.
+// For a kernel without a limit on its grid: resident_blocks is called because it prepares the kernel for its shared memory.
 template <typename T>
 cudaError_t prepare_and_launch(void (*kernel)(Problem<T>), const CrossEntropyOptions& o, const RowPlan& plan,
                                bool overlaps, cudaStream_t stream) {
-  int64_t resident = 0;  // not needed
+  int64_t resident = 0;  // the answer is not used
   const cudaError_t error = resident_blocks(kernel, plan.shape(o, false), resident);
   return error != cudaSuccess ? error : launch(kernel, plan.shape(o, overlaps), stream, Problem<T>(o, plan));
 }

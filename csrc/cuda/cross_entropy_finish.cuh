@@ -33,7 +33,7 @@ __device__ __forceinline__ void finish_row(const RowTarget<T, kSpread>& row, Row
   if (o.reduction == Reduction::kNone) store_loss<T>(o.loss, o.loss_dtype != o.dtype, row.number, loss);
 }
 
-// What may end the kernel waits until all rows are done: a call that may not return costs registers around it.
+// The assert comes after all rows: a call that may not return costs registers around it.
 __device__ __forceinline__ LossSum checked(const Partial& partial) {
   assert(!partial.bad_target && "cross_entropy: a target is neither a class index nor ignore_index");
   return partial.sum;
@@ -42,7 +42,7 @@ __device__ __forceinline__ LossSum checked(const Partial& partial) {
 // All threads of the block.
 __device__ __forceinline__ LossSum finish_block(const Partial& of_thread) { return block_sum(checked(of_thread)); }
 
-// One thread of the block: the block's sum, for a kernel that adds up all of them.
+// One thread of the block stores the block's sum; a later kernel adds up the sums of all blocks.
 __device__ __forceinline__ void leave_sum(const CrossEntropyOptions& o, const LossSum& sum) {
   if (o.reduction != Reduction::kNone) static_cast<LossSum*>(o.scratch)[blockIdx.x] = sum;
 }

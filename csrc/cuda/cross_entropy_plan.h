@@ -94,7 +94,7 @@ inline bool are_few(const CrossEntropyOptions& o) {
          fits(o.logits, o.logits_strides) && fits(o.grad_logits, o.grad_strides);
 }
 
-// What rows in shared memory are aligned to that do not lie one behind another.
+// The alignment in bytes of rows in shared memory that have a gap between them.
 FUSEDLOSS_ANYWHERE constexpr int few_word(int64_t bytes_of_element) { return bytes_of_element == 8 ? 8 : 4; }
 
 inline RowPlan plan_few(const CrossEntropyOptions& o) {

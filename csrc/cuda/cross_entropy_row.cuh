@@ -208,7 +208,7 @@ struct Tile {
   __device__ __forceinline__ Statistic<T> coefficient(const Row<T, kSpread>& row, int k, int j) const {
     const Statistic<T> w = is_weighted(kKind) ? row.o.weight_of(first[k] + j) : 1;
     return is_of_probabilities(kKind) ? probability_coefficient(t[k][j], w, row.o.smoothing)
-                                         : math::product(row.o.smoothing.uniform, w);
+                                      : math::product(row.o.smoothing.uniform, w);
   }
 };
 

@@ -120,8 +120,8 @@ class Stream {
     if (place == depth * kPacks) place = 0;
   }
 
-  // Copies nothing of a source without vectors, as that of a row which does not exist; but then, too, commits a group, since
-  // groups are counted.
+  // Copies nothing of a source without vectors, such as that of a row which does not exist. It commits a group all the same,
+  // because wait_for_copies counts groups.
   __device__ __forceinline__ void copy(const Source& source, int number) {
     const int first = thread + (number * kPacks << threads_shift);
     if (first < source.vectors) {
