@@ -49,6 +49,8 @@ auto call_registered_op(const char* name, Arguments&&... arguments) {
 
 // The gradients of loss(inputs...) by each of its inputs, themselves differentiable where this backward pass has to be.
 //
+// The tensors must have their memory, which callers check: not all of torch's functions do.
+//
 // They are taken at views: the graph behind the inputs belongs to the pass that is under way. Taken at the inputs
 // themselves, they would run its hooks twice, and count twice what one input owes to another.
 template <typename Loss>
@@ -68,6 +70,17 @@ variable_list composed_gradients(const variable_list& inputs, const at::Tensor& 
   auto next = found.begin();
   for (const auto& input : inputs) grads.push_back(input.requires_grad() ? *next++ : at::Tensor());
   return grads;
+}
+
+struct Named {
+  const char* name;
+  const at::Tensor& tensor;
+};
+
+// Before torch's functions are given what the forward pass has saved.
+void check_saved(const char* op, std::initializer_list<Named> saved) {
+  for (const auto& [name, tensor] : saved)
+    if (is_plain(tensor)) check_memory(op, name, tensor);
 }
 
 // The passes are seen by the profiler, each under the name of what it computes.
@@ -222,6 +235,7 @@ class CrossEntropy : public Function<CrossEntropy> {
     at::Tensor grad;
     if (must_compose(grad_output)) {
       drop_grads_of_forward(ctx);
+      check_saved("cross_entropy", {{"input", input}, {"target", target}, {"weight", saved[2]}});
       const auto dtype = grad_output.scalar_type();  // float32 where the forward pass ran under autocast
       grad = composed_gradients({input}, grad_output, [&](const variable_list& views) {
         return at::cross_entropy_loss(views[0].to(dtype), target.to(target.is_floating_point() ? dtype : at::kLong),
@@ -284,6 +298,8 @@ class Pointwise : public Function<Pointwise> {
     variable_list grads;
     if (must_compose(grad_output)) {
       drop_grads_of_forward(ctx);
+      for (size_t k = 0; k < operands.size(); ++k)
+        check_saved(call.loss.name.c_str(), {{call.loss.operands[k].c_str(), operands[k]}});
       const auto dtype = grad_output.scalar_type();
       grads = composed_gradients(operands, grad_output, [&](variable_list views) {
         for (auto& view : views) view = view.to(dtype);
@@ -348,6 +364,7 @@ class NLLLoss : public Function<NLLLoss> {
 
     at::Tensor grad;
     if (must_compose(grad_output)) {
+      check_saved("nll_loss", {{"target", target}, {"weight", saved[1]}});
       // Any input has this gradient, and a second derivative of 0; only its place in the graph must be input's own.
       const at::Tensor input = target.new_zeros(sizes, dtype);
       torch::autograd::impl::set_gradient_edge(input, torch::autograd::get_current_node()->next_edge(0));

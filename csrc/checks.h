@@ -2,6 +2,7 @@
 // was given and what was expected.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -38,6 +39,21 @@ inline DType check_dtype(const char* op, const char* name, const at::Tensor& ten
 inline void check_same_device(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& input) {
   TORCH_CHECK(tensor.device() == input.device(), op, ": ", name, " must be on the device of input, ", input.device(),
               ", got ", tensor.device());
+}
+
+// A tensor outlives the memory of its storage where someone frees that by storage.resize_(0), as sharded training and
+// offloading do. tensor: plain (plain.h).
+inline void check_memory(const char* op, const char* name, const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return;
+  const size_t offset = size_t(tensor.storage_offset());
+  const size_t expected =
+      tensor.is_contiguous()
+          ? (offset + size_t(tensor.numel())) * tensor.element_size()
+          : at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size(), offset);
+  const c10::Storage& storage = tensor.storage();
+  const size_t got = storage.data() != nullptr ? storage.nbytes() : 0;
+  TORCH_CHECK(got >= expected, op, ": ", name, " must have memory for its elements, expected a storage of at least ",
+              expected, " bytes, got ", got, "; its storage was freed or shrunk after the tensor was made");
 }
 
 inline Reduction check_reduction(const char* op, int64_t reduction) {

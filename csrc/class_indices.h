@@ -40,6 +40,7 @@ inline at::Tensor kernel_weight(const char* op, const at::Tensor& given, int64_t
   TORCH_CHECK(given.dim() == 1 && given.numel() == classes, op, ": weight must be 1-D with one element for each of the ",
               classes, " classes, got shape ", given.sizes());
   check_same_device(op, "weight", given, input);
+  check_memory(op, "weight", given);
   return given.to(statistics_type(input.scalar_type())).contiguous();
 }
 

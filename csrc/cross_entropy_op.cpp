@@ -47,9 +47,11 @@ struct Call {
        int64_t ignore_index, double label_smoothing) {
     o.tuning = cuda_tuning();
     o.dtype = check_dtype(kOp, "input", input_);
+    check_memory(kOp, "input", input_);
     o.reduction = check_reduction(kOp, reduction);
     o.ignore_index = ignore_index;
     check_same_device(kOp, "target", target_, input_);
+    check_memory(kOp, "target", target_);
     const bool probabilities = has_probabilities(input_, target_);
     if (probabilities) {
       check_probabilities(input_, target_, ignore_index);
@@ -231,6 +233,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
   TORCH_CHECK(statistics.numel() == call.statistics_numel() && statistics.is_contiguous() &&
                   statistics.scalar_type() == statistics_type(input.scalar_type()),
               kOp, ": statistics must be those of this input's forward pass");
+  check_memory(kOp, "statistics", statistics);
   call.take_statistics(statistics);
 
   check_same_device(kOp, "grad_output", grad_output, input);
@@ -238,6 +241,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
   TORCH_CHECK(grad_output.numel() == (per_row ? o.rows() : 1), kOp, ": grad_output must have the shape of the loss, ",
               per_row ? target.sizes() : c10::IntArrayRef(), ", got ", grad_output.sizes());
   o.loss_dtype = check_loss_dtype(kOp, "grad_output", grad_output, input);
+  check_memory(kOp, "grad_output", grad_output);
   const bool one_value = !per_row || is_one_value(grad_output);
   const at::Tensor upstream = one_value ? grad_output : grad_output.contiguous();
   o.grad_output = upstream.const_data_ptr();

@@ -42,6 +42,7 @@ struct Call {
     o.ignore_index = ignore_index;
     check_same_device(kOp, "target", target_, like);
     check_class_indices(kOp, like, target_);
+    check_memory(kOp, "target", target_);
     target = (target_.scalar_type() == at::kLong ? target_ : target_.to(at::kLong)).contiguous();
     o.target = target.const_data_ptr<int64_t>();
     if (weight_.has_value()) {
@@ -99,6 +100,7 @@ c10::SmallVector<int64_t, 8> gradient_strides(const at::Tensor& input) {
 NLLLossResult nll_loss_forward(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                                int64_t reduction, int64_t ignore_index, bool autocast) {
   Call call(input, target, weight, reduction, ignore_index);
+  check_memory(kOp, "input", input);
   NLLLossOptions& o = call.o;
   if (weight.has_value()) check_weight_dtype(kOp, input, *weight, autocast);
   if (debug_enabled) check_class_indices_on_host(kOp, o, call.target);
@@ -131,6 +133,7 @@ at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& ta
     check_same_device(kOp, "total_weight", total_weight, grad);
     TORCH_CHECK(total_weight.numel() == 1 && total_weight.scalar_type() == statistics_type(dtype), kOp,
                 ": total_weight must be that of the forward pass");
+    check_memory(kOp, "total_weight", total_weight);
     o.total_weight = total_weight.data_ptr();
   }
 
@@ -139,6 +142,7 @@ at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& ta
   TORCH_CHECK(grad_output.numel() == (per_row ? o.rows() : 1), kOp, ": grad_output must have the shape of the loss, ",
               per_row ? target.sizes() : c10::IntArrayRef(), ", got ", grad_output.sizes());
   o.loss_dtype = check_loss_dtype(kOp, "grad_output", grad_output, grad);
+  check_memory(kOp, "grad_output", grad_output);
   const bool one_value = !per_row || is_one_value(grad_output);
   const at::Tensor upstream = one_value ? grad_output : grad_output.contiguous();
   o.grad_output = upstream.const_data_ptr();

@@ -39,13 +39,14 @@ struct Call {
   std::vector<at::Tensor> operands;
 
   Call(const PointwiseCall& call) : op(call.loss.name.c_str()), loss(call.loss), operands(call.operands.vec()) {
-    TORCH_CHECK_VALUE(!operands.empty() && operands.size() <= size_t(kMaxOperands), op, ": got ", operands.size(),
-                      " tensors, expected 1 to ", kMaxOperands);
+    TORCH_CHECK_VALUE(operands.size() == loss.operands.size(), op, ": got ", operands.size(), " tensors, expected ",
+                      loss.operands.size());
     TORCH_CHECK_VALUE(call.parameters.size() <= size_t(kMaxParameters), op, ": got ", call.parameters.size(),
                       " parameters, expected at most ", kMaxParameters);
     at::Tensor& input = operands[0];
     o.tuning = cuda_tuning();
     o.dtype = check_dtype(op, "input", input);
+    check_memory(op, "input", input);
     o.reduction = check_reduction(op, call.reduction);
     for (size_t k = 1; k < operands.size(); ++k) check_operand(int(k));
     if (!input.is_non_overlapping_and_dense()) input = input.clone();
@@ -61,12 +62,13 @@ struct Call {
  private:
   void check_operand(int k) const {
     const at::Tensor &operand = operands[size_t(k)], &input = operands[0];
-    const std::string name = k == 1 ? "target" : "tensor " + std::to_string(k);
-    check_same_device(op, name.c_str(), operand, input);
+    const char* name = loss.operands[size_t(k)].c_str();
+    check_same_device(op, name, operand, input);
     TORCH_CHECK(operand.sizes() == input.sizes(), op, ": ", name, " must have the shape of input, ", input.sizes(),
                 ", got ", operand.sizes());
     TORCH_CHECK(operand.scalar_type() == input.scalar_type(), op, ": ", name, " must have the dtype of input, ",
                 input.scalar_type(), ", got ", operand.scalar_type());
+    check_memory(op, name, operand);
   }
 
   // Where it is one value for all elements, or one row (weights of classes, say) for all rows of a contiguous input: how
@@ -160,6 +162,7 @@ std::vector<at::Tensor> pointwise_backward(const at::Tensor& grad_output, const 
   TORCH_CHECK(per_element ? grad_output.sizes() == input.sizes() : grad_output.numel() == 1, call.op,
               ": grad_output must have the shape of the loss, got ", grad_output.sizes());
   o.loss_dtype = check_loss_dtype(call.op, "grad_output", grad_output, input);
+  check_memory(call.op, "grad_output", grad_output);
   const bool one_value = !per_element || is_one_value(grad_output);
   at::Tensor upstream = grad_output;
   if (!one_value && grad_output.strides() != input.strides())

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cpu/pointwise_losses.h"
+#include "options.h"
 #ifdef FUSEDLOSS_WITH_CUDA
 #include "cuda/pointwise_cuda.h"
 #endif
@@ -24,10 +25,13 @@ std::deque<PointwiseLoss>& all_losses() {
 
 }  // namespace
 
-int64_t add_pointwise_loss(const std::string& name, int64_t cpu_formula, int64_t cuda_formula,
-                           PointwiseLoss::Composed composed) {
+int64_t add_pointwise_loss(const std::string& name, const std::vector<std::string>& operands, int64_t cpu_formula,
+                           int64_t cuda_formula, PointwiseLoss::Composed composed) {
+  TORCH_CHECK_VALUE(!operands.empty() && operands.size() <= size_t(kMaxOperands), name, ": got ", operands.size(),
+                    " tensors, expected 1 to ", kMaxOperands);
   PointwiseLoss loss = {};
   loss.name = name;
+  loss.operands = operands;
   loss.composed = std::move(composed);
   const bool is_own = cpu_formula == 0 && cuda_formula == 0;
   loss.on_cpu = is_own ? cpu::find_pointwise_loss(name.c_str())

@@ -147,7 +147,9 @@ class CustomLoss(nn.Module):
         self._formula = _formula(self.expression, self.tensors, self.derivative, self.parameter_names)
         self._name = self._formula.name  # read here: the compiler cannot trace how it is made
         pointwise_losses.add(
-            pointwise_losses.PointwiseLoss(self._name, self._formula.elementwise, self._formula.compiled)
+            pointwise_losses.PointwiseLoss(
+                self._name, self._formula.elementwise, self._formula.compiled, self._formula.operands
+            )
         )
 
     def _check_tensors(self, given: Mapping[str, Tensor | None]) -> None:

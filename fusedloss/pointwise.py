@@ -316,7 +316,6 @@ def gaussian_nll_loss(
     """
     plain = isinstance(var, Tensor) and isinstance(eps, NUMBER) and reduction in ("none", "mean", "sum")
     if plain and covers(input, target, var) and not math.isnan(eps) and not _stays_16_bit(input):
-        _refuse_negative(var)
         fits = var.shape == input.shape
         if not fits and var.shape == input.shape[:-1]:
             var, fits = var.unsqueeze(-1), True
@@ -326,6 +325,7 @@ def gaussian_nll_loss(
             parameters = (eps, GAUSSIAN_CONSTANT if full else 0.0)
             loss = fused("gaussian_nll_loss", (input, target, var), reduction, parameters)
             if loss is not None:
+                _refuse_negative(var)  # after the kernels, which refuse one whose memory was freed
                 return loss
     return by_torch(torch_gaussian_nll_loss, input, target, var, full=full, eps=eps, reduction=reduction)
 

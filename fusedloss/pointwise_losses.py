@@ -23,6 +23,7 @@ class PointwiseLoss:
     elementwise: Callable[..., Tensor]
     # -> the addresses of its formulas for the CPU and for CUDA; 0 and 0 for those of the extension itself
     formulas: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    operands: tuple[str, ...] = ("input", "target")  # their names, for messages
 
 
 _losses: dict[str, PointwiseLoss] = {}
@@ -44,8 +45,10 @@ def number_of(name: str) -> int:
         with _backend.lock:
             number = numbers.get(name)
             if number is None:
-                formulas = _losses[name].formulas()
-                number = extension.add_pointwise_loss(name, *formulas, lambda *args: composed(name, *args))
+                loss = _losses[name]
+                number = extension.add_pointwise_loss(
+                    name, loss.operands, *loss.formulas(), lambda *args: composed(name, *args)
+                )
                 numbers[name] = number
     return number
 
@@ -109,6 +112,11 @@ def _gaussian(input: Tensor, target: Tensor, var: Tensor, eps: float, constant_p
     return 0.5 * (torch.log(raised) + (input - target) ** 2 / raised) + constant_part
 
 
+_OTHER_OPERANDS = {
+    "weighted_binary_cross_entropy_with_logits": ("input", "target", "weight", "pos_weight"),
+    "gaussian_nll_loss": ("input", "target", "var"),
+}
+
 GAUSSIAN_CONSTANT = 0.5 * math.log(2 * math.pi)
 
 for _name, _elementwise in {
@@ -127,4 +135,4 @@ for _name, _elementwise in {
     "gaussian_nll_loss": _gaussian,
     "soft_margin_loss": _soft_margin,
 }.items():
-    add(PointwiseLoss(_name, _elementwise))
+    add(PointwiseLoss(_name, _elementwise, operands=_OTHER_OPERANDS.get(_name, ("input", "target"))))

@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pointwise import CASES, Case
+
 import fusedloss.functional as fused
+from fusedloss import custom_loss
 from fusedloss._build import release
 
 
@@ -124,3 +127,96 @@ def test_mismatched_devices():
         fused.cross_entropy(x(4, 3, device="cuda"), i(4, device="cuda"), torch.ones(3))
     with pytest.raises(RuntimeError, match="target must be on the device of input"):
         fused.mse_loss(x(4, 3, device="cuda"), x(4, 3))
+
+
+def free(tensor):
+    tensor.untyped_storage().resize_(0)
+
+
+def shrink(tensor):
+    storage = tensor.untyped_storage()
+    storage.resize_(storage.nbytes() - 1)
+
+
+def named_losses(device):
+    """Each with all of its operands, by their names."""
+
+    def rows():
+        return {
+            "input": x(6, 5, device=device),
+            "target": torch.randint(5, (6,), device=device),
+            "weight": 1 + torch.rand(5, device=device),
+        }
+
+    def probabilities():
+        return {**rows(), "target": x(6, 5, device=device).softmax(1)}
+
+    yield fused.cross_entropy, rows()
+    yield fused.nll_loss, rows()
+    yield fused.cross_entropy, probabilities()
+    for case in (*CASES.values(), Case("mse_loss", {"input": "real", "target": "real"})):
+        if case.options.keys() <= {"log_target", "log_input", "full"}:
+
+            def loss(case=case, **operands):
+                return case.ours(operands)
+
+            yield loss, case.draw((6, 5), device=device)
+
+
+def custom_losses(device):
+    yield (
+        custom_loss("(input - target) ** 2 * sample_weight", tensors=["sample_weight"]).to(device),
+        {name: 1 + torch.rand(6, 5, device=device) for name in ("input", "target", "sample_weight")},
+    )
+
+
+@pytest.mark.filterwarnings("ignore:reduction:UserWarning")
+@pytest.mark.parametrize("lose", [free, shrink])
+@pytest.mark.parametrize("losses", [named_losses, custom_losses])
+def test_memory_that_was_freed(losses, lose, device):
+    """torch raises too, or crashes."""
+    for loss, operands in losses(device):
+        for name in operands:
+            given = {key: operand.clone() for key, operand in operands.items()}
+            lose(given[name])
+            with pytest.raises(RuntimeError, match=f"{name} must have memory for its elements"):
+                loss(**given)
+        loss(**operands)
+
+
+@pytest.mark.filterwarnings("ignore:reduction:UserWarning")
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("losses", [named_losses, custom_losses])
+def test_memory_that_was_freed_before_the_backward_pass(losses, create_graph, device):
+    for loss, operands in losses(device):
+        for name in operands:
+            given = {key: operand.clone() for key, operand in operands.items()}
+            given["input"].requires_grad_()
+            value = loss(**given)
+            free(given[name].detach())
+            if loss is fused.nll_loss and name == "input":  # which that pass does not read
+                torch.autograd.grad(2 * value, given["input"], create_graph=create_graph)
+                continue
+            with pytest.raises(RuntimeError, match=f"{name} must have memory for its elements"):
+                torch.autograd.grad(2 * value, given["input"], create_graph=create_graph)
+
+
+def test_memory_that_was_freed_of_the_registered_ops(device):
+    ops = torch.ops.fusedloss
+    input, target, one = x(6, 5, device=device), torch.randint(5, (6,), device=device), torch.ones((), device=device)
+    _, statistics = ops.cross_entropy_forward(input, target, None, 1, -100, 0.0, False)
+    _, total_weight = ops.nll_loss_forward(input, target, None, 1, -100, False)
+    calls = [
+        ("cross_entropy_backward", [one, input, target, None, statistics, 1, -100, 0.0]),
+        ("nll_loss_backward", [one, target, None, total_weight, [6, 5], [5, 1], torch.float32, 1, -100]),
+        ("pointwise_backward", [one, [input, input], "mse_loss", [], 1, None, [True, False]]),
+    ]
+    for name, arguments in calls:
+        op = getattr(ops, name)
+        op(*arguments)
+        for i, argument in enumerate(arguments):
+            if isinstance(argument, torch.Tensor):
+                freed = argument.clone()
+                free(freed)
+                with pytest.raises(RuntimeError, match="must have memory for its elements"):
+                    op(*arguments[:i], freed, *arguments[i + 1 :])

@@ -17,7 +17,7 @@ FUSEDLOSS_INLINE void evaluate(const PointwiseBlock& b, const A (&parameter)[F::
     (
         [&] {
           if constexpr ((kWrt >> kOperand & 1) != 0)
-            store(static_cast<A*>(b.grad[kOperand]) + i, V(g * partial_by<kOperand>(loss)));
+            store(static_cast<A*>(b.grad[kOperand]) + i, gradient<F>(g, partial_by<kOperand>(loss)));
         }(),
         ...);
   }

@@ -105,13 +105,13 @@ __device__ __forceinline__ void take_losses(const PointwiseOptions& o, int64_t i
   }
 }
 
-template <int kOperand, typename T, int kWidth, typename Loss>
+template <typename F, int kOperand, typename T, int kWidth, typename Loss>
 __device__ __forceinline__ void write_gradient(const PointwiseOptions& o, int64_t i, const Loss (&loss)[kWidth],
                                                const Statistic<T> (&g)[kWidth]) {
   if (o.grad[kOperand] == nullptr) return;
   Statistic<T> grad[kWidth];
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j) grad[j] = g[j] * partial_by<kOperand>(loss[j]);
+  for (int j = 0; j < kWidth; ++j) grad[j] = gradient<F>(g[j], partial_by<kOperand>(loss[j]));
   store_values(static_cast<T*>(o.grad[kOperand]) + i, grad);
 }
 
@@ -134,10 +134,10 @@ __device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) g[j] = common.grad_output;
     if (o.grad_output_stride != 0) load_loss<T>(o.grad_output, o.loss_dtype != o.dtype, i, g);
-    write_gradient<0, T>(o, i, by_first.of, g);
+    write_gradient<F, 0, T>(o, i, by_first.of, g);
     if (((kOperand > 0 && o.grad[kOperand] != nullptr) || ...)) {
       const auto by_others = losses_of<F, kOthers>(values, common.parameter);
-      ([&] { if constexpr (kOperand > 0) write_gradient<kOperand, T>(o, i, by_others.of, g); }(), ...);
+      ([&] { if constexpr (kOperand > 0) write_gradient<F, kOperand, T>(o, i, by_others.of, g); }(), ...);
     }
   } else {
     take_losses<T>(o, i, losses_of<F, 0>(values, common.parameter).of, sum);

@@ -41,8 +41,8 @@ template <typename V>
 FUSEDLOSS_INLINE RowState<V> rescale(RowState<V> s, V max) {
   // A sum whose classes are all -inf is 0, or NaN where a NaN was among them; it needs no factor.
   const V factor = ((s.max == V{} - INFINITY) | (s.max == max)) ? V{} + 1 : math::exp(s.max - max);
-  // NaN would come of 0 * inf, were the shift of an empty state taken.
-  const V moved = s.mass == V{} ? V{} : s.mass * (shift(s.max) - shift(max));
+  // NaN would come of 0 * inf, were the shift of an empty state taken, or an infinite mass moved by 0.
+  const V moved = ((s.mass == V{}) | (s.max == max)) ? V{} : s.mass * (shift(s.max) - shift(max));
   return {max, s.sum * factor, s.dot + moved, s.mass};
 }
 
@@ -72,10 +72,12 @@ FUSEDLOSS_INLINE A negative_log_likelihood(A x, A max, A logsum) {
   return logsum - (x - max);
 }
 
-// sum_c q_c (-log p_c) from a finished sweep.
+// sum_c q_c (-log p_c) from a finished sweep. Of an infinite weight it is as infinite, but the difference is NaN: so is
+// dot already where that weight's class has the maximum, 0 away from it, and its -log p is not 0 unless logsum is.
 template <typename A>
 FUSEDLOSS_INLINE A expected_negative_log_likelihood(RowState<A> s, A logsum) {
-  return s.mass * logsum - s.dot;
+  const bool is_infinite = (s.mass == A(INFINITY) || s.mass == -A(INFINITY)) && (logsum > 0 || s.dot == -s.mass);
+  return is_infinite ? s.mass : s.mass * logsum - s.dot;
 }
 
 // q_c of a probability target; V is a scalar or a vector of A.

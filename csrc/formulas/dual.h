@@ -116,6 +116,17 @@ FUSEDLOSS_INLINE auto with_slope(const Dual<V, kA>& a, const Dual<V, kSlope>& sl
   return chain(a.value, elementary::constant<V>(1), a, slope.value, b);
 }
 
+// What an element's gradient is, with the slope that F's loss has for it.
+template <typename F>
+FUSEDLOSS_INLINE constexpr bool has_half_slope() {
+  return false;
+}
+template <typename F, typename V>
+FUSEDLOSS_INLINE V gradient(V grad_output, V slope) {
+  const V product = grad_output * slope;
+  return has_half_slope<F>() ? V(product + product) : product;
+}
+
 // ---- arithmetic and comparisons, also with numbers
 
 template <typename V, unsigned kA>

@@ -6,14 +6,20 @@
 //
 // Without include guard, as formulas/cross_entropy.h, and for the same reason.
 
-// (input - target)^2
+// (input - target)^2, with half of its slope: the kernels double the product with grad_output, which the mean has divided.
+// 2 (input - target) would be infinite where that product is not.
 struct MSELoss {
   static constexpr int kOperands = 2, kParameters = 0;
   template <typename V, typename X, typename T>
   static FUSEDLOSS_INLINE auto loss(X input, T target) {
-    return square(input - target);
+    const auto difference = input - target;
+    return with_slope(square(plain(difference)), plain(difference), difference);
   }
 };
+template <>
+FUSEDLOSS_INLINE constexpr bool has_half_slope<MSELoss>() {
+  return true;
+}
 
 // |input - target|
 struct L1Loss {
@@ -24,13 +30,17 @@ struct L1Loss {
   }
 };
 
-// A parabola within beta, and beyond it the line with slope 1 that continues it.
+// A parabola within beta, and beyond it the line with slope 1 that continues it. The slope is given by hand, so that it
+// has no 1/beta in it, which is infinite for a subnormal beta.
 struct SmoothL1Loss {
   static constexpr int kOperands = 2, kParameters = 1;
   template <typename V, typename X, typename T, typename P>
   static FUSEDLOSS_INLINE auto loss(X input, T target, P beta) {
     const auto distance = abs(input - target);
-    return where(distance >= beta, distance - 0.5 * beta, 0.5 * square(distance) / beta);
+    const auto size = plain(distance), ratio = size / beta;
+    const auto is_far = size >= beta;
+    const auto loss = where(is_far, size - 0.5 * beta, 0.5 * size * ratio);
+    return with_slope(loss, where(is_far, constant<V>(1), ratio), distance);
   }
 };
 
@@ -40,7 +50,7 @@ struct HuberLoss {
   template <typename V, typename X, typename T, typename P>
   static FUSEDLOSS_INLINE auto loss(X input, T target, P delta) {
     const auto distance = abs(input - target);
-    return where(distance >= delta, delta * (distance - 0.5 * delta), 0.5 * square(distance));
+    return where(distance >= delta, delta * (distance - 0.5 * delta), 0.5 * distance * distance);
   }
 };
 
