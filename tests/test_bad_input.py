@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from pointwise import CASES, Case
 
 import fusedloss.functional as fused

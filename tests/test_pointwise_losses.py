@@ -310,6 +310,40 @@ def test_thresholds(function, option, device):
         assert_same(step, f"{option} {value!r} {reduction}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_beta_whose_inverse_overflows(dtype, device):
+    beta = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny / 8
+    distance = torch.tensor([0.0, beta / 4, -beta / 2, beta, 1.0, math.inf, math.nan], dtype=torch.float64).to(dtype)
+    input, target = distance.to(device).requires_grad_(), torch.zeros_like(distance, device=device).requires_grad_()
+    loss = fused.smooth_l1_loss(input, target, beta=beta, reduction="none")
+    grads = torch.autograd.grad(loss, (input, target), torch.full_like(loss, 3))
+    exact = distance.double() / beta  # of float16, the small ones are 0
+    slope = 3 * exact.clamp(-1, 1)
+    for grad, expected in zip(grads, (slope, -slope), strict=True):
+        torch.testing.assert_close(grad.cpu(), expected.to(dtype), rtol=1e-2, atol=0, equal_nan=True)
+    torch.testing.assert_close(loss[4:].cpu(), distance[4:].abs(), equal_nan=True)
+    assert loss[:4].abs().max() <= beta
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_gradients_whose_slope_overflows(dtype, device):
+    """The gradients themselves are finite, and of either kind of reduction."""
+    largest = torch.finfo(dtype).max
+    input = (torch.tensor([0.9, -0.8, 0.6, 0.3], dtype=torch.float64) * largest).to(dtype).to(device)
+    for function, options, slope in (
+        ("mse_loss", {}, 2),
+        ("huber_loss", {"delta": 0.95 * largest}, 1),
+    ):
+        for reduction, grad_output in (("mean", 1.0), ("mean", 0.75), ("sum", 0.25), ("none", 0.125)):
+            x, t = input.clone().requires_grad_(), torch.zeros_like(input).requires_grad_()
+            loss = getattr(fused, function)(x, t, reduction=reduction, **options)
+            upstream = torch.full_like(loss, grad_output)
+            grads = torch.autograd.grad(loss, (x, t), upstream)
+            factor = slope * grad_output / (len(input) if reduction == "mean" else 1)
+            for grad, sign in zip(grads, (1, -1), strict=True):
+                torch.testing.assert_close(grad.double(), input.double() * (sign * factor), rtol=1e-2, atol=0)
+
+
 def test_kinks(device):
     """At |x - t| = beta or delta exactly, and at 0, for distances that are exact."""
     target = torch.tensor([0.0, 0.5, -3.0], device=device)[:, None]

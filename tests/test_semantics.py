@@ -352,6 +352,41 @@ def test_logits_masked_with_a_huge_number(dtype, value, device):
 # ---- nothing to average, nothing at all, one class ----
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [3, 20, 2500])
+def test_an_infinite_weight(classes, dtype, layout, device):
+    """The loss of a row that shares in its class is infinite, whichever class has the maximum."""
+    rows = 37 if classes < 100 else 5
+    x = logits_of((rows, classes), dtype, "cpu")
+    target = torch.randint(classes, (rows,))
+    probabilities = (0.01 + torch.rand(rows, classes, dtype=torch.float64)).to(dtype)
+    heavy = int(torch.randint(classes, ()))
+    target[:3] = heavy
+    x[0, heavy] = x[3, heavy] = x.max() + 1
+    x[1, heavy] = -20
+    for value in (math.inf, -math.inf):
+        weight = (0.5 + torch.rand(classes, dtype=torch.float64)).to(dtype)
+        weight[heavy] = value
+        for given, label_smoothing, reduction in (
+            *((target, label_smoothing, reduction) for label_smoothing in (0.0, 0.1) for reduction in REDUCTIONS),
+            *((probabilities, 0.0, reduction) for reduction in REDUCTIONS),
+        ):
+            laid_out = lay_out if given is probabilities else targets_for
+            ours = lay_out(x.to(device, copy=True), layout).detach().requires_grad_()
+            exact = x.double().clone().requires_grad_()
+            options: dict = {"label_smoothing": label_smoothing, "reduction": reduction}
+            loss = fused.cross_entropy(ours, laid_out(given.to(device), layout), weight.to(device), **options)
+            expected = F.cross_entropy(exact, as_float64(given), as_float64(weight), **options)
+            close = {"rtol": 2e-2, "atol": 2e-2, "equal_nan": True}
+            torch.testing.assert_close(loss.flatten().cpu().double(), expected.flatten(), **close)
+            assert reduction != "none" or loss.isinf().all() == (given is probabilities or label_smoothing > 0)
+            loss.sum().backward()
+            expected.sum().backward()
+            grad = ours.grad[0].t() if layout == "columns" else ours.grad
+            torch.testing.assert_close(grad.cpu().double(), exact.grad, **close)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rank", SHAPES)
 def test_all_rows_ignored(rank, dtype, device):
