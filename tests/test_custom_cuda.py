@@ -15,7 +15,8 @@ import torch
 from cuda_emulator import build
 from cuda_emulator.emulator import DTYPES, REDUCTIONS, Emulator
 from cuda_emulator.pointwise_problems import Formula, Pointwise
-from test_custom_loss import CASES
+from test_custom_loss import CASES as OF_CUSTOM_LOSS
+from test_custom_loss import Case
 
 from fusedloss import _build, custom
 
@@ -23,6 +24,14 @@ MISSING = build.missing()
 pytestmark = pytest.mark.skipif(MISSING != "", reason=MISSING or "not skipped")
 CSRC = _build.csrc_directory()
 SIZES = [1, 7, 256, 1025, 4099]
+BETWEEN_TENSORS = {
+    "clamp between tensors": Case(
+        "clamp(input, target, weight)", lambda x, low, high, p: x.clamp(low, high), ("weight",)
+    ),
+    "clamp above a tensor": Case("clamp(input, min=target)", lambda x, low, p: x.clamp(min=low)),
+    "clamp below a tensor": Case("clamp(input, max=target)", lambda x, high, p: x.clamp(max=high)),
+}
+CASES = {**OF_CUSTOM_LOSS, **BETWEEN_TENSORS}
 
 
 def formula_of(name: str) -> custom._Formula:
@@ -57,7 +66,8 @@ class Custom(Pointwise):
         self.operands = []
         for name in self.compiled.operands:
             values = torch.randint(-3, 4, (self.numel,)).double() / 2 + 0.1 * torch.randn(self.numel).double()
-            values = torch.where(torch.rand(self.numel) < 0.3, (2 * values).round() / 2, values)
+            ties = 0.3 if self.case not in BETWEEN_TENSORS.values() else 1  # at which its tensors' bounds lie
+            values = torch.where(torch.rand(self.numel) < ties, (2 * values).round() / 2, values)
             values = values.abs() + 0.5 if name in self.case.positive else values
             values = (values > 0).double() if name == "mask" else values
             self.operands.append(values.to(self.dtype))
@@ -77,6 +87,15 @@ def test_through_the_emulator(name, emulator):
     rng = random.Random(int(torch.randint(1 << 30, ())))
     for dtype in DTYPES:
         Custom(rng, name, dtype, rng.choice(SIZES), rng.choice(list(REDUCTIONS))).check(emulator)
+
+
+@pytest.mark.parametrize("name", list(FORMULAS)[-len(BETWEEN_TENSORS) :], ids=BETWEEN_TENSORS)
+def test_bounds_that_are_met(name, emulator):
+    """The derivatives by the bounds too: of a thousand halves from -1.5 to 1.5, many lie on them."""
+    rng = random.Random(int(torch.randint(1 << 30, ())))
+    problem = Custom(rng, name, torch.float32, 1025, "none")
+    problem.wanted = list(range(len(problem.operands)))
+    problem.check(emulator)
 
 
 def test_nvcc_compiles_what_custom_loss_generates(tmp_path):
