@@ -173,7 +173,7 @@ def _one_word(words: Sequence[str]) -> Iterator[str]:
     if len(words) == 1 and words[0] == shlex.quote(words[0]):
         yield words[0]
         return
-    folders = [path for path in (tempfile.gettempdir(), "/var/tmp", "/dev/shm", os.getcwd()) if _executes(path)]
+    folders = [path for path in (tempfile.gettempdir(), "/var/tmp", "/dev/shm") if _executes(path)]
     with tempfile.TemporaryDirectory(prefix="fusedloss-cxx-", dir=folders[0] if folders else None) as folder:
         script = Path(folder, "c++")
         script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')

@@ -218,7 +218,7 @@ def _compile_once(build: Build, verbose: bool) -> Any:
 
 
 def _compile_apart(build: Build, verbose: bool, reason: str) -> Any:
-    """Compile in a temporary folder, of which nothing is left when the process ends."""
+    """Compile in a temporary folder, of which nothing is left when the process ends but the log of a failure."""
     _check_tools()
     reasons = [reason]
     with contextlib.suppress(OSError):  # there is none that can be written
@@ -229,7 +229,9 @@ def _compile_apart(build: Build, verbose: bool, reason: str) -> Any:
             try:
                 _check(folder)
                 opened = _compile(replace(build, folder=folder), verbose)
-            except _UnusableFolderError:
+            except RuntimeError:  # which names the log in this folder
+                raise
+            except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
         except _UnusableFolderError as error:
@@ -292,6 +294,7 @@ def _compile(build: Build, verbose: bool) -> Any:
         _publish(plan, library, build.folder)
     except OSError as error:  # it is compiled and loaded; only the next process has to do so again
         _say(f"fusedloss: the build cannot be kept in {build.folder} ({error.strerror or error})")
+        atexit.register(shutil.rmtree, attempt, ignore_errors=True)
     return opened
 
 
@@ -463,8 +466,7 @@ def _failure(error: Exception, folder: Path) -> Exception:
     if isinstance(error, OSError) and error.errno in _FOLDER_ERRORS:
         return _UnusableFolderError(f"cannot be written ({error.strerror})")
     if isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno is None):  # from the loader
-        if error.__cause__ is not None:  # torch's own sentence does not repeat the loader's
-            text = f"{text} ({error.__cause__})"
+        text = str(error.__cause__ or error)  # torch may put a sentence of its own before the loader's
         if _NOT_EXECUTABLE.search(text):
             return _UnusableFolderError(f"holds a library that cannot be loaded ({text})")
         return RuntimeError(f"fusedloss: the library is compiled, but cannot be loaded: {text}")

@@ -328,7 +328,7 @@ def test_cache_whose_libraries_may_not_be_executed(tiny, cache, capsys, monkeypa
         return real(name, folder, is_python_module)
 
     monkeypatch.setattr(cpp_extension, "_import_module_from_library", loader)
-    assert "cannot be loaded (/" in for_this_process_only(tiny, cache, capsys)
+    assert "failed to map segment" in for_this_process_only(tiny, cache, capsys)
     assert not list(cache.glob("*/attempt-*"))
 
 
@@ -346,6 +346,15 @@ def test_full_cache(tiny, cache, compiler, capsys):
     script.write_text(script.read_text().replace("sleep 1", full))
     assert "is full (No space left on device)" in for_this_process_only(tiny, cache, capsys)
     assert not list(cache.glob("*/attempt-*"))
+
+
+def test_build_that_cannot_be_kept(tiny, cache, capsys, monkeypatch):
+    def full(plan, library):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(_build.Plan, "write_info", full)
+    assert load(tiny, cache).value() == 1
+    assert "the build cannot be kept in" in capsys.readouterr().err and not list(cache.glob("*/done.json"))
 
 
 def test_no_folder_to_compile_in(tiny, cache, monkeypatch):
