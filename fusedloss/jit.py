@@ -465,7 +465,8 @@ def _failure(error: Exception, folder: Path) -> Exception:
     text = str(error)
     if isinstance(error, OSError) and error.errno in _FOLDER_ERRORS:
         return _UnusableFolderError(f"cannot be written ({error.strerror})")
-    if isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno is None):  # from the loader
+    from_loader = isinstance(error, ImportError | OSError) and not isinstance(error, ModuleNotFoundError)
+    if from_loader and getattr(error, "errno", None) is None:
         text = str(error.__cause__ or error)  # torch may put a sentence of its own before the loader's
         if _NOT_EXECUTABLE.search(text):
             return _UnusableFolderError(f"holds a library that cannot be loaded ({text})")
