@@ -229,7 +229,9 @@ def _compile_apart(build: Build, verbose: bool, reason: str) -> Any:
             try:
                 _check(folder)
                 opened = _compile(replace(build, folder=folder), verbose)
-            except RuntimeError:  # which names the log in this folder
+            except RuntimeError:
+                with contextlib.suppress(OSError):  # the folder stays if it holds the log, which the error names
+                    folder.rmdir()
                 raise
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -490,6 +490,7 @@ def test_files_that_others_can_change(finished, place, capsys, monkeypatch):
 
         monkeypatch.setattr(jit.os, "lstat", changed)
 
+    monkeypatch.setattr(jit.os, "geteuid", lambda: 12345)
     belongs_to(0)  # an administrator's, for all
     assert finished.get() == "loaded a.so"
     belongs_to(54321)
