@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,19 @@ def import_torch() -> ModuleType:
     return torch
 
 
+def check_torch_path() -> None:
+    """torch writes the paths of its own headers and libraries into the command line as they are."""
+    import torch
+
+    folder = str(Path(torch.__file__).parent)
+    found = re.search(r"[\s$'\"`\\;&|<>()*?]", folder)
+    if found:
+        raise BuildError(
+            f"torch is in {folder}, and cannot compile an extension with {found[0]!r} in that path; install it in a "
+            "folder whose path has none"
+        )
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
@@ -113,7 +127,7 @@ def _output(command: Sequence[str | Path]) -> str | None:
 
 @dataclass(frozen=True)
 class Compiler:
-    command: str  # as the environment variable CXX takes it
+    words: tuple[str, ...]  # with which a shell would call it: ("ccache", "g++")
     path: str
     version: str
     openmp: bool
@@ -124,23 +138,53 @@ class Compiler:
 
 
 def find_compiler() -> Compiler:
-    """The compiler in CXX; else the first of c++, g++ and clang++."""
-    chosen = os.environ.get("CXX")
-    for command in [chosen] if chosen else ["c++", "g++", "clang++"]:
-        path = shutil.which(shlex.split(command)[0])
-        version = (_output([*shlex.split(command), "--version"]) or "").partition("\n")[0] if path else ""
+    """The compiler in CXX, which may be several words; else the first of c++, g++ and clang++."""
+    chosen = os.environ.get("CXX", "").strip()
+    for words in [_words(chosen)] if chosen else [("c++",), ("g++",), ("clang++",)]:
+        path = shutil.which(words[0])
+        version = (_output([*words, "--version"]) or "").partition("\n")[0] if path else ""
         if path and version:
             # g++ always comes with its OpenMP; clang's is a package of its own.
-            openmp = "clang" not in version or _links_openmp(command)
-            return Compiler(command, os.path.realpath(path), version, openmp)
+            openmp = "clang" not in version or _links_openmp(words)
+            return Compiler(words, os.path.realpath(path), version, openmp)
     what = f"CXX={chosen} cannot be run" if chosen else "neither c++, g++ nor clang++ is on the PATH"
     raise BuildError(f"there is no C++ compiler: {what}; install one (Debian, Ubuntu: apt install g++)")
 
 
-def _links_openmp(command: str) -> bool:
+def _words(chosen: str) -> tuple[str, ...]:
+    """The words of CXX, the first of them absolute if it is a path: the compiler runs in another folder."""
+    try:
+        first, *others = [chosen] if shutil.which(chosen) else shlex.split(chosen)
+    except ValueError:  # a quote that does not end, or quotes around nothing
+        return (chosen,)
+    return (os.path.abspath(first) if os.sep in first else first, *others)
+
+
+def _links_openmp(words: Sequence[str]) -> bool:
     program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }\n"
-    arguments = [*shlex.split(command), "-x", "c++", "-", "-fopenmp", "-o", os.devnull]
+    arguments = [*words, "-x", "c++", "-", "-fopenmp", "-o", os.devnull]
     return subprocess.run(arguments, input=program.encode(), capture_output=True).returncode == 0
+
+
+@contextlib.contextmanager
+def _one_word(words: Sequence[str]) -> Iterator[str]:
+    """The compiler as torch takes it from CXX, of which it quotes the whole as one word: several words become a script.
+    It lies where files can be executed."""
+    if len(words) == 1 and words[0] == shlex.quote(words[0]):
+        yield words[0]
+        return
+    folders = [path for path in (tempfile.gettempdir(), "/var/tmp", "/dev/shm") if _executes(path)]
+    with tempfile.TemporaryDirectory(prefix="fusedloss-cxx-", dir=folders[0] if folders else None) as folder:
+        script = Path(folder, "c++")
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        script.chmod(0o755)
+        yield str(script)
+
+
+def _executes(folder: str) -> bool:
+    """Whether a file can be written to this folder, and be executed there by a path that needs no quotes."""
+    plain = shlex.quote(folder) == folder
+    return plain and os.access(folder, os.W_OK) and not os.statvfs(folder).f_flag & os.ST_NOEXEC
 
 
 def find_ninja() -> str | None:
@@ -283,25 +327,26 @@ class Plan:
     @contextlib.contextmanager
     def environment(self) -> Iterator[ModuleType]:
         """torch.utils.cpp_extension, told of this plan's compiler, toolkit and ninja. All is put back afterwards."""
-        changes = {"CXX": self.compiler.command}
-        ninja = find_ninja()
-        if ninja:
-            changes["PATH"] = os.environ.get("PATH", "") + os.pathsep + ninja
-        before = {name: os.environ.get(name) for name in changes}
-        cpp_extension = _import_cpp_extension()
-        home = cpp_extension.CUDA_HOME
-        os.environ.update(changes)
-        if self.toolkit:
-            cpp_extension.CUDA_HOME = str(self.toolkit.home)
-        try:
-            yield cpp_extension
-        finally:
-            cpp_extension.CUDA_HOME = home
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+        with _one_word(self.compiler.words) as compiler:
+            changes = {"CXX": compiler}
+            ninja = find_ninja()
+            if ninja:
+                changes["PATH"] = os.environ.get("PATH", "") + os.pathsep + ninja
+            before = {name: os.environ.get(name) for name in changes}
+            cpp_extension = _import_cpp_extension()
+            home = cpp_extension.CUDA_HOME
+            os.environ.update(changes)
+            if self.toolkit:
+                cpp_extension.CUDA_HOME = str(self.toolkit.home)
+            try:
+                yield cpp_extension
+            finally:
+                cpp_extension.CUDA_HOME = home
+                for name, value in before.items():
+                    if value is None:
+                        os.environ.pop(name, None)
+                    else:
+                        os.environ[name] = value
 
 
 def _import_cpp_extension() -> ModuleType:

@@ -2,7 +2,9 @@
 
 import os
 import re
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,6 +149,47 @@ def test_compiler_chosen_by_cxx(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(script))
     compiler = _build.find_compiler()
     assert (compiler.path, compiler.version, compiler.openmp) == (str(script), "my-g++ 99.1", True)
+
+
+@pytest.mark.parametrize(
+    "chosen, arguments",
+    [("{wrapper} c++ -DX='a b'", ["c++", "-DX=a b"]), ("{spaced}", []), ("./bin/{name} c++", ["c++"])],
+)
+def test_compiler_of_several_words(bare, with_torch, monkeypatch, tmp_path, chosen, arguments):
+    """torch takes one word, and quotes it."""
+    wrapper = write_script(bare / "wrapper", 'printf "%s\\n" "g++ 99" "$PWD" "$@"')
+    spaced = write_script(tmp_path / "my compilers" / "g++", 'printf "%s\\n" "g++ 99" "$PWD" "$@"')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", chosen.format(wrapper=wrapper, name=wrapper.name, spaced=spaced))
+    with_torch(cuda=None)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with _build.make_plan().environment():
+        command = os.environ["CXX"]
+        assert command == shlex.quote(command)
+        printed = subprocess.run(
+            [command, "-c", "x y"], cwd=elsewhere, capture_output=True, text=True, check=True
+        ).stdout
+    assert printed.splitlines() == ["g++ 99", str(elsewhere), *arguments, "-c", "x y"]
+    assert not os.path.exists(command) or command == str(spaced)
+
+
+def test_compiler_of_no_word(bare, monkeypatch):
+    monkeypatch.setenv("CXX", "  ")
+    assert _build.find_compiler().words == ("c++",)
+    for chosen in ('c++ "', "''"):
+        monkeypatch.setenv("CXX", chosen)
+        with pytest.raises(BuildError, match=f"no C\\+\\+ compiler: CXX={re.escape(chosen)} cannot be run"):
+            _build.find_compiler()
+
+
+def test_torch_in_an_awkward_place(monkeypatch, tmp_path):
+    import torch
+
+    _build.check_torch_path()
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "a $ b" / "torch" / "__init__.py"))
+    with pytest.raises(BuildError, match=r"torch is in .* cannot compile .* with ' ' in that path; install it in"):
+        _build.check_torch_path()
 
 
 def test_clang_without_openmp_is_said(bare, with_torch):

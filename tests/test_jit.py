@@ -1,12 +1,16 @@
 """Compiling at first use: once for everybody, kept, and never stuck. Mostly on a source so small that it compiles in a
 second; the real sources go through it in test_packaging.py and in the notebooks."""
 
+import contextlib
+import errno
+import importlib.util
 import json
 import os
-import shlex
+import pwd
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -57,7 +61,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def compiler(tmp_path, monkeypatch) -> Path:
     """A compiler that writes down every file it compiles, and hangs at it while there is a file named `hang`."""
-    real = shlex.split(_build.find_compiler().command)[0]
+    real = _build.find_compiler().words[0]
     script = tmp_path / "logging-g++"
     script.write_text(
         f"""#!/bin/sh
@@ -164,6 +168,7 @@ def test_key_knows_everything_that_changes_a_build(tiny, tmp_path, monkeypatch):
 
     another("flags", replace(plan, cxx_flags=[*plan.cxx_flags, "-DX"]))
     another("compiler", replace(plan, compiler=replace(plan.compiler, version="g++ 99")))
+    another("arguments", replace(plan, compiler=replace(plan.compiler, words=(*plan.compiler.words, "-m32"))))
     another("toolkit", replace(plan, toolkit=_build.Toolkit(tmp_path, "13.0")))
     (tiny / "value.h").write_text("#define VALUE 2\n")
     another("a header")
@@ -191,9 +196,13 @@ def test_changed_header_is_compiled_anew(tiny, cache):
     assert load(tiny, cache).value() == 2
 
 
-def test_cache_directory(monkeypatch, tmp_path):
+@pytest.fixture
+def no_cache_named(monkeypatch):
     for name in ("FUSEDLOSS_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
+
+
+def test_cache_directory(no_cache_named, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert jit.cache_directory() == tmp_path / ".cache" / "fusedloss"
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
@@ -202,6 +211,26 @@ def test_cache_directory(monkeypatch, tmp_path):
     assert jit.cache_directory() == Path("/extensions/fusedloss")
     monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", "/own")
     assert jit.cache_directory() == Path("/own")
+
+
+def test_cache_directory_without_a_home(no_cache_named, monkeypatch, capsys):
+    """In a container the user id may be a bare number, and HOME be missing or a folder of root's."""
+    own = Path(tempfile.gettempdir()) / f"fusedloss-{os.geteuid()}"
+    monkeypatch.setenv("HOME", "/proc/nonexistent")
+    assert jit.cache_directory() == own
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # KeyError, as where there is no entry
+    assert jit.cache_directory() == own
+    assert capsys.readouterr().err == ""
+    jit._say_once.cache_clear()
+    for name in ("XDG_CACHE_HOME", "FUSEDLOSS_CACHE_DIR", "FUSEDLOSS_CACHE_DIR"):
+        monkeypatch.setenv(name, "~/x")
+        assert jit.cache_directory() == own
+    said = capsys.readouterr().err.splitlines()
+    assert (
+        len(said) == 2
+        and f"FUSEDLOSS_CACHE_DIR is ~/x, but no home directory is known, so the cache is {own}" in said[1]
+    )
 
 
 # ---- accidents -----------------------------------------------------------------------------------------------------
@@ -263,6 +292,231 @@ def test_cache_that_cannot_be_written(tiny, tmp_path, cache, capsys):
     assert load(tiny, cache).value() == 1
     said = capsys.readouterr().err
     assert f"the cache {cache}" in said and "cannot be written" in said and "FUSEDLOSS_CACHE_DIR" in said
+
+
+def for_this_process_only(csrc: Path, cache: Path, capsys) -> str:
+    """What was said about the cache; the module comes from elsewhere, and is right."""
+    module = load(csrc, cache)
+    assert module.value() == 1 and not Path(module.__file__).is_relative_to(cache)
+    assert Path(module.__file__).parent.parent.stat().st_mode & 0o777 == 0o700
+    first, second = capsys.readouterr().err.splitlines()[-2:]
+    assert first.startswith(f"fusedloss: the cache {cache}{os.sep}cpu-") and second.startswith("fusedloss: compiling ")
+    assert first.endswith(", so this build is for this process only; FUSEDLOSS_CACHE_DIR names another cache")
+    return first
+
+
+def test_cache_mounted_with_noexec(tiny, cache, capsys, monkeypatch):
+    real = os.statvfs
+
+    def statvfs(path):
+        return SimpleNamespace(f_flag=os.ST_NOEXEC) if Path(path) == cache else real(path)
+
+    cache.mkdir()
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    assert "is mounted with noexec" in for_this_process_only(tiny, cache, capsys)
+
+
+def test_cache_whose_libraries_may_not_be_executed(tiny, cache, capsys, monkeypatch):
+    """Which only the loader knows, under some security policies."""
+    from torch.utils import cpp_extension
+
+    real = cpp_extension._import_module_from_library
+
+    def loader(name, folder, is_python_module):
+        if Path(folder).is_relative_to(cache):
+            raise ImportError(f"{folder}/{name}.so: failed to map segment from shared object")
+        return real(name, folder, is_python_module)
+
+    monkeypatch.setattr(cpp_extension, "_import_module_from_library", loader)
+    assert "failed to map segment" in for_this_process_only(tiny, cache, capsys)
+    assert not list(cache.glob("*/attempt-*"))
+
+
+def test_loader_is_quoted(tiny, cache, compiler):
+    script = compiler / "logging-g++"
+    script.write_text(script.read_text().replace("sleep 1 ;;", 'sleep 1 ;; *" -shared "*) echo > "${@: -1}"; exit 0;;'))
+    script.write_text(script.read_text().replace("#!/bin/sh", "#!/bin/bash"))
+    with pytest.raises(RuntimeError, match=r"the library is compiled, but cannot be loaded: .*file too short"):
+        load(tiny, cache)
+
+
+def test_full_cache(tiny, cache, compiler, capsys):
+    script = compiler / "logging-g++"
+    full = f'case "$PWD" in {cache}/*) echo "fatal error: cannot write: No space left on device"; exit 1;; esac'
+    script.write_text(script.read_text().replace("sleep 1", full))
+    assert "is full (No space left on device)" in for_this_process_only(tiny, cache, capsys)
+    assert not list(cache.glob("*/attempt-*"))
+
+
+def test_build_that_cannot_be_kept(tiny, cache, capsys, monkeypatch):
+    def full(plan, library):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(_build.Plan, "write_info", full)
+    assert load(tiny, cache).value() == 1
+    assert "the build cannot be kept in" in capsys.readouterr().err and not list(cache.glob("*/done.json"))
+
+
+def test_no_folder_to_compile_in(tiny, cache, monkeypatch):
+    def full(**options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(jit.tempfile, "mkdtemp", full)
+    with pytest.raises(
+        _build.BuildError, match=r"no folder is found to compile in: .*No space left .*; set FUSEDLOSS_C"
+    ):
+        load(tiny, cache)
+
+
+def test_paths_that_ninja_cannot_parse(tiny, cache, tmp_path, capsys):
+    for part in ("a:b", "a$b", "a|b", "a\nb"):
+        with pytest.raises(jit._UnusableFolderError, match="in its path, which ninja cannot parse"):
+            jit._check(tmp_path / part)
+    sources = tiny.rename(tmp_path / "a:b $c 'd|")
+    assert "has '$' in its path" in for_this_process_only(sources, tmp_path / "e$f", capsys)
+
+
+@pytest.mark.parametrize("stream", ["none", "closed", "pipe without a reader"])
+def test_nobody_reads_what_is_said(tiny, cache, monkeypatch, stream):
+    unread, writable = os.pipe()
+    os.close(unread)
+    file = os.fdopen(writable, "w")
+    if stream == "closed":
+        file.close()
+    try:
+        monkeypatch.setattr(sys, "stderr", None if stream == "none" else file)
+        monkeypatch.setattr(sys, "stdout", None if stream == "none" else sys.stdout)
+        assert load(tiny, cache).value() == 1
+    finally:
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            file.close()
+
+
+def test_interrupt_ends_the_compilers(tiny, cache, compiler):
+    """The interrupt of a notebook reaches Python, and not its children, as Ctrl-C does in a terminal."""
+    (compiler / "hang").touch()
+    process = start(tiny, cache)
+    while not compiled(compiler):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    assert working_in(cache)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)  # which waits for all that hold its streams
+    assert process.returncode != 0 and "KeyboardInterrupt" in err
+    assert not working_in(cache) and not list(cache.glob("*/attempt-*"))
+
+
+def working_in(folder: Path) -> list[str]:
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            found += [str(link)] if os.readlink(link).startswith(str(folder)) else []
+    return found
+
+
+def test_without_fcntl(monkeypatch):
+    """Windows has none; importing fusedloss works there, and its first use says what is supported."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    for name in ("fcntl", "grp", "pwd"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for path in Path(jit.__file__).parent.glob("*.py"):
+        spec = importlib.util.spec_from_file_location(f"fusedloss.again_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        if path.stem not in ("__init__", "ops"):  # the ops are there already, and cannot be registered twice
+            spec.loader.exec_module(module)
+    monkeypatch.setenv("FUSEDLOSS_JIT", "1")
+    monkeypatch.setattr(_backend, "_module", None)
+    with pytest.raises(ImportError, match=r"only Linux, .*is supported, and this is win32"):
+        _backend.extension()
+
+
+# ---- whom to trust -------------------------------------------------------------------------------------------------
+
+
+def test_library_that_others_can_replace_is_not_loaded(tiny, cache, capsys, monkeypatch):
+    before = os.umask(0)
+    try:
+        kept = load(tiny, cache).__file__
+    finally:
+        os.umask(before)
+    monkeypatch.setattr(jit, "_loaded", {})
+    assert load(tiny, cache).__file__ == kept  # an umask does not keep the user from what is the user's
+    capsys.readouterr()
+    monkeypatch.setattr(jit, "_loaded", {})
+    Path(kept).chmod(0o777)
+    said = for_this_process_only(tiny, cache, capsys)
+    assert f"is not trusted, because other users can write to {kept} (mode 777; delete it to have it made anew)" in said
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch) -> SimpleNamespace:
+    """A build as it is found in the cache, and what becomes of it."""
+    folder = tmp_path / "above" / "cache" / "cpu-0"
+    attempt = folder / "attempt-0"
+    attempt.mkdir(parents=True)
+    (attempt / "a.so").touch(mode=0o755)
+    (folder / "done.json").write_text('{"file": "attempt-0/a.so", "size": 0}')
+    for path in (tmp_path / "above", tmp_path / "above" / "cache", folder, attempt):
+        path.chmod(0o755)
+    monkeypatch.setattr(jit, "_compile_once", lambda *_: "compiled")
+    monkeypatch.setattr(jit, "_compile_apart", lambda *_: "compiled for this process")
+    build = jit.Build(None, "a", folder, says="", seconds=0, opens=lambda library: f"loaded {library.name}")
+    places = {"folder": folder, "attempt": attempt, "library": attempt / "a.so", "note": folder / "done.json"}
+    return SimpleNamespace(
+        get=lambda folder=folder: jit.compiled(replace(build, folder=folder)),
+        above=tmp_path / "above",
+        **places,
+    )
+
+
+@pytest.mark.parametrize("place", ["folder", "attempt", "library", "note"])
+def test_files_that_others_can_change(finished, place, capsys, monkeypatch):
+    path = getattr(finished, place)
+    assert finished.get() == "loaded a.so"
+    for bit in (0o020, 0o002):
+        path.chmod(0o755 | bit)
+        assert finished.get() == "compiled for this process"
+        assert f"other users can write to {path} (mode " in capsys.readouterr().err
+    path.chmod(0o755)
+    assert finished.get() == "loaded a.so" and capsys.readouterr().err == ""
+    lstat = os.lstat
+
+    def belongs_to(owner):
+        def changed(name, **options):
+            status = lstat(name, **options)
+            return os.stat_result([*status[:4], owner if Path(name) == path else os.geteuid(), *status[5:]])
+
+        monkeypatch.setattr(jit.os, "lstat", changed)
+
+    monkeypatch.setattr(jit.os, "geteuid", lambda: 12345)
+    belongs_to(0)  # an administrator's, for all
+    assert finished.get() == "loaded a.so"
+    belongs_to(54321)
+    assert finished.get() == "compiled for this process"
+    assert f"{path} belongs to another user (id 54321)" in capsys.readouterr().err
+
+
+def test_folders_above_that_others_can_change(finished, monkeypatch):
+    monkeypatch.setattr(jit, "_is_own_group", lambda group: False)
+    results = {}
+    for mode in (0o755, 0o775, 0o757, 0o777, 0o1777):
+        finished.above.chmod(mode)
+        results[mode] = finished.get()
+    assert [mode for mode, result in results.items() if result == "loaded a.so"] == [0o755, 0o1777]
+    monkeypatch.setattr(jit, "_is_own_group", lambda group: True)
+    finished.above.chmod(0o775)
+    assert finished.get() == "loaded a.so"
+
+
+def test_links_in_the_cache(finished, tmp_path):
+    """The cache may be a link; its files may not lead out of it."""
+    (tmp_path / "link").symlink_to(finished.above)
+    assert finished.get(tmp_path / "link" / "cache" / "cpu-0") == "loaded a.so"
+    outside = finished.library.rename(tmp_path / "a.so")
+    finished.library.symlink_to(outside)
+    assert finished.get() == "compiled"
 
 
 def test_missing_ninja(tiny, cache, monkeypatch):
