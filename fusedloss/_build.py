@@ -92,8 +92,8 @@ def import_torch() -> ModuleType:
         import torch
     except Exception as error:  # a torch with a missing library raises OSError
         raise BuildError(
-            f"torch cannot be imported ({_first_line(error)}), and is compiled against; install torch>={MINIMUM_TORCH} "
-            "first, and give pip the option --no-build-isolation, so that the build sees it"
+            f"torch cannot be imported ({_first_line(error)}); the extension is compiled against it: install "
+            f"torch>={MINIMUM_TORCH} first, and give pip the option --no-build-isolation, so that the build sees it"
         ) from None
     if release(torch.__version__) < release(MINIMUM_TORCH):
         raise BuildError(f"torch {torch.__version__} is too old, {MINIMUM_TORCH} or newer is needed")
