@@ -111,12 +111,12 @@ def ready(cuda: bool | None) -> ModuleType | None:
 
 def _find() -> ModuleType:
     # At run time FUSEDLOSS_JIT=1 passes over a prebuilt module, for instance one of an older torch.
-    module = None if os.environ.get("FUSEDLOSS_JIT") == "1" else prebuilt()
-    if module is not None:
-        return module
     from . import jit  # here, because jit imports this file
 
     try:
+        module = None if os.environ.get("FUSEDLOSS_JIT") == "1" else prebuilt()
+        if module is not None:
+            return module
         return jit.compiled_module(make_plan(needs_gpu=True), why=why_compile())
     except BuildError as error:
         raise ImportError(f"fusedloss: nothing is prebuilt, and it cannot be compiled now: {error}") from None
