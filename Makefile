@@ -39,8 +39,8 @@ test: build
 # The tests are copied away from the checkout, whose own package would be imported in place of the installed one.
 cuda-build: $(VENV_CUDA)/built
 	@rm -rf $(VENV_CUDA)/away && mkdir $(VENV_CUDA)/away && cp -r pyproject.toml tests $(VENV_CUDA)/away
-	cd $(VENV_CUDA)/away && ../bin/python -c "from fusedloss import _backend; what = _backend.describe(); print(what); \
-		assert 'CPU and CUDA' in what and '(prebuilt)' in what"
+	cd $(VENV_CUDA)/away && ../bin/python -c "import fusedloss; what = fusedloss.describe(); print(what); \
+		assert 'CPU and CUDA' in what and '(prebuilt, ' in what"
 	cd $(VENV_CUDA)/away && ../bin/python -m pytest $(TWO) $(TESTS_CUDA)
 
 bench: build
@@ -78,7 +78,7 @@ $(VENV)/installed: pyproject.toml
 $(VENV)/built: $(VENV)/installed $(SOURCES)
 	@echo "make: compiling the extension"
 	@$(PY) setup.py build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
-	@$(PY) -c "from fusedloss import _backend; print(_backend.describe())"
+	@$(PY) -c "import fusedloss; print(fusedloss.describe())"
 	@touch $@
 
 $(VENV_CUDA)/installed: Makefile

@@ -1,7 +1,8 @@
 """Builds the package. Which sources are compiled, and how, stands in fusedloss/_build.py, which the JIT reads as well.
 
-Only a command that compiles needs torch: metadata and source distributions are made without it. With FUSEDLOSS_JIT=1
-nothing is compiled, and the wheel, which is the same for every torch and Python, compiles at its first use.
+Only a command that compiles needs torch: metadata and source distributions are made without it. With FUSEDLOSS_JIT=1,
+and where torch is missing, as where pip builds in isolation, nothing is compiled; the wheel, which is the same for
+every torch and Python, compiles at its first use.
 """
 
 import importlib.util
@@ -30,6 +31,13 @@ class BuildPackage(build_py):
     """Takes csrc/ along, for the JIT of an installed package. A checkout has it beside the package."""
 
     def run(self):
+        if without_torch:
+            print(
+                "fusedloss: there is no torch here to compile against, so the first loss will compile; with torch "
+                "installed, pip's option --no-build-isolation compiles now",
+                file=sys.stderr,
+                flush=True,
+            )
         super().run()
         if not self.editable_mode:
             target = Path(self.build_lib) / "fusedloss" / "csrc"
@@ -73,8 +81,11 @@ if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
         f"fusedloss: setuptools {setuptools.__version__} is too old, {SETUPTOOLS} or newer is needed: "
         "pip install --upgrade setuptools"
     )
+# Whoever asks for a compiled part in so many words gets it, or an error.
+insists = "build_ext" in sys.argv or os.environ.get("FUSEDLOSS_CUDA") == "1"
 jit_only = os.environ.get("FUSEDLOSS_JIT") == "1"
+without_torch = not jit_only and not insists and importlib.util.find_spec("torch") is None
 setuptools.setup(
-    ext_modules=[] if jit_only else [setuptools.Extension("fusedloss._C", sources=[])],
+    ext_modules=[] if jit_only or without_torch else [setuptools.Extension("fusedloss._C", sources=[])],
     cmdclass={"build_py": BuildPackage, "build_ext": BuildExtension},
 )

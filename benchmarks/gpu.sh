@@ -98,9 +98,10 @@ skip() { wanted "$1" && note skipped 0 "$1: $2"; }
 
 # A loss is computed on the device: a build may lack the code for this card.
 prebuilt='
-import sys, torch
-from fusedloss import _C, _backend, functional
-what = _backend.describe()
+import sys, fusedloss, torch
+from fusedloss import _backend, functional
+assert _backend.prebuilt()
+what = fusedloss.describe()
 assert sys.argv[1] == "cpu" or "and CUDA" in what, what
 functional.mse_loss(torch.zeros(1, device=sys.argv[1]), torch.ones(1, device=sys.argv[1])).item()
 print(what)'

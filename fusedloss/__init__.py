@@ -6,7 +6,7 @@ criterion = fusedloss.custom_loss("log(cosh(input - target))")  # a loss of your
 """
 
 from . import functional, jit
-from ._backend import debug
+from ._backend import debug, describe
 from ._patch import patch, unpatch
 from ._version import __version__
 from .custom import custom_loss
@@ -39,6 +39,7 @@ __all__ = [
     "__version__",
     "custom_loss",
     "debug",
+    "describe",
     "functional",
     "jit",
     "patch",

@@ -1,22 +1,32 @@
-"""The compiled module behind the losses: the prebuilt `fusedloss._C`, else one compiled now, else a clear error."""
+"""The compiled module behind the losses: the prebuilt `fusedloss._C`, else one compiled now, else a clear error.
+
+A checkout in which nothing is compiled takes the prebuilt module of an installation from the same sources.
+"""
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import importlib.util
 import json
 import os
+import sys
 import threading
+import warnings
+from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from ._build import BuildError, info_file, make_plan, release
+from ._build import BuildError, csrc_directory, info_file, make_plan, release, sources_digest
+
+PACKAGE = Path(__file__).resolve().parent
 
 lock = threading.RLock()  # held while the module is looked for, compiled or replaced
 _module: ModuleType | None = None
 _debug = os.environ.get("FUSEDLOSS_DEBUG") == "1"
+_warned = False  # that there are no CUDA kernels
 
 
 def extension() -> ModuleType:
@@ -52,28 +62,74 @@ def debug(enabled: bool = True) -> None:
 
 
 def describe() -> str:
-    """One line: where the compiled module comes from, and what it was built for."""
+    """One line: what the compiled module was built for, what was left out of it and why, and where it is.
+
+    Where nothing is compiled yet, it is compiled now.
+    """
     library = Path(extension().__file__ or "")
-    origin = "prebuilt" if library.parent == Path(__file__).parent else f"compiled at first use, in {library.parent}"
-    return f"fusedloss: {_info(library).get('summary', 'built for an unknown torch')} ({origin})"
+    origin = "prebuilt" if library.name.startswith("_C.") else "compiled at first use"
+    return f"fusedloss: {_info(library).get('summary', 'for an unknown torch')} ({origin}, in {library.parent})"
+
+
+def with_cuda() -> bool:
+    """Are there CUDA kernels, for a call with CUDA tensors? The first time that there are none, a warning says so."""
+    global _warned
+    found = extension().with_cuda
+    if not found and not _warned:
+        _warned = True
+        warnings.warn(_without_cuda(), stacklevel=2)
+    return found
+
+
+def _without_cuda() -> str:
+    text = (
+        "fusedloss has no CUDA kernels here, and leaves CUDA tensors to torch's own functions, at torch's speed: the "
+        f"build is {describe().removeprefix('fusedloss: ')}."
+    )
+    if torch.version.cuda is None:
+        return text
+    return (
+        f"{text} To have them, install a CUDA toolkit with nvcc, version {release(torch.version.cuda)[0]}.x as this "
+        "torch's, and call fusedloss.jit.load(cuda=True), which compiles them, or install fusedloss again from source."
+    )
+
+
+def ready(cuda: bool | None) -> ModuleType | None:
+    """A module that needs no compiling: the one in use, else the prebuilt one. None where it is not with CUDA as asked
+    for, where the prebuilt one does not fit this torch, and where FUSEDLOSS_JIT=1 asks for a new one."""
+    if os.environ.get("FUSEDLOSS_JIT") == "1":
+        return None
+    for find in (lambda: _module, prebuilt):
+        try:
+            module = find()
+        except ImportError:
+            continue
+        if module is not None and cuda in (None, module.with_cuda):
+            return module
+    return None
 
 
 def _find() -> ModuleType:
     # At run time FUSEDLOSS_JIT=1 passes over a prebuilt module, for instance one of an older torch.
-    prebuilt = None if os.environ.get("FUSEDLOSS_JIT") == "1" else _prebuilt()
-    if prebuilt is not None:
-        return prebuilt
     from . import jit  # here, because jit imports this file
 
     try:
-        return jit.compiled_module(make_plan(needs_gpu=True))
+        module = None if os.environ.get("FUSEDLOSS_JIT") == "1" else prebuilt()
+        if module is not None:
+            return module
+        return jit.compiled_module(make_plan(needs_gpu=True), why=why_compile())
     except BuildError as error:
         raise ImportError(f"fusedloss: nothing is prebuilt, and it cannot be compiled now: {error}") from None
 
 
-def _prebuilt() -> ModuleType | None:
-    library = _library()
+def prebuilt() -> ModuleType | None:
+    """The module that an installation, or a build in the checkout, has left; None if there is none."""
+    library = _library(PACKAGE)
     if library is None:
+        for other, unfit in _installed():
+            with contextlib.suppress(ImportError):
+                if not unfit:
+                    return _import(other)
         return None
     built_for = _info(library).get("torch", "(unknown)")
     remedy = (
@@ -82,18 +138,69 @@ def _prebuilt() -> ModuleType | None:
         "FUSEDLOSS_JIT=1 to compile it at its first use"
     )
     # torch keeps its binary interface within a minor version only. Across two, it may load and then misread memory.
-    if built_for[:1].isdigit() and release(built_for)[:2] != release(torch.__version__)[:2]:
+    if built_for[:1].isdigit() and not _fits(built_for):
         raise ImportError(remedy)
     try:
-        return importlib.import_module(f"{__package__}._C")
+        return _import(library)
     except ImportError as error:
         raise ImportError(f"{remedy} ({error})") from None
 
 
-def _library() -> Path | None:
-    """The prebuilt file beside this one. importlib.util.find_spec could find that of another, editable install."""
-    candidates = [Path(__file__).with_name(f"_C{suffix}") for suffix in EXTENSION_SUFFIXES]
-    return next((path for path in candidates if path.is_file()), None)
+def _installed() -> Iterator[tuple[Path, str]]:
+    """The compiled parts of the installations that Python would import, were it not for this package, each with what
+    keeps it from being used here, "" if nothing does."""
+    for entry in sys.path:
+        folder = Path(entry or os.curdir).absolute() / PACKAGE.name
+        library = None if folder.resolve() == PACKAGE else _library(folder)
+        if library is not None:
+            info = _info(library)
+            built_for = info.get("torch", "")
+            if info.get("sources") != sources_digest(csrc_directory()):
+                yield library, "of other sources"
+            elif not _fits(built_for):
+                yield library, f"for torch {built_for}"
+            else:
+                yield library, ""
+
+
+def _fits(built_for: str) -> bool:
+    return release(built_for)[:2] == release(torch.__version__)[:2]
+
+
+def _import(library: Path) -> ModuleType:
+    name = f"{__package__}._C"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, library)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{library} is no module")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
+
+
+def why_compile() -> str:
+    """Why nothing prebuilt is used, and how to have it, for the line that says what is compiled; "" if it was asked for
+    with FUSEDLOSS_JIT=1."""
+    if os.environ.get("FUSEDLOSS_JIT") == "1":
+        return ""
+    library = _library(PACKAGE)
+    if library is not None:
+        return f"the prebuilt one is {_info(library).get('summary', 'for an unknown torch')}"
+    if (PACKAGE / "csrc").is_dir():
+        why = f"{PACKAGE} was installed without a compiled part, which pip makes with --no-build-isolation"
+    else:
+        why = f"the checkout {PACKAGE.parent} has no compiled part, which `python setup.py build_ext --inplace` makes"
+    others = [f"that in {library.parent} is {unfit}" for library, unfit in _installed() if unfit]
+    if not others and any(PACKAGE.glob("_C.*.so")):
+        others = ["that in it is for another Python"]
+    return "; ".join([why, *others])
+
+
+def _library(folder: Path) -> Path | None:
+    """The compiled file in this folder that is of this Python."""
+    names = [f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
+    return next((folder / name for name in names if os.path.isfile(folder / name)), None)
 
 
 def _info(library: Path) -> dict[str, str]:

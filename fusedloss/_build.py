@@ -7,6 +7,7 @@ and torch only inside the functions that need it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -56,6 +57,14 @@ def header_files(csrc: Path) -> list[Path]:
     return sorted(path for path in csrc.rglob("*") if path.suffix in (".h", ".cuh"))
 
 
+def sources_digest(csrc: Path) -> str:
+    """Two trees with the same one make the same extension, from one torch, compiler and set of flags."""
+    digest = hashlib.sha256()
+    for path in [*source_files(csrc, cuda=True), *header_files(csrc)]:
+        digest.update(f"{path.relative_to(csrc).as_posix()} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 # ---- what the machine has ------------------------------------------------------------------------------------------
 
 
@@ -84,8 +93,8 @@ def import_torch() -> ModuleType:
         import torch
     except Exception as error:  # a torch with a missing library raises OSError
         raise BuildError(
-            f"torch cannot be imported ({_first_line(error)}); install torch>={MINIMUM_TORCH} first and build against "
-            "it with: pip install --no-build-isolation ..."
+            f"torch cannot be imported ({_first_line(error)}); the extension is compiled against it: install "
+            f"torch>={MINIMUM_TORCH} first, and give pip the option --no-build-isolation, so that the build sees it"
         ) from None
     if release(torch.__version__) < release(MINIMUM_TORCH):
         raise BuildError(f"torch {torch.__version__} is too old, {MINIMUM_TORCH} or newer is needed")
@@ -321,7 +330,12 @@ class Plan:
 
     def write_info(self, library: Path) -> None:
         """Leave beside a finished build what it was built for: a build that no longer loads cannot be asked."""
-        info = {"torch": self.torch_version, "device": self.device, "summary": self.summary()}
+        info = {
+            "torch": self.torch_version,
+            "device": self.device,
+            "summary": self.summary(),
+            "sources": sources_digest(self.csrc),
+        }
         info_file(library).write_text(json.dumps(info, indent=1) + "\n")
 
     @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Compile at first use, with torch.utils.cpp_extension.load, and keep the result: the extension, and custom losses.
 
-    fusedloss.jit.load()           # compile now and not at the first loss; a notebook shows the wait where it belongs
+    fusedloss.jit.load()           # compile now, where nothing is prebuilt, and not at the first loss
     fusedloss.jit.load(cuda=True)  # with CUDA, or an error that names what is missing
 
 The cache holds one folder a build, named by a hash of everything that could change the build:
@@ -47,7 +47,7 @@ from typing import Any
 import torch
 
 from . import _backend
-from ._build import BuildError, Plan, check_torch_path, find_ninja, header_files, make_plan
+from ._build import BuildError, Plan, check_torch_path, cuda_setting, find_ninja, header_files, make_plan
 
 _SECONDS = {".cpp": 7, ".cu": 40}  # what one source takes, for the estimate in the progress line
 _CUDA_ENVIRONMENT = ("TORCH_CUDA_ARCH_LIST", "CC", "PYTORCH_NVCC", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
@@ -72,35 +72,44 @@ _loaded: dict[str, ModuleType] = {}
 
 
 def load(verbose: bool = False, cuda: bool | None = None) -> ModuleType:
-    """Compile the extension, or take it from the cache, and let fusedloss use it from now on.
+    """Make the extension ready, so that no loss has to wait for it, and let fusedloss use it from now on.
+
+    It is the one in use, else the prebuilt one, else it is compiled or taken from the cache. The environment variable
+    FUSEDLOSS_JIT=1 asks for one from the cache, or a new one, in any case.
 
     Args:
-        verbose: show the commands of the build.
-        cuda: True compiles with CUDA and raises RuntimeError where something for it is missing; False compiles for
-            the CPU only; None follows the environment variable FUSEDLOSS_CUDA, else compiles with CUDA where a CUDA
-            build of torch, its toolkit and a GPU are present.
+        verbose: show the commands of a build.
+        cuda: True takes only one with CUDA, and raises RuntimeError where something to compile it is missing; False
+            takes only one without; None follows the environment variable FUSEDLOSS_CUDA, else takes what is there, or
+            compiles with CUDA where a CUDA build of torch, its toolkit and a GPU are present.
 
     Returns:
         The compiled module. fusedloss.functional finds it by itself.
     """
     with _backend.lock:
         try:
-            module = compiled_module(make_plan(cuda=cuda, needs_gpu=True), verbose=verbose)
+            module = _backend.ready(cuda_setting() if cuda is None else cuda)
+            if module is None:
+                plan = make_plan(cuda=cuda, needs_gpu=True)
+                module = compiled_module(plan, verbose=verbose, why=_backend.why_compile())
         except BuildError as error:
             raise RuntimeError(f"fusedloss: {error}") from None
         _backend.use(module)
     return module
 
 
-def compiled_module(plan: Plan, cache: Path | None = None, verbose: bool = False) -> ModuleType:
-    """The module that the plan describes. The caller holds _backend.lock; other processes are kept out here."""
+def compiled_module(plan: Plan, cache: Path | None = None, verbose: bool = False, why: str = "") -> ModuleType:
+    """The module that the plan describes. The caller holds _backend.lock; other processes are kept out here.
+
+    why: what keeps it from being prebuilt, for the line that says what is compiled.
+    """
     key = cache_key(plan)
     if key not in _loaded:
         what = Build(
             plan,
             name=f"fusedloss_{plan.device}_{key}",
             folder=(cache or cache_directory()) / f"{plan.device}-{key}",
-            says=plan.summary(),
+            says=f"{plan.summary()}; {why}" if why else plan.summary(),
             seconds=_estimate(plan),
             opens=_import,
         )

@@ -47,7 +47,7 @@ def only_transparent_modes() -> bool:
 
 
 def _has_kernels(device_type: str) -> bool:
-    return device_type == "cpu" or (device_type == "cuda" and _backend.extension().with_cuda)
+    return device_type == "cpu" or (device_type == "cuda" and _backend.with_cuda())
 
 
 # What torch.compiler.assume_constant_result does, but for importing the whole compiler, which takes two seconds.

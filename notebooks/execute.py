@@ -28,7 +28,8 @@ def execute(notebook: nbformat.NotebookNode, scratch: Path, cache: Path) -> None
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     environment = {
-        **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "FUSEDLOSS_JIT")},
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        "FUSEDLOSS_JIT": "1",  # even where a build of the same sources is installed
         "FUSEDLOSS_CACHE_DIR": str(cache),
         "FUSEDLOSS_CUDA": "0",  # compiling the CUDA sources takes minutes, and the notebooks show CPU tensors
     }

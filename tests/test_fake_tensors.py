@@ -1,5 +1,8 @@
 """The losses of fake and meta tensors."""
 
+import functools
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,9 @@ from graphs import DTYPES, KINDS, LAYOUTS, REDUCTIONS, functions, given, target_
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import fusedloss
 import fusedloss.functional as fused
+from fusedloss import _backend, ops
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -61,6 +66,51 @@ def test_fake_tensors_of_a_gpu_that_is_not_there(kind):
         input, target, options = given(kind, "cuda")
         loss = functions(kind)[0](input, target, reduction="none", **options)
     assert loss.device.type == "cuda" and loss.shape == (input.shape if kind == "mse" else (5,))
+
+
+class WithoutCuda:
+    """The extension as a build without CUDA has it."""
+
+    with_cuda = False
+
+    def __init__(self, extension):
+        self.extension = extension
+
+    def __getattr__(self, name):
+        return getattr(self.extension, name)
+
+
+@pytest.mark.parametrize("cuda", ["13.0", None])
+def test_cuda_tensors_without_cuda_kernels_are_warned_of_once(cuda, monkeypatch):
+    """Fake ones, which go the way that real ones go."""
+    monkeypatch.setattr(_backend, "_module", WithoutCuda(_backend.extension()))
+    monkeypatch.setattr(_backend, "_warned", False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+
+    def told_by(*calls):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for call in calls:
+                call()
+        return [str(one.message) for one in caught if "fusedloss" in str(one.message)]
+
+    def calls(device):
+        for kind in ("mse", "indices", "probabilities"):
+            input, target, options = given(kind, device)
+            yield functools.partial(functions(kind)[0], input, target, **options)
+
+    assert told_by(*calls("cpu")) == []
+    with FakeTensorMode():
+        (message,) = told_by(*calls("cuda"), *calls("cuda"))
+    assert fusedloss.describe().removeprefix("fusedloss: ") in message
+    assert ("install a CUDA toolkit with nvcc, version 13.x" in message) == (cuda is not None)
+    assert ("fusedloss.jit.load(cuda=True)" in message) == (cuda is not None)
+
+    # The compiler asks while it records, and must not be stopped by the warning.
+    monkeypatch.setattr(_backend, "_warned", False)
+    compiled = torch.compile(lambda x: x if ops._has_kernels("cuda") else -x, fullgraph=True, backend="eager")
+    assert told_by(lambda: compiled(torch.ones(1))) == [message]
+    assert compiled(torch.ones(1)) == -1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

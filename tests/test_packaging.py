@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEFT_BEHIND = (".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_C.*")
 
 BACKEND = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+ISOLATED = "import sys; sys.modules['torch'] = None; " + BACKEND  # as in pip's build, which does not see torch
 
 # The same sources would take a minute; that they compile by this route, `make test` has just shown.
 TINY = """
@@ -47,10 +48,15 @@ def run(command: list[str], cwd: Path, **environment: str) -> subprocess.Complet
     return subprocess.run(command, cwd=cwd, env=variables | environment, capture_output=True, text=True, timeout=600)
 
 
-def build(kind: str, source: Path, target: Path, **environment: str) -> Path:
-    """What pip does without isolation: call the backend, in the folder of the source."""
-    done = run([sys.executable, "-c", BACKEND, f"build_{kind}", str(target)], source, **environment)
+def call_backend(code: str, kind: str, source: Path, target: Path, **environment: str) -> subprocess.CompletedProcess:
+    return run([sys.executable, "-c", code, f"build_{kind}", str(target)], source, **environment)
+
+
+def build(kind: str, source: Path, target: Path, code: str = BACKEND, **environment: str) -> Path:
+    """What pip does: call the backend, in the folder of the source."""
+    done = call_backend(code, kind, source, target, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("fusedloss: there is no torch here to compile against") == (code == ISOLATED)
     return target / done.stdout.splitlines()[-1]
 
 
@@ -84,8 +90,9 @@ def test_sdist_carries_all(sdist):
 
 
 def test_wheel_without_a_compiled_part(unpacked, tmp_path):
-    """It is the same for every Python and torch, carries the sources, and compiles at its first use, once."""
-    wheel = build("wheel", unpacked, tmp_path, FUSEDLOSS_JIT="1")
+    """What a plain `pip install .` makes, and FUSEDLOSS_JIT=1. It is the same for every Python and torch, carries the
+    sources, and compiles at its first use, once."""
+    wheel = build("wheel", unpacked, tmp_path, ISOLATED)
     assert wheel.name == f"fusedloss-{__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         carried = set(archive.namelist())
@@ -105,6 +112,19 @@ def test_wheel_without_a_compiled_part(unpacked, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(str(tmp_path / "site"))
         assert done.stderr.count("fusedloss: compiling ") == compiling
+        assert done.stderr.count(f"; {tmp_path}/site/fusedloss was installed without a compiled part") == compiling
+
+    for folder in (tmp_path / "jit", unpacked / "build"):
+        shutil.rmtree(folder, ignore_errors=True)
+    assert build("wheel", unpacked, tmp_path / "jit", FUSEDLOSS_JIT="1").name == wheel.name
+    with zipfile.ZipFile(tmp_path / "jit" / wheel.name) as archive:
+        assert set(archive.namelist()) == carried
+
+
+def test_compiled_part_that_is_insisted_on_needs_torch(unpacked, tmp_path):
+    done = call_backend(ISOLATED, "wheel", unpacked, tmp_path, FUSEDLOSS_CUDA="1")
+    assert done.returncode != 0 and not list(tmp_path.glob("*.whl"))
+    assert "fusedloss: torch cannot be imported" in done.stderr and "option --no-build-isolation" in done.stderr
 
 
 def test_wheel_with_the_compiled_part(unpacked, tmp_path):
@@ -117,10 +137,14 @@ def test_wheel_with_the_compiled_part(unpacked, tmp_path):
     assert f"-cp3{sys.version_info.minor}-" in wheel.name
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = "from fusedloss import _backend; print(_backend.extension().value()); print(_backend.describe())"
-    done = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("7\nfusedloss: for torch ") and done.stdout.endswith("(prebuilt)\n")
+    code = "import fusedloss as f; print(f.__file__); print(f._backend.extension().value()); print(f.describe())"
+    for first in (tmp_path / "site", unpacked):  # in the checkout as well, where nothing is compiled
+        path = os.pathsep.join([str(first), str(tmp_path / "site")])
+        done = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=path)
+        assert done.returncode == 0, done.stderr
+        where, value, said = done.stdout.splitlines()
+        assert Path(where).parent == first / "fusedloss" and value == "7"
+        assert said.startswith("fusedloss: for torch ") and said.endswith(f"(prebuilt, in {tmp_path}/site/fusedloss)")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +152,10 @@ def test_wheel_with_the_compiled_part(unpacked, tmp_path):
     [
         ({"CXX": "/nonexistent/c++"}, "fusedloss: there is no C++ compiler: CXX=/nonexistent/c++ cannot be run"),
         ({"FUSEDLOSS_CUDA": "maybe"}, "fusedloss: FUSEDLOSS_CUDA is 'maybe', expected 0 or 1"),
-        ({"PYTHONPATH": "without-torch"}, "fusedloss: torch cannot be imported (No module named 'torch'); install"),
+        (
+            {"PYTHONPATH": "without-torch"},
+            "fusedloss: torch cannot be imported (No module named 'torch'); the",
+        ),
     ],
 )
 def test_build_that_cannot_be_says_why_in_a_sentence(unpacked, environment, sentence):
