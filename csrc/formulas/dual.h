@@ -116,15 +116,16 @@ FUSEDLOSS_INLINE auto with_slope(const Dual<V, kA>& a, const Dual<V, kSlope>& sl
   return chain(a.value, elementary::constant<V>(1), a, slope.value, b);
 }
 
-// What an element's gradient is, with the slope that F's loss has for it.
+// An element's gradient, from the slope of its loss; of half of the slope where the formula F says so.
+template <typename F, typename = void>
+struct HasHalfSlope : std::false_type {};
 template <typename F>
-FUSEDLOSS_INLINE constexpr bool has_half_slope() {
-  return false;
-}
+struct HasHalfSlope<F, std::enable_if_t<F::kHasHalfSlope>> : std::true_type {};
+
 template <typename F, typename V>
 FUSEDLOSS_INLINE V gradient(V grad_output, V slope) {
   const V product = grad_output * slope;
-  return has_half_slope<F>() ? V(product + product) : product;
+  return HasHalfSlope<F>::value ? V(product + product) : product;
 }
 
 // ---- arithmetic and comparisons, also with numbers

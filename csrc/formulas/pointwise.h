@@ -10,16 +10,13 @@
 // 2 (input - target) would be infinite where that product is not.
 struct MSELoss {
   static constexpr int kOperands = 2, kParameters = 0;
+  static constexpr bool kHasHalfSlope = true;
   template <typename V, typename X, typename T>
   static FUSEDLOSS_INLINE auto loss(X input, T target) {
     const auto difference = input - target;
     return with_slope(square(plain(difference)), plain(difference), difference);
   }
 };
-template <>
-FUSEDLOSS_INLINE constexpr bool has_half_slope<MSELoss>() {
-  return true;
-}
 
 // |input - target|
 struct L1Loss {
