@@ -74,9 +74,10 @@ FUSEDLOSS_INLINE A negative_log_likelihood(A x, A max, A logsum) {
 
 // sum_c q_c (-log p_c) from a finished sweep. Of an infinite weight it is as infinite, but the difference is NaN: so is
 // dot already where that weight's class has the maximum, 0 away from it, and its -log p is not 0 unless logsum is.
-template <typename A>
-FUSEDLOSS_INLINE A expected_negative_log_likelihood(RowState<A> s, A logsum) {
-  const bool is_infinite = (s.mass == A(INFINITY) || s.mass == -A(INFINITY)) && (logsum > 0 || s.dot == -s.mass);
+template <typename V>
+FUSEDLOSS_INLINE V expected_negative_log_likelihood(RowState<V> s, V logsum) {
+  const auto is_infinite = ((s.mass == V{} + INFINITY) | (s.mass == V{} - INFINITY)) &
+                           ((logsum > V{}) | (s.dot == -s.mass));
   return is_infinite ? s.mass : s.mass * logsum - s.dot;
 }
 
