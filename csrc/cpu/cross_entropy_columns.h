@@ -7,7 +7,7 @@
 constexpr int64_t kColumnBlock = 16, kColumnPart = 1024;
 // Up to so many classes, a group of rows is taken from its logits to its gradient at once, with its exponentials kept,
 // and its target classes are picked out as the classes come by: a comparison a class instead of loads a row.
-constexpr int kFewClasses = 16;
+constexpr int kFewClasses = 32;
 
 // Up to kTile neighbouring rows, and within them groups of as many as a vector holds.
 template <typename T>
