@@ -129,7 +129,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("shape", [(6, 37), (3, 5, 34), (2, 7, 6, 10)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 37), (3, 5, 34), (3, 1, 34), (2, 7, 6, 10)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_and_offsets(layout, shape, device):
     for dtype in DTYPES:
@@ -142,6 +142,7 @@ def test_strides_and_offsets(layout, shape, device):
         ):
             check(input, target, reduction="mean", label_smoothing=0.1)
             check(input, target, reduction="none")
+        check(random_logits(shape, dtype, device), target, reduction="mean")
 
 
 def test_strided_targets_and_weights(device):
