@@ -23,6 +23,24 @@ void backward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   }
 }
 
+// Up to so many classes, counting the rows of each takes less time than looking each row's weight up.
+constexpr int64_t kFewToCount = 8;
+
+inline int64_t rows_of_class(const CrossEntropyOptions& o, int64_t c, int64_t begin, int64_t end) {
+  constexpr int kLanes = Simd<double>::kLanes;
+  DoubleI others = {};  // minus how many there are
+  int64_t row = begin;
+  for (; row + kLanes <= end; row += kLanes) {
+    DoubleI y;
+    __builtin_memcpy(&y, o.target_index + row, sizeof y);
+    others += y != c;
+  }
+  int64_t count = row - begin;
+  for (int lane = 0; lane < kLanes; ++lane) count += others[lane];
+  for (; row < end; ++row) count += o.target_index[row] == c;
+  return count;
+}
+
 // What the mean divides by, of one chunk's rows.
 template <typename T>
 FUSEDLOSS_NOINLINE void weigh_chunk(const Problem<T>& p, int64_t k) {
@@ -42,6 +60,11 @@ FUSEDLOSS_NOINLINE void weigh_chunk(const Problem<T>& p, int64_t k) {
     for (int lane = 0; lane < kLanes; ++lane) count += none[lane];
     for (; row < last; ++row) count += p.counts(row);
     weight.add(double(count));
+  } else if (o.classes <= kFewToCount) {
+    for (int64_t c = 0; c < o.classes; ++c) {
+      const int64_t count = c == o.ignore_index ? 0 : rows_of_class(o, c, first, last);
+      if (count > 0) weight.add(double(count) * double(p.weight_of(c)));  // 0 of an infinite weight are nothing
+    }
   } else {
     for (int64_t row = first; row < last; ++row)
       if (p.counts(row)) weight.add(p.weight_of(o.target_index[row]));
