@@ -103,7 +103,7 @@ def test_class_probabilities(shape, dtype, reduction, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [*range(1, 9), 16, 31, 32, 33])
 def test_few_classes_in_columns(classes, dtype, device):
-    """Rows of more than one tile (256) that end within a vector, and start anywhere: few classes have a kernel of their own."""
+    """More than one tile (256) of rows, which end within a vector: few classes have a kernel of their own."""
     shape = (2, classes, 5, 61)
     input = LAYOUTS["odd storage offset"](random_logits(shape, dtype, device))
     weight = (torch.rand(classes) + 0.1).to(device, dtype)

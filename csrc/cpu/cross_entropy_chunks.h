@@ -9,8 +9,8 @@
 namespace fusedloss::cpu {
 
 // Either a row's classes lie side by side ("rows"), or the rows themselves do ("columns"): [outer, classes, inner]
-// with inner stride 1, as in (N, C, d1, …). Where there is one class, which lies beside itself whatever the layout is, they
-// are columns if they can be.
+// with inner stride 1, as in (N, C, d1, …). One class lies beside itself whatever the layout is: its rows are columns if
+// they can be.
 inline bool in_rows(const CrossEntropyOptions& o) {
   if (o.logits_strides.classes != 1) return false;
   return o.classes != 1 || o.inner == 1 || o.logits_strides.inner != 1 ||
@@ -50,8 +50,8 @@ inline ChunkRange chunk_range(const CrossEntropyOptions& o, int64_t chunk) {
   return {chunk / tiles, begin, std::min(begin + kTile, o.inner)};
 }
 
-// Are the rows' weights added up as the forward pass reads the targets? Their sum must be known before it where it writes
-// the gradient as well.
+// Are the rows' weights added up as the forward pass reads the targets? Where it writes the gradient as well, their sum
+// must be known before.
 inline bool weighs_in_forward(const CrossEntropyOptions& o) {
   return o.total_weight != nullptr && o.grad_logits == nullptr;
 }

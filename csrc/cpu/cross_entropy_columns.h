@@ -74,8 +74,8 @@ FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_group(const Prob
 
 // ---- target classes
 
-// The target class of each of a tile's rows, and -1 for what adds nothing: rows that are ignored or whose class does not
-// exist, and what follows the last row in its group. 0 for a row whose target is probabilities.
+// The target class of each of a tile's rows, and -1 for what adds nothing: rows that are ignored or whose class does
+// not exist, and what follows the last row in its group. 0 for a row whose target is probabilities.
 template <typename A>
 struct TileClasses {
   using Index = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
@@ -251,7 +251,8 @@ FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_few(const Proble
   return s;
 }
 
-// Several groups take each step before any takes the next: what a step waits for is then computed for all of them at once.
+// Several groups take each step before any takes the next: what a step waits for is then computed for all of them at
+// once.
 template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void forward_few(const Problem<T>& p, const Tile<T>& tile, const TileClasses<Statistic<T>>& classes,
                                   CompensatedLanes& loss) {
@@ -288,7 +289,8 @@ FUSEDLOSS_INLINE void backward_few(const Problem<T>& p, const Tile<T>& tile, con
   const FewGradient<T, kSpread> gradient(p);
   for_each_group<T>(0, tile.n, [&](auto whole, int i) __attribute__((always_inline)) {
     const int n = tile.n - i;
-    const V max = load_lanes<whole>(p.row_max + tile.row + i, n), scale = load_lanes<whole>(p.row_scale + tile.row + i, n);
+    const V max = load_lanes<whole>(p.row_max + tile.row + i, n);
+    const V scale = load_lanes<whole>(p.row_scale + tile.row + i, n);
     const V g = p.template upstreams<whole>(tile.row + i, n);
     for (int c = 0; c < p.o.classes; ++c) {
       const V x = load_lanes<whole>(tile.x + c * p.o.logits_strides.classes + i, n);
@@ -318,7 +320,8 @@ FUSEDLOSS_INLINE void forward_many(const Problem<T>& p, const Tile<T>& tile, con
     for (int g = 0; g * kLanes < tile.n; ++g) state[g] = merge(state[g], part[g]);
   }
   for_each_group<T>(0, tile.n, [&](auto whole, int i) __attribute__((always_inline)) {
-    finish_group<whole, T, kSpread>(p, tile, i, state[i / kLanes], gather_target<T, kSpread>(p, tile, classes, i), loss);
+    const auto target = gather_target<T, kSpread>(p, tile, classes, i);
+    finish_group<whole, T, kSpread>(p, tile, i, state[i / kLanes], target, loss);
   });
 }
 
@@ -365,7 +368,8 @@ FUSEDLOSS_INLINE void gradient_group(const Problem<T>& p, const Tile<T>& tile, c
 }
 
 template <typename T, bool kSpread>
-FUSEDLOSS_INLINE void backward_many(const Problem<T>& p, const Tile<T>& tile, const TileClasses<Statistic<T>>& classes) {
+FUSEDLOSS_INLINE void backward_many(const Problem<T>& p, const Tile<T>& tile,
+                                    const TileClasses<Statistic<T>>& classes) {
   TileGradient<Statistic<T>> rows;
   rows.unit = has_class<kSpread>(p) ? p.smoothing.uniform : 1;
   for_each_group<T>(0, tile.n, [&](auto whole, int i) __attribute__((always_inline)) {

@@ -85,8 +85,8 @@ FUSEDLOSS_INLINE void skip_row(const Problem<T>& p, int64_t row, ChunkResult& ch
   if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, 0);
 }
 
-// The loss of a row from the sums over its classes, in W, a scalar or a vector of rows. x_y, w_y: the logit and the weight of
-// the target class.
+// The loss of a row from the sums over its classes, in W, a scalar or a vector of rows. x_y, w_y: the logit and the
+// weight of the target class.
 template <bool kSpread, typename T, typename W>
 FUSEDLOSS_INLINE W row_loss(const Problem<T>& p, RowState<W> state, W logsum, W x_y, W w_y) {
   W loss = W{};
@@ -101,8 +101,8 @@ FUSEDLOSS_INLINE W row_loss(const Problem<T>& p, RowState<W> state, W logsum, W 
   return loss;
 }
 
-// x: the row's first class, its classes side by side. logsum: log(state.sum); inverse_sum: its inverse. loss_sum: of a few
-// rows, so that it rounds a few times.
+// x: the row's first class, its classes side by side. logsum: log(state.sum); inverse_sum: its inverse. loss_sum: of a
+// few rows, so that it rounds a few times.
 template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void finish_row(const Problem<T>& p, int64_t row, const T* x, RowState<Wide<Statistic<T>>> state,
                                  Wide<Statistic<T>> logsum, Statistic<T> inverse_sum, double& loss_sum) {

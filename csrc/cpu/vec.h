@@ -273,7 +273,7 @@ FUSEDLOSS_INLINE V rounded(V v) {
   return v;
 }
 
-// ---- the lanes of a vector as doubles, a DoubleV at a time: part 0, 1 of floats, part 0 of doubles, which are so already
+// ---- the lanes of a vector as doubles, a DoubleV at a time: parts 0 and 1 of floats, part 0 of doubles ----
 
 template <typename A>
 constexpr int kDoubleParts = sizeof(double) / sizeof(A);
