@@ -36,6 +36,7 @@ def cpu() -> list[Case]:
         cross_entropy(1024, 32000, in_place=True),
         cross_entropy(8, 32000, "float32", 128),
         cross_entropy(16, 21, "float32", 512, 512),
+        cross_entropy(4, 2, "float32", 512, 512),
         *(mse(elements, dtype) for elements in (10**5, 10**7, 10**8) for dtype in ("float32", "bfloat16")),
     ]
 

@@ -111,7 +111,7 @@ void forward_on_cpu(Call& call) {
   const HostScratch scratch(cpu::cross_entropy_scratch_bytes(o));
   o.scratch = scratch.data();
   if (o.weight_sum != nullptr) cpu::cross_entropy_weight_sum(o);
-  if (o.total_weight != nullptr) {
+  if (o.total_weight != nullptr && o.grad_logits != nullptr) {
     run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_weigh(o, begin, end); });
     cpu::cross_entropy_total_weight(o);
   }

@@ -158,13 +158,14 @@ KINDS = [
     ("probabilities", 0.0, False),
     ("probabilities", 0.1, True),
 ]
-# layout, rows (outer, inner), classes, draws. The last two: many additions of rows, many of classes.
+# layout, rows (outer, inner), classes, draws. The last ones: many additions of rows, many of classes.
 GRIDS = [
     ("rows", (7, 1), 2, 60),
     ("rows", (33, 1), 15, 30),
     ("rows", (4, 1), 1000, 30),
     ("rows", (3, 1), 5000, 16),
     ("columns", (2, 37), 5, 30),
+    ("columns", (3, 300), 2, 16),
     ("columns", (1, 20), 300, 30),
     ("columns", (1, 3), 5000, 16),
     ("swapped", (9, 1), 300, 30),

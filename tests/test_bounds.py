@@ -44,7 +44,10 @@ def check(shape, dtype, at_end):
     fused.mse_loss(x, p, reduction="none").backward(guarded(torch.randn(shape).to(dtype), at_end))
 
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-    for shape in [(1, 1), (3, 5), (2, 15), (2, 16), (3, 17), (1, 67), (2, 2049), (2, 3, 5), (1, 7, 17), (1, 3, 257)]:
+    for shape in [
+        (1, 1), (3, 5), (2, 15), (2, 16), (3, 17), (1, 67), (2, 2049),
+        (2, 3, 5), (1, 7, 17), (1, 3, 257), (2, 1, 19), (1, 40, 9),
+    ]:
         for at_end in (True, False):
             check(shape, dtype, at_end)
 # The harness itself: a read one byte beyond does end the process.

@@ -100,6 +100,22 @@ def test_class_probabilities(shape, dtype, reduction, device):
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [*range(1, 9), 16, 31, 32, 33])
+def test_few_classes_in_columns(classes, dtype, device):
+    """More than one tile (256) of rows, which end within a vector: few classes have a kernel of their own."""
+    shape = (2, classes, 5, 61)
+    input = LAYOUTS["odd storage offset"](random_logits(shape, dtype, device))
+    weight = (torch.rand(classes) + 0.1).to(device, dtype)
+    weight[-1] = 0 if classes > 1 else 2
+    indices, probabilities = random_indices(shape, device, ignore_index=1), random_probabilities(shape, dtype, device)
+    for reduction, label_smoothing in (("mean", 0.0), ("none", 0.0), ("sum", 0.2)):
+        options = {"reduction": reduction, "label_smoothing": label_smoothing}
+        check(input, indices, ignore_index=1, **options)
+        check(input, indices, ignore_index=1, weight=weight, **options)
+        check(input, probabilities, weight=weight, **options)
+
+
 LAYOUTS = {
     "every second class": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2],
     "every second row": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], 1).flatten(0, 1)[::2],
@@ -113,7 +129,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("shape", [(6, 37), (3, 5, 34), (2, 7, 6, 10)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 37), (3, 5, 34), (3, 1, 34), (2, 7, 6, 10)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_and_offsets(layout, shape, device):
     for dtype in DTYPES:
@@ -126,6 +142,7 @@ def test_strides_and_offsets(layout, shape, device):
         ):
             check(input, target, reduction="mean", label_smoothing=0.1)
             check(input, target, reduction="none")
+        check(random_logits(shape, dtype, device), target, reduction="mean")
 
 
 def test_strided_targets_and_weights(device):
@@ -286,6 +303,39 @@ def test_masked_and_non_finite_logits(columns, label_smoothing, device):
     loss.sum().backward()
     expected.sum().backward()
     assert_exact(ours.grad, torchs.grad, what="gradient")
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_any_few_logits_in_columns(classes, device):
+    """Every combination of logits that a row of few classes can have, with each of its classes as the target."""
+    values = torch.tensor([-torch.inf, torch.inf, torch.nan, -1e4, 1e4, 0.5], device=device)
+    every = torch.cartesian_prod(*[values] * classes).view(-1, classes)
+    x = every.repeat(classes, 1).t().contiguous().unsqueeze(0)
+    target = torch.arange(classes, device=device).repeat_interleave(len(every)).unsqueeze(0)
+    for dtype in DTYPES:
+        for label_smoothing in (0.0, 0.1):
+            ours = x.to(dtype, copy=True).requires_grad_()
+            torchs = ours.detach().to(torch.float64, copy=True).requires_grad_()
+            options = {"reduction": "none", "label_smoothing": label_smoothing}
+            loss, expected = fused.cross_entropy(ours, target, **options), F.cross_entropy(torchs, target, **options)
+            assert_exact(loss, expected, what="loss")
+            loss.sum().backward()
+            expected.sum().backward()
+            assert_exact(ours.grad, torchs.grad, what="gradient")
+
+
+@pytest.mark.parametrize("classes", [1, 3, 40])
+@pytest.mark.parametrize("position", [0, 8, 255, 256, 299])
+def test_the_first_class_that_does_not_exist_is_named(position, classes):
+    """Not one that is ignored, nor a later one. On a GPU the kernel stops instead."""
+    for bad in (-1, classes, 2**32, -(2**63)):  # 2**32 is class 0 in its lower half
+        target = torch.zeros(2, 300, dtype=torch.int64)
+        target[0, ::7] = target[1, :position] = -100
+        target[1, position] = target[1, -1] = bad
+        for reduction in ("none", "mean"):
+            input = torch.randn(2, classes, 300, requires_grad=True)
+            with pytest.raises(IndexError, match=rf"target\[1, {position}\] is {bad}, expected a class index in"):
+                fused.cross_entropy(input, target, reduction=reduction)
 
 
 def test_masked_logits_with_probabilities(device):

@@ -17,6 +17,8 @@ CASES = [
     ((5, 140_000), True),  # too many to be kept
     ((4097, 33), True),
     ((2, 21, 3000), False),  # columns
+    ((2, 2, 70_001), False),
+    ((3, 1, 50_000), True),
     ((3, 700, 150), True),
 ]
 

@@ -9,9 +9,13 @@
 namespace fusedloss::cpu {
 
 // Either a row's classes lie side by side ("rows"), or the rows themselves do ("columns"): [outer, classes, inner]
-// with inner stride 1, as in (N, C, d1, …).
+// with inner stride 1, as in (N, C, d1, …). One class lies beside itself whatever the layout is: its rows are columns if
+// they can be.
 inline bool in_rows(const CrossEntropyOptions& o) {
-  return o.logits_strides.classes == 1;
+  if (o.logits_strides.classes != 1) return false;
+  return o.classes != 1 || o.inner == 1 || o.logits_strides.inner != 1 ||
+         (o.target_probability != nullptr && o.target_strides.inner != 1) ||
+         (o.grad_logits != nullptr && o.grad_strides.inner != 1);
 }
 
 // Elements of a chunk, roughly: what a thread should have to do before it is worth waking.
@@ -46,10 +50,19 @@ inline ChunkRange chunk_range(const CrossEntropyOptions& o, int64_t chunk) {
   return {chunk / tiles, begin, std::min(begin + kTile, o.inner)};
 }
 
+// Are the rows' weights added up as the forward pass reads the targets? Where it writes the gradient as well, their sum
+// must be known before.
+inline bool weighs_in_forward(const CrossEntropyOptions& o) {
+  return o.total_weight != nullptr && o.grad_logits == nullptr;
+}
+
 // A sum in double that keeps what each addition rounds off (Knuth, "The Art of Computer Programming", 4.2.2): for
 // float64 a plain sum over thousands of rows would lose a digit.
 class CompensatedSum {
  public:
+  CompensatedSum() = default;
+  CompensatedSum(double value, double lost) : value_(value), lost_(lost) {}
+
   void add(double x) {
     const double sum = value_ + x, taken = sum - value_;
     lost_ += (value_ - (sum - taken)) + (x - taken);

@@ -19,8 +19,8 @@ int64_t cross_entropy_scratch_bytes(const CrossEntropyOptions& options);
 // Writes options.weight_sum: always in the same order, which torch's own sum is not.
 void cross_entropy_weight_sum(const CrossEntropyOptions& options);
 
-// Writes options.total_weight before the forward pass, as that would: every chunk once, from any thread; then the sum
-// of what the chunks left in scratch. For a forward pass that writes the gradient too.
+// Writes options.total_weight before a forward pass that writes the gradient too: every chunk once, from any thread;
+// then the sum of what the chunks left in scratch. Any other forward pass writes it itself.
 void cross_entropy_weigh(const CrossEntropyOptions& options, int64_t begin_chunk, int64_t end_chunk);
 void cross_entropy_total_weight(const CrossEntropyOptions& options);
 

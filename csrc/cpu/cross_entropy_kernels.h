@@ -23,6 +23,55 @@ void backward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   }
 }
 
+// Up to so many classes, counting the rows of each takes less time than looking each row's weight up.
+constexpr int64_t kFewToCount = 8;
+
+inline int64_t rows_of_class(const CrossEntropyOptions& o, int64_t c, int64_t begin, int64_t end) {
+  constexpr int kLanes = Simd<double>::kLanes;
+  DoubleI others = {};  // minus how many there are
+  int64_t row = begin;
+  for (; row + kLanes <= end; row += kLanes) {
+    DoubleI y;
+    __builtin_memcpy(&y, o.target_index + row, sizeof y);
+    others += y != c;
+  }
+  int64_t count = row - begin;
+  for (int lane = 0; lane < kLanes; ++lane) count += others[lane];
+  for (; row < end; ++row) count += o.target_index[row] == c;
+  return count;
+}
+
+// What the mean divides by, of one chunk's rows.
+template <typename T>
+FUSEDLOSS_NOINLINE void weigh_chunk(const Problem<T>& p, int64_t k) {
+  const CrossEntropyOptions& o = p.o;
+  const ChunkRange range = chunk_range(o, k);
+  const int64_t first = range.outer * o.inner + range.begin;
+  const int64_t last = first + range.end - range.begin;
+  CompensatedSum weight;
+  if (o.target_index == nullptr) {
+    weight.add(double(last - first));
+  } else if (o.weight == nullptr) {
+    constexpr int kLanes = Simd<double>::kLanes;
+    DoubleI none = {};  // minus how many rows do not count
+    int64_t row = first;
+    for (; row + kLanes <= last; row += kLanes) none += p.classes_of(row) < 0;
+    int64_t count = row - first;
+    for (int lane = 0; lane < kLanes; ++lane) count += none[lane];
+    for (; row < last; ++row) count += p.counts(row);
+    weight.add(double(count));
+  } else if (o.classes <= kFewToCount) {
+    for (int64_t c = 0; c < o.classes; ++c) {
+      const int64_t count = c == o.ignore_index ? 0 : rows_of_class(o, c, first, last);
+      if (count > 0) weight.add(double(count) * double(p.weight_of(c)));  // 0 of an infinite weight are nothing
+    }
+  } else {
+    for (int64_t row = first; row < last; ++row)
+      if (p.counts(row)) weight.add(p.weight_of(o.target_index[row]));
+  }
+  static_cast<ChunkResult*>(o.scratch)[k].weight = weight;
+}
+
 // Where grad_logits is given it is written too, while the cache holds the logits.
 template <typename T, bool kSpread>
 void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
@@ -31,11 +80,11 @@ void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
     ChunkResult& result = static_cast<ChunkResult*>(o.scratch)[k];
     result.loss = CompensatedSum();
     result.bad_row = -1;
+    if (weighs_in_forward(o)) weigh_chunk(p, k);
     if (in_rows(o)) {
       forward_rows<T, kSpread>(p, chunk_range(o, k), chunk_range(o, end - 1).end, result);
     } else {
       forward_columns<T, kSpread>(p, chunk_range(o, k), result);
-      if (o.grad_logits != nullptr) backward_columns<T, kSpread>(p, chunk_range(o, k));
     }
   }
 }
@@ -65,23 +114,7 @@ void weight_sum(const CrossEntropyOptions& o) {
 template <typename T>
 void weigh(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   const Problem<T> p(o);
-  for (int64_t k = begin; k < end; ++k) {
-    const ChunkRange range = chunk_range(o, k);
-    const int64_t first = range.outer * o.inner + range.begin;
-    const int64_t last = first + range.end - range.begin;
-    CompensatedSum weight;
-    if (o.target_index == nullptr) {
-      weight.add(double(last - first));
-    } else if (o.weight == nullptr) {
-      int64_t count = 0;
-      for (int64_t row = first; row < last; ++row) count += p.counts(row);
-      weight.add(double(count));
-    } else {
-      for (int64_t row = first; row < last; ++row)
-        if (p.counts(row)) weight.add(p.weight_of(o.target_index[row]));
-    }
-    static_cast<ChunkResult*>(o.scratch)[k].weight = weight;
-  }
+  for (int64_t k = begin; k < end; ++k) weigh_chunk(p, k);
 }
 
 inline CompensatedSum sum_of_weights(const CrossEntropyOptions& o) {
@@ -98,6 +131,7 @@ void total_weight(const CrossEntropyOptions& o) {
 // The chunks' sums in their order, in double; rounded once.
 template <typename T>
 int64_t finish(const CrossEntropyOptions& o) {
+  if (weighs_in_forward(o)) total_weight<T>(o);
   CompensatedSum loss;
   int64_t bad_row = -1;
   const int64_t chunks = chunk_count(o);

@@ -45,9 +45,22 @@ struct Problem {
     return y != o.ignore_index && in_range(y);
   }
 
+  // The target classes of as many rows as a vector of them holds; -1 for a row that does not count.
+  FUSEDLOSS_INLINE DoubleI classes_of(int64_t row) const {
+    DoubleI y;
+    __builtin_memcpy(&y, o.target_index + row, sizeof y);
+    return (y >= 0) & (y < o.classes) & (y != o.ignore_index) ? y : DoubleI{} - 1;
+  }
+
   // What a row's gradient is multiplied by.
   FUSEDLOSS_INLINE A upstream(int64_t row) const {
     return o.grad_output_stride == 0 ? one_upstream : upstream_of(row * o.grad_output_stride);
+  }
+  // Of neighbouring rows; where each has a grad_output of its own, nothing is divided by a total weight.
+  template <bool kWhole>
+  FUSEDLOSS_INLINE typename Simd<A>::V upstreams(int64_t row, int n) const {
+    using V = typename Simd<A>::V;
+    return o.grad_output_stride == 0 ? V{} + one_upstream : read_grad_outputs<kWhole, T>(o, row, n);
   }
 
  private:
@@ -72,23 +85,38 @@ FUSEDLOSS_INLINE void skip_row(const Problem<T>& p, int64_t row, ChunkResult& ch
   if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, 0);
 }
 
-// x: the row's first class, its classes p.o.logits_strides.classes apart. logsum: log(state.sum); inverse_sum: its inverse.
-// loss_sum: of a few rows, so that it rounds a few times.
+// The loss of a row from the sums over its classes, in W, a scalar or a vector of rows. x_y, w_y: the logit and the
+// weight of the target class.
+template <bool kSpread, typename T, typename W>
+FUSEDLOSS_INLINE W row_loss(const Problem<T>& p, RowState<W> state, W logsum, W x_y, W w_y) {
+  W loss = W{};
+  if constexpr (kSpread) loss = expected_negative_log_likelihood(state, logsum);
+  if (has_class<kSpread>(p)) {
+    if constexpr (kSpread) {
+      loss *= (W{} + p.o.label_smoothing) / (W{} + double(p.o.classes));
+      w_y *= W{} + double(p.smoothing.kept);
+    }
+    loss += w_y * negative_log_likelihood(x_y, state.max, logsum);
+  }
+  return loss;
+}
+
+// x: the row's first class, its classes side by side. logsum: log(state.sum); inverse_sum: its inverse. loss_sum: of a
+// few rows, so that it rounds a few times.
 template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void finish_row(const Problem<T>& p, int64_t row, const T* x, RowState<Wide<Statistic<T>>> state,
                                  Wide<Statistic<T>> logsum, Statistic<T> inverse_sum, double& loss_sum) {
   using A = Statistic<T>;
   using W = Wide<A>;
-  W loss = 0;
+  W x_y = 0, w_y = 0;
   A mass = A(state.mass);
-  if constexpr (kSpread) loss = expected_negative_log_likelihood(state, logsum);
   if (has_class<kSpread>(p)) {
-    if constexpr (kSpread) loss *= W(p.o.label_smoothing) / W(p.o.classes);
     const int64_t y = p.o.target_index[row];
-    const W x_y = load_one(x + y * p.o.logits_strides.classes);
+    x_y = load_one(x + y);
+    w_y = p.weight_of(y);
     mass = index_mass(p.weight_of(y), p.weight_sum, p.smoothing);
-    loss += p.smoothing.kept * W(p.weight_of(y)) * negative_log_likelihood(x_y, state.max, logsum);
   }
+  const W loss = row_loss<kSpread>(p, state, logsum, x_y, w_y);
   p.row_max[row] = A(state.max);
   p.row_scale[row] = rounded(mass * inverse_sum);
   if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, A(loss));

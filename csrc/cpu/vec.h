@@ -273,6 +273,32 @@ FUSEDLOSS_INLINE V rounded(V v) {
   return v;
 }
 
+// ---- the lanes of a vector as doubles, a DoubleV at a time: parts 0 and 1 of floats, part 0 of doubles ----
+
+template <typename A>
+constexpr int kDoubleParts = sizeof(double) / sizeof(A);
+
+FUSEDLOSS_INLINE DoubleV double_part(DoubleV v, int) {
+  return v;
+}
+FUSEDLOSS_INLINE DoubleV double_part(FloatV v, int part) {
+  typedef float Half __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES / 2)));
+  Half half;
+  __builtin_memcpy(&half, reinterpret_cast<const char*>(&v) + part * sizeof half, sizeof half);
+#if FUSEDLOSS_VECTOR_BYTES == 64
+  return (DoubleV)_mm512_maskz_cvtps_pd(0xff, (__m256)half);  // g++ 12 makes two of the general conversion
+#else
+  return __builtin_convertvector(half, DoubleV);
+#endif
+}
+
+template <typename A>
+FUSEDLOSS_INLINE void store_double_part(A* p, DoubleV v, int part) {
+  typedef A Part __attribute__((vector_size(Simd<double>::kLanes * sizeof(A))));
+  const Part narrow = __builtin_convertvector(v, Part);
+  __builtin_memcpy(p + part * Simd<double>::kLanes, &narrow, sizeof narrow);
+}
+
 // ---- sums and maxima over the lanes, always in the same order: halves are folded until one lane is left ----
 
 struct Add {
