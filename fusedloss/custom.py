@@ -226,7 +226,7 @@ def custom_loss_of(
         by_hand = None if derivative is None else dict(derivative)
         _losses[options] = CustomLoss(expression, reduction, tensors, by_hand, dict(parameters))
     given = (input, target, *(others.values() if isinstance(others, dict) else [others]))
-    if all(isinstance(tensor, Tensor | None) for tensor in given):
+    if all(isinstance(tensor, (Tensor, type(None))) for tensor in given):
         return _losses[options].forward(input, target, **others)
     return handle_torch_function(custom_loss_of, given, *options, input, target, others)
 

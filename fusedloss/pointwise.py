@@ -7,10 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-from ._calls import by_torch, covers, fused, is_eager, named_reduction, warn
+from ._calls import NUMBER, by_torch, covers, fused, is_eager, named_reduction, warn
 from .pointwise_losses import GAUSSIAN_CONSTANT
-
-NUMBER = (int, float)  # not int | float: the compiler of torch 2.6 knows no unions
 
 # torch's own functions, taken where `patch` has not replaced them.
 torch_mse_loss = F.mse_loss
@@ -220,7 +218,9 @@ def kl_div(
     """
     by_name = size_average is None and reduce is None
     kind, divisor = reduction, None
-    if not by_name:
+    if log_target is not False and log_target is not True:
+        kind = None  # torch refuses it
+    elif not by_name:
         # torch divides by the batch even where those override 'batchmean': a call for torch.
         batch = reduction == "batchmean"
         kind = None if batch else _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
@@ -272,7 +272,8 @@ def poisson_nll_loss(
     Returns and raises what `mse_loss` does.
     """
     reduction = named_reduction(reduction, size_average, reduce)
-    if reduction in ("none", "mean", "sum") and isinstance(eps, NUMBER):
+    are_bool = type(log_input) is bool and type(full) is bool  # torch refuses another type
+    if are_bool and reduction in ("none", "mean", "sum") and isinstance(eps, NUMBER):
         name = f"poisson_nll_loss{'' if log_input else '_of_rate'}{'_full' if full else ''}"
         loss = fused(name, (input, target), reduction, (eps,))
         if loss is not None:
