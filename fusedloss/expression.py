@@ -37,7 +37,7 @@ class Function:
 
 FUNCTIONS = {
     "abs": Function(1, torch.abs, "absolute value; derivative 0 at 0"),
-    "sign": Function(1, torch.sign, "-1, 0 or 1; derivative 0"),
+    "sign": Function(1, torch.sign, "-1, 0 or 1, and 0 of NaN; derivative 0"),
     "square": Function(1, torch.square, "x * x"),
     "sqrt": Function(1, torch.sqrt, "square root"),
     "rsqrt": Function(1, torch.rsqrt, "1 / sqrt(x)"),
@@ -59,7 +59,7 @@ FUNCTIONS = {
     "softplus": Function(1, F.softplus, "log(1 + exp(x)), precise on both sides"),
     "relu": Function(1, torch.relu, "maximum(x, 0); derivative 0 at 0"),
     "pow": Function(2, torch.pow, "a ** b"),
-    "xlogy": Function(2, torch.special.xlogy, "a * log(b); 0 where a is 0"),
+    "xlogy": Function(2, torch.special.xlogy, "a * log(b); 0 where a is 0 and b is no NaN"),
     "maximum": Function(2, torch.maximum, "the larger one; where both are equal, each has half the derivative"),
     "max": Function(2, torch.maximum, "maximum", cpp="maximum"),
     "minimum": Function(2, torch.minimum, "the smaller one; where both are equal, each has half the derivative"),

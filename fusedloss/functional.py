@@ -88,7 +88,7 @@ def cross_entropy(
 
     Returns:
         A scalar of input's dtype, or with 'none' one loss a row, in the shape of class-index targets. Under autocast
-        float32, as torch's.
+        float32 (float64 stays), as torch's.
 
     Raises:
         IndexError: a class index is neither in [0, C) nor ignore_index (CPU; on CUDA a device-side assertion fails).
@@ -145,8 +145,8 @@ def nll_loss(
         reduction: 'none', 'mean' or 'sum'. Default 'mean'.
 
     Returns:
-        A scalar of input's dtype, or with 'none' one loss a row, in the shape of target. Under autocast float32, as
-        torch's.
+        A scalar of input's dtype, or with 'none' one loss a row, in the shape of target. Under autocast float32
+        (float64 stays), as torch's.
 
     Raises:
         IndexError: a class index is neither in [0, C) nor ignore_index (CPU; on CUDA a device-side assertion fails).

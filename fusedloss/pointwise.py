@@ -43,8 +43,8 @@ def mse_loss(
         weight: the shape of input; computed by torch's own function.
 
     Returns:
-        A scalar of input's dtype, or with 'none' one loss an element, in the broadcast shape. Under autocast float32,
-        as torch's.
+        A scalar of input's dtype, or with 'none' one loss an element, in the broadcast shape. Under autocast float32
+        (float64 stays), as torch's.
 
     Raises:
         ValueError: reduction is unknown.
@@ -70,7 +70,7 @@ def l1_loss(
     r"""Mean absolute error, `torch.nn.functional.l1_loss`, fused.
 
     Each element's loss is :math:`|x - t|`, its gradient :math:`\operatorname{sign}(x - t)` for input, 0 where both are
-    equal, and the negative for target.
+    equal or one is NaN, and the negative for target.
 
     Arguments, result and errors are those of `mse_loss`.
     """
@@ -164,8 +164,9 @@ def binary_cross_entropy_with_logits(
         pos_weight: :math:`p`, of a shape that can be expanded to that of input. Default 1.
 
     Returns:
-        A scalar of input's dtype, or with 'none' one loss an element. Under autocast float32, as torch's. All of input,
-        target, weight and pos_weight receive gradients where they require them.
+        A scalar of input's dtype, or with 'none' one loss an element. Under autocast float32 (float64 stays), as
+        torch's.
+        All of input, target, weight and pos_weight receive gradients where they require them.
 
     Raises:
         ValueError: target has not the shape of input, or reduction is unknown.
@@ -201,8 +202,9 @@ def kl_div(
 ) -> Tensor:
     r"""Kullback-Leibler divergence, `torch.nn.functional.kl_div`, fused.
 
-    Each element's loss is :math:`t \, (\log t - x)`, 0 where :math:`t` is, or with log_target
-    :math:`e^t \, (t - x)`; its gradient for input is :math:`-t` or :math:`-e^t`.
+    Each element's loss is :math:`t \, (\log t - x)`, 0 where :math:`t` is and :math:`x` is finite, or with log_target
+    :math:`e^t \, (t - x)`; its gradient for input is :math:`-t` or :math:`-e^t`. As with torch's function, a target of
+    probability 0 whose input is infinite gives NaN, and with log_target one of :math:`-\infty` does with any input.
 
     Source: Kullback and Leibler, "On Information and Sufficiency", 1951.
 
