@@ -35,38 +35,48 @@ class Function:
     cpp: str = ""  # its name in C++, where that is another
 
 
-FUNCTIONS = {
-    "abs": Function(1, torch.abs, "absolute value; derivative 0 at 0"),
-    "sign": Function(1, torch.sign, "-1, 0 or 1, and 0 of NaN; derivative 0"),
-    "square": Function(1, torch.square, "x * x"),
-    "sqrt": Function(1, torch.sqrt, "square root"),
-    "rsqrt": Function(1, torch.rsqrt, "1 / sqrt(x)"),
-    "exp": Function(1, torch.exp, "e ** x"),
-    "expm1": Function(1, torch.expm1, "exp(x) - 1, precise near 0"),
-    "log": Function(1, torch.log, "natural logarithm"),
-    "log1p": Function(1, torch.log1p, "log(1 + x), precise near 0"),
-    "sin": Function(1, torch.sin, "sine"),
-    "cos": Function(1, torch.cos, "cosine"),
-    "tan": Function(1, torch.tan, "tangent"),
-    "sinh": Function(1, torch.sinh, "hyperbolic sine"),
-    "cosh": Function(1, torch.cosh, "hyperbolic cosine"),
-    "tanh": Function(1, torch.tanh, "hyperbolic tangent"),
-    "atan": Function(1, torch.atan, "arc tangent"),
-    "erf": Function(1, torch.erf, "error function"),
-    "sigmoid": Function(1, torch.sigmoid, "1 / (1 + exp(-x))"),
-    "logsigmoid": Function(1, F.logsigmoid, "log(sigmoid(x)), precise on both sides"),
-    # Above 20 torch's is x itself, which differs by less than 2.1e-9.
-    "softplus": Function(1, F.softplus, "log(1 + exp(x)), precise on both sides"),
-    "relu": Function(1, torch.relu, "maximum(x, 0); derivative 0 at 0"),
-    "pow": Function(2, torch.pow, "a ** b"),
-    "xlogy": Function(2, torch.special.xlogy, "a * log(b); 0 where a is 0 and b is no NaN"),
-    "maximum": Function(2, torch.maximum, "the larger one; where both are equal, each has half the derivative"),
-    "max": Function(2, torch.maximum, "maximum", cpp="maximum"),
-    "minimum": Function(2, torch.minimum, "the smaller one; where both are equal, each has half the derivative"),
-    "min": Function(2, torch.minimum, "minimum", cpp="minimum"),
-    "clamp": Function(3, torch.clamp, "clamp(x, min, max), also with only min=... or max=...; see CLAMP_HALVES"),
-    "where": Function(3, torch.where, "where(condition, a, b): a where the condition holds, otherwise b"),
-}
+class _Functions(dict[str, Function]):
+    """By name; printed, a line for each."""
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{name:<{width}}  {function.doc}" for name, function in self.items())
+
+
+FUNCTIONS = _Functions(
+    {
+        "abs": Function(1, torch.abs, "absolute value; derivative 0 at 0"),
+        "sign": Function(1, torch.sign, "-1, 0 or 1, and 0 of NaN; derivative 0"),
+        "square": Function(1, torch.square, "x * x"),
+        "sqrt": Function(1, torch.sqrt, "square root"),
+        "rsqrt": Function(1, torch.rsqrt, "1 / sqrt(x)"),
+        "exp": Function(1, torch.exp, "e ** x"),
+        "expm1": Function(1, torch.expm1, "exp(x) - 1, precise near 0"),
+        "log": Function(1, torch.log, "natural logarithm"),
+        "log1p": Function(1, torch.log1p, "log(1 + x), precise near 0"),
+        "sin": Function(1, torch.sin, "sine"),
+        "cos": Function(1, torch.cos, "cosine"),
+        "tan": Function(1, torch.tan, "tangent"),
+        "sinh": Function(1, torch.sinh, "hyperbolic sine"),
+        "cosh": Function(1, torch.cosh, "hyperbolic cosine"),
+        "tanh": Function(1, torch.tanh, "hyperbolic tangent"),
+        "atan": Function(1, torch.atan, "arc tangent"),
+        "erf": Function(1, torch.erf, "error function"),
+        "sigmoid": Function(1, torch.sigmoid, "1 / (1 + exp(-x))"),
+        "logsigmoid": Function(1, F.logsigmoid, "log(sigmoid(x)), precise on both sides"),
+        # Above 20 torch's is x itself, which differs by less than 2.1e-9.
+        "softplus": Function(1, F.softplus, "log(1 + exp(x)), precise on both sides"),
+        "relu": Function(1, torch.relu, "maximum(x, 0); derivative 0 at 0"),
+        "pow": Function(2, torch.pow, "a ** b"),
+        "xlogy": Function(2, torch.special.xlogy, "a * log(b); 0 where a is 0 and b is no NaN"),
+        "maximum": Function(2, torch.maximum, "the larger one; where both are equal, each has half the derivative"),
+        "max": Function(2, torch.maximum, "maximum", cpp="maximum"),
+        "minimum": Function(2, torch.minimum, "the smaller one; where both are equal, each has half the derivative"),
+        "min": Function(2, torch.minimum, "minimum", cpp="minimum"),
+        "clamp": Function(3, torch.clamp, "clamp(x, min, max), also with only min=... or max=...; see CLAMP_HALVES"),
+        "where": Function(3, torch.where, "where(condition, a, b): a where the condition holds, otherwise b"),
+    }
+)
 
 # How many halves of clamp's derivative are x's at a bound that is a number, and at one that is a tensor, which has the
 # other half: torch changed it with 2.14.

@@ -269,4 +269,6 @@ def _estimate(plan: Plan) -> int:
 
 
 def _say(text: str, end: str = "\n") -> None:
-    print(text, end=end, file=sys.stderr, flush=True)
+    # A notebook shows what comes from stderr on pink, as if something had failed.
+    in_notebook = type(sys.stderr).__module__ == "ipykernel.iostream"
+    print(text, end=end, file=sys.stdout if in_notebook else sys.stderr, flush=True)

@@ -449,6 +449,12 @@ def test_torchscript_text(text):
     assert torch.equal(found, expected) and torch.equal(found.signbit(), expected.signbit())
 
 
+def test_functions_print_a_line_each():
+    lines = repr(FUNCTIONS).splitlines()
+    assert lines == [f"{name:<10}  {function.doc}" for name, function in FUNCTIONS.items()]
+    assert max(map(len, lines)) <= 100
+
+
 def test_functions():
     """Each is described, and is what torch and C++ are given of that name."""
     for name, function in FUNCTIONS.items():
