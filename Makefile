@@ -60,18 +60,23 @@ format: $(VENV)/installed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-wheel: $(VENV)/installed
+wheel: $(VENV)/torch
 	rm -rf dist
 	$(PY) setup.py --quiet sdist
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 build: $(VENV)/built
 
-$(VENV)/installed: pyproject.toml
+# What a wheel is built with: it needs none of the tools that tests and measurements do.
+$(VENV)/torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make: Python 3.10 or newer is needed, PYTHON=... names one")'
 	@test -x $(PY) || { echo "make: creating $(VENV)"; $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; }
-	@echo "make: installing $(TORCH) and the tools for development"
-	@$(PIP) "$(TORCH)" "setuptools>=77"
+	@echo "make: installing $(TORCH)"
+	@$(PIP) "$(TORCH)" "setuptools>=77" ninja
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml
+	@echo "make: installing the tools for development"
 	@FUSEDLOSS_JIT=1 $(PIP) --no-build-isolation --editable ".[dev]"
 	@touch $@
 

@@ -1,15 +1,22 @@
 """`python -m benchmarks`: fusedloss's losses against torch's, in one table."""
 
 import argparse
+import importlib.util
 import json
 import signal
 from collections.abc import Container
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from . import machine, peers, plot, report, suites
+try:
+    from rich.console import Console
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    raise SystemExit("python -m benchmarks prints its table with rich: pip install rich") from None
+
+from . import machine, peers, report, suites
 from .arguments import Size, names_among, sizes, sizes_text
 from .cases import DTYPES, Case, all_cases
 from .contenders import CONTENDERS, warm_up
@@ -54,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     console.print(machine.summary(description))
     if not options.records:
         report.print_results(console, results, names, options.device)
-        console.print(report.legend(names, options.device), highlight=False)
+        console.print(report.legend(names, options.device), highlight=False, soft_wrap=False)
     for name, reason in absent.items():
         console.print(f"note: {name} is left out: {reason}", style="yellow", markup=False)
     if options.quick and "compile" in names:
@@ -63,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
         options.json.write_text(json.dumps(report.as_json(results, description), indent=1) + "\n")
         console.print(f"Figures written to {options.json}", markup=False)
     if options.plot:
+        from . import plot  # here, because only this needs matplotlib
+
         of_suites = {"scaling": plot.draw_scaling, **dict.fromkeys(CUDA_SUITES, plot.draw_shares)}
         draw = of_suites.get(options.suite, plot.draw_ratios)
         plot.save(options.plot, results, machine.summary(description), draw)
@@ -163,8 +172,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     of_gpu = options.suite in CUDA_SUITES
     device = None if of_gpu else options.device
-    if options.suite and (options.quick or options.sizes or options.dtype or options.loss or device):
-        parser.error("--suite has its own sizes, dtypes, losses and device")
+    fixed = {"--quick": options.quick, "--sizes": options.sizes, "--dtype": options.dtype, "--loss": options.loss}
+    given = [name for name, value in {**fixed, "--device": device}.items() if value]
+    if options.suite and given:
+        parser.error(f"--suite {options.suite} is a fixed set of cases, which {' and '.join(given)} cannot change")
     options.device = options.device or ("cuda" if of_gpu else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"{'--suite' if options.suite else '--device'} cuda needs a GPU, and torch sees none")
@@ -173,6 +184,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{name} {path}: the directory {path.resolve().parent} does not exist")
     if options.plot and options.plot.suffix not in (".png", ".svg"):
         parser.error(f"--plot {options.plot}: expected a name that ends in .png or .svg")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot draws with matplotlib: pip install matplotlib")
     options.sizes = options.sizes or (QUICK_SIZES if options.quick else SIZES)
     options.dtype = options.dtype or DEFAULT_DTYPES
     return options

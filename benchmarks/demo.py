@@ -13,11 +13,19 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from sklearn.datasets import load_diabetes, load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+
+try:
+    import matplotlib  # noqa: F401, for demo_plot
+    from rich.console import Console
+    from rich.table import Table
+    from sklearn.datasets import load_diabetes, load_digits
+    from sklearn.model_selection import train_test_split
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    needed = "pip install rich matplotlib scikit-learn"
+    raise SystemExit(f"python -m benchmarks.demo needs {error.name}, which is not installed: {needed}") from None
 
 import fusedloss
 

@@ -1,12 +1,15 @@
 """The tables as pictures."""
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from .measure import CaseResult
+from .report import unrest
 
 COLORS = {"eager": "tab:orange", "eager, THP": "tab:red", "compile": "tab:blue"}
 SHARES = {"fusedloss": "black", "eager": "tab:orange", "compile": "tab:blue", "liger": "tab:green", "quack": "tab:red"}
@@ -14,27 +17,36 @@ SHARES = {"fusedloss": "black", "eager": "tab:orange", "compile": "tab:blue", "l
 
 def save(path: Path, results: list[CaseResult], where: str, draw: Callable[[Axes, list[CaseResult]], None]) -> None:
     """Draw one picture of the results; `where` says what they were measured on."""
-    figure = Figure(figsize=(10, 2 + 0.35 * len(results)), layout="constrained")
+    figure = Figure(figsize=(10, 2.5 + 0.35 * len(results)), layout="constrained")
     axis = figure.subplots()
     draw(axis, results)
-    figure.suptitle(where, fontsize="small")
+    notes = [line for note in unrest(results) for line in textwrap.wrap(f"note: {note}", 120)]
+    figure.suptitle("\n".join([where, *notes]), fontsize="small")
     figure.savefig(path, dpi=100)
 
 
 def draw_ratios(axis: Axes, results: list[CaseResult]) -> None:
-    """How many times faster fusedloss is than each of the others, case by case."""
-    rivals = [name for name in COLORS if any(name in result.measurements for result in results)]
+    """How many times faster fusedloss is than each of the others, case by case; what was not measured is a gap.
+
+    The axis is logarithmic: a ratio of 40 leaves those near 1 readable, and 1/2 is as long as 2.
+    """
+    rivals = [name for name in COLORS if any(result.ratio("fusedloss", to=name) for result in results)]
     height = 0.8 / max(1, len(rivals))
     for place, rival in enumerate(rivals):
-        ratios = [result.ratio("fusedloss", to=rival) or 0.0 for result in results]
-        lines = [line + place * height for line in range(len(results))]
-        bars = axis.barh(lines, ratios, height, label=f"against {rival}", color=COLORS[rival])
-        axis.bar_label(bars, fmt="%.1f", fontsize="x-small", padding=2)
+        found = [(line, ratio) for line, result in enumerate(results) if (ratio := result.ratio("fusedloss", to=rival))]
+        lines, ratios = zip(*((line + place * height, ratio) for line, ratio in found), strict=True)
+        widths = [ratio - 1 for ratio in ratios]
+        bars = axis.barh(lines, widths, height, left=1, label=f"against {rival}", color=COLORS[rival])
+        axis.bar_label(bars, [f"{ratio:.3g}" for ratio in ratios], fontsize="x-small", padding=2)
     axis.axvline(1, color="black", linewidth=1)
     axis.set_yticks([line + 0.4 - height / 2 for line in range(len(results))], [str(result.case) for result in results])
-    axis.invert_yaxis()
-    axis.set(xlabel="times faster than … (1: as fast)")
-    axis.legend()
+    axis.set_ylim(len(results) - 0.2, -height)
+    axis.set(xscale="log", xlabel="times faster than … (1: as fast)")
+    axis.margins(x=0.1)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=max(1, len(rivals)), frameon=False)
 
 
 def draw_shares(axis: Axes, results: list[CaseResult]) -> None:

@@ -1,7 +1,11 @@
 """What a run leaves behind: one table for people, one JSON file for programs."""
 
+import functools
+import itertools
 import json
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,56 +30,83 @@ COPY = {
 }
 
 
-def table(results: list[CaseResult], names: list[str], device: str) -> Table:
-    """One row a case, one column of milliseconds a contender; ratios above 1 are green."""
+@dataclass(frozen=True)
+class Column:
+    """A column of the table, without the cases that it stands beside."""
+
+    title: str
+    of: Callable[[CaseResult], Text | str]
+
+
+def columns(names: list[str]) -> list[Column]:
+    """What is looked at first comes first: where the place is narrow, the later ones follow below."""
     rivals = [name for name in names if name not in ("fusedloss", "copy")]
     with_memory = [name for name in names if name not in OTHERS]
-    options_vary = any(result.case.variant for result in results)
-    drawn = Table(title=f"Losses on {device}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("loss", "rows x classes", "dtype", "pass", *(["option"] if options_vary else [])):
-        drawn.add_column(column, no_wrap=True)
-    for name in names:
-        drawn.add_column(f"{name}\nms", justify="right", no_wrap=True)
-    for name in rivals:
-        drawn.add_column(f"vs\n{name}", justify="right", no_wrap=True)
-    drawn.add_column("fusedloss\nGB/s", justify="right", no_wrap=True)
-    if "copy" in names:
-        drawn.add_column("of\ncopy", justify="right", no_wrap=True)
-    for name in with_memory:
-        drawn.add_column(f"{name}\npeak", justify="right", no_wrap=True)
-    for result, following in zip(results, [*results, None][1:], strict=True):
-        case = result.case
-        drawn.add_row(
-            case.loss,
-            case.size,
-            case.dtype,
-            case.step.replace("forward", "fwd").replace("backward", "bwd"),
-            *([case.variant] if options_vary else []),
-            *(milliseconds(result.measurements.get(name)) for name in names),
-            *(ratio(result.ratio("fusedloss", to=name)) for name in rivals),
-            number(result.gb_per_s("fusedloss")),
-            *([percent(result.share_of_copy("fusedloss"))] if "copy" in names else []),
-            *(size(result.measurements.get(name)) for name in with_memory),
-            end_section=following is not None and case.loss != following.case.loss,
-        )
+
+    def of_each(among: list[str], title: str, of: Callable[[CaseResult, str], Text | str]) -> list[Column]:
+        return [Column(title.format(name.replace(", ", ",\n")), functools.partial(of, name=name)) for name in among]
+
+    def time_of(result: CaseResult, name: str) -> Text:
+        return milliseconds(result.measurements.get(name))
+
+    return [
+        *of_each(["fusedloss"], "{}\nms", time_of),
+        *of_each(rivals, "vs\n{}", lambda result, name: ratio(result.ratio("fusedloss", to=name))),
+        *([Column("of\ncopy", lambda result: percent(result.share_of_copy("fusedloss")))] if "copy" in names else []),
+        Column("\nGB/s", lambda result: number(result.gb_per_s("fusedloss"))),
+        *of_each([name for name in names if name != "fusedloss"], "{}\nms", time_of),
+        *of_each(with_memory, "{}\npeak", lambda result, name: size(result.measurements.get(name))),
+    ]
+
+
+def tables(console: Console, results: list[CaseResult], names: list[str], device: str) -> list[Table]:
+    """One row a case. Columns for which the console is too narrow stand in further tables of the same rows."""
+    drawn: list[list[Column]] = []
+    for column in columns(names):
+        together = [*drawn[-1], column] if drawn else [column]
+        wide = console.options.update(width=1000)
+        if drawn and console.measure(table(results, together, device), options=wide).maximum <= console.width:
+            drawn[-1] = together
+        else:
+            drawn.append([column])
+    return [table(results, together, device) for together in drawn]
+
+
+def table(results: list[CaseResult], shown: list[Column], device: str) -> Table:
+    steps = {result.case.step for result in results}
+    title = f"Losses on {device}" + (f", {next(iter(steps))}" if len(steps) == 1 else "")
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    drawn.add_column("\nrows x classes", no_wrap=True)
+    for column in shown:
+        drawn.add_column(column.title, justify="right", no_wrap=True, vertical="bottom")
+    for loss, of_loss in itertools.groupby(results, lambda result: result.case.loss):
+        drawn.add_row(Text(loss, style="bold"))
+        for result in of_loss:
+            case = result.case
+            words = (case.size, short(case.dtype), "" if len(steps) == 1 else short(case.step), case.variant)
+            drawn.add_row("  " + " ".join(filter(None, words)), *(column.of(result) for column in shown))
     return drawn
 
 
+def short(name: str) -> str:
+    for long, brief in (("bfloat", "bf"), ("float", "fp"), ("forward", "fwd"), ("backward", "bwd")):
+        name = name.replace(long, brief)
+    return name
+
+
 def print_results(console: Console, results: list[CaseResult], names: list[str], device: str) -> None:
-    """The table and what could not be measured."""
-    drawn = table(results, names, device)
-    # Where the terminal, or the 80 columns that rich gives a file, are too narrow, folded lines beat cut figures.
-    needed = console.measure(drawn, options=console.options.update(width=1000)).maximum
-    console.width = max(console.width, needed)
-    console.print(drawn)
+    """The tables and what could not be measured."""
+    for drawn in tables(console, results, names, device):
+        # Where even one column is too wide, folded lines beat cut figures.
+        needed = console.measure(drawn, options=console.options.update(width=1000)).maximum
+        console.print(drawn, width=max(console.width, needed), crop=False)
     for note in notes(results) + unrest(results) + host_times(results):
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
 
 
 def brief(case: Case) -> str:
     """The case in few characters: a training step, where nothing else is said."""
-    dtype = case.dtype.replace("bfloat", "bf").replace("float", "fp")
-    words = (case.loss, case.size, dtype, case.variant, "forward" if case.step == "forward" else "")
+    words = (case.loss, case.size, short(case.dtype), case.variant, "forward" if case.step == "forward" else "")
     return " ".join(filter(None, words))
 
 

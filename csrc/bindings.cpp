@@ -1,4 +1,5 @@
 #include <pybind11/functional.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/instruction_set.h"
@@ -7,8 +8,22 @@
 
 namespace py = pybind11;
 
+namespace {
+
+// Otherwise torch prints grad_fn=<CrossEntropy>>: what is left of the name of a C++ template.
+void name_nodes() {
+  static std::array<PyTypeObject, std::tuple_size_v<decltype(fusedloss::node_types())>> types = {};
+  PyTypeObject* type = types.data();
+  for (const auto& [node, name] : fusedloss::node_types())
+    torch::autograd::registerCppFunction(
+        *node, torch::autograd::_initFunctionPyTypeObject(*type++, name, nullptr, nullptr));
+}
+
+}  // namespace
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fusedloss;
+  name_nodes();
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def("cross_entropy", &cross_entropy, no_gil);
   m.def(

@@ -4,7 +4,10 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 
+#include <array>
 #include <optional>
+#include <typeinfo>
+#include <utility>
 #include <vector>
 
 #include "pointwise_registry.h"
@@ -85,6 +88,9 @@ NLLLossResult nll_loss_forward(const at::Tensor& input, const at::Tensor& target
 at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& target, const OptionalTensor& weight,
                              const at::Tensor& total_weight, at::IntArrayRef sizes, at::IntArrayRef strides,
                              at::ScalarType dtype, int64_t reduction, int64_t ignore_index);
+
+// What a loss has as its grad_fn: the nodes' types, and what Python calls them.
+std::array<std::pair<const std::type_info*, const char*>, 3> node_types();
 
 // Those that at::empty_like(input) has.
 c10::SmallVector<int64_t, 8> gradient_strides(const at::Tensor& input);

@@ -55,6 +55,8 @@ def debug(enabled: bool = True) -> None:
     cross entropy then waits for the GPU, and none can be captured in a CUDA graph. On the CPU it is always raised.
     """
     global _debug
+    if not isinstance(enabled, bool):
+        raise TypeError(f"debug: enabled must be a bool, got {type(enabled).__name__}")
     with lock:
         _debug = enabled
         if _module is not None:

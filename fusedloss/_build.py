@@ -388,7 +388,7 @@ def make_plan(csrc: Path | None = None, cuda: bool | None = None, needs_gpu: boo
     if cuda is not False:
         toolkit, architectures, reason = _resolve_cuda(torch, needs_gpu and not cuda)
     if cuda and toolkit is None:
-        raise BuildError(f"CUDA was asked for, but {reason} (torch {torch.__version__})")
+        raise BuildError(f"CUDA was asked for and cannot be built: {reason} (torch {torch.__version__})")
     if toolkit is None:
         left_out.append(f"CUDA: {reason}")
 

@@ -12,6 +12,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import _backend, ops
 from .pointwise_losses import number_of
 
+NUMBER = (int, float)  # not int | float: the compiler of torch 2.6 knows no unions
+
 
 def is_eager(tensors: Sequence[Tensor], weight: Tensor | None = None) -> bool:
     """May the kernels look at these, or even be compiled to do so? They then decide for themselves."""

@@ -6,8 +6,6 @@ The expression is printed as a formula of C++ beside those of csrc/formulas/poin
 kernels around it, and kept in the cache of `fusedloss.jit` by its content. Its derivatives come from the formula.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib
@@ -19,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import _reduction
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _backend, jit, pointwise_losses
 from ._build import BuildError, Plan, make_plan
 from ._calls import fused
+from ._torchscript import Scriptable, common_dtype, scriptable_class
 from .expression import Expression, parse, to_cpp, to_torch
 
 # Tensors that an expression may use without further ado, and how many it may use in all, as csrc/options.h has it.
@@ -38,7 +38,7 @@ def custom_loss(
     tensors: Sequence[str] = (),
     derivative: Mapping[str, str] | None = None,
     **parameters: float,
-) -> CustomLoss:
+) -> "CustomLoss":
     """A loss of your own as an `nn.Module`, computed by a fused kernel that is compiled from `expression`.
 
     >>> criterion = fusedloss.custom_loss("log(cosh(input - target))")
@@ -48,7 +48,7 @@ def custom_loss(
     It is compiled here and now, for the CPU and, where a CUDA toolkit and a GPU are found, for CUDA: some seconds the
     first time, after which it is found in the cache. Forward and backward are one pass over memory, vectorised, with
     the sum in float64; it works under autocast, `torch.compile(fullgraph=True)`, `torch.func`, forward-mode AD, and has
-    second derivatives, which are composed of torch's operations.
+    second derivatives, which are composed of torch's operations. `torch.jit.script` and `torch.fx` take it too.
 
     Args:
         expression: the loss of one element, in the syntax of Python: `input`, `target`, further names as below,
@@ -83,7 +83,7 @@ class CustomLoss(nn.Module):
     """What `custom_loss` returns."""
 
     parameter_names: tuple[str, ...] = ()
-    _formula: _Formula | None = None
+    _formula: "_Formula | None" = None
     _name = ""
 
     def __init__(
@@ -116,12 +116,16 @@ class CustomLoss(nn.Module):
         pointwise_losses.number_of(self._name)
 
     def forward(self, input: Tensor, target: Tensor | None = None, **tensors: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            return self._recorded(input, target, tensors)
         given = {"input": input, **tensors} if target is None else {"input": input, "target": target, **tensors}
         operands = [given.get(name) for name in self._formula.operands]
         if len(given) != len(operands) or not all(isinstance(operand, Tensor) for operand in operands):
             self._check_tensors(given)
+            if not all(isinstance(operand, Tensor) for operand in operands):
+                return self._recorded(input, target, tensors)
         if any(operand.dtype != input.dtype for operand in operands) or not input.dtype.is_floating_point:
-            dtype = _common_dtype(operands)
+            dtype = common_dtype(operands)
             operands = [operand.to(dtype) for operand in operands]
         parameters = [getattr(self, name) for name in self._formula.parameters]
         loss = fused(self._name, operands, self.reduction, parameters)
@@ -161,8 +165,23 @@ class CustomLoss(nn.Module):
             tensor = given.get(name)
             if tensor is None:
                 raise TypeError(f"custom_loss: {self.expression!r} needs the tensor {name!r}, which is not given")
-            if not isinstance(tensor, Tensor):
+            if not isinstance(tensor, Tensor) and not has_torch_function((tensor,)):
                 raise TypeError(f"custom_loss: {name!r} must be a tensor, got {type(tensor).__name__}")
+
+    def _recorded(self, input: Tensor, target: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
+        """A call with what stands for a tensor and is none, such as a proxy of torch.fx."""
+        if isinstance(tensors, dict):  # where the loss itself is what torch.fx traces, they are one proxy
+            self._check_tensors({"input": input, **({} if target is None else {"target": target}), **tensors})
+        derivative = None if self.derivative is None else tuple(self.derivative.items())
+        parameters = tuple((name, getattr(self, name)) for name in self.parameter_names)
+        options = (self.expression, self.reduction, self.tensors, derivative, parameters)
+        return custom_loss_of(*options, input, target, tensors)
+
+    def __prepare_scriptable__(self) -> Scriptable:
+        parameters = {name: getattr(self, name) for name in self.parameter_names}
+        made = (CustomLoss, (self.expression, self.reduction, self.tensors, self.derivative, parameters))
+        used = [parameters[name] for name in self._formula.parameters]
+        return self._formula.scriptable(self._name, self.reduction, used, made)
 
     def _composed(self, operands: list[Tensor], parameters: list[float]) -> Tensor:
         """By torch's operations."""
@@ -190,15 +209,28 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"custom_loss: parameter {name!r} must be a number, got {type(value).__name__}") from None
 
 
-def _common_dtype(operands: Sequence[Tensor]) -> torch.dtype:
-    """As torch promotes float types: one value of no dimension does not widen the others. Integers and bool take part
-    only where there is no other."""
-    floats = [operand for operand in operands if operand.dtype.is_floating_point or operand.dtype.is_complex]
-    dtypes = {operand.dtype for operand in floats if operand.dim() > 0} or {operand.dtype for operand in floats}
-    common = dtypes.pop() if dtypes else torch.get_default_dtype()
-    for dtype in dtypes:
-        common = torch.promote_types(common, dtype)
-    return common
+_losses: dict[tuple, CustomLoss] = {}  # by their options
+
+
+def custom_loss_of(
+    expression: str,
+    reduction: str,
+    tensors: tuple[str, ...],
+    derivative: tuple[tuple[str, str], ...] | None,
+    parameters: tuple[tuple[str, float], ...],
+    input: Tensor,
+    target: Tensor | None,
+    others: Mapping[str, Tensor],
+) -> Tensor:
+    """What a graph of torch.fx calls, where a custom loss was traced."""
+    options = (expression, reduction, tensors, derivative, parameters)
+    if options not in _losses:
+        by_hand = None if derivative is None else dict(derivative)
+        _losses[options] = CustomLoss(expression, reduction, tensors, by_hand, dict(parameters))
+    given = (input, target, *(others.values() if isinstance(others, dict) else [others]))
+    if all(isinstance(tensor, (Tensor, type(None))) for tensor in given):
+        return _losses[options].forward(input, target, **others)
+    return handle_torch_function(custom_loss_of, given, *options, input, target, others)
 
 
 # ---- from expressions to a formula
@@ -226,6 +258,10 @@ class _Formula:
         names = (*self.operands, *self.parameters)
         slopes = self.slopes and {name: to_torch(slope, names) for name, slope in self.slopes.items()}
         return to_torch(self.expression, names), tuple(slopes.get(name) for name in self.operands if slopes)
+
+    @functools.cached_property
+    def scriptable(self) -> type[Scriptable]:
+        return scriptable_class(self.name, self.expression, self.operands, self.parameters, bool(self.slopes))
 
     def cpp(self) -> str:
         """The header that csrc/cpu/pointwise_formulas.h and csrc/cuda/pointwise.cuh include in the place of ours."""

@@ -35,48 +35,59 @@ class Function:
     cpp: str = ""  # its name in C++, where that is another
 
 
-FUNCTIONS = {
-    "abs": Function(1, torch.abs, "absolute value; derivative 0 at 0"),
-    "sign": Function(1, torch.sign, "-1, 0 or 1; derivative 0"),
-    "square": Function(1, torch.square, "x * x"),
-    "sqrt": Function(1, torch.sqrt, "square root"),
-    "rsqrt": Function(1, torch.rsqrt, "1 / sqrt(x)"),
-    "exp": Function(1, torch.exp, "e ** x"),
-    "expm1": Function(1, torch.expm1, "exp(x) - 1, precise near 0"),
-    "log": Function(1, torch.log, "natural logarithm"),
-    "log1p": Function(1, torch.log1p, "log(1 + x), precise near 0"),
-    "sin": Function(1, torch.sin, "sine"),
-    "cos": Function(1, torch.cos, "cosine"),
-    "tan": Function(1, torch.tan, "tangent"),
-    "sinh": Function(1, torch.sinh, "hyperbolic sine"),
-    "cosh": Function(1, torch.cosh, "hyperbolic cosine"),
-    "tanh": Function(1, torch.tanh, "hyperbolic tangent"),
-    "atan": Function(1, torch.atan, "arc tangent"),
-    "erf": Function(1, torch.erf, "error function"),
-    "sigmoid": Function(1, torch.sigmoid, "1 / (1 + exp(-x))"),
-    "logsigmoid": Function(1, F.logsigmoid, "log(sigmoid(x)), precise on both sides"),
-    # Above 20 torch's is x itself, which differs by less than 2.1e-9.
-    "softplus": Function(1, F.softplus, "log(1 + exp(x)), precise on both sides"),
-    "relu": Function(1, torch.relu, "maximum(x, 0); derivative 0 at 0"),
-    "pow": Function(2, torch.pow, "a ** b"),
-    "xlogy": Function(2, torch.special.xlogy, "a * log(b); 0 where a is 0"),
-    "maximum": Function(2, torch.maximum, "the larger one; where both are equal, each has half the derivative"),
-    "max": Function(2, torch.maximum, "maximum", cpp="maximum"),
-    "minimum": Function(2, torch.minimum, "the smaller one; where both are equal, each has half the derivative"),
-    "min": Function(2, torch.minimum, "minimum", cpp="minimum"),
-    "clamp": Function(3, torch.clamp, "clamp(x, min, max), also with only min=... or max=...; see CLAMP_HALVES"),
-    "where": Function(3, torch.where, "where(condition, a, b): a where the condition holds, otherwise b"),
-}
+class _Functions(dict[str, Function]):
+    """By name; printed, a line for each."""
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{name:<{width}}  {function.doc}" for name, function in self.items())
+
+
+FUNCTIONS = _Functions(
+    {
+        "abs": Function(1, torch.abs, "absolute value; derivative 0 at 0"),
+        "sign": Function(1, torch.sign, "-1, 0 or 1, and 0 of NaN; derivative 0"),
+        "square": Function(1, torch.square, "x * x"),
+        "sqrt": Function(1, torch.sqrt, "square root"),
+        "rsqrt": Function(1, torch.rsqrt, "1 / sqrt(x)"),
+        "exp": Function(1, torch.exp, "e ** x"),
+        "expm1": Function(1, torch.expm1, "exp(x) - 1, precise near 0"),
+        "log": Function(1, torch.log, "natural logarithm"),
+        "log1p": Function(1, torch.log1p, "log(1 + x), precise near 0"),
+        "sin": Function(1, torch.sin, "sine"),
+        "cos": Function(1, torch.cos, "cosine"),
+        "tan": Function(1, torch.tan, "tangent"),
+        "sinh": Function(1, torch.sinh, "hyperbolic sine"),
+        "cosh": Function(1, torch.cosh, "hyperbolic cosine"),
+        "tanh": Function(1, torch.tanh, "hyperbolic tangent"),
+        "atan": Function(1, torch.atan, "arc tangent"),
+        "erf": Function(1, torch.erf, "error function"),
+        "sigmoid": Function(1, torch.sigmoid, "1 / (1 + exp(-x))"),
+        "logsigmoid": Function(1, F.logsigmoid, "log(sigmoid(x)), precise on both sides"),
+        # Above 20 torch's is x itself, which differs by less than 2.1e-9.
+        "softplus": Function(1, F.softplus, "log(1 + exp(x)), precise on both sides"),
+        "relu": Function(1, torch.relu, "maximum(x, 0); derivative 0 at 0"),
+        "pow": Function(2, torch.pow, "a ** b"),
+        "xlogy": Function(2, torch.special.xlogy, "a * log(b); 0 where a is 0 and b is no NaN"),
+        "maximum": Function(2, torch.maximum, "the larger one; where both are equal, each has half the derivative"),
+        "max": Function(2, torch.maximum, "maximum", cpp="maximum"),
+        "minimum": Function(2, torch.minimum, "the smaller one; where both are equal, each has half the derivative"),
+        "min": Function(2, torch.minimum, "minimum", cpp="minimum"),
+        "clamp": Function(3, torch.clamp, "clamp(x, min, max), also with only min=... or max=...; see CLAMP_HALVES"),
+        "where": Function(3, torch.where, "where(condition, a, b): a where the condition holds, otherwise b"),
+    }
+)
 
 # How many halves of clamp's derivative are x's at a bound that is a number, and at one that is a tensor, which has the
 # other half: torch changed it with 2.14.
 CLAMP_HALVES = (2, 2) if torch.__version__ < (2, 14) else (0, 1)
 
 
-def _clamp(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
-    """torch.clamp between numbers, which here are tensors too."""
-    if CLAMP_HALVES[0] == 2:
-        return torch.clamp(x, low, high)
+# TorchScript compiles what follows too: no lambdas, and every type written out.
+
+
+def _clamp_exclusive(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
+    """torch.clamp, of which x has no derivative at a bound."""
     inside = torch.ones_like(x, dtype=torch.bool) if low is None else x > low
     if high is not None:
         inside = inside & (x < high)
@@ -85,18 +96,29 @@ def _clamp(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
 
 def _clamps(prefix: str, clamp: Callable[..., Tensor], halves: int) -> dict[str, Function]:
     """What a call of clamp becomes, by the bounds it is given."""
+
+    def clamp_min(x: Tensor, low: Tensor) -> Tensor:
+        return clamp(x, low, None)
+
+    def clamp_max(x: Tensor, high: Tensor) -> Tensor:
+        return clamp(x, None, high)
+
     return {
         f"{prefix}clamp_both": Function(3, clamp, "clamp(x, min, max)", f"clamp<{halves}>"),
-        f"{prefix}clamp_min": Function(2, lambda x, low: clamp(x, low, None), "clamp(x, min)", f"clamp_min<{halves}>"),
-        f"{prefix}clamp_max": Function(2, lambda x, up: clamp(x, None, up), "clamp(x, max=up)", f"clamp_max<{halves}>"),
+        f"{prefix}clamp_min": Function(2, clamp_min, "clamp(x, min)", f"clamp_min<{halves}>"),
+        f"{prefix}clamp_max": Function(2, clamp_max, "clamp(x, max=high)", f"clamp_max<{halves}>"),
     }
 
 
-# What a call can become; the text cannot call these.
+def _is_nonzero(x: Tensor) -> Tensor:
+    return x != 0
+
+
+# What a call can become; the text cannot call these. Bounds that are numbers are tensors here too.
 _FORMS = {
-    **_clamps("", _clamp, CLAMP_HALVES[0]),
+    **_clamps("", torch.clamp if CLAMP_HALVES[0] == 2 else _clamp_exclusive, CLAMP_HALVES[0]),
     **_clamps("tensor_", torch.clamp, CLAMP_HALVES[1]),
-    "is_nonzero": Function(1, lambda x: x != 0, "the condition that a number stands for"),
+    "is_nonzero": Function(1, _is_nonzero, "the condition that a number stands for"),
 }
 _CALLABLE = FUNCTIONS | _FORMS
 
@@ -420,8 +442,7 @@ def to_torch(expression: Expression, arguments: Sequence[str]) -> Callable[..., 
     signature = ast.arguments(posonlyargs=parameters, args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
     source = ast.Expression(ast.Lambda(signature, _torch_tree(expression.tree)))
     code = compile(ast.fix_missing_locations(source), "<custom_loss>", "eval")
-    functions = {name: function.torch for name, function in _CALLABLE.items()}
-    formula = eval(code, {"__builtins__": {}, "tensor": _tensor, **functions})
+    formula = eval(code, {"__builtins__": {}, _function("tensor"): _tensor, **_TORCH_FUNCTIONS})
 
     def composed(*values: Tensor | float) -> Tensor:
         input = values[input_at]
@@ -435,6 +456,26 @@ def _tensor(value: Tensor | float, input: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         return input.new_full((), value)
     return value if value.is_floating_point() else value.to(input.dtype)
+
+
+def to_torchscript(expression: Expression) -> tuple[str, dict[str, object]]:
+    """The formula as text of torch's operations that TorchScript compiles, and the globals of that text.
+
+    In it a tensor or parameter x is a tensor called argument_x; all have the type of input, which is a floating one.
+    """
+    return ast.unparse(_torch_tree(expression.tree)), {_function("tensor"): _number_as_tensor, **_TORCH_FUNCTIONS}
+
+
+def _number_as_tensor(value: float, input: Tensor) -> Tensor:
+    return input.new_full([], value)
+
+
+def _function(name: str) -> str:
+    """A function's name in what is generated, where TorchScript would take `abs` or `max` for Python's."""
+    return f"function_{name}"
+
+
+_TORCH_FUNCTIONS = {_function(name): function.torch for name, function in _CALLABLE.items()}
 
 
 def _torch_tree(node: ast.expr) -> ast.expr:
@@ -451,8 +492,14 @@ def _torch_tree(node: ast.expr) -> ast.expr:
         case ast.Call(func=ast.Name(id=name)):
             like = ast.Name(_argument("input"), ast.Load())
             arguments = [_torch_tree(argument) for argument in node.args]
-            return _call(name, [_call("tensor", [a, like]) if isinstance(a, ast.Constant) else a for a in arguments])
+            tensors = [
+                _call(_function("tensor"), [argument, like]) if isinstance(given, ast.Constant) else argument
+                for given, argument in zip(node.args, arguments, strict=True)
+            ]
+            return _call(_function(name), tensors)
     assert isinstance(node, ast.Constant)
+    if math.copysign(1, node.value) < 0:  # as text, -1.0 ** x would be -(1.0 ** x)
+        return ast.UnaryOp(ast.USub(), ast.Constant(-node.value))
     return ast.Constant(node.value)
 
 

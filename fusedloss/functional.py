@@ -5,11 +5,13 @@ dispatch mode must see it. Any other (a tensor subclass, a device without kernel
 to torch's own function, so that it gives what torch gives. docs/coverage.md lists which.
 """
 
+from numbers import Integral
+
 from torch import Tensor
 from torch.nn import _reduction
 
 from . import _backend, ops
-from ._calls import by_torch, is_eager, named_reduction
+from ._calls import NUMBER, by_torch, is_eager
 from .ops import torch_cross_entropy, torch_nll_loss
 from .pointwise import (
     TORCHS,
@@ -37,6 +39,8 @@ __all__ = [
     "smooth_l1_loss",
     "soft_margin_loss",
 ]
+
+INT64 = (-(2**63), 2**63 - 1)
 
 
 def cross_entropy(
@@ -84,16 +88,25 @@ def cross_entropy(
 
     Returns:
         A scalar of input's dtype, or with 'none' one loss a row, in the shape of class-index targets. Under autocast
-        float32, as torch's.
+        float32 (float64 stays), as torch's.
 
     Raises:
         IndexError: a class index is neither in [0, C) nor ignore_index (CPU; on CUDA a device-side assertion fails).
         ValueError: the batch sizes differ, or reduction is unknown.
+        TypeError: an option is of another type.
         RuntimeError: another shape, dtype or device is wrong; or inplace_backward, and input is a leaf, a view of one,
             or has elements that share memory.
         NotImplementedError: input is not of one of the four types.
     """
-    reduction = named_reduction(reduction, size_average, reduce)
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if inplace_backward is not False and inplace_backward is not True:
+        raise TypeError(f"cross_entropy: inplace_backward must be a bool, got {type(inplace_backward).__name__}")
+    if not (type(ignore_index) is int and INT64[0] <= ignore_index <= INT64[1] and type(label_smoothing) is float):
+        if not (_is_index(ignore_index) and isinstance(label_smoothing, NUMBER)):
+            options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+            return by_torch(torch_cross_entropy, input, target, weight, **options)
+        ignore_index, label_smoothing = int(ignore_index), float(label_smoothing)
     if is_eager((input, target), weight):
         loss = _backend.extension().cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing, inplace_backward
@@ -132,8 +145,8 @@ def nll_loss(
         reduction: 'none', 'mean' or 'sum'. Default 'mean'.
 
     Returns:
-        A scalar of input's dtype, or with 'none' one loss a row, in the shape of target. Under autocast float32, as
-        torch's.
+        A scalar of input's dtype, or with 'none' one loss a row, in the shape of target. Under autocast float32
+        (float64 stays), as torch's.
 
     Raises:
         IndexError: a class index is neither in [0, C) nor ignore_index (CPU; on CUDA a device-side assertion fails).
@@ -141,7 +154,12 @@ def nll_loss(
         RuntimeError: another shape, dtype or device is wrong.
         NotImplementedError: input is not of one of the four types.
     """
-    reduction = named_reduction(reduction, size_average, reduce)
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if not (type(ignore_index) is int and INT64[0] <= ignore_index <= INT64[1]):
+        if not _is_index(ignore_index):
+            return by_torch(torch_nll_loss, input, target, weight, ignore_index=ignore_index, reduction=reduction)
+        ignore_index = int(ignore_index)
     if is_eager((input, target), weight):
         number = _reduction.get_enum(reduction)
         loss = _backend.extension().nll_loss(input, target, weight, number, ignore_index)
@@ -150,6 +168,11 @@ def nll_loss(
     if ops.nll_loss_covers(input, target, weight):
         return ops.nll_loss(input, target, weight, _reduction.get_enum(reduction), ignore_index)
     return by_torch(torch_nll_loss, input, target, weight, ignore_index=ignore_index, reduction=reduction)
+
+
+def _is_index(value: object) -> bool:
+    """Is it an integer that the kernels take? What else torch takes or refuses for one, it decides."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and INT64[0] <= value <= INT64[1]
 
 
 # TorchScript cannot compile a call into an extension. Asked for these functions, or what calls them, it gets torch's.

@@ -504,9 +504,12 @@ def _estimate(plan: Plan) -> int:
 
 def _say(text: str, end: str = "\n") -> None:
     """Print to stderr; that nobody can read it is no reason for a loss to fail."""
-    if sys.stderr is not None:  # closed before Python started
+    # A notebook shows what comes from stderr on pink, as if something had failed.
+    in_notebook = type(sys.stderr).__module__ == "ipykernel.iostream"
+    stream = sys.stdout if in_notebook else sys.stderr
+    if stream is not None:  # closed before Python started
         with contextlib.suppress(OSError, ValueError):
-            print(text, end=end, file=sys.stderr, flush=True)
+            print(text, end=end, file=stream, flush=True)
 
 
 @functools.cache

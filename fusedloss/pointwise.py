@@ -7,10 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-from ._calls import by_torch, covers, fused, is_eager, named_reduction, warn
+from ._calls import NUMBER, by_torch, covers, fused, is_eager, named_reduction, warn
 from .pointwise_losses import GAUSSIAN_CONSTANT
-
-NUMBER = (int, float)  # not int | float: the compiler of torch 2.6 knows no unions
 
 # torch's own functions, taken where `patch` has not replaced them.
 torch_mse_loss = F.mse_loss
@@ -45,8 +43,8 @@ def mse_loss(
         weight: the shape of input; computed by torch's own function.
 
     Returns:
-        A scalar of input's dtype, or with 'none' one loss an element, in the broadcast shape. Under autocast float32,
-        as torch's.
+        A scalar of input's dtype, or with 'none' one loss an element, in the broadcast shape. Under autocast float32
+        (float64 stays), as torch's.
 
     Raises:
         ValueError: reduction is unknown.
@@ -72,7 +70,7 @@ def l1_loss(
     r"""Mean absolute error, `torch.nn.functional.l1_loss`, fused.
 
     Each element's loss is :math:`|x - t|`, its gradient :math:`\operatorname{sign}(x - t)` for input, 0 where both are
-    equal, and the negative for target.
+    equal or one is NaN, and the negative for target.
 
     Arguments, result and errors are those of `mse_loss`.
     """
@@ -166,8 +164,9 @@ def binary_cross_entropy_with_logits(
         pos_weight: :math:`p`, of a shape that can be expanded to that of input. Default 1.
 
     Returns:
-        A scalar of input's dtype, or with 'none' one loss an element. Under autocast float32, as torch's. All of input,
-        target, weight and pos_weight receive gradients where they require them.
+        A scalar of input's dtype, or with 'none' one loss an element. Under autocast float32 (float64 stays), as
+        torch's.
+        All of input, target, weight and pos_weight receive gradients where they require them.
 
     Raises:
         ValueError: target has not the shape of input, or reduction is unknown.
@@ -203,8 +202,9 @@ def kl_div(
 ) -> Tensor:
     r"""Kullback-Leibler divergence, `torch.nn.functional.kl_div`, fused.
 
-    Each element's loss is :math:`t \, (\log t - x)`, 0 where :math:`t` is, or with log_target
-    :math:`e^t \, (t - x)`; its gradient for input is :math:`-t` or :math:`-e^t`.
+    Each element's loss is :math:`t \, (\log t - x)`, 0 where :math:`t` is and :math:`x` is finite, or with log_target
+    :math:`e^t \, (t - x)`; its gradient for input is :math:`-t` or :math:`-e^t`. As with torch's function, a target of
+    probability 0 whose input is infinite gives NaN, and with log_target one of :math:`-\infty` does with any input.
 
     Source: Kullback and Leibler, "On Information and Sufficiency", 1951.
 
@@ -220,7 +220,9 @@ def kl_div(
     """
     by_name = size_average is None and reduce is None
     kind, divisor = reduction, None
-    if not by_name:
+    if log_target is not False and log_target is not True:
+        kind = None  # torch refuses it
+    elif not by_name:
         # torch divides by the batch even where those override 'batchmean': a call for torch.
         batch = reduction == "batchmean"
         kind = None if batch else _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
@@ -272,7 +274,8 @@ def poisson_nll_loss(
     Returns and raises what `mse_loss` does.
     """
     reduction = named_reduction(reduction, size_average, reduce)
-    if reduction in ("none", "mean", "sum") and isinstance(eps, NUMBER):
+    are_bool = type(log_input) is bool and type(full) is bool  # torch refuses another type
+    if are_bool and reduction in ("none", "mean", "sum") and isinstance(eps, NUMBER):
         name = f"poisson_nll_loss{'' if log_input else '_of_rate'}{'_full' if full else ''}"
         loss = fused(name, (input, target), reduction, (eps,))
         if loss is not None:

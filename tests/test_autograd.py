@@ -171,4 +171,7 @@ def test_hooks_run_once_under_create_graph(ours, torchs, device):
 @pytest.mark.parametrize(("ours", "torchs"), LOSSES)
 def test_a_parameter_is_a_plain_tensor(ours, torchs, device):
     input, target = pair(ours, device)
-    assert "fusedloss" in ours(torch.nn.Parameter(input), target).grad_fn.name()
+    loss = ours(torch.nn.Parameter(input), target)
+    assert "fusedloss" in loss.grad_fn.name()
+    name = {"cross_entropy": "CrossEntropyBackward", "mse_loss": "PointwiseBackward"}[ours.__name__]
+    assert type(loss.grad_fn).__name__ == name and f"grad_fn=<{name}>)" in repr(loss)

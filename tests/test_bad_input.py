@@ -1,10 +1,17 @@
 """Bad input raises what torch raises, with a message that names the argument, what was given and what was expected."""
 
+import inspect
+import math
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from pointwise import CASES, Case
+from torch import nn
 
+import fusedloss
 import fusedloss.functional as fused
 from fusedloss import custom_loss
 from fusedloss._build import release
@@ -91,6 +98,78 @@ def test_cross_entropy(case):
 @pytest.mark.parametrize("case", MSE)
 def test_mse_loss(case):
     check(fused.mse_loss, F.mse_loss, *MSE[case])
+
+
+class Index:
+    def __index__(self):
+        return 1
+
+
+class Float:
+    def __float__(self):
+        return 0.5
+
+
+VALUES = [
+    *(None, True, False, 0, 1, 2, -1, 0.5, 1.0, math.nan, math.inf, -0.5, 1j, Fraction(1, 2), Index(), Float()),
+    *("mean", "sum", "no", "", "0", b"mean", [], (1,), object(), np.bool_(True), np.int64(1), np.float32(0.5)),
+    *(np.float64(0.5), np.array(0.5), torch.tensor(1), torch.tensor(0.5), torch.tensor([1.0]), torch.tensor([1.0, 2])),
+    nn.Parameter(torch.tensor(0.5)),
+]
+MODULES = {
+    **{"cross_entropy": "CrossEntropyLoss", "nll_loss": "NLLLoss", "mse_loss": "MSELoss", "l1_loss": "L1Loss"},
+    **{"smooth_l1_loss": "SmoothL1Loss", "huber_loss": "HuberLoss", "soft_margin_loss": "SoftMarginLoss"},
+    **{"binary_cross_entropy_with_logits": "BCEWithLogitsLoss", "kl_div": "KLDivLoss"},
+    **{"poisson_nll_loss": "PoissonNLLLoss", "gaussian_nll_loss": "GaussianNLLLoss"},
+}
+
+
+def of_function(library, name, arguments, options):
+    return getattr(library, name)(*arguments, **options)
+
+
+def of_module(library, name, arguments, options):
+    return getattr(library, MODULES[name])(**options)(*arguments)
+
+
+def outcome(call, *arguments):
+    try:
+        return call(*arguments).detach()
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", MODULES)
+def test_options_of_other_types(name):
+    """Whatever torch takes for an option is taken, with its result; what torch refuses is refused."""
+    arguments = [torch.rand(4, 3) + 0.1, torch.rand(4, 3), torch.rand(4, 3)]
+    if name in ("cross_entropy", "nll_loss"):
+        arguments[1] = torch.tensor([0, 2, 1, 1])
+    arguments = arguments[: 3 if name == "gaussian_nll_loss" else 2]
+    options = inspect.signature(getattr(F, name)).parameters.keys() - {
+        *("input", "target", "var", "weight", "pos_weight")
+    }
+    for option in sorted(options):
+        for value in (*VALUES, *((2**70, -(2**70), 2**63) if option == "ignore_index" else ())):
+            calls = [(of_function, fused, F)]
+            if option in inspect.signature(getattr(nn, MODULES[name])).parameters:
+                calls.append((of_module, fusedloss, nn))
+            for call, *libraries in calls:
+                ours, torchs = (outcome(call, library, name, arguments, {option: value}) for library in libraries)
+                what = f"{option}={value!r}: {ours}, torch {torchs}"
+                if isinstance(torchs, type) or isinstance(ours, type):
+                    assert ours is torchs, what
+                else:
+                    torch.testing.assert_close(ours, torchs, equal_nan=True, msg=what)
+
+
+@pytest.mark.parametrize("value", [None, 1, 0, "no", np.bool_(True)])
+def test_own_options_of_other_types(value):
+    with pytest.raises(TypeError, match=f"inplace_backward must be a bool, got {type(value).__name__}"):
+        fused.cross_entropy(x(4, 3), i(4), inplace_backward=value)
+    with pytest.raises(TypeError, match=f"enabled must be a bool, got {type(value).__name__}"):
+        fusedloss.debug(value)
 
 
 def test_the_first_bad_row_is_named():

@@ -2,19 +2,23 @@
 
 import json
 import re
+import runpy
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
 import fusedloss
 from benchmarks import __main__ as command
-from benchmarks import contenders, contention, machine, measure, report, suites
+from benchmarks import contenders, contention, machine, measure, plot, report, suites
 from benchmarks.arguments import sizes
 from benchmarks.cases import Case, all_cases, bytes_moved, make_inputs
 from benchmarks.losses import CUSTOM, LOSSES
@@ -397,12 +401,76 @@ def test_table_is_whole_in_a_narrow_place(capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setenv("COLUMNS", "40")
     command.main([*TINY, "--dtype", "bfloat16"])
     printed, errors = capsys.readouterr()
-    for loss in ("cross_entropy", "mse"):
-        for step in ("fwd", "fwd+bwd"):
-            assert re.search(rf"{loss} +4x3 +bfloat16 +{re.escape(step)} +\d.* B +\d+ B *$", printed, re.MULTILINE)
+    for step in ("fwd", "fwd+bwd"):
+        rows = [line for line in printed.splitlines() if line.split()[:3] == ["4x3", "bf16", step]]
+        assert len(rows) >= 4 and len(rows) % 2 == 0, "of each loss, in each part of the table"
+        assert all(re.fullmatch(r" *4x3 bf16 \S+( +(\d\S*|±\d+%|B|KiB))+ *", row) for row in rows), rows
     assert "…" not in printed
     assert re.fullmatch(r"fusedloss ahead of eager in \d of 4 rows \(.*\)", printed.strip().splitlines()[-1])
     assert errors == "", "no progress bar outside a terminal"
+
+
+def drawn_up(case: Case, names: list[str]) -> CaseResult:
+    """Figures that take as much place as any."""
+    times = Times([0.8e-5, 1.2345e-5, 2.9e-5], 1)
+    return CaseResult(case, {name: Measurement(times, 1023 * 2**20 + 12345) for name in names}, others_share=0.5)
+
+
+@pytest.mark.parametrize("suite", [None, "cpu", "pointwise", "scaling", "goals", "cuda"])
+def test_table_fits_80_columns(suite: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether it goes to a terminal or to a file, with every figure in it."""
+    options = SimpleNamespace(suite=suite, no_compile=False, device="cpu", loss=None, quick=True)
+    options.sizes, options.dtype = command.SIZES, command.DEFAULT_DTYPES
+    plan = command.plan_of(options)
+    if suite in command.CUDA_SUITES:  # their own shapes, which plan_of makes tiny without a GPU
+        plan = [(case, suites.cuda_contenders(case)) for case in getattr(suites, suite)()]
+    results = [drawn_up(case, names) for case, names in plan]
+    names = [name for name in report.COLUMNS if any(name in each for _, each in plan)]
+    for terminal in (True, False):
+        console = Console(soft_wrap=True, width=80, force_terminal=terminal, no_color=True)
+        for part in report.tables(console, results, names, "cpu"):
+            console.print(part)
+        lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+        assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+        timed = sum(len(each) for _, each in plan)
+        assert sum(line.count("±") for line in lines) == timed
+        assert sum(line.count("x ") for line in lines if line.startswith("   ")) >= timed - 2 * len(plan)
+    wide = Console(width=400)
+    assert len(report.tables(wide, results, names, "cpu")) == 1
+
+
+def test_plot_leaves_gaps_and_says_how_busy_the_machine_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
+    results = [result_with(40e-3, 1e-3), result_with(1e-3, 2e-3), result_with(3e-3, None)]
+    results[0].measurements["compile"] = Measurement(Times([2e-3], 1))
+    results = [replace(result, others_share=0.5) for result in results]
+    axis = Figure().subplots()
+    plot.draw_ratios(axis, results)
+    assert axis.get_xscale() == "log"
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axis.patches]
+    assert bars == [(1, 40), (1, 0.5), (1, 2)], "against eager, and once against compile"
+    assert sorted(text.get_text() for text in axis.texts) == ["0.5", "2", "40"]
+    plot.save(tmp_path / "plot.svg", results, "a machine", plot.draw_ratios)
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "a machine" in drawn and "note: other programs had 50% of the cores" in drawn
+
+
+@pytest.mark.parametrize(("module", "missing"), [("benchmarks", "rich"), ("benchmarks.demo", "matplotlib")])
+def test_what_is_not_installed_is_one_sentence(module: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(sys, "argv", [module])
+    with pytest.raises(SystemExit, match=f"{missing}.*pip install.*{missing}"):
+        runpy.run_module(module, run_name="__main__")
+
+
+def test_plot_without_matplotlib_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        command.parse(["--plot", "figures.png"])
+    assert "--plot draws with matplotlib: pip install matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("brief")
@@ -432,7 +500,7 @@ def test_a_suite_is_printed_written_and_drawn(
     assert "note:" not in printed.replace("note: other programs", "")
     if suite == "cpu":
         assert all(option in printed for option in ("probabilities", "smoothing 0.1", "weights", "in place", "of copy"))
-        assert re.search(r"cross_entropy +3x21x2x2 .*%", printed)
+        assert re.search(r"^ +3x21x2x2 fp32 .*%", printed, re.MULTILINE)
     figures = json.loads(files[0].read_text())["figures"]
     assert {figure["contender"] for figure in figures} == set(contenders_of)
     assert "<svg" in files[1].read_text()
@@ -548,7 +616,8 @@ def test_lists_may_be_repeated_or_comma_separated() -> None:
         (["--loss", "hinge"], "'hinge' is not one of cross_entropy, mse, l1"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--plot", "figures.gif"], "--plot figures.gif: expected a name that ends in .png or .svg"),
-        (["--suite", "cpu", "--quick"], "--suite has its own sizes, dtypes, losses and device"),
+        (["--suite", "cpu", "--quick"], "--suite cpu is a fixed set of cases, which --quick cannot change"),
+        (["--suite", "cpu", "--dtype", "float32", "--device", "cpu"], "which --dtype and --device cannot change"),
         (["--json", "/no/such/place/figures.json"], "the directory /no/such/place does not exist"),
     ],
 )

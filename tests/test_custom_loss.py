@@ -577,6 +577,120 @@ def test_derivative_by_hand_elsewhere(fresh_compiler):
         assert forward_ad.unpack_dual(loss).tangent.eq(0).all()
 
 
+# ---- TorchScript and torch.fx
+
+SCRIPT = pytest.mark.filterwarnings("ignore:.torch.jit.\\w+. is deprecated:DeprecationWarning")
+
+
+class Model(nn.Module):
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 7)
+        self.criterion = criterion
+
+    def forward(self, x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        return self.criterion(self.layer(x), target, weight=weight)
+
+
+def assert_does_the_same(found: Callable[..., Tensor], criterion: nn.Module, operands: dict[str, Tensor]) -> None:
+    ours, expected = found(**operands), criterion(**operands)
+    assert ours.dtype == expected.dtype
+    torch.testing.assert_close(ours.double(), expected.double(), **TOLERANCE[ours.dtype])
+    upstream = torch.randn(expected.shape).to(expected.dtype)
+    both = zip(*(gradients(loss, operands, upstream, allow_unused=True) for loss in (ours, expected)), strict=True)
+    for a, b in both:  # of a mask, or a derivative by hand, None or 0
+        shape_of = next(x for x in (a, b, torch.zeros(())) if x is not None)
+        a, b = (torch.zeros_like(shape_of) if x is None else x for x in (a, b))
+        torch.testing.assert_close(a.double(), b.double(), **TOLERANCE[a.dtype])
+
+
+@SCRIPT
+@pytest.mark.parametrize("name", CASES)
+def test_torchscript(name):
+    """The expression, composed of torch's operations."""
+    for reduction in REDUCTIONS:
+        scripted = torch.jit.script(made(name, reduction))
+        assert "fusedloss::" not in str(scripted.inlined_graph)
+        for _ in range(3):  # the later calls are compiled for what the first ones have seen
+            assert_does_the_same(scripted, made(name, reduction), drawn(name, (7, 11)))
+
+
+@SCRIPT
+def test_torchscript_of_each_function():
+    everything = fusedloss.custom_loss(EVERYTHING, which=0)
+    scripted = torch.jit.script(everything)
+    for number, choice in enumerate(CHOICES):
+        everything.which, scripted.parameter_0 = number, float(number)
+        input, target = torch.rand(2, 9) + 0.5
+        assert torch.equal(scripted(input, target), everything._composed([input, target], [number])), choice
+
+
+@SCRIPT
+def test_torchscript_of_types():
+    """What is given is promoted, and widened under autocast, as in Python."""
+    criterion = made("squared")
+    scripted = torch.jit.script(criterion)
+    for dtype, autocast in itertools.product(DTYPES, (False, True)):
+        with torch.autocast("cpu", enabled=autocast):
+            assert_does_the_same(scripted, criterion, drawn("squared", (5, 8), dtype))
+    x, integers, one = torch.randn(6), torch.arange(6), torch.tensor(0.3, dtype=torch.float64)
+    for tensors in [(x, integers, integers > 2), (integers,) * 3, (x.half(), one, x.half()), (one, x, x.bfloat16())]:
+        given = dict(zip(("input", "target", "weight"), tensors, strict=True))
+        assert scripted(**given).dtype == criterion(**given).dtype
+        torch.testing.assert_close(scripted(**given), criterion(**given))
+    with pytest.raises(RuntimeError, match="missing value for argument 'weight'"):
+        scripted(x, x)
+
+
+@SCRIPT
+@pytest.mark.parametrize("make", [lambda: made("squared", "sum"), lambda: by_hand(reduction="sum")], ids=["", "hand"])
+def test_torchscript_of_a_model(make):
+    """It can be stored, and what the model itself is left with computes the same and can be copied."""
+    model = Model(make()).double()
+    _, target, weight = (x.detach() for x in drawn("squared", (3, 7)).values())
+    x = torch.randn(3, 7, dtype=torch.float64)
+    loss = model(x, target, weight)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    stored = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), stored)
+    stored.seek(0)
+    for other in (torch.jit.load(stored), model, copy.deepcopy(model)):
+        found = other(x, target, weight)
+        torch.testing.assert_close(found, loss)
+        torch.testing.assert_close(torch.autograd.grad(found, list(other.parameters())), expected)
+    assert repr(pickle.loads(pickle.dumps(model.criterion))) == repr(make())
+
+
+@pytest.mark.parametrize("make", [lambda: made("squared", "none"), lambda: by_hand(reduction="none")], ids=["", "hand"])
+def test_fx(make, fresh_compiler):
+    """One call is recorded, whichever way it is computed later."""
+    model, operands = Model(make()).double(), drawn("squared", (3, 7))
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [custom.custom_loss_of]
+    given = tuple(operands.values())
+    compiled = torch.compile(graph, backend="aot_eager", fullgraph=True)
+    for other in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph)), compiled):
+        assert_does_the_same(lambda *, _call=other, **_: _call(*given), lambda **_: model(*given), operands)
+    criterion = make()
+    itself = torch.fx.symbolic_trace(criterion)
+    for other in (itself, pickle.loads(pickle.dumps(itself))):
+        assert_does_the_same(other, criterion, operands)
+
+
+def test_fx_of_parameters_and_buffers():
+    criterion = made("power", p=2.5)
+    constant = torch.randn(9)
+    graphs = [torch.fx.symbolic_trace(lambda x: criterion.forward(x, constant)) for criterion.p in (2.5, 1.5)]
+    graphs += [torch.fx.symbolic_trace(lambda x: criterion.forward(constant, x))]
+    x = torch.randn(9)
+    for graph, p in zip(graphs, (2.5, 1.5, 1.5), strict=True):
+        torch.testing.assert_close(graph(x), (0.1 + (x - constant).abs()).pow(p).mean())
+    unused = made("no target")
+    assert torch.equal(torch.fx.symbolic_trace(unused)(x), unused(x))
+    with pytest.raises(TypeError, match="has no tensor 'mask'"):
+        torch.fx.symbolic_trace(lambda x: criterion.forward(x, constant, mask=x))
+
+
 # ---- the compiler, autocast, modules
 
 

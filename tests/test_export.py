@@ -1,7 +1,11 @@
 """The losses under torch.export, make_fx and the other tracers."""
 
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +49,26 @@ def test_export(strict, device):
                 loss, eager = form.module()(*arguments), ours(*arguments)
             torch.testing.assert_close(loss, torchs(*arguments).detach())
             assert torch.equal(loss, eager)
+
+
+def test_an_exported_program_needs_the_import(tmp_path):
+    ours, _ = models("cpu")
+    torch.export.save(exported(ours, "cpu", strict=False), tmp_path / "program.pt2")
+    code = """if True:
+        import sys, torch
+        try:
+            torch.export.load("program.pt2")
+        except Exception:
+            import fusedloss
+            torch.export.load("program.pt2")
+            print("needed")
+    """
+    root = str(Path(fusedloss.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "needed\n", done.stderr
 
 
 @pytest.mark.parametrize("kind", ["probabilities", "smoothed"])

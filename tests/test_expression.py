@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from fusedloss.expression import CLAMP_HALVES, FUNCTIONS, check_names, parse, to_cpp, to_torch
+from fusedloss.expression import CLAMP_HALVES, FUNCTIONS, check_names, parse, to_cpp, to_torch, to_torchscript
 
 TENSORS = ("input", "target", "mask")
 PARAMETERS = ("delta", "gamma")
@@ -437,6 +437,22 @@ CPP = {
 @pytest.mark.parametrize("text", CPP)
 def test_cpp(text):
     assert to_cpp(read(text)).replace("constant<V>", "c") == CPP[text]
+
+
+@pytest.mark.parametrize("text", ["(-2) ** input", "input * -0.0", "2 - -3 - (4 - input)", "max(input, -1) ** -2.0"])
+def test_torchscript_text(text):
+    """It means the same when it is read again."""
+    source, names = to_torchscript(read(text))
+    x = torch.arange(1.0, 5.0)
+    expected = torch_function(text)(x, *[None] * 4)
+    found = eval(source, {**names, "argument_input": x})
+    assert torch.equal(found, expected) and torch.equal(found.signbit(), expected.signbit())
+
+
+def test_functions_print_a_line_each():
+    lines = repr(FUNCTIONS).splitlines()
+    assert lines == [f"{name:<10}  {function.doc}" for name, function in FUNCTIONS.items()]
+    assert max(map(len, lines)) <= 100
 
 
 def test_functions():

@@ -264,6 +264,14 @@ def test_damaged_build_is_made_anew(tiny, cache, monkeypatch):
     assert load(tiny, cache).value() == 1
 
 
+@pytest.mark.parametrize("stream", ["out", "err"])
+def test_a_notebook_shows_the_line_plainly(stream, capsys, monkeypatch):
+    if stream == "out":
+        monkeypatch.setattr(type(sys.stderr), "__module__", "ipykernel.iostream")
+    jit._say("compiling")
+    assert getattr(capsys.readouterr(), stream) == "compiling\n"
+
+
 def test_compile_error_shows_the_first_lines(tiny, cache, capsys):
     (tiny / "value.h").write_text("#define VALUE no_such_name\n")
     with pytest.raises(RuntimeError, match="no_such_name") as caught:
@@ -528,7 +536,9 @@ def test_missing_ninja(tiny, cache, monkeypatch):
 
 def test_cuda_asked_for_and_not_there(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(RuntimeError, match="fusedloss: CUDA was asked for, but this torch is a build without CUDA"):
+    with pytest.raises(
+        RuntimeError, match="fusedloss: CUDA was asked for and cannot be built: this torch is a build without CUDA"
+    ):
         jit.load(cuda=True)
 
 

@@ -171,3 +171,15 @@ def test_metadata_and_sdist_need_no_torch(unpacked, tmp_path):
     build("sdist", unpacked, tmp_path, PYTHONPATH=str(tmp_path))
     done = run([sys.executable, "setup.py", "--version"], unpacked, PYTHONPATH=str(tmp_path))
     assert done.stdout.splitlines()[-1] == __version__
+
+
+def test_a_wheel_needs_no_tools_for_development(tmp_path):
+    done = subprocess.run(
+        ["make", "--dry-run", "wheel", f"VENV={tmp_path / 'venv'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "torch==" in done.stdout and "bdist" not in done.stdout and "pip wheel" in done.stdout
+    assert "[dev]" not in done.stdout

@@ -288,6 +288,22 @@ def assert_same(call: Callable[[Any], Any], what: str, **close: Any) -> None:
     assert len(given) == len(expected), f"{what}: warnings in {given}, torch {expected}"
 
 
+def test_what_the_docstrings_say_of_corners():
+    """And torch's functions do the same."""
+    inf, nan = math.inf, math.nan
+    for library in (fused, F):
+        x, t = torch.tensor([0.5, -inf, inf, nan]), torch.tensor([0.0, 0.0, 0.0, 0.0])
+        assert str(library.kl_div(x, t, reduction="none").tolist()) == "[0.0, nan, nan, nan]"
+        of_log = library.kl_div(x, t - inf, reduction="none", log_target=True)
+        assert of_log.isnan().all()
+        x = torch.tensor([1.0, inf, nan], requires_grad=True)
+        (grad,) = torch.autograd.grad(library.l1_loss(x, torch.tensor([1.0, inf, 1.0]), reduction="sum"), x)
+        assert grad.tolist() == [0, 0, 0]
+        with torch.autocast("cpu"):
+            assert library.mse_loss(x.double(), x.double()).dtype == torch.float64
+            assert library.mse_loss(x.bfloat16(), x.bfloat16()).dtype == torch.float32
+
+
 THRESHOLDS = [0, 0.0, -0.0, -1, -0.5, math.nan, math.inf, 1, True, 1e-3, 1e-50, 1e30, 1e300]
 
 
