@@ -2,10 +2,14 @@
 // Included inside the namespace of each instruction set after vec.h, elementary.h and the formulas, so without include
 // guard.
 
+// How far ahead of the arithmetic memory is asked for: the processor's own prefetching stops at the end of a page.
+constexpr int64_t kBytesAhead = 4096;
+
 // Where a block's arrays are, and the parameters: in registers, not in memory that a store could change.
 template <typename F, typename A>
 struct BlockArrays {
   DType dtype;
+  int64_t element_bytes;
   const void* operand[F::kOperands];
   void* grad[F::kOperands];
   const A* grad_output;
@@ -19,6 +23,7 @@ template <typename F, typename A, unsigned kWrt, int... kOperand, int... kParame
 FUSEDLOSS_INLINE auto evaluate(const BlockArrays<F, A>& b, int64_t i, int64_t grad_output_at,
                                std::integer_sequence<int, kOperand...>, std::integer_sequence<int, kParameter...>) {
   using V = typename Simd<A>::V;
+  (__builtin_prefetch(static_cast<const char*>(b.operand[kOperand]) + i * b.element_bytes + kBytesAhead), ...);
   const auto loss = F::template loss<V>(operand<kOperand, kWrt>(load_stored<A>(b.operand[kOperand], i, b.dtype))...,
                                         Dual<V, 0>{V{} + b.parameter[kParameter]}...);
   if constexpr (kWrt != 0) {
@@ -26,7 +31,8 @@ FUSEDLOSS_INLINE auto evaluate(const BlockArrays<F, A>& b, int64_t i, int64_t gr
     (
         [&] {
           if constexpr ((kWrt >> kOperand & 1) != 0)
-            store_as<A>(b.grad[kOperand], i, V(g * partial_by<kOperand>(loss)), b.dtype);
+            if (b.grad[kOperand] != nullptr)
+              store_as<A>(b.grad[kOperand], i, V(g * partial_by<kOperand>(loss)), b.dtype);
         }(),
         ...);
   }
@@ -39,6 +45,7 @@ double evaluate_block(const PointwiseBlock& block) {
   constexpr int kLanes = Simd<A>::kLanes;
   BlockArrays<F, A> b;
   b.dtype = block.dtype;
+  b.element_bytes = sizeof(A) == 4 && b.dtype != DType::kFloat32 ? 2 : sizeof(A);
   for (int k = 0; k < F::kOperands; ++k) {
     b.operand[k] = block.operand[k];
     if constexpr (kWrt != 0) b.grad[k] = block.grad[k];

@@ -21,7 +21,7 @@ struct PointwiseBlock {
   void* loss;               // [size]; null: only their sum is wanted
   const void* grad_output;  // what the gradients are multiplied by: [size], or
   bool one_grad_output;     // one vector, which serves all elements
-  void* const* grad;        // of each operand, [size]; where one is wanted that is not the first, all are written
+  void* const* grad;        // of each operand, [size]; null where it is not wanted
 };
 
 // -> the sum of the losses where `loss` is null, else 0.

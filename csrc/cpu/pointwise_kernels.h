@@ -70,7 +70,7 @@ class Evaluation {
     const bool whole = block_.size == n;
     for (int k = 0; k < operands_; ++k) {
       operand_of_block_[k] = read_operand(k, begin, n, whole);
-      grad_of_block_[k] = whole && o_.grad[k] != nullptr ? at<T>(o_.grad[k], begin) : grad_[k];
+      grad_of_block_[k] = o_.grad[k] == nullptr ? nullptr : whole ? at<T>(o_.grad[k], begin) : grad_[k];
     }
     if (block_.wrt != 0 && !block_.one_grad_output) {
       block_.grad_output = loss_is_wide() ? read(at<const A>(o_.grad_output, begin), n, whole)
