@@ -437,3 +437,37 @@ def test_a_weight_of_classes_serves_all_rows(classes, device):
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
         for mine, theirs in zip(*results, strict=True):
             torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
+# Whole blocks and chunks, with an end that fills no vector; a period that blocks begin anywhere in, shorter and longer
+# than a block.
+@pytest.mark.parametrize(("rows", "classes"), [(1, 24_601), (1, 16_384), (631, 39), (17, 1_447)])
+def test_sums_over_blocks(rows, classes, device):
+    """What is added up where it lies, though it begins at an odd address, and what goes by way of a buffer."""
+
+    def drawn(*shape):
+        memory = torch.rand(3 + math.prod(shape), dtype=torch.float64, device=device)
+        return memory, shape
+
+    input, target, weight = drawn(rows, classes), drawn(rows, classes), drawn(classes)
+    for dtype in DTYPES:
+        found = []
+        x, t, w = (memory.to(dtype)[3:].view(shape) for memory, shape in (input, target, weight))
+        for function, to in ((fused, dtype), (F, torch.float64)):
+            for loss, options in (
+                (function.mse_loss, {}),
+                (function.binary_cross_entropy_with_logits, {"weight": w.to(to)}),
+            ):
+                for wanted in ((0,), (0, 1)):
+                    # Not copied where the type is the same, so that the memory begins where it did.
+                    leaves = [operand.to(to).detach().requires_grad_(i in wanted) for i, operand in enumerate((x, t))]
+                    value = loss(*leaves, reduction="sum", **options)
+                    grads = torch.autograd.grad(value, [leaves[i] for i in wanted])
+                    without = loss(*(leaf.detach() for leaf in leaves), reduction="sum", **options)
+                    assert torch.equal(value, without)
+                    found.append((value, *grads))
+        half = len(found) // 2
+        eps = torch.finfo(dtype).eps
+        for mine, theirs in zip(found[:half], found[half:], strict=True):
+            for one, other in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(one.double(), other, rtol=4 * eps, atol=8 * eps)

@@ -54,13 +54,4 @@ InstructionSet instruction_set() {
   return chosen;
 }
 
-const bool has_bfloat16_instructions = [] {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return bool(__builtin_cpu_supports("avx512bf16"));
-#else
-  return false;
-#endif
-}();
-
 }  // namespace fusedloss::cpu

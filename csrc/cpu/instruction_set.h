@@ -17,8 +17,15 @@ const char* name_of(InstructionSet set);
 // of them.
 InstructionSet choose_instruction_set(const std::string& wanted, InstructionSet best);
 
-// Has this machine's AVX-512 those for bfloat16?
-extern const bool has_bfloat16_instructions;
+// Has this machine's AVX-512 those for bfloat16? Asked in each library: that of a user's expression cannot see ours.
+inline const bool has_bfloat16_instructions = [] {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return bool(__builtin_cpu_supports("avx512bf16"));
+#else
+  return false;
+#endif
+}();
 
 }  // namespace fusedloss::cpu
 

@@ -5,6 +5,7 @@
 // What a region compiles may call only what is compiled in the same region, or scalars: a vector that crosses its
 // border would be passed by another convention. Hence vec.h and the formulas are included in each.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -2,45 +2,77 @@
 // Included inside the namespace of each instruction set after vec.h, elementary.h and the formulas, so without include
 // guard.
 
-// The elements from i on: their losses, and their gradients by the operands of kWrt. Both are computed in either pass, so
-// that its gradients have the same bits: the compiler joins other operations to one where it has less to compute.
+// How far ahead of the arithmetic memory is asked for: the processor's own prefetching stops at the end of a page.
+constexpr int64_t kBytesAhead = 4096;
+
+// Where a block's arrays are, and the parameters: in registers, not in memory that a store could change.
+template <typename F, typename A>
+struct BlockArrays {
+  DType dtype;
+  int64_t element_bytes;
+  const void* operand[F::kOperands];
+  void* grad[F::kOperands];
+  const A* grad_output;
+  A parameter[F::kParameters + 1];
+};
+
+// The vector of elements at i: its losses, which are returned, and its gradients by the operands of kWrt. Both are computed
+// in either pass, so that its gradients have the same bits: the compiler joins other operations to one where it has less
+// to compute.
 template <typename F, typename A, unsigned kWrt, int... kOperand, int... kParameter>
-FUSEDLOSS_INLINE void evaluate(const PointwiseBlock& b, const A (&parameter)[F::kParameters + 1], int64_t i,
+FUSEDLOSS_INLINE auto evaluate(const BlockArrays<F, A>& b, int64_t i, int64_t grad_output_at,
                                std::integer_sequence<int, kOperand...>, std::integer_sequence<int, kParameter...>) {
   using V = typename Simd<A>::V;
-  const auto loss = F::template loss<V>(
-      operand<kOperand, kWrt>(load(static_cast<const A*>(b.operand[kOperand]) + i))...,
-      Dual<V, 0>{V{} + parameter[kParameter]}...);
-  store(static_cast<A*>(b.loss) + i, loss.value);
+  (__builtin_prefetch(static_cast<const char*>(b.operand[kOperand]) + i * b.element_bytes + kBytesAhead), ...);
+  const auto loss = F::template loss<V>(operand<kOperand, kWrt>(load_stored<A>(b.operand[kOperand], i, b.dtype))...,
+                                        Dual<V, 0>{V{} + b.parameter[kParameter]}...);
   if constexpr (kWrt != 0) {
-    const V g = load(static_cast<const A*>(b.grad_output) + i);
+    const V g = load(b.grad_output + grad_output_at);
     (
         [&] {
           if constexpr ((kWrt >> kOperand & 1) != 0)
-            store(static_cast<A*>(b.grad[kOperand]) + i, gradient<F>(g, partial_by<kOperand>(loss)));
+            if (b.grad[kOperand] != nullptr)
+              store_as<A>(b.grad[kOperand], i, gradient<F>(g, partial_by<kOperand>(loss)), b.dtype);
         }(),
         ...);
   }
+  return rounded(loss.value);  // by itself, whether it is stored or added up
 }
 
 template <typename F, typename A, unsigned kWrt>
-void evaluate_block(const PointwiseBlock& b) {
-  A parameter[F::kParameters + 1];  // not in memory that a store could change
-  for (int i = 0; i < F::kParameters; ++i) parameter[i] = A(b.parameter[i]);
-  for (int64_t i = 0; i < b.size; i += Simd<A>::kLanes)
-    evaluate<F, A, kWrt>(b, parameter, i, std::make_integer_sequence<int, F::kOperands>{},
-                         std::make_integer_sequence<int, F::kParameters>{});
+double evaluate_block(const PointwiseBlock& block) {
+  using V = typename Simd<A>::V;
+  constexpr int kLanes = Simd<A>::kLanes;
+  BlockArrays<F, A> b;
+  b.dtype = block.dtype;
+  b.element_bytes = sizeof(A) == 4 && b.dtype != DType::kFloat32 ? 2 : sizeof(A);
+  for (int k = 0; k < F::kOperands; ++k) {
+    b.operand[k] = block.operand[k];
+    if constexpr (kWrt != 0) b.grad[k] = block.grad[k];
+  }
+  b.grad_output = static_cast<const A*>(block.grad_output);
+  for (int i = 0; i < F::kParameters; ++i) b.parameter[i] = A(block.parameter[i]);
+  A* const losses = static_cast<A*>(block.loss);
+  const int64_t size = block.size, grad_output_step = block.one_grad_output ? 0 : 1;
+  // Eight vectors are added in their own type, and such sums in double.
+  SumOfVectors<A> sum;
+  for (int64_t i = 0; i < size;) {
+    V part = {};
+    for (const int64_t end = std::min(i + 8 * kLanes, size); i < end; i += kLanes) {
+      const V loss = evaluate<F, A, kWrt>(b, i, i * grad_output_step, std::make_integer_sequence<int, F::kOperands>{},
+                                          std::make_integer_sequence<int, F::kParameters>{});
+      if (losses != nullptr) store(losses + i, loss);
+      part += loss;
+    }
+    sum.add(part);
+  }
+  return losses != nullptr ? 0 : sum.value();
 }
 
 // As PointwiseFormula has it. Mostly the gradient of the first operand is wanted, or none.
 template <typename F, typename A>
-void on_block(const PointwiseBlock& b) {
+double on_block(const PointwiseBlock& b) {
   constexpr unsigned kFirst = 1, kAll = (1u << F::kOperands) - 1;
-  if (b.wrt == 0) {
-    evaluate_block<F, A, 0>(b);
-  } else if (b.wrt == kFirst) {
-    evaluate_block<F, A, kFirst>(b);
-  } else {
-    evaluate_block<F, A, kAll>(b);
-  }
+  if (b.wrt == 0) return evaluate_block<F, A, 0>(b);
+  return b.wrt == kFirst ? evaluate_block<F, A, kFirst>(b) : evaluate_block<F, A, kAll>(b);
 }

@@ -3,6 +3,7 @@
 #include "cpu/pointwise_cpu.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "cpu/dispatch_dtype.h"
 #include "integers.h"

@@ -5,7 +5,9 @@
 
 namespace fusedloss::cpu {
 
-// Elements of a chunk. The cut depends on the size alone, so that results do not depend on how many threads share
+// Elements of a block for which something goes by way of a buffer: all that it touches stays in the first cache.
+constexpr int64_t kPointwiseBlock = 512;
+// Elements of a chunk, which is one block where nothing does. The cut depends on the size alone, so that results do not depend on how many threads share
 // the chunks.
 constexpr int64_t kPointwiseChunk = 16 * kPointwiseBlock;
 // Chunks that a thread should have before it is worth waking.

@@ -5,26 +5,31 @@
 #include <cstdint>
 
 #include "cpu/instruction_set.h"
+#include "options.h"
 
 namespace fusedloss::cpu {
 
-// Elements of a block. All that it touches stays in the first cache.
-constexpr int64_t kPointwiseBlock = 512;
-
-// All arrays are of the statistics' type and have as many elements as are a multiple of a vector's.
+// Operands and gradients are of the type as stored, which the formula asks for each vector: it widens and narrows in
+// registers, and compiles once for all types that have float for their statistics. Losses and grad_output are of the
+// statistics' type.
 struct PointwiseBlock {
-  int64_t size;                // <= kPointwiseBlock
+  int64_t size;  // a multiple of a vector's elements
+  DType dtype;
   const void* const* operand;  // of each operand, [size]
   const double* parameter;
   unsigned wrt;             // the operands whose gradients are wanted, a bit each; 0: the losses alone
-  void* loss;               // [size]
-  const void* grad_output;  // [size]; what the gradients are multiplied by
-  void* const* grad;        // of each operand, [size]; where one is wanted that is not the first, all are written
+  void* loss;               // [size]; null: only their sum is wanted
+  const void* grad_output;  // what the gradients are multiplied by: [size], or
+  bool one_grad_output;     // one vector, which serves all elements
+  void* const* grad;        // of each operand, [size]; null where it is not wanted
 };
 
+// -> the sum of the losses where `loss` is null, else 0.
+using PointwiseFunction = double(const PointwiseBlock&);
+
 struct PointwiseFormula {
-  void (*of_float[kInstructionSets])(const PointwiseBlock&);
-  void (*of_double[kInstructionSets])(const PointwiseBlock&);
+  PointwiseFunction* of_float[kInstructionSets];
+  PointwiseFunction* of_double[kInstructionSets];
 };
 
 }  // namespace fusedloss::cpu

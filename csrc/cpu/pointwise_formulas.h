@@ -16,7 +16,7 @@ namespace {
 
 template <typename A>
 struct Blocks {
-#define FUSEDLOSS_BLOCK(name, Formula) static constexpr auto name = &on_block<Formula, A>;
+#define FUSEDLOSS_BLOCK(name, Formula) static constexpr PointwiseFunction* name = &on_block<Formula, A>;
   FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_BLOCK)
 #undef FUSEDLOSS_BLOCK
 };

@@ -1,6 +1,6 @@
-// Losses of one element of each operand, for one instruction set: whatever is not the formula. Blocks of elements are
-// given to it in the statistics' type, where they are or widened in a buffer; what it leaves is summed or stored.
-// Included by cpu/instruction_sets.h, so without include guard.
+// Losses of one element of each operand, for one instruction set: whatever is not the formula. It is called for blocks of
+// elements, where they lie in memory; buffers serve what repeats itself, the end that fills no vector, and losses and
+// grad_output of 16 bit. Included by cpu/instruction_sets.h, so without include guard.
 
 namespace fusedloss::cpu::FUSEDLOSS_ISA {
 namespace {
@@ -24,127 +24,111 @@ void narrow(const Statistic<T>* from, T* to, int n) {
   if (i < n) store_first(to + i, load(from + i), n - i);
 }
 
-template <typename A>
-void fill(A* to, A value) {
-  for (int64_t i = 0; i < kPointwiseBlock; i += Simd<A>::kLanes) store(to + i, typename Simd<A>::V{} + value);
-}
-
-// Eight vectors are added in their own type, three roundings deep, and such sums in double.
-template <typename A>
-double sum_of(const A* values, int n) {
-  using V = typename Simd<A>::V;
-  constexpr int kLanes = Simd<A>::kLanes, kParts = kLanes / Simd<double>::kLanes;
-  typedef A Part __attribute__((vector_size(Simd<double>::kLanes * sizeof(A))));
-  DoubleV sum[kParts] = {};
-  const auto add = [&](V v) {
-    Part part[kParts];
-    __builtin_memcpy(part, &v, sizeof v);
-    FUSEDLOSS_UNROLL for (int k = 0; k < kParts; ++k) sum[k] += __builtin_convertvector(part[k], DoubleV);
-  };
-  const auto at = [&](int k) { return load(values + k * kLanes); };
-  int i = 0;
-  for (; i + 8 * kLanes <= n; i += 8 * kLanes, values += 8 * kLanes)
-    add(((at(0) + at(1)) + (at(2) + at(3))) + ((at(4) + at(5)) + (at(6) + at(7))));
-  for (; i + kLanes <= n; i += kLanes, values += kLanes) add(at(0));
-  if (i < n) add(load_first(values, n - i));
-  return sum_of_lanes<double>(kParts == 1 ? sum[0] : sum[0] + sum[kParts - 1]);
-}
-
 template <typename T>
 class Evaluation {
  public:
-  Evaluation(const PointwiseFormula& formula, const PointwiseOptions& o) : o_(o), operands_(o.operands) {
-    if constexpr (sizeof(A) == 8) {
-      on_block_ = formula.of_double[int(instruction_set())];
-    } else {
-      on_block_ = formula.of_float[int(instruction_set())];
-    }
+  Evaluation(const PointwiseFormula& formula, const PointwiseOptions& o)
+      : o_(o), operands_(o.operands), of_block_((sizeof(A) == 8 ? formula.of_double : formula.of_float)[int(instruction_set())]) {
     for (int k = 0; k < operands_; ++k) {
       const T* operand = static_cast<const T*>(o.operand[k]);
       if (repeats_within_block(k)) repeat(operand, o.operand_period[k], operand_[k]);
+      if (o.operand_period[k] != 0) block_size_ = kPointwiseBlock;
       if (o.grad[k] != nullptr) block_.wrt |= 1u << k;
     }
+    block_.dtype = o.dtype;
     block_.operand = operand_of_block_;
     block_.parameter = o.parameter;
     block_.grad_output = grad_output_;
+    block_.one_grad_output = o.grad_output_stride == 0;
     block_.grad = grad_of_block_;
-    if (block_.wrt != 0 && o.grad_output_stride == 0) fill(grad_output_, common_grad_output());
+    if (block_.wrt != 0 && block_.one_grad_output) std::fill_n(grad_output_, kLanes, common_grad_output());
+    if (stores_losses() || !block_.one_grad_output) block_size_ = kPointwiseBlock;
   }
 
-  // Elements [begin, begin + n) -> the sum of their losses, where one is wanted.
-  double run(int64_t begin, int n) {
-    constexpr int kLanes = kLanesOf<T>;
-    block_.size = (n + kLanes - 1) / kLanes * kLanes;
-    const bool whole = block_.size == n;  // else a vector would reach beyond the tensors' end
-    for (int k = 0; k < operands_; ++k) {
-      operand_of_block_[k] = operand_[k];
-      if (repeats_within_block(k)) {
-        operand_of_block_[k] = operand_[k] + begin % o_.operand_period[k];
-      } else if (o_.operand_period[k] != 0) {
-        operand_of_block_[k] = read_around(k, begin % o_.operand_period[k], n, whole);
-      } else {
-        operand_of_block_[k] = read(at<const T>(o_.operand[k], begin), operand_[k], n, whole);
-      }
-      grad_of_block_[k] = in_place<T>(whole && o_.grad[k] != nullptr) ? at<A>(o_.grad[k], begin) : grad_[k];
+  // A chunk -> the sum of its losses, where one is wanted. What does not fill a vector at its end goes by itself.
+  double run(int64_t begin, int64_t end) {
+    const int64_t end_of_vectors = end - (end - begin) % kLanes;
+    double sum = 0;
+    for (; begin < end_of_vectors; begin += block_.size) {
+      block_.size = std::min(block_size_, end_of_vectors - begin);
+      sum += run_block(begin, int(block_.size));
     }
-    if (block_.wrt != 0 && o_.grad_output_stride != 0) {
-      block_.grad_output = loss_is_wide() ? read(at<const A>(o_.grad_output, begin), grad_output_, n, whole)
-                                          : read(at<const T>(o_.grad_output, begin), grad_output_, n, whole);
+    if (begin < end) {
+      block_.size = kLanes;
+      sum += run_block(begin, int(end - begin));
     }
-    const bool store_losses = o_.loss != nullptr && o_.reduction == Reduction::kNone;
-    const bool losses_in_place = store_losses && whole && (loss_is_wide() || in_place<T>(true));
-    block_.loss = losses_in_place ? at<A>(o_.loss, begin) : loss_;
-
-    on_block_(block_);
-
-    for (int k = 0; k < operands_; ++k)
-      if (o_.grad[k] != nullptr && grad_of_block_[k] == grad_[k]) narrow(grad_[k], at<T>(o_.grad[k], begin), n);
-    if (!store_losses) return o_.loss == nullptr ? 0 : sum_of(loss_, n);
-    if (losses_in_place) return 0;
-    loss_is_wide() ? narrow(loss_, at<A>(o_.loss, begin), n) : narrow(loss_, at<T>(o_.loss, begin), n);
-    return 0;
+    return sum;
   }
 
  private:
   using A = Statistic<T>;
+  static constexpr int kLanes = kLanesOf<T>;
+
+  // Elements [begin, begin + n), where n is the block's size, or less in its only vector: that must not reach beyond the
+  // tensors' end.
+  double run_block(int64_t begin, int n) {
+    const bool whole = block_.size == n;
+    for (int k = 0; k < operands_; ++k) {
+      operand_of_block_[k] = read_operand(k, begin, n, whole);
+      grad_of_block_[k] = o_.grad[k] == nullptr ? nullptr : whole ? at<T>(o_.grad[k], begin) : grad_[k];
+    }
+    if (block_.wrt != 0 && !block_.one_grad_output) {
+      block_.grad_output = loss_is_wide() ? read(at<const A>(o_.grad_output, begin), n, whole)
+                                          : read(at<const T>(o_.grad_output, begin), n, whole);
+    }
+    const bool in_place = whole && stores_losses() && (loss_is_wide() || std::is_same_v<T, A>);
+    const bool sums = whole && !stores_losses();
+    block_.loss = sums ? nullptr : in_place ? at<A>(o_.loss, begin) : loss_;
+
+    const double sum = of_block_(block_);
+
+    for (int k = 0; k < operands_ && !whole; ++k)
+      if (o_.grad[k] != nullptr) std::copy_n(grad_[k], n, at<T>(o_.grad[k], begin));
+    if (sums || in_place) return sum;
+    if (!stores_losses()) return std::accumulate(loss_, loss_ + n, 0.);
+    loss_is_wide() ? narrow(loss_, at<A>(o_.loss, begin), n) : narrow(loss_, at<T>(o_.loss, begin), n);
+    return 0;
+  }
 
   template <typename U, typename Memory>
   static U* at(Memory* memory, int64_t i) {
     return static_cast<U*>(memory) + i;
   }
-  // May the formula work on the tensor itself, if `whole`?
+
+  // Of grad_output, which is one an element.
   template <typename U>
-  static bool in_place(bool whole) {
-    return std::is_same_v<U, A> && whole;
+  const void* read(const U* from, int n, bool whole) {
+    if (std::is_same_v<U, A> && whole) return from;
+    widen(from, grad_output_, n);
+    return grad_output_;
   }
-  template <typename U>
-  static const void* read(const U* from, A* buffer, int n, bool whole) {
-    if (in_place<U>(whole)) return from;
-    widen(from, buffer, n);
-    return buffer;
+
+  const void* read_operand(int k, int64_t begin, int n, bool whole) {
+    const int64_t period = o_.operand_period[k];
+    if (repeats_within_block(k)) return operand_[k] + begin % period;
+    const T* const operand = static_cast<const T*>(o_.operand[k]);
+    const T* const from = operand + (period != 0 ? begin % period : begin);
+    const int until_end = period != 0 ? int(std::min(int64_t(n), operand + period - from)) : n;
+    if (whole && until_end == n) return from;
+    std::copy_n(from, until_end, operand_[k]);
+    std::copy_n(operand, n - until_end, operand_[k] + until_end);  // it goes on at its beginning
+    if (!whole) std::fill_n(operand_[k] + n, kLanes - n, T{});
+    return operand_[k];
   }
 
   // Of an operand with a period: so short a one is written out beforehand, for a block that begins anywhere in it.
   bool repeats_within_block(int k) const {
     return o_.operand_period[k] != 0 && o_.operand_period[k] <= kPointwiseBlock;
   }
-  static void repeat(const T* from, int64_t period, A* to) {
-    for (int64_t i = 0; i < period; ++i) to[i] = load_one(from + i);
+  static void repeat(const T* from, int64_t period, T* to) {
+    std::copy_n(from, period, to);
     for (int64_t filled = period, n; filled < period + kPointwiseBlock; filled += n) {
       n = std::min(filled, period + kPointwiseBlock - filled);
       std::copy_n(to, n, to + filled);
     }
   }
-  // A longer one: a block that reaches beyond its end goes on at its beginning.
-  const void* read_around(int k, int64_t begin, int n, bool whole) {
-    const T* operand = static_cast<const T*>(o_.operand[k]);
-    const int until_end = int(std::min(int64_t(n), o_.operand_period[k] - begin));
-    if (until_end == n) return read(operand + begin, operand_[k], n, whole);
-    widen(operand + begin, operand_[k], until_end);
-    widen(operand, operand_[k] + until_end, n - until_end);
-    return operand_[k];
-  }
 
+  bool stores_losses() const { return o_.loss != nullptr && o_.reduction == Reduction::kNone; }
   bool loss_is_wide() const { return o_.loss_dtype != o_.dtype; }
 
   // With the mean's division.
@@ -155,13 +139,14 @@ class Evaluation {
 
   const PointwiseOptions& o_;
   const int operands_;
-  void (*on_block_)(const PointwiseBlock&);
+  PointwiseFunction* const of_block_;
+  int64_t block_size_ = kPointwiseChunk;
   PointwiseBlock block_ = {};
   const void* operand_of_block_[kMaxOperands];
   void* grad_of_block_[kMaxOperands];
   // Not 4096 bytes from one to the next: a load would wait for a store whose address ends in the same twelve bits.
-  alignas(64) A operand_[kMaxOperands][2 * kPointwiseBlock + 48];
-  alignas(64) A grad_[kMaxOperands][kPointwiseBlock + 80];
+  alignas(64) T operand_[kMaxOperands][2 * kPointwiseBlock + 96];
+  alignas(64) T grad_[kMaxOperands][kLanes];
   alignas(64) A loss_[kPointwiseBlock];
   alignas(64) A grad_output_[kPointwiseBlock];
 };
@@ -170,10 +155,7 @@ template <typename T>
 void evaluate(const PointwiseFormula& formula, const PointwiseOptions& o, int64_t begin_chunk, int64_t end_chunk) {
   Evaluation<T> evaluation(formula, o);
   for (int64_t k = begin_chunk; k < end_chunk; ++k) {
-    const int64_t end = std::min((k + 1) * kPointwiseChunk, o.numel);
-    double sum = 0;
-    for (int64_t i = k * kPointwiseChunk; i < end; i += kPointwiseBlock)
-      sum += evaluation.run(i, int(std::min(kPointwiseBlock, end - i)));
+    const double sum = evaluation.run(k * kPointwiseChunk, std::min((k + 1) * kPointwiseChunk, o.numel));
     if (o.scratch != nullptr) static_cast<double*>(o.scratch)[k] = sum;
   }
 }

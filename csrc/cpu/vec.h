@@ -34,7 +34,12 @@ constexpr int kLanesOf = Simd<Statistic<T>>::kLanes;
 // ---- 16-bit floats to float and back, round to nearest even ----
 
 FUSEDLOSS_INLINE FloatV widen(FloatH bits, bfloat16) {
-  return (FloatV)(__builtin_convertvector(bits, FloatU) << 16);
+#if FUSEDLOSS_VECTOR_BYTES == 64  // the compiler would convert halves and join them
+  const FloatU widened = (FloatU)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);
+#else
+  const FloatU widened = __builtin_convertvector(bits, FloatU);
+#endif
+  return (FloatV)(widened << 16);
 }
 
 FUSEDLOSS_INLINE FloatH narrow(FloatV v, bfloat16) {
@@ -120,6 +125,33 @@ template <typename Half>
 FUSEDLOSS_INLINE void store(Half* p, FloatV v) {
   const FloatH bits = narrow(v, Half{});
   __builtin_memcpy(p, &bits, sizeof bits);
+}
+
+// The vector from element i on, of a type that is known only at run time and has A for its statistics. A branch that is
+// always taken the same way costs less than another compile of all that is between load and store.
+template <typename A>
+FUSEDLOSS_INLINE typename Simd<A>::V load_stored(const void* p, int64_t i, DType dtype) {
+  if constexpr (std::is_same_v<A, double>) {
+    return load(static_cast<const double*>(p) + i);
+  } else if (dtype == DType::kFloat32) {
+    return load(static_cast<const float*>(p) + i);
+  } else if (dtype == DType::kBFloat16) {
+    return load(static_cast<const bfloat16*>(p) + i);
+  } else {
+    return load(static_cast<const float16*>(p) + i);
+  }
+}
+template <typename A>
+FUSEDLOSS_INLINE void store_as(void* p, int64_t i, typename Simd<A>::V v, DType dtype) {
+  if constexpr (std::is_same_v<A, double>) {
+    store(static_cast<double*>(p) + i, v);
+  } else if (dtype == DType::kFloat32) {
+    store(static_cast<float*>(p) + i, v);
+  } else if (dtype == DType::kBFloat16) {
+    store(static_cast<bfloat16*>(p) + i, v);
+  } else {
+    store(static_cast<float16*>(p) + i, v);
+  }
 }
 
 // Lanes n and up are all ones.
@@ -342,6 +374,25 @@ template <typename A>
 FUSEDLOSS_INLINE A max_of_lanes(typename Simd<A>::V v) {
   return fold<Larger, A, Simd<A>::kLanes>(v);
 }
+
+// Of many vectors, in double.
+template <typename A>
+class SumOfVectors {
+ public:
+  FUSEDLOSS_INLINE void add(typename Simd<A>::V v) {
+    Part part[kParts];
+    __builtin_memcpy(part, &v, sizeof v);
+    FUSEDLOSS_UNROLL for (int k = 0; k < kParts; ++k) sum_[k] += __builtin_convertvector(part[k], DoubleV);
+  }
+  FUSEDLOSS_INLINE double value() const {
+    return sum_of_lanes<double>(kParts == 1 ? sum_[0] : sum_[0] + sum_[kParts - 1]);
+  }
+
+ private:
+  static constexpr int kParts = Simd<A>::kLanes / Simd<double>::kLanes;
+  typedef A Part __attribute__((vector_size(Simd<double>::kLanes * sizeof(A))));
+  DoubleV sum_[kParts] = {};
+};
 
 // Lanes of a, and of b where the index is kLanes or more.
 template <typename A, int... kIndex>
