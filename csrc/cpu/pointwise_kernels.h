@@ -28,7 +28,9 @@ template <typename T>
 class Evaluation {
  public:
   Evaluation(const PointwiseFormula& formula, const PointwiseOptions& o)
-      : o_(o), operands_(o.operands), of_block_((sizeof(A) == 8 ? formula.of_double : formula.of_float)[int(instruction_set())]) {
+      : o_(o),
+        operands_(o.operands),
+        of_block_((sizeof(A) == 8 ? formula.of_double : formula.of_float)[int(instruction_set())]) {
     for (int k = 0; k < operands_; ++k) {
       const T* operand = static_cast<const T*>(o.operand[k]);
       if (repeats_within_block(k)) repeat(operand, o.operand_period[k], operand_[k]);
