@@ -7,8 +7,8 @@ namespace fusedloss::cpu {
 
 // Elements of a block for which something goes by way of a buffer: all that it touches stays in the first cache.
 constexpr int64_t kPointwiseBlock = 512;
-// Elements of a chunk, which is one block where nothing does. The cut depends on the size alone, so that results do not depend on how many threads share
-// the chunks.
+// Elements of a chunk, which is one block where nothing does. The cut depends on the size alone, so that results do not
+// depend on how many threads share the chunks.
 constexpr int64_t kPointwiseChunk = 16 * kPointwiseBlock;
 // Chunks that a thread should have before it is worth waking.
 constexpr int64_t kPointwiseGrain = 4;
