@@ -94,7 +94,10 @@ KERNEL_TESTS = [
     )
 ] + [
     "tests/test_determinism.py::test_threads_do_not_change_a_bit",
-    *(f"tests/test_pointwise_losses.py::test_{name}" for name in ("sizes", "sums_over_blocks", "no_worse_than_torch", "extremes")),
+    *(
+        f"tests/test_pointwise_losses.py::test_{name}"
+        for name in ("sizes", "sums_over_blocks", "no_worse_than_torch", "extremes")
+    ),
 ]
 
 

@@ -18,7 +18,7 @@
 #define FUSEDLOSS_LIBMVEC(arguments, name) FUSEDLOSS_CONCATENATE(_ZGVbN4, arguments##_, name##f)
 #define FUSEDLOSS_LIBMVEC_DOUBLE(arguments, name) FUSEDLOSS_CONCATENATE(_ZGVbN2, arguments##_, name)
 #endif
-// The compiler may leave out what is not used, such as a derivative that is not wanted, and compute once what is used twice.
+// The compiler may leave out what is not used, such as a derivative that is not wanted.
 #define FUSEDLOSS_PURE __attribute__((const))
 extern "C" {
 FloatV FUSEDLOSS_LIBMVEC(v, sin)(FloatV) FUSEDLOSS_PURE;
@@ -165,7 +165,7 @@ FUSEDLOSS_INLINE FloatV log(FloatV x) {
 }
 FUSEDLOSS_INLINE DoubleV log(DoubleV x) {
 #if defined(FUSEDLOSS_LIBMVEC)
-  // What is special is kept from the vector version, which computes such lanes one after the other: a target of 0 is common.
+  // What is special is kept from the vector version, which computes such lanes one by one: a target of 0 is common.
   const DoubleV zero = {}, one = zero + 1.;
   const DoubleI tiny = x < 0x1p-1022;
   const DoubleV normal = select(tiny, x * 0x1p54, x);
