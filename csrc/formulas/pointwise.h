@@ -27,15 +27,14 @@ struct L1Loss {
   }
 };
 
-// A parabola within beta, and beyond it the line with slope 1 that continues it. 1/beta is computed once for all elements,
-// and scaled: it would be infinite for a subnormal beta.
+// A parabola within beta, and beyond it the line with slope 1 that continues it. The slope is given by hand, so that it
+// has no 1/beta in it, which is infinite for a subnormal beta.
 struct SmoothL1Loss {
   static constexpr int kOperands = 2, kParameters = 1;
   template <typename V, typename X, typename T, typename P>
   static FUSEDLOSS_INLINE auto loss(X input, T target, P beta) {
     const auto distance = abs(input - target);
-    const auto scale = where(beta < 0x1p-100, constant<V>(0x1p64), constant<V>(1));
-    const auto size = plain(distance), ratio = size * scale * (1 / (beta * scale));
+    const auto size = plain(distance), ratio = size / beta;
     const auto is_far = size >= beta;
     const auto loss = where(is_far, size - 0.5 * beta, 0.5 * size * ratio);
     return with_slope(loss, where(is_far, constant<V>(1), ratio), distance);
