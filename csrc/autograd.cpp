@@ -72,15 +72,9 @@ variable_list composed_gradients(const variable_list& inputs, const at::Tensor& 
   return grads;
 }
 
-struct Named {
-  const char* name;
-  const at::Tensor& tensor;
-};
-
-// Before torch's functions are given what the forward pass has saved.
-void check_saved(const char* op, std::initializer_list<Named> saved) {
-  for (const auto& [name, tensor] : saved)
-    if (is_plain(tensor)) check_memory(op, name, tensor);
+// Called before torch's functions are given a tensor that the forward pass has saved.
+void check_saved(const char* op, const char* name, const at::Tensor& tensor) {
+  if (is_plain(tensor)) check_memory(op, name, tensor);
 }
 
 // The passes are seen by the profiler, each under the name of what it computes.
@@ -235,7 +229,9 @@ class CrossEntropy : public Function<CrossEntropy> {
     at::Tensor grad;
     if (must_compose(grad_output)) {
       drop_grads_of_forward(ctx);
-      check_saved("cross_entropy", {{"input", input}, {"target", target}, {"weight", saved[2]}});
+      check_saved("cross_entropy", "input", input);
+      check_saved("cross_entropy", "target", target);
+      check_saved("cross_entropy", "weight", saved[2]);
       const auto dtype = grad_output.scalar_type();  // float32 where the forward pass ran under autocast
       grad = composed_gradients({input}, grad_output, [&](const variable_list& views) {
         return at::cross_entropy_loss(views[0].to(dtype), target.to(target.is_floating_point() ? dtype : at::kLong),
@@ -299,7 +295,7 @@ class Pointwise : public Function<Pointwise> {
     if (must_compose(grad_output)) {
       drop_grads_of_forward(ctx);
       for (size_t k = 0; k < operands.size(); ++k)
-        check_saved(call.loss.name.c_str(), {{call.loss.operands[k].c_str(), operands[k]}});
+        check_saved(call.loss.name.c_str(), call.loss.operands[k].c_str(), operands[k]);
       const auto dtype = grad_output.scalar_type();
       grads = composed_gradients(operands, grad_output, [&](variable_list views) {
         for (auto& view : views) view = view.to(dtype);
@@ -364,7 +360,8 @@ class NLLLoss : public Function<NLLLoss> {
 
     at::Tensor grad;
     if (must_compose(grad_output)) {
-      check_saved("nll_loss", {{"target", target}, {"weight", saved[1]}});
+      check_saved("nll_loss", "target", target);
+      check_saved("nll_loss", "weight", saved[1]);
       // Any input has this gradient, and a second derivative of 0; only its place in the graph must be input's own.
       const at::Tensor input = target.new_zeros(sizes, dtype);
       torch::autograd::impl::set_gradient_edge(input, torch::autograd::get_current_node()->next_edge(0));
