@@ -5,6 +5,7 @@
 #include "cuda/cross_entropy_plan.h"
 #include "cuda/grad_output.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/shifted_store.cuh"
 #include "cuda/vec.cuh"
 
 namespace fusedloss::cuda {
@@ -155,6 +156,7 @@ struct Tile {
   Pack<T, kWidth> x[kPacks];
   Pack<T, kWidth> t[kPacks] = {};  // probabilities only
   int first[kPacks];               // class of a pack's first element; -1 behind the row's end
+  int unit;                        // of the share, the first pack's
 
   // A share's tile, from memory; with kWidth = 1 the classes may lie apart.
   __device__ __forceinline__ Tile(const Row<T, kSpread>& row, const Share<T>& share, int number) {
@@ -184,10 +186,11 @@ struct Tile {
   }
 
   __device__ __forceinline__ void find(const Share<T>& share, int number) {
-    int unit = share.thread + (number * kPacks << share.step_shift);
+    unit = share.thread + (number * kPacks << share.step_shift);
+    int of_pack = unit;
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k, unit += 1 << share.step_shift)
-      first[k] = kWhole || unit < share.template units<kWidth>() ? share.template first<kWidth>(unit) : -1;
+    for (int k = 0; k < kPacks; ++k, of_pack += 1 << share.step_shift)
+      first[k] = kWhole || of_pack < share.template units<kWidth>() ? share.template first<kWidth>(of_pack) : -1;
   }
 
   static __device__ __forceinline__ int64_t offset(int c, const Strides& strides) {
@@ -213,14 +216,15 @@ struct Tile {
 };
 
 // A thread's tiles: `whole` ones, as many for every thread of the row, then one more that ends behind the row if there
-// are more in all. As many threads share a row as a power of two.
+// are more in all: of one thread of a warp, or of several; the others come along, for its stores may take shuffles. As many
+// threads share a row as a power of two.
 struct TileCount {
   int whole, all;
 
   template <int kWidth, int kPacks, typename T>
   static __device__ __forceinline__ TileCount of(const Share<T>& share) {
     const int units = share.template units<kWidth>(), whole = (units >> share.step_shift) / kPacks;
-    return {whole, whole + (share.thread < units - (whole * kPacks << share.step_shift))};
+    return {whole, whole + ((share.thread & -kWarp) < units - (whole * kPacks << share.step_shift))};
   }
 };
 
@@ -330,24 +334,38 @@ __device__ __forceinline__ void store_elements(T* p, const Pack<T, kWidth>& pack
 template <SpreadKind kKind, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
                                            const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile,
-                                           bool stores_vectors) {
-  const auto write = [&](auto put) {
-    tile.for_each_pack([&](int k) {
-      A values[kWidth];
+                                           const Share<T>& share) {
+  const auto pack_of = [&](int k) {
+    A values[kWidth];
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        if constexpr (kKind == SpreadKind::kNone || kKind == SpreadKind::kUniform) {
-          values[j] = math::exp(tile.x[k][j] - of_row.max) * of_row.scale_times_grad_output;
-          if (kKind == SpreadKind::kUniform) values[j] -= of_row.uniform_times_grad_output;
-        } else {
-          values[j] = gradient_of(of_row, A(tile.x[k][j]), tile.template coefficient<kKind>(row, k, j));
-        }
+    for (int j = 0; j < kWidth; ++j) {
+      if constexpr (kKind == SpreadKind::kNone || kKind == SpreadKind::kUniform) {
+        values[j] = math::exp(tile.x[k][j] - of_row.max) * of_row.scale_times_grad_output;
+        if (kKind == SpreadKind::kUniform) values[j] -= of_row.uniform_times_grad_output;
+      } else {
+        values[j] = gradient_of(of_row, A(tile.x[k][j]), tile.template coefficient<kKind>(row, k, j));
       }
-      put(row.grad + tile.offset(tile.first[k], row.o.grad_strides), narrow_pack<T, kWidth>(values));
-    });
+    }
+    return narrow_pack<T, kWidth>(values);
   };
-  if (kWidth == 1 || stores_vectors) write([](T* p, const auto& pack) { store(p, pack); });
-  else write([](T* p, const auto& pack) { store_elements(p, pack); });
+  const auto place_of = [&](int k) { return row.grad + tile.offset(tile.first[k], row.o.grad_strides); };
+  if (kWidth == 1 || share.stores_vectors) {
+    tile.for_each_pack([&](int k) { store(place_of(k), pack_of(k)); });
+  } else if constexpr (kWidth > 1) {
+    if (share.step_shift < kWarpShift) {  // rows of a few lanes, which need not all be here
+      tile.for_each_pack([&](int k) { store_elements(place_of(k), pack_of(k)); });
+      return;
+    }
+    const int lane = share.thread % kWarp, unit = tile.unit - lane;
+    const auto start = reinterpret_cast<char*>(row.grad + share.template first<kWidth>(unit));
+    const int bytes = int(reinterpret_cast<uintptr_t>(start) % kPackBytes);
+    const ShiftedPacks<T> packs = {start - bytes, bytes, lane, kPackBytes << share.step_shift,
+                                   share.template units<kWidth>() - unit};
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k)
+      packs.template store<kWhole>(k, tile.is_there(k) ? pack_of(k) : Pack<T, kWidth>());
+    packs.template store_edges<kWhole, kPacks>();
+  }
 }
 
 // The tiles of a thread's share, from the last to number `first`, as they come from memory: the cache may still hold the
@@ -361,12 +379,10 @@ __device__ __forceinline__ void write_tiles(const Row<T, kSpread>& row, const Ro
     int number = tiles.all - 1;
 #pragma unroll 1
     for (; number >= tiles.whole && number >= first; --number)
-      write_tile<kKind>(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number),
-                            share.stores_vectors);
+      write_tile<kKind>(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number), share);
 #pragma unroll 1
     for (; number >= first; --number)
-      write_tile<kKind>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number),
-                            share.stores_vectors);
+      write_tile<kKind>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number), share);
   });
 }
 

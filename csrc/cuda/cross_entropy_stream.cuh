@@ -81,8 +81,7 @@ class Stream {
       for_each_tile(depth, share, [&](auto is_whole, int number) {
         write_tile<decltype(spread)::value>(
             row, of_row,
-            Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, place),
-            share.stores_vectors);
+            Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, place), share);
         copy(next, number);
       });
     });

@@ -10,6 +10,7 @@
 namespace fusedloss::cuda {
 
 constexpr int kWarp = 32;
+constexpr int kWarpShift = 5;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kMaxRowWarps = 8;  // of a block that takes one row
 

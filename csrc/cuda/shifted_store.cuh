@@ -1,0 +1,83 @@
+// Stores of 16 bytes where the gradient's rows are aligned otherwise than those of the logits, as they are for a slice of
+// a padded vocabulary.
+//
+// The packs of a warp's lanes are neighbours, but each begins behind a boundary of 16 bytes. So a lane stores the vector
+// that ends in its pack, with what the lane before has of it. The first lane's vector has two parts that lie apart: its end
+// is the beginning of the warp's packs, and its beginning, which comes from the last lane, is their end. These elements are
+// stored by themselves, those of all packs of a tile at once: the lanes find them in shared memory.
+#pragma once
+
+#include "cuda/reduce.cuh"
+#include "cuda/vec.cuh"
+
+namespace fusedloss::cuda {
+
+constexpr int kMostPacks = 4;  // of a tile
+
+// The first lane's vectors, for each warp of a block.
+__device__ __forceinline__ uint4 (&edges_of_warps())[kMaxRowWarps][kMostPacks] {
+  __shared__ uint4 edges[kMaxRowWarps][kMostPacks];
+  return edges;
+}
+
+// A warp's packs of a tile in the gradient, to be stored by all lanes of the warp together.
+template <typename T>
+struct ShiftedPacks {
+  char* boundary;  // the last one before the first lane's first pack
+  int bytes;       // from there to the pack
+  int lane;
+  int step;        // bytes from a pack of a lane to its next one
+  int vectors;     // of the row, from the first lane's first pack on
+
+  // How many lanes have a k-th pack.
+  template <bool kWhole>
+  __device__ __forceinline__ int lanes(int k) const {
+    return kWhole ? kWarp : ::max(0, ::min(kWarp, vectors - k * step / kPackBytes));
+  }
+
+  template <bool kWhole>
+  __device__ __forceinline__ void store(int k, const Pack<T, kVector<T>>& pack) const {
+    constexpr bool kHalves = sizeof(T) == 2;  // words may come from two
+    const int lanes_here = lanes<kWhole>(k), before = lane == 0 ? lanes_here - 1 : lane - 1;
+    // The words of a lane move to their places in a vector, and round from its end to its beginning: there they belong to
+    // the next lane.
+    const bool by_one = sizeof(T) < 8 && (bytes & 4), by_two = sizeof(T) == 8 || (bytes & 8);
+    uint32_t moved[4], words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) moved[i] = choose(by_one, pack.words[(i + 3) % 4], pack.words[i]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = choose(by_two, moved[(i + 2) % 4], moved[i]);
+    const uint32_t last = kHalves ? __shfl_sync(kAllLanes, words[3], before) : 0;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) words[i] = __shfl_sync(kAllLanes, words[i], 4 * i + 4 <= bytes ? before : lane);
+    if constexpr (kHalves) {
+      const int shift = bytes & 2 ? 16 : 0;
+#pragma unroll
+      for (int i = 3; i >= 0; --i) words[i] = __funnelshift_l(i > 0 ? words[i - 1] : last, words[i], shift);
+    }
+    const uint4 vector = {words[0], words[1], words[2], words[3]};
+    if (lane == 0) edges_of_warps()[warp()][k] = vector;
+    else if (kWhole || lane < lanes_here) store_vector(boundary + k * step + lane * kPackBytes, vector);
+  }
+
+  // After all packs.
+  template <bool kWhole, int kPacks>
+  __device__ __forceinline__ void store_edges() const {
+    static_assert(kPacks <= kMostPacks && kPacks * kVector<T> <= kWarp);
+    const int k = lane / kVector<T>, i = lane % kVector<T>;
+    __syncwarp();
+    if (k < kPacks && (kWhole || lanes<kWhole>(k) > 0)) {
+      const int place = i * int(sizeof(T)), behind = place < bytes ? lanes<kWhole>(k) * kPackBytes : 0;
+      *reinterpret_cast<T*>(boundary + k * step + place + behind) =
+          reinterpret_cast<const T*>(&edges_of_warps()[warp()][k])[i];
+    }
+    __syncwarp();  // the next tile's vectors take their place
+  }
+
+ private:
+  // Of values: a choice between elements of an array is one between addresses, for which the array must lie in memory.
+  static __device__ __forceinline__ uint32_t choose(bool first, uint32_t a, uint32_t b) { return first ? a : b; }
+  static __device__ __forceinline__ int warp() { return int(threadIdx.y * blockDim.x + threadIdx.x) / kWarp; }
+};
+
+}  // namespace fusedloss::cuda
