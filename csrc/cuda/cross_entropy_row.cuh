@@ -156,7 +156,6 @@ struct Tile {
   Pack<T, kWidth> x[kPacks];
   Pack<T, kWidth> t[kPacks] = {};  // probabilities only
   int first[kPacks];               // class of a pack's first element; -1 behind the row's end
-  int unit;                        // of the share, the first pack's
 
   // A share's tile, from memory; with kWidth = 1 the classes may lie apart.
   __device__ __forceinline__ Tile(const Row<T, kSpread>& row, const Share<T>& share, int number) {
@@ -186,11 +185,10 @@ struct Tile {
   }
 
   __device__ __forceinline__ void find(const Share<T>& share, int number) {
-    unit = share.thread + (number * kPacks << share.step_shift);
-    int of_pack = unit;
+    int unit = share.thread + (number * kPacks << share.step_shift);
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k, of_pack += 1 << share.step_shift)
-      first[k] = kWhole || of_pack < share.template units<kWidth>() ? share.template first<kWidth>(of_pack) : -1;
+    for (int k = 0; k < kPacks; ++k, unit += 1 << share.step_shift)
+      first[k] = kWhole || unit < share.template units<kWidth>() ? share.template first<kWidth>(unit) : -1;
   }
 
   static __device__ __forceinline__ int64_t offset(int c, const Strides& strides) {
@@ -334,7 +332,7 @@ __device__ __forceinline__ void store_elements(T* p, const Pack<T, kWidth>& pack
 template <SpreadKind kKind, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
                                            const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile,
-                                           const Share<T>& share) {
+                                           const Share<T>& share, int number) {
   const auto pack_of = [&](int k) {
     A values[kWidth];
 #pragma unroll
@@ -356,7 +354,7 @@ __device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const Row
       tile.for_each_pack([&](int k) { store_elements(place_of(k), pack_of(k)); });
       return;
     }
-    const int lane = share.thread % kWarp, unit = tile.unit - lane;
+    const int lane = share.thread % kWarp, unit = share.thread - lane + (number * kPacks << share.step_shift);
     const auto start = reinterpret_cast<char*>(row.grad + share.template first<kWidth>(unit));
     const int bytes = int(reinterpret_cast<uintptr_t>(start) % kPackBytes);
     const ShiftedPacks<T> packs = {start - bytes, bytes, lane, kPackBytes << share.step_shift,
@@ -379,10 +377,10 @@ __device__ __forceinline__ void write_tiles(const Row<T, kSpread>& row, const Ro
     int number = tiles.all - 1;
 #pragma unroll 1
     for (; number >= tiles.whole && number >= first; --number)
-      write_tile<kKind>(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number), share);
+      write_tile<kKind>(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number), share, number);
 #pragma unroll 1
     for (; number >= first; --number)
-      write_tile<kKind>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number), share);
+      write_tile<kKind>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number), share, number);
   });
 }
 

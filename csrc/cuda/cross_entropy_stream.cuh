@@ -81,7 +81,7 @@ class Stream {
       for_each_tile(depth, share, [&](auto is_whole, int number) {
         write_tile<decltype(spread)::value>(
             row, of_row,
-            Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, place), share);
+            Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, place), share, number);
         copy(next, number);
       });
     });
