@@ -24,6 +24,7 @@
 
 #include "cuda/cross_entropy_columns.cuh"
 #include "cuda/cross_entropy_few.cuh"
+#include "cuda/cross_entropy_lanes.cuh"
 #include "cuda/cross_entropy_stream.cuh"
 
 namespace fusedloss::cuda {
@@ -42,7 +43,10 @@ FUSEDLOSS_ANYWHERE int lanes_of_split(int blocks) {
 // to make room for a few more.
 template <typename T, bool kSpread>
 constexpr int kResident = sizeof(T) == 8 ? 256 : kSpread ? 512 : 768;
+template <typename T, bool kSpread>
+constexpr int kAloneResident = sizeof(T) == 8 ? 512 : kSpread ? 768 : 1024;
 
+// A row's statistics and its loss, in training also its gradient: the rows that a block, or a cluster of blocks, keeps.
 template <typename T, bool kSpread>
 __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThreads))
     forward_rows(const Problem<T> o) {
@@ -51,7 +55,6 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
   const RowPlan& plan = o.plan;
   const int rank = rank_of_block(plan);  // among the blocks of a row
   const int thread = rank * int(blockDim.x) + int(threadIdx.x);  // among those of a row
-  const bool keeps = o.grad_logits != nullptr && !plan.split;
   __shared__ Partial sums[kRowsOfBlock];  // a row's first thread has one for itself: registers are scarce
   if (threadIdx.x == 0) sums[threadIdx.y] = {};
   let_next_launch_start();
@@ -59,13 +62,11 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
 
   Rows stream(o, thread);
   const auto source_of = [&](int64_t number, int y) {
-    return plan.depth > 0 && number < plan.rows ? Rows::source_of(Row<T, kSpread>(o, number, y))
-                                                : typename Rows::Source{};
+    return number < plan.rows ? Rows::source_of(Row<T, kSpread>(o, number, y)) : typename Rows::Source{};
   };
   int64_t number = group_of_block(plan) * blockDim.y + threadIdx.y;
   int y = o.class_of(o.target_at(number)), next_y = o.class_of(o.target_at(number + plan.step));
-  auto now = source_of(number, y);
-  stream.start(now);
+  stream.start(source_of(number, y));
   A g = 0;
   int turn = 0;
   for (; number - threadIdx.y < plan.rows; ++turn) {
@@ -81,34 +82,63 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
     const auto share = share_of(row, thread);
     const T x_y = ask_for_target_logit(row);
     auto state = empty_row_state<A>();
-    if (counts && share.template units<1>() > 0) absorb<1, Rows::kPacks>(state, row, share);
-    stream.absorb_row(state, row, counts, keeps, share, now, next);
+    if (counts) {
+      if (share.template units<1>() > 0) absorb<1, Rows::kPacks>(state, row, share);
+      stream.absorb_row(state, row, share);
+    }
+    state = row_merge<kSpread>(state, turn);
+    if (plan.cluster) state = cluster_merge<kSpread>(state, rank, plan.blocks, turn);
+    const A scale = scale_of(row, state);
+    if (is_row && thread == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
+    if (turn == 0) {
+      wait_for_launch_before();  // for total_weight
+      g = with_mean(o, A(1));    // nobody has sent a grad_output yet
+    }
+    if (counts) {
+      write_gradient(row, row_gradient(o, state.max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
+        stream.write_row_vectors(row, of_row, share, next);
+      });
+    } else {
+      if (is_row) write_row_of_zeros(row, share);
+      stream.start(next);
+    }
+    number = next_number;
+    y = next_y;
+    next_y = o.class_of(later_target);
+  }
+  leave_rows(o, sums);
+}
+
+// The same where no gradient is written: every class is read once, and nothing is kept. Of split rows each block has a part,
+// and leaves its statistics.
+template <typename T, bool kSpread>
+__global__ void __launch_bounds__(kRowThreads, (kAloneResident<T, kSpread> / kRowThreads))
+    forward_alone(const Problem<T> o) {
+  using A = Statistic<T>;
+  const RowPlan& plan = o.plan;
+  const int rank = rank_of_block(plan);
+  const int thread = rank * int(blockDim.x) + int(threadIdx.x);
+  __shared__ Partial sums[kRowsOfBlock];
+  if (threadIdx.x == 0) sums[threadIdx.y] = {};
+  let_next_launch_start();
+  int turn = 0;
+  for (int64_t number = group_of_block(plan) * blockDim.y + threadIdx.y; number - threadIdx.y < plan.rows;
+       number += plan.step, ++turn) {
+    const bool is_row = number < plan.rows;
+    const Row<T, kSpread> row(o, number, o.class_of(o.target_at(number)));
+    const auto share = share_of(row, thread);
+    const T x_y = ask_for_target_logit(row);
+    auto state = empty_row_state<A>();
+    if (is_row && row.counts()) {
+      if (share.template units<1>() > 0) absorb<1, kTilePacks<kSpread>>(state, row, share);
+      absorb<kVector<T>, kTilePacks<kSpread>>(state, row, share);
+    }
     state = row_merge<kSpread>(state, turn);
     if (plan.split) {
       if (threadIdx.x == 0) static_cast<RowState<A>*>(o.scratch)[number * plan.blocks + rank] = state;
-    } else {
-      if (plan.cluster) state = cluster_merge<kSpread>(state, rank, plan.blocks, turn);
-      const A scale = scale_of(row, state);
-      if (is_row && thread == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
-      if (keeps) {
-        if (turn == 0) {
-          wait_for_launch_before();  // for total_weight
-          g = with_mean(o, A(1));    // nobody has sent a grad_output yet
-        }
-        if (counts) {
-          write_gradient(row, row_gradient(o, state.max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
-            stream.write_row_vectors(row, of_row, share, next);
-          });
-        } else {
-          if (is_row) write_row_of_zeros(row, share);
-          stream.start(next);
-        }
-      }
+    } else if (is_row && thread == 0) {
+      finish_row(row, state, scale_of(row, state), x_y, sums[threadIdx.y]);
     }
-    number = next_number;
-    now = next;
-    y = next_y;
-    next_y = o.class_of(later_target);
   }
   if (!plan.split) leave_rows(o, sums);
 }
@@ -306,8 +336,13 @@ cudaError_t launch_backward(CrossEntropyOptions o, cudaStream_t stream) {
 }
 
 template <typename T>
-auto rows_kernel(const CrossEntropyOptions& o) {
+auto rows_kernel(const CrossEntropyOptions& o, bool keeps) {
+  if (!keeps) return o.is_spread() ? forward_alone<T, true> : forward_alone<T, false>;
   return o.is_spread() ? forward_rows<T, true> : forward_rows<T, false>;
+}
+template <typename T>
+auto lanes_kernel(const CrossEntropyOptions& o) {
+  return o.is_spread() ? forward_lanes<T, true> : forward_lanes<T, false>;
 }
 
 // Prepares the launch of the rows' kernel. There are no more blocks than the device holds at once, and each takes several
@@ -315,9 +350,9 @@ auto rows_kernel(const CrossEntropyOptions& o) {
 // blocks that never end stayed in step with one another, and read and wrote at the same times.
 template <typename T>
 cudaError_t fit_to_device(const CrossEntropyOptions& o, RowPlan& plan) {
-  if (plan.columns || plan.few_pitch > 0) return cudaSuccess;
+  if (plan.columns || plan.few_pitch > 0 || plan.in_lanes) return cudaSuccess;
   int64_t most = 0;
-  const cudaError_t error = resident_blocks(rows_kernel<T>(o), plan.shape(o, false), most);
+  const cudaError_t error = resident_blocks(rows_kernel<T>(o, plan.keeps), plan.shape(o, false), most);
   const bool one_row_each = o.grad_logits != nullptr && !o.is_spread();
   if (error == cudaSuccess && !plan.split && !one_row_each) plan.limit_grid(o.tuning.waves * most);
   return error;
@@ -328,11 +363,12 @@ cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cu
   const bool spread = o.is_spread();
   const Problem<T> problem(o, plan);
   cudaError_t error = launch_weigh<T>(o, plan, stream);
-  const auto kernel = rows_kernel<T>(o);
+  const auto kernel = rows_kernel<T>(o, plan.keeps);
   const bool overlaps = weigh_grid(o, plan) > 0;  // no more than the weights: other launches may write the logits
   if (error == cudaSuccess)
     error = plan.few_pitch > 0 ? launch_few<T>(o, plan, /*forward=*/true, overlaps, stream)
             : plan.columns     ? launch_columns<T>(o, plan, /*forward=*/true, overlaps, stream)
+            : plan.in_lanes    ? launch(lanes_kernel<T>(o), plan.shape(o, overlaps), stream, problem)
                                : launch(kernel, plan.shape(o, overlaps), stream, problem);
   if (error != cudaSuccess || !plan.split) return error;
   const unsigned blocks = split_grid(plan);

@@ -14,6 +14,8 @@ constexpr int kPackBytes = 16;
 // columns, where a pack is one class. The sweep that writes takes half of them: half of its traffic is its stores.
 template <bool kSpread>
 constexpr int kTilePacks = kSpread ? 2 : 4;
+// Of a row that some lanes of a warp share, in registers.
+constexpr int kLanePacks = 8;
 template <bool kSpread>
 constexpr int kColumnPacks = kSpread ? 4 : 8;
 
@@ -42,7 +44,9 @@ struct RowPlan {
   int blocks_shift = 0;        // log2 of them
   int threads_shift = 0;       // log2 of the threads that share a row, in all its blocks
   bool cluster = false;        // either in a cluster
+  bool in_lanes = false;       // a row lies in the registers of some lanes of a warp: see cross_entropy_lanes.cuh
   bool split = false;          // or apart, to meet in scratch
+  bool keeps = false;          // what a row's threads have read, for the gradient: then
   int tiles = 0;               // of a thread, in a row
   int depth = 0;               // so many tiles of a thread have slots in shared memory: see cross_entropy_stream.cuh
   int slots = 0;               // of a thread, each for a pack; fewer than `depth` tiles of them where a row ends sooner
@@ -134,6 +138,7 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
     unsigned lanes = 1;
     while (lanes < 32 && (lanes * of_lane < packs || (lanes < t.least_lanes && 2 * lanes <= packs))) lanes *= 2;
     plan.block = dim3(lanes, kRowsOfBlock / lanes);
+    plan.in_lanes = with_exchange && packs <= lanes * kLanePacks;
   } else {
     const int64_t parts = divide_up(8 * t.multiprocessors, larger(1, o.rows()));
     const int64_t most_parts = smaller(parts, o.classes / t.split_classes);
@@ -153,20 +158,15 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
   plan.threads_shift = log2_of(int64_t(plan.block.x) * plan.blocks);
   plan.grid = grid_size(o, plan.block.y, plan.blocks);
   plan.step = int64_t(plan.grid / plan.blocks) * plan.block.y;
-  if (!with_exchange) return plan;
+  if (!with_exchange || plan.in_lanes) return plan;
 
-  // In training all tiles have slots, if there is room; else enough of them for memory to be busy.
+  // All tiles have slots, if there is room.
+  plan.keeps = keeps && !plan.split;
+  if (!plan.keeps) return plan;
   const int64_t of_thread = divide_up(packs, int64_t(plan.block.x) * plan.blocks);
   const int64_t room = t.kept_bytes / (int64_t(plan.block.x) * plan.block.y * pack_bytes);
   plan.tiles = int(divide_up(of_thread, tile_packs));
-  if (o.classes * bytes_of(o.dtype) <= t.direct_bytes) {
-    plan.depth = 0;  // copies on their way cost more instructions than so short rows have to spare
-  } else if (keeps && !plan.split && of_thread <= room) {
-    plan.depth = plan.tiles;
-  } else {
-    const int64_t most = room / tile_packs;
-    plan.depth = int(smaller(plan.tiles, keeps && !plan.split ? most : smaller(most, t.stream_tiles)));
-  }
+  plan.depth = of_thread <= room ? plan.tiles : int(smaller(plan.tiles, room / tile_packs));
   plan.slots = int(smaller(of_thread, plan.depth * tile_packs));
   return plan;
 }

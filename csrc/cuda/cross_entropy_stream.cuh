@@ -44,33 +44,20 @@ class Stream {
   // Starts to copy the first tiles of the first row.
   __device__ __forceinline__ void start(const Source& first) {
 #pragma unroll 1
-    for (int number = 0; number < depth; ++number) {
-      copy(first, number);
-      advance();
-    }
+    for (int number = 0; number < depth; ++number) copy(first, number);
   }
 
-  // Adds a row, or what a thread has of it, to the statistics, and starts to copy what comes next unless the row is kept.
-  __device__ __forceinline__ void absorb_row(RowState<A>& state, const Row<T, kSpread>& row, bool counts, bool keeps,
-                                             const Share<T>& share, const Source& now, const Source& next) {
-    const int streamed = keeps || depth == 0 ? depth : tiles;
+  // Adds what a thread has of a row to the statistics.
+  __device__ __forceinline__ void absorb_row(RowState<A>& state, const Row<T, kSpread>& row, const Share<T>& share) {
     with_spread<kSpread>(row.o, [&](auto spread) {
-      for_each_tile(streamed, share, [&](auto is_whole, int number) {
-        wait_for_copies(keeps ? depth - 1 - number : depth - 1);
-        if (counts)
-          absorb_tile<decltype(spread)::value>(
-              state, row,
-              Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, place));
-        if (!keeps) {
-          const bool of_next = number + depth >= tiles;
-          // Member by member: chosen by its address, a source would have to lie in memory.
-          copy({of_next ? next.logits : now.logits, of_next ? next.probability : now.probability,
-                of_next ? next.vectors : now.vectors},
-               number + depth - (of_next ? tiles : 0));
-        }
+      for_each_tile(depth, share, [&](auto is_whole, int number) {
+        wait_for_copies(depth - 1 - number);
+        absorb_tile<decltype(spread)::value>(
+            state, row,
+            Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, number * kPacks));
       });
     });
-    if (counts && streamed < tiles) absorb<kVector<T>, kPacks>(state, row, share, streamed);
+    if (depth < tiles) absorb<kVector<T>, kPacks>(state, row, share, depth);
   }
 
   // Writes the gradient of a row's vectors, and starts to copy the next row into the slots that become free.
@@ -81,7 +68,7 @@ class Stream {
       for_each_tile(depth, share, [&](auto is_whole, int number) {
         write_tile<decltype(spread)::value>(
             row, of_row,
-            Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, place), share, number);
+            Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, number * kPacks), share, number);
         copy(next, number);
       });
     });
@@ -92,7 +79,6 @@ class Stream {
   const int slots_of_pack;
   const int thread, threads_shift;
   const Slots slots;
-  int place = 0;  // the first pack of the tile whose turn it is
 
   // Waits for this thread's copies, but for the last `groups` groups of them. The toolkit's function alone does not keep
   // the compiler from moving reads to before it.
@@ -109,14 +95,9 @@ class Stream {
     const int whole = TileCount::of<kVector<T>, kPacks>(share).whole;
     int number = 0;
 #pragma unroll 1
-    for (; number < count && number < whole; ++number, advance()) f(std::true_type(), number);
+    for (; number < count && number < whole; ++number) f(std::true_type(), number);
 #pragma unroll 1
-    for (; number < count; ++number, advance()) f(std::false_type(), number);
-  }
-
-  __device__ __forceinline__ void advance() {
-    place += kPacks;
-    if (place == depth * kPacks) place = 0;
+    for (; number < count; ++number) f(std::false_type(), number);
   }
 
   // Copies nothing of a source without vectors, such as that of a row which does not exist. It commits a group all the same,
@@ -128,7 +109,7 @@ class Stream {
       for (int k = 0; k < kPacks; ++k) {
         const int unit = first + (k << threads_shift);
         if (unit >= source.vectors) continue;
-        const int at = unit * kVector<T>, slot = slots_of_pack * (place + k);
+        const int at = unit * kVector<T>, slot = slots_of_pack * (number * kPacks + k);
         __pipeline_memcpy_async(&slots[slot], source.logits + at, kPackBytes);
         if (kSpread && source.probability)
           __pipeline_memcpy_async(&slots[slot + 1], source.probability + at, kPackBytes);

@@ -12,7 +12,7 @@
 
 namespace fusedloss::cuda {
 
-constexpr int kMostPacks = 4;  // of a tile
+constexpr int kMostPacks = 8;  // of a tile
 
 // The first lane's vectors, for each warp of a block.
 __device__ __forceinline__ uint4 (&edges_of_warps())[kMaxRowWarps][kMostPacks] {
@@ -63,10 +63,12 @@ struct ShiftedPacks {
   // After all packs.
   template <bool kWhole, int kPacks>
   __device__ __forceinline__ void store_edges() const {
-    static_assert(kPacks <= kMostPacks && kPacks * kVector<T> <= kWarp);
-    const int k = lane / kVector<T>, i = lane % kVector<T>;
+    static_assert(kPacks <= kMostPacks);
+    const int i = lane % kVector<T>;
     __syncwarp();
-    if (k < kPacks && (kWhole || lanes<kWhole>(k) > 0)) {
+#pragma unroll
+    for (int k = lane / kVector<T>; k < kPacks; k += kWarp / kVector<T>) {
+      if (!kWhole && lanes<kWhole>(k) <= 0) continue;
       const int place = i * int(sizeof(T)), behind = place < bytes ? lanes<kWhole>(k) * kPackBytes : 0;
       *reinterpret_cast<T*>(boundary + k * step + place + behind) =
           reinterpret_cast<const T*>(&edges_of_warps()[warp()][k])[i];

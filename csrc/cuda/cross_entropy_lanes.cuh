@@ -1,0 +1,54 @@
+// Short rows: some lanes of a warp share one, and each keeps its part of it in registers, so that the row is read once.
+#pragma once
+
+#include "cuda/cross_entropy_finish.cuh"
+
+namespace fusedloss::cuda {
+
+// Blocks that a multiprocessor must hold at once. Said outright since the compiler, left to choose, spills registers.
+template <typename T, bool kSpread>
+constexpr int kLaneBlocks = sizeof(T) == 8 ? 2 : kSpread ? 4 : 5;
+
+// threadIdx.x: the lane among those of a row; threadIdx.y: the row of the block.
+template <typename T, bool kSpread>
+__global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kSpread>)) forward_lanes(const Problem<T> o) {
+  using A = Statistic<T>;
+  __shared__ Partial sums[kRowsOfBlock];  // a row's first lane has one for itself
+  if (threadIdx.x == 0) sums[threadIdx.y] = {};
+  let_next_launch_start();
+  A grad_output = 0;
+  bool is_first_turn = true;
+  for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < o.plan.rows; first += o.plan.step) {
+    const int64_t number = first + threadIdx.y;
+    // All lanes of a warp take part when statistics are merged, so those behind the last row look at a row once more.
+    const bool is_row = number < o.plan.rows;
+    const Row<T, kSpread> row(o, is_row ? number : first);
+    const auto share = share_of(row, int(threadIdx.x));
+    // Asked for whether the row counts or not: nobody waits for its target first.
+    const Tile<T, kSpread, kVector<T>, kLanePacks, false> tile(row, share, 0);
+    const T x_y = ask_for_target_logit(row);
+    auto state = empty_row_state<A>();
+    with_spread<kSpread>(o, [&](auto spread) { absorb_tile<decltype(spread)::value>(state, row, tile); });
+    if (share.template units<1>() > 0) absorb<1, kTilePacks<kSpread>>(state, row, share);
+    state = lanes_merge<kSpread>(state, int(blockDim.x));
+    const A scale = scale_of(row, state);
+    if (is_row && threadIdx.x == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
+    if (o.grad_logits == nullptr) continue;
+    if (is_first_turn) {
+      wait_for_launch_before();  // for total_weight
+      grad_output = with_mean(o, A(1));
+    }
+    is_first_turn = false;
+    if (!is_row) continue;
+    if (!row.counts()) {
+      write_row_of_zeros(row, share);
+      continue;
+    }
+    write_gradient(row, row_gradient(o, state.max, scale, grad_output), share, x_y, [&](const RowGradient<A>& of_row) {
+      with_spread<kSpread>(o, [&](auto spread) { write_tile<decltype(spread)::value>(row, of_row, tile, share, 0); });
+    });
+  }
+  leave_rows(o, sums);
+}
+
+}  // namespace fusedloss::cuda
