@@ -165,6 +165,27 @@ def test_every_kernel(dtype, tuning, emulator, rng):
             problem.check(emulator)
 
 
+def slice_of_padded(rng: random.Random, dtype: torch.dtype, classes: int, tuning: str, rows: int) -> CrossEntropy:
+    """Rows of logits that all begin at a 16-byte boundary; those of the gradient begin anywhere."""
+    problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), rng.choice(["mean", "sum"]), "contiguous", rows)
+    padded = Placement("contiguous", problem.shape, rng)
+    stride = classes + -classes % 16
+    padded.strides, padded.span = (stride, 1, stride), rows * stride
+    problem.place_logits = problem.place_target = padded
+    problem.place_grad = Placement("contiguous", problem.shape, rng)
+    problem.tuning, problem.grad_in_forward, problem.in_place = tuning, True, False
+    problem.schedules = problem.schedules[:1]
+    return problem
+
+
+@pytest.mark.parametrize("tuning", ["default", "warps", "clusters that keep", "split", "loops"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_slice_of_padded_classes(dtype, tuning, emulator, rng):
+    """Whole tiles and others, of a few lanes and of whole warps; every place between two boundaries."""
+    for classes in (101, 1543, 4101):
+        slice_of_padded(rng, dtype, classes, tuning, rows=9).check(emulator)
+
+
 # What the launch of the rows must look like, so that the test above is about what it says.
 SHAPES = {
     "default": lambda shape: shape.block_x == 128 and shape.shared_bytes == 16384 and shape.cluster == 1,
@@ -414,6 +435,8 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
                 problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), "mean", layout, rows, inner)
                 problem.tuning, problem.grad_in_forward = tuning, not problem.in_place
                 problems.append(problem)
+    if file.startswith("cross_entropy_shifted"):
+        problems = [slice_of_padded(rng, dtype, classes, "warps", rows=5) for classes in (1543, 1551, 4101)]
     if file.startswith("cross_entropy_columns"):
         for _ in range(3):  # a part of a tile is kept, if the rows are aligned
             classes = 40 if dtype.itemsize == 2 else 24

@@ -3,9 +3,9 @@
 #pragma once
 
 #include "cuda/cross_entropy_plan.h"
+#include "cuda/cross_entropy_shifted.cuh"
 #include "cuda/grad_output.cuh"
 #include "cuda/reduce.cuh"
-#include "cuda/shifted_store.cuh"
 #include "cuda/vec.cuh"
 
 namespace fusedloss::cuda {
@@ -350,14 +350,15 @@ __device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const Row
   if (kWidth == 1 || share.stores_vectors) {
     tile.for_each_pack([&](int k) { store(place_of(k), pack_of(k)); });
   } else if constexpr (kWidth > 1) {
-    if (share.step_shift < kWarpShift) {  // rows of a few lanes, which need not all be here
+    if (share.step_shift < kWarpShift) {  // a row of a few lanes: those of the warp's other rows need not be here
       tile.for_each_pack([&](int k) { store_elements(place_of(k), pack_of(k)); });
       return;
     }
-    const int lane = share.thread % kWarp, unit = share.thread - lane + (number * kPacks << share.step_shift);
+    const int thread = only_here(int(threadIdx.y * blockDim.x + threadIdx.x));  // within the block
+    const int lane = thread % kWarp, unit = share.thread - lane + (number * kPacks << share.step_shift);
     const auto start = reinterpret_cast<char*>(row.grad + share.template first<kWidth>(unit));
     const int bytes = int(reinterpret_cast<uintptr_t>(start) % kPackBytes);
-    const ShiftedPacks<T> packs = {start - bytes, bytes, lane, kPackBytes << share.step_shift,
+    const ShiftedPacks<T> packs = {start - bytes, bytes, lane, thread / kWarp, kPackBytes << share.step_shift,
                                    share.template units<kWidth>() - unit};
 #pragma unroll
     for (int k = 0; k < kPacks; ++k)
@@ -409,22 +410,21 @@ __device__ __forceinline__ void write_gradient(const Row<T, kSpread>& row, const
   store_values(row.grad + row.y * row.o.grad_strides.classes, of_target);
 }
 
-// For a row that does not count: zeros, even where its logits are NaN.
 template <int kWidth, typename T, bool kSpread>
 __device__ __forceinline__ void write_zeros(const Row<T, kSpread>& row, const Share<T>& share) {
   const Pack<T, kWidth> zeros = {};
 #pragma unroll 1
   for (int unit = share.thread; unit < share.template units<kWidth>(); unit += 1 << share.step_shift) {
-    T* const p = row.grad + share.template first<kWidth>(unit) * row.o.grad_strides.classes;
-    if (kWidth == 1 || share.stores_vectors) store(p, zeros);
-    else store_elements(p, zeros);
+    store(row.grad + share.template first<kWidth>(unit) * row.o.grad_strides.classes, zeros);
   }
 }
 
+// For a row that does not count: zeros, even where its logits are NaN. Nothing is read, so the vectors are the gradient's.
 template <typename T, bool kSpread>
 __device__ __forceinline__ void write_row_of_zeros(const Row<T, kSpread>& row, const Share<T>& share) {
-  write_zeros<kVector<T>>(row, share);
-  write_zeros<1>(row, share);
+  const Share<T> of_gradient = {split(int(row.o.classes), row.grad), share.thread, share.step_shift, true};
+  write_zeros<kVector<T>>(row, of_gradient);
+  write_zeros<1>(row, of_gradient);
 }
 
 // A thread's share of the gradient of any row, from its statistics and the logits in memory.

@@ -190,6 +190,10 @@ inline int __all_sync(unsigned mask, int p, SourceLine caller = EMULATOR_CALLER)
 
 // ---- Integers
 
+// The upper word of both, moved to the left by the last five bits of `shift`.
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+  return unsigned((uint64_t(high) << 32 | low) << (shift & 31) >> 32);
+}
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(unsigned(value)); }
 
 // ---- Asynchronous copies from global to shared memory

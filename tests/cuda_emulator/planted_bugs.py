@@ -60,6 +60,14 @@ LISTED = [
     ("single elements in the wrong place", "vec.cuh", "return @unit < head@ ?", "true"),
     ("read off by one", "vec.cuh", "pack.element = @*p@;", "p[1]"),
     ("read past a row's end", "cross_entropy_row.cuh", "kWhole || @unit < share.template units<kWidth>()@ ?", "true"),
+    (
+        "shifted stores: the beginning of another vector",
+        "cross_entropy_shifted.cuh",
+        "lane == 0 ? @lanes_here - 1@ : lane - 1;",
+        "lane",
+    ),
+    ("shifted stores: lanes behind the row's end", "cross_entropy_shifted.cuh", "(kWhole || @lane < lanes_here@)", "true"),
+    ("shifted stores: the end of the packs left out", "cross_entropy_shifted.cuh", "behind = @place < bytes@ ?", "false"),
     ("more tiles than have slots", "cross_entropy_stream.cuh", "streamed = @keeps || depth == 0@ ?", "false"),
     (
         "a copy that is not waited for",

@@ -20,19 +20,30 @@ __device__ __forceinline__ uint4 (&edges_of_warps())[kMaxRowWarps][kMostPacks] {
   return edges;
 }
 
+// A value that the compiler knows nothing of. What it could tell of a thread's number it would tell before the loop over the
+// rows, and keep in registers that are missed elsewhere.
+__device__ __forceinline__ int only_here(int value) {
+#if FUSEDLOSS_CUDA_ARCH
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // A warp's packs of a tile in the gradient, to be stored by all lanes of the warp together.
 template <typename T>
 struct ShiftedPacks {
   char* boundary;  // the last one before the first lane's first pack
-  int bytes;       // from there to the pack
-  int lane;
+  int bytes;       // from there to that pack
+  int lane, warp;  // the lane's number, and that of the warp in its block
   int step;        // bytes from a pack of a lane to its next one
   int vectors;     // of the row, from the first lane's first pack on
 
   // How many lanes have a k-th pack.
   template <bool kWhole>
   __device__ __forceinline__ int lanes(int k) const {
-    return kWhole ? kWarp : ::max(0, ::min(kWarp, vectors - k * step / kPackBytes));
+    if constexpr (kWhole) return kWarp;
+    const int left = vectors - k * step / kPackBytes;
+    return left < 0 ? 0 : left < kWarp ? left : kWarp;
   }
 
   template <bool kWhole>
@@ -56,7 +67,7 @@ struct ShiftedPacks {
       for (int i = 3; i >= 0; --i) words[i] = __funnelshift_l(i > 0 ? words[i - 1] : last, words[i], shift);
     }
     const uint4 vector = {words[0], words[1], words[2], words[3]};
-    if (lane == 0) edges_of_warps()[warp()][k] = vector;
+    if (lane == 0) edges_of_warps()[warp][k] = vector;
     else if (kWhole || lane < lanes_here) store_vector(boundary + k * step + lane * kPackBytes, vector);
   }
 
@@ -71,15 +82,14 @@ struct ShiftedPacks {
       if (!kWhole && lanes<kWhole>(k) <= 0) continue;
       const int place = i * int(sizeof(T)), behind = place < bytes ? lanes<kWhole>(k) * kPackBytes : 0;
       *reinterpret_cast<T*>(boundary + k * step + place + behind) =
-          reinterpret_cast<const T*>(&edges_of_warps()[warp()][k])[i];
+          reinterpret_cast<const T*>(&edges_of_warps()[warp][k])[i];
     }
-    __syncwarp();  // the next tile's vectors take their place
+    __syncwarp();  // the next tile's vectors take their place, and another lane puts the target class right
   }
 
  private:
   // Of values: a choice between elements of an array is one between addresses, for which the array must lie in memory.
   static __device__ __forceinline__ uint32_t choose(bool first, uint32_t a, uint32_t b) { return first ? a : b; }
-  static __device__ __forceinline__ int warp() { return int(threadIdx.y * blockDim.x + threadIdx.x) / kWarp; }
 };
 
 }  // namespace fusedloss::cuda
