@@ -20,12 +20,12 @@ namespace fusedloss::cuda {
 
 // Threads of a block, at most, and blocks of so many that a multiprocessor must hold at once. Said outright since the
 // compiler, left to choose, spills registers to make room for a few more.
-template <typename T, bool kSpread>
-constexpr int kColumnThreads = max_column_threads(sizeof(T) == 8, kSpread);
-template <typename T, bool kSpread>
-constexpr int kForwardBlocks = sizeof(T) < 8 && kSpread ? 2 : 1;
-template <typename T, bool kSpread>
-constexpr int kBackwardBlocks = sizeof(T) == 8 ? 1 : kSpread ? 2 : 3;
+template <typename T, TargetKind kTarget>
+constexpr int kColumnThreads = max_column_threads(sizeof(T) == 8, is_spread(kTarget));
+template <typename T, TargetKind kTarget>
+constexpr int kForwardBlocks = sizeof(T) < 8 && is_spread(kTarget) ? 2 : 1;
+template <typename T, TargetKind kTarget>
+constexpr int kBackwardBlocks = sizeof(T) == 8 ? 1 : is_spread(kTarget) ? 2 : 3;
 
 // In the place of the target class: the row does not count, and its gradient is 0; or the class is no concern of this
 // block.
@@ -74,19 +74,19 @@ __device__ __forceinline__ Pack<T, kWidth> larger_of(const Pack<T, kWidth>& a, c
 
 // A place is one of the block's rows. Sets of one value for each place: each set has the arrays of a RowState, or, the
 // last of step 3, what the gradient needs.
-template <typename T, bool kSpread>
+template <typename T, TargetKind kTarget>
 struct ColumnMemory {
   using A = Statistic<T>;
 
   const int places;
-  A* const values;  // [sets][kStateArrays<kSpread>][places]
+  A* const values;  // [sets][kStateArrays<is_spread(kTarget)>][places]
   int* const y;     // [places]
   T* const of_target;  // [places]  the gradient of the target class
 
   explicit __device__ __forceinline__ ColumnMemory(const ColumnPlan& p)
       : places(column_places(int(blockDim.x), p.width)),
         values(reinterpret_cast<A*>(dynamic_shared_memory + p.kept_vectors)),
-        y(reinterpret_cast<int*>(values + p.sets * kStateArrays<kSpread> * places)),
+        y(reinterpret_cast<int*>(values + p.sets * kStateArrays<is_spread(kTarget)> * places)),
         of_target(reinterpret_cast<T*>(y + places)) {}
 
   // Row `row` of the threads that are the thread-th side by side. Padded so that neither a warp of threads, each at
@@ -96,19 +96,19 @@ struct ColumnMemory {
     return row * column_stride(int(blockDim.x), kWidth) + thread;
   }
   __device__ __forceinline__ A& at(int set, int array, int place) const {
-    return values[(set * kStateArrays<kSpread> + array) * places + place];
+    return values[(set * kStateArrays<is_spread(kTarget)> + array) * places + place];
   }
   __device__ __forceinline__ void put(int set, int place, const RowState<A>& state) const {
     at(set, 0, place) = state.max;
     at(set, 1, place) = state.sum;
-    if constexpr (kSpread) {
+    if constexpr (is_spread(kTarget)) {
       at(set, 2, place) = state.dot;
       at(set, 3, place) = state.mass;
     }
   }
   __device__ __forceinline__ RowState<A> get(int set, int place) const {
     RowState<A> state = {at(set, 0, place), at(set, 1, place), A(0), A(0)};
-    if constexpr (kSpread) {
+    if constexpr (is_spread(kTarget)) {
       state.dot = at(set, 2, place);
       state.mass = at(set, 3, place);
     }
@@ -119,7 +119,7 @@ struct ColumnMemory {
 // ---- A thread's rows
 
 // The classes first, first + step, … of kWidth neighbouring rows.
-template <typename T, bool kSpread, int kWidth>
+template <typename T, TargetKind kTarget, int kWidth>
 struct Columns {
   using A = Statistic<T>;
 
@@ -134,19 +134,19 @@ struct Columns {
       : o(problem), first(thread), shift(problem.plan.threads_shift) {
     const ColumnPosition<T> position(o, unit * kWidth);
     logits = static_cast<const T*>(o.logits) + position.in(o.logits_strides);
-    probability = kSpread && o.target_probability
+    probability = kTarget == TargetKind::kProbabilities
                       ? static_cast<const T*>(o.target_probability) + position.in(o.target_strides)
                       : nullptr;
     grad = o.grad_logits ? static_cast<T*>(o.grad_logits) + position.in(o.grad_strides) : nullptr;
   }
-  __device__ __forceinline__ bool has_probabilities() const { return kSpread && probability != nullptr; }
+  __device__ __forceinline__ bool has_probabilities() const { return kTarget == TargetKind::kProbabilities; }
   __device__ __forceinline__ int classes() const { return int(o.classes); }
 };
 
 // kPacks classes of a thread, a pack of kWidth rows each. kWhole: all of them exist.
-template <typename T, bool kSpread, int kWidth, int kPacks, bool kWhole>
+template <typename T, TargetKind kTarget, int kWidth, int kPacks, bool kWhole>
 struct ColumnTile {
-  using Rows = Columns<T, kSpread, kWidth>;
+  using Rows = Columns<T, kTarget, kWidth>;
 
   Pack<T, kWidth> x[kPacks];
   Pack<T, kWidth> t[kPacks] = {};  // probabilities only
@@ -174,7 +174,7 @@ struct ColumnTile {
     for (int k = 0; k < kPacks; ++k, p += step) packs[k] = is_there(k) ? load<kWidth>(p) : Pack<T, kWidth>();
   }
   __device__ __forceinline__ void keep(const Rows& rows, int number, int kept_packs) const {
-    const int of_pack = rows.o.template slots_of_pack<kSpread>();
+    const int of_pack = Problem<T>::template kSlotsOfPack<kTarget>;
     const Slots slots(rows.o.plan.slots * of_pack);
     for_each_pack([&](int k) {
       if (number * kPacks + k >= kept_packs) return;
@@ -183,7 +183,7 @@ struct ColumnTile {
     });
   }
   __device__ __forceinline__ void take(const Rows& rows, int number) {
-    const int of_pack = rows.o.template slots_of_pack<kSpread>();
+    const int of_pack = Problem<T>::template kSlotsOfPack<kTarget>;
     const Slots slots(rows.o.plan.slots * of_pack);
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
@@ -214,28 +214,28 @@ struct ColumnTile {
 
 // Calls f(tile, its number) for all tiles of a thread, from the last to the first if kReverse: what was not kept is then
 // read again while the cache may still hold it. `whole` tiles are so for every thread of the rows.
-template <int kPacks, bool kReverse, typename T, bool kSpread, int kWidth, typename F>
-__device__ __forceinline__ void for_each_tile(const Columns<T, kSpread, kWidth>& rows, int kept_packs, F f) {
+template <int kPacks, bool kReverse, typename T, TargetKind kTarget, int kWidth, typename F>
+__device__ __forceinline__ void for_each_tile(const Columns<T, kTarget, kWidth>& rows, int kept_packs, F f) {
   const int whole = (rows.classes() >> rows.shift) / kPacks;
   const int all = whole + (rows.first + (whole * kPacks << rows.shift) < rows.classes());
   const auto last = [&] {
-    if (whole < all) f(ColumnTile<T, kSpread, kWidth, kPacks, false>(rows, whole, kept_packs), whole);
+    if (whole < all) f(ColumnTile<T, kTarget, kWidth, kPacks, false>(rows, whole, kept_packs), whole);
   };
   if (kReverse) last();
 #pragma unroll 1
   for (int i = 0; i < whole; ++i) {
     const int number = kReverse ? whole - 1 - i : i;
-    f(ColumnTile<T, kSpread, kWidth, kPacks, true>(rows, number, kept_packs), number);
+    f(ColumnTile<T, kTarget, kWidth, kPacks, true>(rows, number, kept_packs), number);
   }
   if (!kReverse) last();
 }
 
 // ---- 1. The statistics
 
-template <SpreadKind kKind, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
+template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth],
-                                                    const Columns<T, kSpread, kWidth>& rows,
-                                                    const ColumnTile<T, kSpread, kWidth, kPacks, kWhole>& tile) {
+                                                    const Columns<T, kTarget, kWidth>& rows,
+                                                    const ColumnTile<T, kTarget, kWidth, kPacks, kWhole>& tile) {
   auto largest = splat<kWidth>(narrow<T>(A(-INFINITY)));
   tile.for_each_pack([&](int k) { largest = larger_of(largest, tile.x[k]); });
   bool grows = false;
@@ -251,7 +251,7 @@ __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth]
     for (int i = 0; i < kWidth; ++i) {
       const A reference = shift(state[i].max);
       state[i].sum += math::exp(tile.x[k][i] - reference);
-      if constexpr (kSpread) {
+      if constexpr (is_spread(kTarget)) {
         const A q = tile.template coefficient<kKind>(rows, k, i, w);
         state[i].dot += q * (tile.x[k][i] - reference);
         state[i].mass += q;
@@ -260,11 +260,11 @@ __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth]
   });
 }
 
-template <typename T, bool kSpread, int kWidth, typename A>
-__device__ __forceinline__ void absorb_columns(RowState<A> (&state)[kWidth], const Columns<T, kSpread, kWidth>& rows) {
-  constexpr int kPacks = kColumnPacks<kSpread>;
+template <typename T, TargetKind kTarget, int kWidth, typename A>
+__device__ __forceinline__ void absorb_columns(RowState<A> (&state)[kWidth], const Columns<T, kTarget, kWidth>& rows) {
+  constexpr int kPacks = kColumnPacks<is_spread(kTarget)>;
   const int kept_packs = rows.o.plan.slots;
-  with_spread<kSpread>(rows.o, [&](auto spread) {
+  with_spread<kTarget>(rows.o, [&](auto spread) {
     for_each_tile<kPacks, false>(rows, 0, [&](const auto& tile, int number) {
       if constexpr (kWidth > 1)
         if (number * kPacks < kept_packs) tile.keep(rows, number, kept_packs);
@@ -277,7 +277,7 @@ __device__ __forceinline__ void absorb_columns(RowState<A> (&state)[kWidth], con
 
 // Over the lanes of a warp that have the same rows: those whose numbers differ by a multiple of blockDim.x. Fewer threads
 // than lanes are side by side then.
-template <bool kSpread, int kWidth, typename A>
+template <TargetKind kTarget, int kWidth, typename A>
 __device__ __forceinline__ void merge_lanes_apart(RowState<A> (&state)[kWidth]) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
@@ -290,7 +290,7 @@ __device__ __forceinline__ void merge_lanes_apart(RowState<A> (&state)[kWidth]) 
     for (int distance = kWarp / 2; distance > 0; distance /= 2) {
       if (distance < int(blockDim.x)) continue;
       state[i].sum += __shfl_xor_sync(kAllLanes, state[i].sum, distance);
-      if constexpr (kSpread) {
+      if constexpr (is_spread(kTarget)) {
         state[i].dot += __shfl_xor_sync(kAllLanes, state[i].dot, distance);
         state[i].mass += __shfl_xor_sync(kAllLanes, state[i].mass, distance);
       }
@@ -300,8 +300,8 @@ __device__ __forceinline__ void merge_lanes_apart(RowState<A> (&state)[kWidth]) 
 
 // Calls f(row of the block, its place, its state, is this the lane that speaks for it) for all rows of the block, with
 // what `1 << shift` neighbouring sets from `set` on have of the row, merged by as many lanes. All threads take part.
-template <int kWidth, typename T, bool kSpread, typename F>
-__device__ __forceinline__ void for_each_merged_row(const ColumnMemory<T, kSpread>& memory, int set, int shift, F f) {
+template <int kWidth, typename T, TargetKind kTarget, typename F>
+__device__ __forceinline__ void for_each_merged_row(const ColumnMemory<T, kTarget>& memory, int set, int shift, F f) {
   using A = Statistic<T>;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, part = thread & ((1 << shift) - 1);
   const unsigned rows = blockDim.x * kWidth, rows_at_once = blockDim.x * blockDim.y >> shift;
@@ -310,7 +310,7 @@ __device__ __forceinline__ void for_each_merged_row(const ColumnMemory<T, kSprea
     const unsigned row = first + (thread >> shift);
     const int place = memory.template place<kWidth>(row / kWidth, row % kWidth);
     auto state = row < rows ? memory.get(set + part, place) : empty_row_state<A>();
-    if (shift > 0) state = lanes_merge<kSpread>(state, 1 << shift);
+    if (shift > 0) state = lanes_merge<is_spread(kTarget)>(state, 1 << shift);
     if (row < rows) f(int(row), place, state, part);
   }
 }
@@ -328,15 +328,15 @@ __device__ __forceinline__ int rank_of_class(const Problem<T>& o, int c) {
 }
 
 // The target class's logit, where this block has that class: from what a thread has kept, if it has.
-template <int kWidth, typename T, bool kSpread>
-__device__ __forceinline__ T logit_of_target(const RowTarget<T, kSpread>& row, unsigned row_of_block, int kept_packs) {
+template <int kWidth, typename T, TargetKind kTarget>
+__device__ __forceinline__ T logit_of_target(const RowTarget<T, kTarget>& row, unsigned row_of_block, int kept_packs) {
   const Problem<T>& o = row.o;
   if constexpr (kWidth > 1) {
     const int pack = row.y >> o.plan.threads_shift;
     if (pack < kept_packs) {
       const int along = thread_of_class(o, row.y) & int(blockDim.y - 1);
       const int thread = along * int(blockDim.x) + row_of_block / kWidth;
-      const int of_pack = o.template slots_of_pack<kSpread>();
+      const int of_pack = Problem<T>::template kSlotsOfPack<kTarget>;
       const Slots slots(o.plan.slots * of_pack, thread);
       return reinterpret_cast<const T*>(&slots[of_pack * pack])[row_of_block % kWidth];
     }
@@ -353,14 +353,14 @@ __device__ __forceinline__ void fetch_to_cache(const int64_t* p) {
 }
 
 // Leaves in shared memory what the gradient needs of a row; here: has this block the target class?
-template <typename T, bool kSpread, typename A>
-__device__ __forceinline__ void prepare_gradient(const ColumnMemory<T, kSpread>& memory, int set, int place,
-                                                 const RowTarget<T, kSpread>& row, A max, A scale, A grad_output,
+template <typename T, TargetKind kTarget, typename A>
+__device__ __forceinline__ void prepare_gradient(const ColumnMemory<T, kTarget>& memory, int set, int place,
+                                                 const RowTarget<T, kTarget>& row, A max, A scale, A grad_output,
                                                  bool here, T x_y) {
   const bool counts = row.counts();
   memory.at(set, 0, place) = counts ? max : A(0);
-  memory.at(set, 1, place) = !counts ? A(0) : kSpread ? scale : scale * grad_output;
-  if constexpr (kSpread) memory.at(set, 2, place) = grad_output;
+  memory.at(set, 1, place) = !counts ? A(0) : is_spread(kTarget) ? scale : scale * grad_output;
+  if constexpr (is_spread(kTarget)) memory.at(set, 2, place) = grad_output;
   memory.y[place] = !counts ? kDoesNotCount : here ? row.y : kNotHere;
   if (row.y < 0 || !here) return;
   const A e = math::exp(A(widen(x_y)) - max);
@@ -390,11 +390,11 @@ struct RowsThatCount {
 };
 
 // The target class comes after the others, from the thread that has it.
-template <typename T, bool kSpread, int kWidth>
-__device__ __forceinline__ void write_columns(const Columns<T, kSpread, kWidth>& rows,
-                                              const ColumnMemory<T, kSpread>& memory, int set, int kept_packs) {
+template <typename T, TargetKind kTarget, int kWidth>
+__device__ __forceinline__ void write_columns(const Columns<T, kTarget, kWidth>& rows,
+                                              const ColumnMemory<T, kTarget>& memory, int set, int kept_packs) {
   using A = Statistic<T>;
-  constexpr int kPacks = kColumnPacks<kSpread> / 2;
+  constexpr int kPacks = kColumnPacks<is_spread(kTarget)> / 2;
   A max[kWidth], factor[kWidth], grad_output[kWidth];
   RowsThatCount<T, kWidth> count;
 #pragma unroll
@@ -402,11 +402,11 @@ __device__ __forceinline__ void write_columns(const Columns<T, kSpread, kWidth>&
     const int place = memory.template place<kWidth>(threadIdx.x, i);
     max[i] = memory.at(set, 0, place);
     factor[i] = memory.at(set, 1, place);
-    if constexpr (kSpread) grad_output[i] = memory.at(set, 2, place);
+    if constexpr (is_spread(kTarget)) grad_output[i] = memory.at(set, 2, place);
     if (memory.y[place] != kDoesNotCount) count.add(i);
   }
   const int64_t stride = rows.o.grad_strides.classes;
-  with_spread<kSpread>(rows.o, [&](auto spread) {
+  with_spread<kTarget>(rows.o, [&](auto spread) {
     for_each_tile<kPacks, true>(rows, kept_packs, [&](const auto& tile, int) {
       T* p = rows.grad + tile.first * stride;
       const int64_t step = stride << rows.shift;
@@ -416,7 +416,7 @@ __device__ __forceinline__ void write_columns(const Columns<T, kSpread, kWidth>&
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
           const A e = math::exp(tile.x[k][i] - max[i]);
-          if constexpr (kSpread) {
+          if constexpr (is_spread(kTarget)) {
             const A q = tile.template coefficient<decltype(spread)::value>(rows, k, i, w);
             values[i] = logit_gradient(e, factor[i], q, grad_output[i]);
           } else {
@@ -438,13 +438,13 @@ __device__ __forceinline__ void write_columns(const Columns<T, kSpread, kWidth>&
 
 // ---- The kernels
 
-template <typename T, bool kSpread, int kWidth>
-__global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T, kSpread>))
+template <typename T, TargetKind kTarget, int kWidth>
+__global__ void __launch_bounds__(kColumnThreads<T, kTarget>, (kForwardBlocks<T, kTarget>))
     forward_columns(const Problem<T> o) {
   using A = Statistic<T>;
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
-  const ColumnMemory<T, kSpread> memory(columns);
+  const ColumnMemory<T, kTarget> memory(columns);
   const int rank = rank_of_block(plan);
   const int thread = rank * int(blockDim.y) + int(threadIdx.y);  // of those of a row
   const bool wants_gradient = o.grad_logits != nullptr && !plan.split;
@@ -462,12 +462,12 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
     const bool is_there = first + threadIdx.x < columns.units;
     if (threadIdx.y == 0 && is_there && o.target_index != nullptr)
       fetch_to_cache(o.target_index + (first + threadIdx.x) * kWidth);
-    if (is_there) absorb_columns(state, Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread));
+    if (is_there) absorb_columns(state, Columns<T, kTarget, kWidth>(o, first + threadIdx.x, thread));
     // The target of this thread's next row in step 3.
     const int last_shift = plan.cluster ? plan.blocks_shift : columns.sets_shift;
     const int threads = int(blockDim.x * blockDim.y), in_block = threadIdx.y * blockDim.x + threadIdx.x;
     int64_t next_target = o.target_at(first * kWidth + (in_block >> last_shift));
-    if (blockDim.x < kWarp) merge_lanes_apart<kSpread>(state);
+    if (blockDim.x < kWarp) merge_lanes_apart<kTarget>(state);
     __syncthreads();  // the rows before have been read
     if (threadIdx.y % threads_of_set == 0) {
 #pragma unroll
@@ -486,7 +486,7 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
           };
           tell(0, merged.max);
           tell(1, merged.sum);
-          if constexpr (kSpread) {
+          if constexpr (is_spread(kTarget)) {
             tell(2, merged.dot);
             tell(3, merged.mass);
           }
@@ -504,7 +504,7 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
         static_cast<RowState<A>*>(o.scratch)[(number << plan.blocks_shift) + rank] = merged;
         return;  // to be finished by finish_split
       }
-      const RowTarget<T, kSpread> row(o, number, o.class_of(target));
+      const RowTarget<T, kTarget> row(o, number, o.class_of(target));
       const A scale = scale_of(row, merged);
       // One block speaks for the row: the one that has its target class, and so the class's logit.
       const bool here = row.y < 0 ? rank == 0 : rank_of_class(o, row.y) == rank;
@@ -517,21 +517,21 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
     if (!wants_gradient) continue;
     __syncthreads();
     if (is_there)
-      write_columns(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread), memory, columns.last_set, plan.slots);
+      write_columns(Columns<T, kTarget, kWidth>(o, first + threadIdx.x, thread), memory, columns.last_set, plan.slots);
   }
   if (!plan.split) leave(o, sum);
 }
 
 // No thread waits for another block: the rows' statistics are known.
-template <typename T, bool kSpread, int kWidth>
-__global__ void __launch_bounds__(kBackwardColumnThreads, (kBackwardBlocks<T, kSpread>))
+template <typename T, TargetKind kTarget, int kWidth>
+__global__ void __launch_bounds__(kBackwardColumnThreads, (kBackwardBlocks<T, kTarget>))
     backward_columns(const Problem<T> o) {
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
   using A = Statistic<T>;
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
-  const ColumnMemory<T, kSpread> memory(columns);
+  const ColumnMemory<T, kTarget> memory(columns);
   const int rank = rank_of_block(plan);
   const int threads = int(blockDim.x * blockDim.y);
   A grad_output = with_mean(o, grad_output_at<T>(o, 0));
@@ -541,7 +541,7 @@ __global__ void __launch_bounds__(kBackwardColumnThreads, (kBackwardBlocks<T, kS
     for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < int(blockDim.x) * kWidth; i += threads) {
       const int64_t number = first * kWidth + i;
       if (number >= plan.rows) continue;
-      const RowTarget<T, kSpread> row(o, number, o.class_of(o.target_at(number)));
+      const RowTarget<T, kTarget> row(o, number, o.class_of(o.target_at(number)));
       if (o.grad_output_stride != 0) grad_output = with_mean(o, grad_output_at<T>(o, number));
       const bool here = row.y >= 0 && rank_of_class(o, row.y) == rank;
       const T x_y = here ? logit_of_target<kWidth>(row, i, 0) : T();
@@ -551,7 +551,7 @@ __global__ void __launch_bounds__(kBackwardColumnThreads, (kBackwardBlocks<T, kS
     }
     __syncthreads();
     if (first + threadIdx.x < columns.units)
-      write_columns(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, rank * int(blockDim.y) + int(threadIdx.y)),
+      write_columns(Columns<T, kTarget, kWidth>(o, first + threadIdx.x, rank * int(blockDim.y) + int(threadIdx.y)),
                     memory, columns.last_set, 0);
   }
 }

@@ -41,17 +41,17 @@ FUSEDLOSS_ANYWHERE int lanes_of_split(int blocks) {
 
 // Threads that a multiprocessor must hold at once. Said outright since the compiler, left to choose, spills registers
 // to make room for a few more.
-template <typename T, bool kSpread>
-constexpr int kResident = sizeof(T) == 8 ? 256 : kSpread ? 512 : 768;
-template <typename T, bool kSpread>
-constexpr int kAloneResident = sizeof(T) == 8 ? 512 : kSpread ? 768 : 1024;
+template <typename T, TargetKind kTarget>
+constexpr int kResident = sizeof(T) == 8 ? 256 : kTarget == TargetKind::kProbabilities ? 512 : 768;
+template <typename T, TargetKind kTarget>
+constexpr int kAloneResident = sizeof(T) == 8 ? 512 : is_spread(kTarget) ? 768 : 1024;
 
 // A row's statistics and its loss, in training also its gradient: the rows that a block, or a cluster of blocks, keeps.
-template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThreads))
+template <typename T, TargetKind kTarget>
+__global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget> / kRowThreads))
     forward_rows(const Problem<T> o) {
   using A = Statistic<T>;
-  using Rows = Stream<T, kSpread>;
+  using Rows = Stream<T, kTarget>;
   const RowPlan& plan = o.plan;
   const int rank = rank_of_block(plan);  // among the blocks of a row
   const int thread = rank * int(blockDim.x) + int(threadIdx.x);  // among those of a row
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
 
   Rows stream(o, thread);
   const auto source_of = [&](int64_t number, int y) {
-    return number < plan.rows ? Rows::source_of(Row<T, kSpread>(o, number, y)) : typename Rows::Source{};
+    return number < plan.rows ? Rows::source_of(Row<T, kTarget>(o, number, y)) : typename Rows::Source{};
   };
   int64_t number = group_of_block(plan) * blockDim.y + threadIdx.y;
   int y = o.class_of(o.target_at(number)), next_y = o.class_of(o.target_at(number + plan.step));
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
     const auto next = source_of(next_number, next_y);
     // All lanes of a warp take part when statistics are merged, so those behind the last row come along. Their row is
     // one that does not exist: its addresses are computed, and never accessed.
-    const Row<T, kSpread> row(o, number, y);
+    const Row<T, kTarget> row(o, number, y);
     const bool counts = is_row && row.counts();
     const auto share = share_of(row, thread);
     const T x_y = ask_for_target_logit(row);
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
       if (share.template units<1>() > 0) absorb<1, Rows::kPacks>(state, row, share);
       stream.absorb_row(state, row, share);
     }
-    state = row_merge<kSpread>(state, turn);
-    if (plan.cluster) state = cluster_merge<kSpread>(state, rank, plan.blocks, turn);
+    state = row_merge<is_spread(kTarget)>(state, turn);
+    if (plan.cluster) state = cluster_merge<is_spread(kTarget)>(state, rank, plan.blocks, turn);
     const A scale = scale_of(row, state);
     if (is_row && thread == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
     if (turn == 0) {
@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
 
 // The same where no gradient is written: every class is read once, and nothing is kept. Of split rows each block has a part,
 // and leaves its statistics.
-template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kRowThreads, (kAloneResident<T, kSpread> / kRowThreads))
+template <typename T, TargetKind kTarget>
+__global__ void __launch_bounds__(kRowThreads, (kAloneResident<T, kTarget> / kRowThreads))
     forward_alone(const Problem<T> o) {
   using A = Statistic<T>;
   const RowPlan& plan = o.plan;
@@ -125,15 +125,15 @@ __global__ void __launch_bounds__(kRowThreads, (kAloneResident<T, kSpread> / kRo
   for (int64_t number = group_of_block(plan) * blockDim.y + threadIdx.y; number - threadIdx.y < plan.rows;
        number += plan.step, ++turn) {
     const bool is_row = number < plan.rows;
-    const Row<T, kSpread> row(o, number, o.class_of(o.target_at(number)));
+    const Row<T, kTarget> row(o, number, o.class_of(o.target_at(number)));
     const auto share = share_of(row, thread);
     const T x_y = ask_for_target_logit(row);
     auto state = empty_row_state<A>();
     if (is_row && row.counts()) {
-      if (share.template units<1>() > 0) absorb<1, kTilePacks<kSpread>>(state, row, share);
-      absorb<kVector<T>, kTilePacks<kSpread>>(state, row, share);
+      if (share.template units<1>() > 0) absorb<1, kTilePacks<kTarget>>(state, row, share);
+      absorb<kVector<T>, kTilePacks<kTarget>>(state, row, share);
     }
-    state = row_merge<kSpread>(state, turn);
+    state = row_merge<is_spread(kTarget)>(state, turn);
     if (plan.split) {
       if (threadIdx.x == 0) static_cast<RowState<A>*>(o.scratch)[number * plan.blocks + rank] = state;
     } else if (is_row && thread == 0) {
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kSumThreads) finish(const CrossEntropyOptions 
 
 // Split rows: some lanes of a warp merge what a row's blocks have left, and finish the row. If a block is alone it
 // finishes the loss, too; else it leaves its sum for `finish`.
-template <typename T, bool kSpread>
+template <typename T, TargetKind kTarget>
 __global__ void __launch_bounds__(kSplitThreads) finish_split(const Problem<T> o, LossSum* sums) {
   using A = Statistic<T>;
   const int lanes = lanes_of_split(o.plan.blocks);
@@ -181,12 +181,12 @@ __global__ void __launch_bounds__(kSplitThreads) finish_split(const Problem<T> o
        first += int64_t(gridDim.x) * rows_at_once) {
     const int64_t i = first + threadIdx.x / lanes;
     const bool is_row = i < o.plan.rows;
-    const Row<T, kSpread> row(o, is_row ? i : 0);
+    const Row<T, kTarget> row(o, is_row ? i : 0);
     const T x_y = ask_for_target_logit(row);
     const auto* states = static_cast<const RowState<A>*>(o.scratch) + row.number * o.plan.blocks;
     auto state = empty_row_state<A>();
     for (int block = lane; block < o.plan.blocks; block += lanes) state = merge(state, states[block]);
-    state = lanes_merge<kSpread>(state, lanes);
+    state = lanes_merge<is_spread(kTarget)>(state, lanes);
     const A scale = scale_of(row, state);
     if (is_row && lane == 0) finish_row(row, state, scale, x_y, of_thread);
   }
@@ -245,8 +245,8 @@ __global__ void count_rows(const CrossEntropyOptions o) {
 
 // ---- The gradient alone, from the statistics that the forward pass has left: no thread waits for another
 
-template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThreads))
+template <typename T, TargetKind kTarget>
+__global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget> / kRowThreads))
     backward_rows(const Problem<T> o) {
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kSpread> / kRowThre
   const int rank = rank_of_block(plan);
   const int thread = rank * int(blockDim.x) + int(threadIdx.x);  // among those of a row
   for (int64_t i = group_of_block(plan) * blockDim.y + threadIdx.y; i < plan.rows; i += plan.step) {
-    const Row<T, kSpread> row(o, i);
+    const Row<T, kTarget> row(o, i);
     const auto share = share_of(row, thread);
     write_row(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i], share);
   }
@@ -300,14 +300,14 @@ cudaError_t prepare_and_launch(void (*kernel)(Problem<T>), const CrossEntropyOpt
 template <typename T>
 cudaError_t launch_columns(const CrossEntropyOptions& o, const RowPlan& plan, bool forward, bool overlaps,
                            cudaStream_t stream) {
-  const auto launch_of_width = [&](auto width, auto spread) {
-    constexpr bool kSpread = decltype(spread)::value;
+  const auto launch_of_width = [&](auto width, auto target) {
+    constexpr TargetKind kTarget = decltype(target)::value;
     constexpr int kWidth = decltype(width)::value;
-    const auto kernel = forward ? forward_columns<T, kSpread, kWidth> : backward_columns<T, kSpread, kWidth>;
+    const auto kernel = forward ? forward_columns<T, kTarget, kWidth> : backward_columns<T, kTarget, kWidth>;
     return prepare_and_launch(kernel, o, plan, overlaps, stream);
   };
   const auto launch_of = [&](auto width) {
-    return o.is_spread() ? launch_of_width(width, std::true_type()) : launch_of_width(width, std::false_type());
+    return on_target(o, [&](auto target) { return launch_of_width(width, target); });
   };
   return plan.of_columns.width > 1 ? launch_of(std::integral_constant<int, kVector<T>>())
                                    : launch_of(std::integral_constant<int, 1>());
@@ -316,11 +316,10 @@ cudaError_t launch_columns(const CrossEntropyOptions& o, const RowPlan& plan, bo
 template <typename T>
 cudaError_t launch_few(const CrossEntropyOptions& o, const RowPlan& plan, bool forward, bool overlaps,
                        cudaStream_t stream) {
-  const auto kernel_for = [&](auto spread) {
-    constexpr bool kSpread = decltype(spread)::value;
-    return forward ? forward_few<T, kSpread> : backward_few<T, kSpread>;
-  };
-  const auto kernel = o.is_spread() ? kernel_for(std::true_type()) : kernel_for(std::false_type());
+  const auto kernel = on_target(o, [&](auto target) {
+    constexpr TargetKind kTarget = decltype(target)::value;
+    return forward ? forward_few<T, kTarget> : backward_few<T, kTarget>;
+  });
   return prepare_and_launch(kernel, o, plan, overlaps, stream);
 }
 
@@ -328,21 +327,22 @@ template <typename T>
 cudaError_t launch_backward(CrossEntropyOptions o, cudaStream_t stream) {
   if (o.grad_ready) o.tuning.max_blocks = smaller(o.tuning.max_blocks, kHandOverBlocks);
   const RowPlan plan = plan_rows(o, /*with_exchange=*/false);
-  const bool spread = o.is_spread();
   if (plan.few_pitch > 0) return launch_few<T>(o, plan, /*forward=*/false, /*overlaps=*/true, stream);
   if (plan.columns) return launch_columns<T>(o, plan, /*forward=*/false, /*overlaps=*/true, stream);
-  const auto kernel = spread ? backward_rows<T, true> : backward_rows<T, false>;
+  const auto kernel = on_target(o, [](auto target) { return backward_rows<T, decltype(target)::value>; });
   return launch(kernel, plan.shape(o, /*overlaps=*/true), stream, Problem<T>(o, plan));
 }
 
 template <typename T>
 auto rows_kernel(const CrossEntropyOptions& o, bool keeps) {
-  if (!keeps) return o.is_spread() ? forward_alone<T, true> : forward_alone<T, false>;
-  return o.is_spread() ? forward_rows<T, true> : forward_rows<T, false>;
+  return on_target(o, [&](auto target) {
+    constexpr TargetKind kTarget = decltype(target)::value;
+    return keeps ? forward_rows<T, kTarget> : forward_alone<T, kTarget>;
+  });
 }
 template <typename T>
 auto lanes_kernel(const CrossEntropyOptions& o) {
-  return o.is_spread() ? forward_lanes<T, true> : forward_lanes<T, false>;
+  return on_target(o, [](auto target) { return forward_lanes<T, decltype(target)::value>; });
 }
 
 // Prepares the launch of the rows' kernel. There are no more blocks than the device holds at once, and each takes several
@@ -353,14 +353,13 @@ cudaError_t fit_to_device(const CrossEntropyOptions& o, RowPlan& plan) {
   if (plan.columns || plan.few_pitch > 0 || plan.in_lanes) return cudaSuccess;
   int64_t most = 0;
   const cudaError_t error = resident_blocks(rows_kernel<T>(o, plan.keeps), plan.shape(o, false), most);
-  const bool one_row_each = o.grad_logits != nullptr && !o.is_spread();
+  const bool one_row_each = o.grad_logits != nullptr && o.target_probability == nullptr;
   if (error == cudaSuccess && !plan.split && !one_row_each) plan.limit_grid(o.tuning.waves * most);
   return error;
 }
 
 template <typename T>
 cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cudaStream_t stream) {
-  const bool spread = o.is_spread();
   const Problem<T> problem(o, plan);
   cudaError_t error = launch_weigh<T>(o, plan, stream);
   const auto kernel = rows_kernel<T>(o, plan.keeps);
@@ -373,7 +372,8 @@ cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cu
   if (error != cudaSuccess || !plan.split) return error;
   const unsigned blocks = split_grid(plan);
   const auto sums = reinterpret_cast<LossSum*>(static_cast<char*>(o.scratch) + split_states_bytes(o, plan));
-  error = launch(spread ? finish_split<T, true> : finish_split<T, false>, after_launch(o, blocks, kSplitThreads), stream,
+  const auto finish_rows = on_target(o, [](auto target) { return finish_split<T, decltype(target)::value>; });
+  error = launch(finish_rows, after_launch(o, blocks, kSplitThreads), stream,
                  problem, sums);
   if (error == cudaSuccess && blocks > 1 && o.reduction != Reduction::kNone) {
     CrossEntropyOptions of_sums = o;

@@ -86,16 +86,16 @@ class Stage {
 };
 
 // A row in registers: its logits, and then their exponentials.
-template <typename T, bool kSpread, SpreadKind kKind>
+template <typename T, TargetKind kTarget, SpreadKind kKind>
 struct FewClasses {
   using A = Statistic<T>;
 
-  const RowTarget<T, kSpread>& row;
+  const RowTarget<T, kTarget>& row;
   T* const staged;             // the logits, in whose place the gradient is written
   const T* const probability;  // null for a class index
   A x[kFewClasses];
 
-  __device__ __forceinline__ FewClasses(const RowTarget<T, kSpread>& target, T* logits)
+  __device__ __forceinline__ FewClasses(const RowTarget<T, kTarget>& target, T* logits)
       : row(target),
         staged(logits),
         probability(is_of_probabilities(kKind)
@@ -130,7 +130,7 @@ struct FewClasses {
       const A distance = x[c] - reference;
       x[c] = math::exp(distance);
       state.sum += x[c];
-      if constexpr (kSpread) {
+      if constexpr (is_spread(kTarget)) {
         const A q = coefficient(c);
         state.dot += q * distance;
         state.mass += q;
@@ -150,7 +150,7 @@ struct FewClasses {
     const bool counts = row.counts();
     const A factor = scale * grad_output;
     for_each_class([&](int c) {
-      const A grad = kSpread ? logit_gradient(x[c], scale, coefficient(c), grad_output) : x[c] * factor;
+      const A grad = is_spread(kTarget) ? logit_gradient(x[c], scale, coefficient(c), grad_output) : x[c] * factor;
       staged[c] = counts ? narrow<T>(grad) : T();
     });
     if (row.y < 0) return;
@@ -160,11 +160,11 @@ struct FewClasses {
 };
 
 // Blocks that a multiprocessor must hold at once. Said outright since the compiler, left to choose, spills registers.
-template <typename T, bool kSpread>
-constexpr int kFewBlocks = sizeof(T) == 8 ? 2 : kSpread ? 4 : 6;
+template <typename T, TargetKind kTarget>
+constexpr int kFewBlocks = sizeof(T) == 8 ? 2 : is_spread(kTarget) ? 4 : 6;
 
-template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kSpread>)) forward_few(const Problem<T> o) {
+template <typename T, TargetKind kTarget>
+__global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kTarget>)) forward_few(const Problem<T> o) {
   using A = Statistic<T>;
   let_next_launch_start();
   Partial sum = {};
@@ -180,9 +180,9 @@ __global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kSpread>)) forward
     }
     is_first_turn = false;
     if (stage.has_row()) {
-      const RowTarget<T, kSpread> row(o, number, o.class_of(target));
-      with_spread<kSpread>(o, [&](auto spread) {
-        FewClasses<T, kSpread, decltype(spread)::value> classes(row, stage.row());
+      const RowTarget<T, kTarget> row(o, number, o.class_of(target));
+      with_spread<kTarget>(o, [&](auto spread) {
+        FewClasses<T, kTarget, decltype(spread)::value> classes(row, stage.row());
         const T x_y = classes.logit_of_target();
         const RowState<A> state = classes.statistics();
         const A scale = scale_of(row, state);
@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kSpread>)) forward
   leave(o, sum);
 }
 
-template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kSpread>)) backward_few(const Problem<T> o) {
+template <typename T, TargetKind kTarget>
+__global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kTarget>)) backward_few(const Problem<T> o) {
   using A = Statistic<T>;
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
@@ -205,10 +205,10 @@ __global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kSpread>)) backwar
     const int64_t number = first + threadIdx.x, target = o.target_at(number);
     stage.load();
     if (stage.has_row()) {
-      const RowTarget<T, kSpread> row(o, number, o.class_of(target));
+      const RowTarget<T, kTarget> row(o, number, o.class_of(target));
       const A max = static_cast<const A*>(o.row_max)[number], scale = static_cast<const A*>(o.row_scale)[number];
-      with_spread<kSpread>(o, [&](auto spread) {
-        FewClasses<T, kSpread, decltype(spread)::value> classes(row, stage.row());
+      with_spread<kTarget>(o, [&](auto spread) {
+        FewClasses<T, kTarget, decltype(spread)::value> classes(row, stage.row());
         const T x_y = classes.logit_of_target();
         classes.take_exponentials(max);
         classes.write_gradient(max, scale, with_mean(o, grad_output_at<T>(o, number)), x_y);

@@ -12,15 +12,15 @@ struct Partial {
 };
 
 // One thread of the row: statistics in, loss out. x_y: the target class's logit.
-template <typename T, bool kSpread, typename A>
-__device__ __forceinline__ void finish_row(const RowTarget<T, kSpread>& row, RowState<A> state, A scale, T x_y,
+template <typename T, TargetKind kTarget, typename A>
+__device__ __forceinline__ void finish_row(const RowTarget<T, kTarget>& row, RowState<A> state, A scale, T x_y,
                                            Partial& partial) {
   const Problem<T>& o = row.o;
   A loss[1] = {0};
   if (row.counts()) {
     const A logsum = math::log(state.sum);
-    if (kSpread && row.y >= 0) state.mass = index_mass(A(0), o.sum_of_weights(), o.smoothing);  // not rounded C times
-    if (kSpread) loss[0] = expected_negative_log_likelihood(state, logsum);
+    if (is_spread(kTarget) && row.y >= 0) state.mass = index_mass(A(0), o.sum_of_weights(), o.smoothing);  // not rounded C times
+    if (is_spread(kTarget)) loss[0] = expected_negative_log_likelihood(state, logsum);
     if (row.y >= 0) loss[0] += o.smoothing.kept * row.w_y * negative_log_likelihood(widen(x_y), state.max, logsum);
     partial.sum.loss += double(loss[0]);
     partial.sum.weight += row.has_probabilities() ? 1.0 : double(row.w_y);

@@ -6,12 +6,12 @@
 namespace fusedloss::cuda {
 
 // Blocks that a multiprocessor must hold at once. Said outright since the compiler, left to choose, spills registers.
-template <typename T, bool kSpread>
-constexpr int kLaneBlocks = sizeof(T) == 8 ? 2 : kSpread ? 4 : 5;
+template <typename T, TargetKind kTarget>
+constexpr int kLaneBlocks = sizeof(T) == 8 ? 2 : is_spread(kTarget) ? 4 : 5;
 
 // threadIdx.x: the lane among those of a row; threadIdx.y: the row of the block.
-template <typename T, bool kSpread>
-__global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kSpread>)) forward_lanes(const Problem<T> o) {
+template <typename T, TargetKind kTarget>
+__global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kTarget>)) forward_lanes(const Problem<T> o) {
   using A = Statistic<T>;
   __shared__ Partial sums[kRowsOfBlock];  // a row's first lane has one for itself
   if (threadIdx.x == 0) sums[threadIdx.y] = {};
@@ -22,15 +22,15 @@ __global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kSpread>)) forwa
     const int64_t number = first + threadIdx.y;
     // All lanes of a warp take part when statistics are merged, so those behind the last row look at a row once more.
     const bool is_row = number < o.plan.rows;
-    const Row<T, kSpread> row(o, is_row ? number : first);
+    const Row<T, kTarget> row(o, is_row ? number : first);
     const auto share = share_of(row, int(threadIdx.x));
     // Asked for whether the row counts or not: nobody waits for its target first.
-    const Tile<T, kSpread, kVector<T>, kLanePacks, false> tile(row, share, 0);
+    const Tile<T, kTarget, kVector<T>, kLanePacks, false> tile(row, share, 0);
     const T x_y = ask_for_target_logit(row);
     auto state = empty_row_state<A>();
-    with_spread<kSpread>(o, [&](auto spread) { absorb_tile<decltype(spread)::value>(state, row, tile); });
-    if (share.template units<1>() > 0) absorb<1, kTilePacks<kSpread>>(state, row, share);
-    state = lanes_merge<kSpread>(state, int(blockDim.x));
+    with_spread<kTarget>(o, [&](auto spread) { absorb_tile<decltype(spread)::value>(state, row, tile); });
+    if (share.template units<1>() > 0) absorb<1, kTilePacks<kTarget>>(state, row, share);
+    state = lanes_merge<is_spread(kTarget)>(state, int(blockDim.x));
     const A scale = scale_of(row, state);
     if (is_row && threadIdx.x == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
     if (o.grad_logits == nullptr) continue;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kSpread>)) forwa
       continue;
     }
     write_gradient(row, row_gradient(o, state.max, scale, grad_output), share, x_y, [&](const RowGradient<A>& of_row) {
-      with_spread<kSpread>(o, [&](auto spread) { write_tile<decltype(spread)::value>(row, of_row, tile, share, 0); });
+      with_spread<kTarget>(o, [&](auto spread) { write_tile<decltype(spread)::value>(row, of_row, tile, share, 0); });
     });
   }
   leave_rows(o, sums);

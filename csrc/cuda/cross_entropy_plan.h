@@ -10,10 +10,37 @@ constexpr int kFewestRowThreads = 128;
 constexpr int kRowsOfBlock = 128;  // at most
 constexpr int kPackBytes = 16;
 
+// What the target distribution of a row is made of. The kernels are compiled for each: probabilities take registers that
+// other targets can do without.
+enum class TargetKind { kIndex, kSmoothedIndex, kProbabilities };
+
+// The target distribution is not 0 outside of the target class.
+FUSEDLOSS_ANYWHERE constexpr bool is_spread(TargetKind kind) { return kind != TargetKind::kIndex; }
+
+inline TargetKind target_kind(const CrossEntropyOptions& o) {
+  return o.target_probability ? TargetKind::kProbabilities
+         : o.is_spread()      ? TargetKind::kSmoothedIndex
+                              : TargetKind::kIndex;
+}
+
+// Calls f(integral_constant of the TargetKind).
+template <typename F>
+auto on_target(const CrossEntropyOptions& o, F f) {
+  switch (target_kind(o)) {
+    case TargetKind::kProbabilities:
+      return f(std::integral_constant<TargetKind, TargetKind::kProbabilities>());
+    case TargetKind::kSmoothedIndex:
+      return f(std::integral_constant<TargetKind, TargetKind::kSmoothedIndex>());
+    default:
+      return f(std::integral_constant<TargetKind, TargetKind::kIndex>());
+  }
+}
+
 // How many packs of logits a thread holds at a time, and as many of probabilities: bytes in flight against registers. In
 // columns, where a pack is one class. The sweep that writes takes half of them: half of its traffic is its stores.
-template <bool kSpread>
-constexpr int kTilePacks = kSpread ? 2 : 4;
+FUSEDLOSS_ANYWHERE constexpr int tile_packs(TargetKind kind) { return kind == TargetKind::kProbabilities ? 2 : 4; }
+template <TargetKind kTarget>
+constexpr int kTilePacks = tile_packs(kTarget);
 // Of a row that some lanes of a warp share, in registers.
 constexpr int kLanePacks = 8;
 template <bool kSpread>
@@ -126,7 +153,7 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
   if (!neighbours || o.classes <= t.thread_classes) return plan_columns(o, with_exchange);
 
   const int64_t packs = divide_up(o.classes * bytes_of(o.dtype), kPackBytes);
-  const int64_t tile_packs = o.is_spread() ? kTilePacks<true> : kTilePacks<false>;
+  const int64_t tile_packs = cuda::tile_packs(target_kind(o));
   const int64_t pack_bytes = RowPlan::kept_bytes_of_pack(o);
   RowPlan plan;
   plan.rows = o.rows();
@@ -149,7 +176,7 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
       while (2 * plan.blocks <= t.cluster_blocks && packs * pack_bytes > plan.blocks * t.kept_bytes) plan.blocks *= 2;
       plan.cluster = plan.blocks > 1;
     }
-    const int64_t most_threads = keeps && !o.is_spread() ? t.block_threads : t.other_threads;
+    const int64_t most_threads = keeps && o.target_probability == nullptr ? t.block_threads : t.other_threads;
     unsigned threads = kFewestRowThreads;
     while (threads < most_threads && packs >= 4 * threads * tile_packs * plan.blocks) threads *= 2;
     plan.block = dim3(threads);

@@ -30,10 +30,8 @@ struct Problem : CrossEntropyOptions {
     return target_index && row < plan.rows ? target_index[row] : -1;
   }
   // Slots that a thread has for each pack of logits: one more for the pack of probabilities.
-  template <bool kSpread>
-  __device__ __forceinline__ int slots_of_pack() const {
-    return kSpread && target_probability != nullptr ? 2 : 1;
-  }
+  template <TargetKind kTarget>
+  static constexpr int kSlotsOfPack = kTarget == TargetKind::kProbabilities ? 2 : 1;
   __device__ __forceinline__ A weight_of(int c) const { return weight ? static_cast<const A*>(weight)[c] : A(1); }
   __device__ __forceinline__ A sum_of_weights() const {
     return weight_sum ? *static_cast<const A*>(weight_sum) : A(classes);
@@ -51,11 +49,11 @@ FUSEDLOSS_ANYWHERE constexpr bool is_of_probabilities(SpreadKind kind) {
 }
 
 // Calls f(integral_constant of the SpreadKind).
-template <bool kSpread, typename T, typename F>
+template <TargetKind kTarget, typename T, typename F>
 __device__ __forceinline__ void with_spread(const Problem<T>& o, F f) {
-  if constexpr (!kSpread) {
+  if constexpr (!is_spread(kTarget)) {
     f(std::integral_constant<SpreadKind, SpreadKind::kNone>());
-  } else if (o.target_probability != nullptr) {
+  } else if constexpr (kTarget == TargetKind::kProbabilities) {
     if (o.weight != nullptr) f(std::integral_constant<SpreadKind, SpreadKind::kWeightedProbabilities>());
     else f(std::integral_constant<SpreadKind, SpreadKind::kProbabilities>());
   } else {
@@ -64,9 +62,8 @@ __device__ __forceinline__ void with_spread(const Problem<T>& o, F f) {
   }
 }
 
-// What is asked of a row, wherever its logits lie. kSpread: the target distribution q is not 0 outside the target class,
-// for there are probabilities or there is label smoothing.
-template <typename T, bool kSpread>
+// What is asked of a row, wherever its logits lie.
+template <typename T, TargetKind kTarget>
 struct RowTarget {
   using A = Statistic<T>;
 
@@ -78,19 +75,19 @@ struct RowTarget {
   __device__ __forceinline__ RowTarget(const Problem<T>& problem, int64_t row, int target)
       : o(problem), number(row), y(target), w_y(y < 0 ? A(0) : o.weight_of(y)) {}
 
-  __device__ __forceinline__ bool has_probabilities() const { return kSpread && o.target_probability != nullptr; }
+  __device__ __forceinline__ bool has_probabilities() const { return kTarget == TargetKind::kProbabilities; }
   // If not, the row adds nothing and is not even read.
   __device__ __forceinline__ bool counts() const { return has_probabilities() || y >= 0; }
   // q of the target class.
   __device__ __forceinline__ A coefficient() const {
     const A q = math::product(o.smoothing.kept, w_y);
-    return kSpread ? q + math::product(o.smoothing.uniform, w_y) : q;
+    return is_spread(kTarget) ? q + math::product(o.smoothing.uniform, w_y) : q;
   }
 };
 
-template <typename T, bool kSpread>
-struct Row : RowTarget<T, kSpread> {
-  using RowTarget<T, kSpread>::o;
+template <typename T, TargetKind kTarget>
+struct Row : RowTarget<T, kTarget> {
+  using RowTarget<T, kTarget>::o;
 
   const int64_t outer;         // its position, if there are inner sizes
   const T* const logits;       // [classes]
@@ -100,10 +97,10 @@ struct Row : RowTarget<T, kSpread> {
   __device__ __forceinline__ Row(const Problem<T>& problem, int64_t row)
       : Row(problem, row, problem.class_of(problem.target_at(row))) {}
   __device__ __forceinline__ Row(const Problem<T>& problem, int64_t row, int target)
-      : RowTarget<T, kSpread>(problem, row, target),
+      : RowTarget<T, kTarget>(problem, row, target),
         outer(o.inner == 1 ? row : row / o.inner),
         logits(at(o.logits, o.logits_strides)),
-        probability(kSpread && o.target_probability ? at(o.target_probability, o.target_strides) : nullptr),
+        probability(kTarget == TargetKind::kProbabilities ? at(o.target_probability, o.target_strides) : nullptr),
         grad(o.grad_logits ? const_cast<T*>(at(o.grad_logits, o.grad_strides)) : nullptr) {}
 
   // The row's first element in a tensor like the logits.
@@ -116,16 +113,16 @@ struct Row : RowTarget<T, kSpread> {
 
 // The logit of the target class, asked for before a sweep, so that nobody waits for it afterwards; and not widened, so
 // that nobody waits for it beforehand.
-template <typename T, bool kSpread>
-__device__ __forceinline__ T ask_for_target_logit(const Row<T, kSpread>& row) {
+template <typename T, TargetKind kTarget>
+__device__ __forceinline__ T ask_for_target_logit(const Row<T, kTarget>& row) {
   return row.y < 0 ? T() : row.logits[row.y * row.o.logits_strides.classes];
 }
 
 // A thread's part of the classes of a row that several threads share; thread: its number among them. The vectors are those
 // of the logits; where the gradient is aligned otherwise, as that of a slice of a padded vocabulary, only its stores are of
 // single elements.
-template <typename T, bool kSpread>
-__device__ __forceinline__ Share<T> share_of(const Row<T, kSpread>& row, int thread) {
+template <typename T, TargetKind kTarget>
+__device__ __forceinline__ Share<T> share_of(const Row<T, kTarget>& row, int thread) {
   const auto elements = split(int(row.o.classes), row.logits, row.probability);
   const bool stores_vectors = reinterpret_cast<uintptr_t>(row.grad + elements.head) % kPackBytes == 0;
   return {elements, thread, row.o.plan.threads_shift, stores_vectors};
@@ -151,14 +148,14 @@ struct Slots {
 
 // What a thread holds of a row at a time: kPacks packs of kWidth neighbouring classes. kWhole: all of them lie in the
 // row, so that nothing stands between one pack's instructions and the next one's.
-template <typename T, bool kSpread, int kWidth, int kPacks, bool kWhole>
+template <typename T, TargetKind kTarget, int kWidth, int kPacks, bool kWhole>
 struct Tile {
   Pack<T, kWidth> x[kPacks];
-  Pack<T, kWidth> t[kPacks] = {};  // probabilities only
+  Pack<T, kWidth> t[kTarget == TargetKind::kProbabilities ? kPacks : 1] = {};
   int first[kPacks];               // class of a pack's first element; -1 behind the row's end
 
   // A share's tile, from memory; with kWidth = 1 the classes may lie apart.
-  __device__ __forceinline__ Tile(const Row<T, kSpread>& row, const Share<T>& share, int number) {
+  __device__ __forceinline__ Tile(const Row<T, kTarget>& row, const Share<T>& share, int number) {
     find(share, number);
     // What is not there is 0: a register that is left as it was would have to be kept from the round before.
 #pragma unroll
@@ -171,10 +168,10 @@ struct Tile {
   }
 
   // The same from a thread's slots, where a Stream has copied it; `place` is the first pack's.
-  __device__ __forceinline__ Tile(const Row<T, kSpread>& row, const Share<T>& share, int number, const Slots& slots,
+  __device__ __forceinline__ Tile(const Row<T, kTarget>& row, const Share<T>& share, int number, const Slots& slots,
                                   int place) {
     find(share, number);
-    const int step = row.o.template slots_of_pack<kSpread>();
+    constexpr int step = Problem<T>::template kSlotsOfPack<kTarget>;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       x[k] = Pack<T, kWidth>();
@@ -206,7 +203,7 @@ struct Tile {
   // q of class (k, j), element j of pack k; for a class index, without what the target class has above the others:
   // kept * w_y.
   template <SpreadKind kKind>
-  __device__ __forceinline__ Statistic<T> coefficient(const Row<T, kSpread>& row, int k, int j) const {
+  __device__ __forceinline__ Statistic<T> coefficient(const Row<T, kTarget>& row, int k, int j) const {
     const Statistic<T> w = is_weighted(kKind) ? row.o.weight_of(first[k] + j) : 1;
     return is_of_probabilities(kKind) ? probability_coefficient(t[k][j], w, row.o.smoothing)
                                       : math::product(row.o.smoothing.uniform, w);
@@ -238,9 +235,9 @@ __device__ __forceinline__ A sum_of(A (&values)[kCount]) {
   return values[0];
 }
 
-template <SpreadKind kKind, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
-__device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kSpread>& row,
-                                            const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile) {
+template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kPacks, bool kWhole, typename A>
+__device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kTarget>& row,
+                                            const Tile<T, kTarget, kWidth, kPacks, kWhole>& tile) {
   A max = state.max;
   tile.for_each_pack([&](int k) { max = math::max(max, tile.x[k].max()); });
   state = rescale(state, max);
@@ -251,13 +248,13 @@ __device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kSp
     for (int j = 0; j < kWidth; ++j) {
       const A distance = tile.x[k][j] - reference;
       e[j] = math::exp(distance);
-      if constexpr (kSpread) {
+      if constexpr (is_spread(kTarget)) {
         mass[j] = tile.template coefficient<kKind>(row, k, j);
         dot[j] = mass[j] * distance;
       }
     }
     state.sum += sum_of(e);
-    if constexpr (kSpread) {
+    if constexpr (is_spread(kTarget)) {
       state.dot += sum_of(dot);
       state.mass += kKind == SpreadKind::kUniform ? row.o.smoothing.uniform * kWidth : sum_of(mass);
     }
@@ -265,19 +262,19 @@ __device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kSp
 }
 
 // Adds the tiles of a thread's share to its statistics, from number `first` on, as they come from memory.
-template <int kWidth, int kPacks, typename T, bool kSpread, typename A>
-__device__ __forceinline__ void absorb(RowState<A>& state, const Row<T, kSpread>& row, const Share<T>& share,
+template <int kWidth, int kPacks, typename T, TargetKind kTarget, typename A>
+__device__ __forceinline__ void absorb(RowState<A>& state, const Row<T, kTarget>& row, const Share<T>& share,
                                        int first = 0) {
   const auto tiles = TileCount::of<kWidth, kPacks>(share);
-  with_spread<kSpread>(row.o, [&](auto spread) {
+  with_spread<kTarget>(row.o, [&](auto spread) {
     constexpr SpreadKind kKind = decltype(spread)::value;
     int number = first;
 #pragma unroll 1
     for (; number < tiles.whole; ++number)
-      absorb_tile<kKind>(state, row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number));
+      absorb_tile<kKind>(state, row, Tile<T, kTarget, kWidth, kPacks, true>(row, share, number));
 #pragma unroll 1
     for (; number < tiles.all; ++number)
-      absorb_tile<kKind>(state, row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number));
+      absorb_tile<kKind>(state, row, Tile<T, kTarget, kWidth, kPacks, false>(row, share, number));
   });
 }
 
@@ -293,10 +290,10 @@ struct RowGradient {
   A scale_times_grad_output, uniform_times_grad_output;
 };
 
-template <typename T, bool kSpread, typename A>
-__device__ __forceinline__ A scale_of(const RowTarget<T, kSpread>& row, const RowState<A>& state) {
+template <typename T, TargetKind kTarget, typename A>
+__device__ __forceinline__ A scale_of(const RowTarget<T, kTarget>& row, const RowState<A>& state) {
   const A mass = row.has_probabilities() ? state.mass
-                 : kSpread               ? index_mass(row.w_y, row.o.sum_of_weights(), row.o.smoothing)
+                 : is_spread(kTarget)               ? index_mass(row.w_y, row.o.sum_of_weights(), row.o.smoothing)
                                          : row.w_y;
   return mass / state.sum;
 }
@@ -329,9 +326,9 @@ __device__ __forceinline__ void store_elements(T* p, const Pack<T, kWidth>& pack
 
 // As if none were the target class. A tile has one branch between both kinds of stores: of a branch for a few stores the
 // compiler would make predicates, and issue both.
-template <SpreadKind kKind, typename T, bool kSpread, int kWidth, int kPacks, bool kWhole, typename A>
-__device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
-                                           const Tile<T, kSpread, kWidth, kPacks, kWhole>& tile,
+template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kPacks, bool kWhole, typename A>
+__device__ __forceinline__ void write_tile(const Row<T, kTarget>& row, const RowGradient<A>& of_row,
+                                           const Tile<T, kTarget, kWidth, kPacks, kWhole>& tile,
                                            const Share<T>& share, int number) {
   const auto pack_of = [&](int k) {
     A values[kWidth];
@@ -369,25 +366,25 @@ __device__ __forceinline__ void write_tile(const Row<T, kSpread>& row, const Row
 
 // The tiles of a thread's share, from the last to number `first`, as they come from memory: the cache may still hold the
 // last ones.
-template <int kWidth, int kPacks, typename T, bool kSpread, typename A>
-__device__ __forceinline__ void write_tiles(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
+template <int kWidth, int kPacks, typename T, TargetKind kTarget, typename A>
+__device__ __forceinline__ void write_tiles(const Row<T, kTarget>& row, const RowGradient<A>& of_row,
                                             const Share<T>& share, int first = 0) {
   const auto tiles = TileCount::of<kWidth, kPacks>(share);
-  with_spread<kSpread>(row.o, [&](auto spread) {
+  with_spread<kTarget>(row.o, [&](auto spread) {
     constexpr SpreadKind kKind = decltype(spread)::value;
     int number = tiles.all - 1;
 #pragma unroll 1
     for (; number >= tiles.whole && number >= first; --number)
-      write_tile<kKind>(row, of_row, Tile<T, kSpread, kWidth, kPacks, false>(row, share, number), share, number);
+      write_tile<kKind>(row, of_row, Tile<T, kTarget, kWidth, kPacks, false>(row, share, number), share, number);
 #pragma unroll 1
     for (; number >= first; --number)
-      write_tile<kKind>(row, of_row, Tile<T, kSpread, kWidth, kPacks, true>(row, share, number), share, number);
+      write_tile<kKind>(row, of_row, Tile<T, kTarget, kWidth, kPacks, true>(row, share, number), share, number);
   });
 }
 
 // Is the row's target class in this thread's share?
-template <typename T, bool kSpread>
-__device__ __forceinline__ bool has_target(const Row<T, kSpread>& row, const Share<T>& share) {
+template <typename T, TargetKind kTarget>
+__device__ __forceinline__ bool has_target(const Row<T, kTarget>& row, const Share<T>& share) {
   if (row.y < 0) return false;
   const int in_vectors = share.vectors * kVector<T>, behind_head = row.y - share.head;
   const int unit = behind_head < 0             ? row.y
@@ -399,19 +396,19 @@ __device__ __forceinline__ bool has_target(const Row<T, kSpread>& row, const Sha
 // Writes a thread's share of the gradient, of which write_vectors writes the vectors. The target class is put right
 // afterwards: looking out for it in every pack costs more. x_y is its logit, read before, as the gradient may be written
 // over it.
-template <typename T, bool kSpread, typename A, typename F>
-__device__ __forceinline__ void write_gradient(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
+template <typename T, TargetKind kTarget, typename A, typename F>
+__device__ __forceinline__ void write_gradient(const Row<T, kTarget>& row, const RowGradient<A>& of_row,
                                                const Share<T>& share, T x_y, F write_vectors) {
   const bool mine = has_target(row, share);
-  if (share.template units<1>() > 0) write_tiles<1, kTilePacks<kSpread> / 2>(row, of_row, share);
+  if (share.template units<1>() > 0) write_tiles<1, kTilePacks<kTarget> / 2>(row, of_row, share);
   write_vectors(of_row);
   if (!mine) return;
   const A of_target[1] = {gradient_of(of_row, A(widen(x_y)), row.coefficient())};
   store_values(row.grad + row.y * row.o.grad_strides.classes, of_target);
 }
 
-template <int kWidth, typename T, bool kSpread>
-__device__ __forceinline__ void write_zeros(const Row<T, kSpread>& row, const Share<T>& share) {
+template <int kWidth, typename T, TargetKind kTarget>
+__device__ __forceinline__ void write_zeros(const Row<T, kTarget>& row, const Share<T>& share) {
   const Pack<T, kWidth> zeros = {};
 #pragma unroll 1
   for (int unit = share.thread; unit < share.template units<kWidth>(); unit += 1 << share.step_shift) {
@@ -420,22 +417,22 @@ __device__ __forceinline__ void write_zeros(const Row<T, kSpread>& row, const Sh
 }
 
 // For a row that does not count: zeros, even where its logits are NaN. Nothing is read, so the vectors are the gradient's.
-template <typename T, bool kSpread>
-__device__ __forceinline__ void write_row_of_zeros(const Row<T, kSpread>& row, const Share<T>& share) {
+template <typename T, TargetKind kTarget>
+__device__ __forceinline__ void write_row_of_zeros(const Row<T, kTarget>& row, const Share<T>& share) {
   const Share<T> of_gradient = {split(int(row.o.classes), row.grad), share.thread, share.step_shift, true};
   write_zeros<kVector<T>>(row, of_gradient);
   write_zeros<1>(row, of_gradient);
 }
 
 // A thread's share of the gradient of any row, from its statistics and the logits in memory.
-template <typename T, bool kSpread, typename A>
-__device__ __forceinline__ void write_row(const Row<T, kSpread>& row, A max, A scale, const Share<T>& share) {
+template <typename T, TargetKind kTarget, typename A>
+__device__ __forceinline__ void write_row(const Row<T, kTarget>& row, A max, A scale, const Share<T>& share) {
   if (!row.counts()) return write_row_of_zeros(row, share);
   const A g = with_mean(row.o, grad_output_at<T>(row.o, row.number));
   // Nobody but the thread that writes it reads it: the gradient may be written over the logits.
   const T x_y = has_target(row, share) ? row.logits[row.y * row.o.logits_strides.classes] : T();
   write_gradient(row, row_gradient(row.o, max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
-    write_tiles<kVector<T>, kTilePacks<kSpread> / 2>(row, of_row, share);
+    write_tiles<kVector<T>, kTilePacks<kTarget> / 2>(row, of_row, share);
   });
 }
 

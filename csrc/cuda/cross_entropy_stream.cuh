@@ -15,19 +15,18 @@
 
 namespace fusedloss::cuda {
 
-template <typename T, bool kSpread>
+template <typename T, TargetKind kTarget>
 class Stream {
  public:
   using A = Statistic<T>;
-  static constexpr int kPacks = kTilePacks<kSpread>;
+  static constexpr int kPacks = kTilePacks<kTarget>, kSlotsOfPack = Problem<T>::template kSlotsOfPack<kTarget>;
 
   __device__ __forceinline__ Stream(const Problem<T>& o, int thread)
       : tiles(o.plan.tiles),
         depth(o.plan.depth),
-        slots_of_pack(o.template slots_of_pack<kSpread>()),
         thread(thread),
         threads_shift(o.plan.threads_shift),
-        slots(o.plan.slots * slots_of_pack) {}
+        slots(o.plan.slots * kSlotsOfPack) {}
 
   // The vectors of a row, as many as have to be read.
   struct Source {
@@ -35,7 +34,7 @@ class Stream {
     const T* probability = nullptr;
     int vectors = 0;
   };
-  static __device__ __forceinline__ Source source_of(const Row<T, kSpread>& row) {
+  static __device__ __forceinline__ Source source_of(const Row<T, kTarget>& row) {
     const auto elements = split(int(row.o.classes), row.logits, row.probability);
     return {row.logits + elements.head, row.has_probabilities() ? row.probability + elements.head : nullptr,
             row.counts() ? elements.vectors : 0};
@@ -48,27 +47,27 @@ class Stream {
   }
 
   // Adds what a thread has of a row to the statistics.
-  __device__ __forceinline__ void absorb_row(RowState<A>& state, const Row<T, kSpread>& row, const Share<T>& share) {
-    with_spread<kSpread>(row.o, [&](auto spread) {
+  __device__ __forceinline__ void absorb_row(RowState<A>& state, const Row<T, kTarget>& row, const Share<T>& share) {
+    with_spread<kTarget>(row.o, [&](auto spread) {
       for_each_tile(depth, share, [&](auto is_whole, int number) {
         wait_for_copies(depth - 1 - number);
         absorb_tile<decltype(spread)::value>(
             state, row,
-            Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, number * kPacks));
+            Tile<T, kTarget, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, number * kPacks));
       });
     });
     if (depth < tiles) absorb<kVector<T>, kPacks>(state, row, share, depth);
   }
 
   // Writes the gradient of a row's vectors, and starts to copy the next row into the slots that become free.
-  __device__ __forceinline__ void write_row_vectors(const Row<T, kSpread>& row, const RowGradient<A>& of_row,
+  __device__ __forceinline__ void write_row_vectors(const Row<T, kTarget>& row, const RowGradient<A>& of_row,
                                                     const Share<T>& share, const Source& next) {
     if (depth < tiles) write_tiles<kVector<T>, kPacks>(row, of_row, share, depth);
-    with_spread<kSpread>(row.o, [&](auto spread) {
+    with_spread<kTarget>(row.o, [&](auto spread) {
       for_each_tile(depth, share, [&](auto is_whole, int number) {
         write_tile<decltype(spread)::value>(
             row, of_row,
-            Tile<T, kSpread, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, number * kPacks), share, number);
+            Tile<T, kTarget, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, number * kPacks), share, number);
         copy(next, number);
       });
     });
@@ -76,7 +75,6 @@ class Stream {
 
  private:
   const int tiles, depth;  // of a row; that have slots
-  const int slots_of_pack;
   const int thread, threads_shift;
   const Slots slots;
 
@@ -109,9 +107,9 @@ class Stream {
       for (int k = 0; k < kPacks; ++k) {
         const int unit = first + (k << threads_shift);
         if (unit >= source.vectors) continue;
-        const int at = unit * kVector<T>, slot = slots_of_pack * (number * kPacks + k);
+        const int at = unit * kVector<T>, slot = kSlotsOfPack * (number * kPacks + k);
         __pipeline_memcpy_async(&slots[slot], source.logits + at, kPackBytes);
-        if (kSpread && source.probability)
+        if (kTarget == TargetKind::kProbabilities && source.probability)
           __pipeline_memcpy_async(&slots[slot + 1], source.probability + at, kPackBytes);
       }
     }
