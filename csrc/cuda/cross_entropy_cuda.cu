@@ -273,7 +273,9 @@ cudaError_t launch_columns(const CrossEntropyOptions& o, const RowPlan& plan, bo
   const auto launch_of_width = [&](auto width, auto spread) {
     constexpr bool kSpread = decltype(spread)::value;
     constexpr int kWidth = decltype(width)::value;
-    const auto kernel = forward ? forward_columns<T, kSpread, kWidth> : backward_columns<T, kSpread, kWidth>;
+    const auto kernel = !forward    ? backward_columns<T, kSpread, kWidth>
+                        : plan.split ? forward_split_columns<T, kSpread, kWidth>
+                                     : forward_columns<T, kSpread, kWidth>;
     return prepare_and_launch(kernel, o, plan, overlaps, stream);
   };
   const auto launch_of = [&](auto width) {
