@@ -24,6 +24,8 @@ template <typename T, bool kSpread>
 constexpr int kColumnThreads = max_column_threads(sizeof(T) == 8, kSpread);
 template <typename T, bool kSpread>
 constexpr int kForwardBlocks = sizeof(T) < 8 && kSpread ? 2 : 1;
+template <typename T>
+constexpr int kAloneBlocks = sizeof(T) == 8 ? 4 : 8;
 template <typename T, bool kSpread>
 constexpr int kApartBlocks = sizeof(T) == 8 ? 1 : kSpread ? 2 : 3;
 
@@ -74,7 +76,7 @@ __device__ __forceinline__ Pack<T, kWidth> larger_of(const Pack<T, kWidth>& a, c
 
 // A place is one of the block's rows. Sets of one value for each place: each set has the arrays of a RowState, or, the
 // last of step 3, what the gradient needs.
-template <typename T, bool kSpread>
+template <typename T, bool kSpread, int kWidth>
 struct ColumnMemory {
   using A = Statistic<T>;
 
@@ -84,14 +86,13 @@ struct ColumnMemory {
   T* const of_target;  // [places]  the gradient of the target class
 
   explicit __device__ __forceinline__ ColumnMemory(const ColumnPlan& p)
-      : places(column_places(int(blockDim.x), p.width)),
+      : places(column_places(int(blockDim.x), kWidth)),
         values(reinterpret_cast<A*>(dynamic_shared_memory + p.kept_vectors)),
         y(reinterpret_cast<int*>(values + p.sets * kStateArrays<kSpread> * places)),
         of_target(reinterpret_cast<T*>(y + places)) {}
 
   // Row `row` of the threads that are the thread-th side by side. Padded so that neither a warp of threads, each at
   // its first row, nor a warp of neighbouring rows meet in the same bank.
-  template <int kWidth>
   __device__ __forceinline__ int place(int thread, int row) const {
     return row * column_stride(int(blockDim.x), kWidth) + thread;
   }
@@ -141,6 +142,17 @@ struct Columns {
   }
   __device__ __forceinline__ bool has_probabilities() const { return kSpread && probability != nullptr; }
   __device__ __forceinline__ int classes() const { return int(o.classes); }
+
+  // Of class c in row i, if the thread has all classes; from what it has kept, if it has.
+  template <bool kMayBeKept>
+  __device__ __forceinline__ T logit(int c, int i) const {
+    if constexpr (kMayBeKept) {
+      const int of_pack = o.template slots_of_pack<kSpread>();
+      const Slots slots(o.plan.slots * of_pack);
+      if (o.plan.slots > 0) return reinterpret_cast<const T*>(&slots[of_pack * c])[i];
+    }
+    return logits[c * o.logits_strides.classes + i];
+  }
 };
 
 // kPacks classes of a thread, a pack of kWidth rows each, from memory or, if kKept, from what the thread has kept.
@@ -260,11 +272,10 @@ __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth]
 
 template <bool kMayKeep, typename T, bool kSpread, int kWidth, typename A>
 __device__ __forceinline__ void absorb_columns(RowState<A> (&state)[kWidth], const Columns<T, kSpread, kWidth>& rows) {
-  [[maybe_unused]] const bool keeps = rows.o.plan.slots > 0;
   with_spread<kSpread>(rows.o, [&](auto spread) {
     for_each_tile<kColumnPacks<kSpread>, /*kReverse=*/false, /*kKept=*/false>(rows, [&](const auto& tile, int number) {
       if constexpr (kMayKeep)
-        if (keeps) tile.keep(rows, number);
+        if (rows.o.plan.slots > 0) tile.keep(rows, number);
       absorb_columns_tile<decltype(spread)::value>(state, rows, tile);
     });
   });
@@ -296,8 +307,8 @@ __device__ __forceinline__ void merge_lanes_apart(RowState<A> (&state)[kWidth]) 
 }
 
 // Leaves in shared memory what the block's threads have of its rows, in 1 << sets_shift sets.
-template <int kWidth, typename T, bool kSpread>
-__device__ __forceinline__ void leave_states(const ColumnMemory<T, kSpread>& memory,
+template <typename T, bool kSpread, int kWidth>
+__device__ __forceinline__ void leave_states(const ColumnMemory<T, kSpread, kWidth>& memory,
                                              RowState<Statistic<T>> (&state)[kWidth]) {
   // Threads of one warp that have the same rows leave one state; each of the others a set of its own.
   const int threads_of_set = blockDim.x < kWarp ? kWarp / blockDim.x : 1;
@@ -306,22 +317,22 @@ __device__ __forceinline__ void leave_states(const ColumnMemory<T, kSpread>& mem
   if (threadIdx.y % threads_of_set == 0) {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i)
-      memory.put(threadIdx.y / threads_of_set, memory.template place<kWidth>(threadIdx.x, i), state[i]);
+      memory.put(threadIdx.y / threads_of_set, memory.place(threadIdx.x, i), state[i]);
   }
   __syncthreads();
 }
 
 // Calls f(row of the block, its place, its state, the lane's number among those that have it) for all rows of the block,
 // with what the 1 << shift sets have of the row, merged by as many lanes. All threads take part.
-template <int kWidth, typename T, bool kSpread, typename F>
-__device__ __forceinline__ void for_each_merged_row(const ColumnMemory<T, kSpread>& memory, int shift, F f) {
+template <typename T, bool kSpread, int kWidth, typename F>
+__device__ __forceinline__ void for_each_merged_row(const ColumnMemory<T, kSpread, kWidth>& memory, int shift, F f) {
   using A = Statistic<T>;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, part = thread & ((1 << shift) - 1);
   const unsigned rows = blockDim.x * kWidth, rows_at_once = blockDim.x * blockDim.y >> shift;
 #pragma unroll 1
   for (unsigned first = 0; first < rows; first += rows_at_once) {
     const unsigned row = first + (thread >> shift);
-    const int place = memory.template place<kWidth>(row / kWidth, row % kWidth);
+    const int place = memory.place(row / kWidth, row % kWidth);
     auto state = row < rows ? memory.get(part, place) : empty_row_state<A>();
     if (shift > 0) state = lanes_merge<kSpread>(state, 1 << shift);
     if (row < rows) f(int(row), place, state, part);
@@ -366,8 +377,8 @@ __device__ __forceinline__ void fetch_to_cache(const int64_t* p) {
 }
 
 // Leaves in shared memory what the gradient needs of a row; here: has this block the target class?
-template <typename T, bool kSpread, typename A>
-__device__ __forceinline__ void prepare_gradient(const ColumnMemory<T, kSpread>& memory, int set, int place,
+template <typename T, bool kSpread, int kWidth, typename A>
+__device__ __forceinline__ void prepare_gradient(const ColumnMemory<T, kSpread, kWidth>& memory, int set, int place,
                                                  const RowTarget<T, kSpread>& row, A max, A scale, A grad_output,
                                                  bool here, T x_y) {
   const bool counts = row.counts();
@@ -402,21 +413,66 @@ struct RowsThatCount {
   }
 };
 
+// What the gradient of a thread's i-th row needs, where the row's thread has left it.
+template <typename T, bool kSpread, int kWidth>
+struct GradientInMemory {
+  using A = Statistic<T>;
+
+  const ColumnMemory<T, kSpread, kWidth>& memory;
+  int set;
+
+  __device__ __forceinline__ int place(int i) const { return memory.place(threadIdx.x, i); }
+  __device__ __forceinline__ A max(int i) const { return memory.at(set, 0, place(i)); }
+  __device__ __forceinline__ A factor(int i) const { return memory.at(set, 1, place(i)); }
+  __device__ __forceinline__ A grad_output(int i) const { return memory.at(set, 2, place(i)); }
+  __device__ __forceinline__ bool counts(int i) const { return memory.y[place(i)] != kDoesNotCount; }
+  // The target class, if it is one of the thread's own; its gradient.
+  __device__ __forceinline__ int target(const Columns<T, kSpread, kWidth>& rows, int i) const {
+    const int y = memory.y[place(i)];
+    return y >= 0 && thread_of_class(rows.o, y) == rows.first ? y : kNotHere;
+  }
+  __device__ __forceinline__ T of_target(int i) const { return memory.of_target[place(i)]; }
+};
+
+// The same in the thread that has the row for itself.
+template <typename T, bool kSpread, int kWidth>
+struct GradientOfOwn {
+  using A = Statistic<T>;
+
+  A maxima[kWidth], factors[kWidth], common_grad_output;
+  int targets[kWidth];
+  T of_targets[kWidth];
+
+  __device__ __forceinline__ A max(int i) const { return maxima[i]; }
+  __device__ __forceinline__ A factor(int i) const { return factors[i]; }
+  __device__ __forceinline__ A grad_output(int) const { return common_grad_output; }
+  __device__ __forceinline__ bool counts(int i) const { return targets[i] != kDoesNotCount; }
+  __device__ __forceinline__ int target(const Columns<T, kSpread, kWidth>&, int i) const { return targets[i]; }
+  __device__ __forceinline__ T of_target(int i) const { return of_targets[i]; }
+
+  __device__ __forceinline__ void prepare(int i, const RowTarget<T, kSpread>& row, const FinishedRow<A>& finished,
+                                          T x_y) {
+    maxima[i] = finished.max;
+    factors[i] = !row.counts() ? A(0) : kSpread ? finished.scale : finished.scale * common_grad_output;
+    targets[i] = row.counts() ? row.y : kDoesNotCount;
+    const A e = math::exp(A(widen(x_y)) - finished.max);
+    of_targets[i] = narrow<T>(logit_gradient(e, finished.scale, row.coefficient(), common_grad_output));
+  }
+};
+
 // The target class comes after the others, from the thread that has it.
-template <bool kKept, typename T, bool kSpread, int kWidth>
-__device__ __forceinline__ void write_columns(const Columns<T, kSpread, kWidth>& rows,
-                                              const ColumnMemory<T, kSpread>& memory, int set) {
+template <bool kKept, typename T, bool kSpread, int kWidth, typename Gradient>
+__device__ __forceinline__ void write_columns(const Columns<T, kSpread, kWidth>& rows, const Gradient& gradient) {
   using A = Statistic<T>;
   constexpr int kPacks = kColumnPacks<kSpread> / 2;
   A max[kWidth], factor[kWidth], grad_output[kWidth];
   RowsThatCount<T, kWidth> count;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    const int place = memory.template place<kWidth>(threadIdx.x, i);
-    max[i] = memory.at(set, 0, place);
-    factor[i] = memory.at(set, 1, place);
-    if constexpr (kSpread) grad_output[i] = memory.at(set, 2, place);
-    if (memory.y[place] != kDoesNotCount) count.add(i);
+    max[i] = gradient.max(i);
+    factor[i] = gradient.factor(i);
+    if constexpr (kSpread) grad_output[i] = gradient.grad_output(i);
+    if (gradient.counts(i)) count.add(i);
   }
   const int64_t stride = rows.o.grad_strides.classes;
   with_spread<kSpread>(rows.o, [&](auto spread) {
@@ -442,10 +498,10 @@ __device__ __forceinline__ void write_columns(const Columns<T, kSpread, kWidth>&
   });
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    const int place = memory.template place<kWidth>(threadIdx.x, i), y = memory.y[place];
-    if (y < 0 || thread_of_class(rows.o, y) != rows.first) continue;
+    const int y = gradient.target(rows, i);
+    if (y < 0) continue;
     const int64_t in_row = kWidth == 1 ? 0 : i;  // of more rows than one, the next one is the next element
-    rows.grad[in_row + y * stride] = memory.of_target[place];
+    rows.grad[in_row + y * stride] = gradient.of_target(i);
   }
 }
 
@@ -459,9 +515,8 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
   constexpr bool kKeeps = kWidth > 1;  // what the gradient is made of; others read it again
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
-  const ColumnMemory<T, kSpread> memory(columns);
+  const ColumnMemory<T, kSpread, kWidth> memory(columns);
   const bool wants_gradient = o.grad_logits != nullptr;
-  const int threads = int(blockDim.x * blockDim.y), in_block = threadIdx.y * blockDim.x + threadIdx.x;
   let_next_launch_start();
   Partial sum = {};
   for (int64_t first = int64_t(blockIdx.x) * blockDim.x; first < columns.units; first += plan.step) {
@@ -473,12 +528,13 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
       fetch_to_cache(o.target_index + (first + threadIdx.x) * kWidth);
     if (is_there)
       absorb_columns<kKeeps>(state, Columns<T, kSpread, kWidth>(o, first + threadIdx.x, int(threadIdx.y)));
+    const int threads = int(blockDim.x * blockDim.y), in_block = threadIdx.y * blockDim.x + threadIdx.x;
     // The target of this thread's next row in step 3.
     int64_t next_target = o.target_at(first * kWidth + (in_block >> columns.sets_shift));
-    leave_states<kWidth>(memory, state);
+    leave_states(memory, state);
     wait_for_launch_before();  // for total_weight
-    A grad_output = wants_gradient ? with_mean(o, grad_output_at<T>(o, 0)) : A(0);
-    for_each_merged_row<kWidth>(memory, columns.sets_shift, [&](int of_block, int place, const RowState<A>& merged, int part) {
+    const A grad_output = wants_gradient ? with_mean(o, A(1)) : A(0);  // nobody has sent one yet
+    for_each_merged_row(memory, columns.sets_shift, [&](int of_block, int place, const RowState<A>& merged, int part) {
       const int64_t number = first * kWidth + of_block, target = next_target;
       next_target = o.target_at(number + (threads >> columns.sets_shift));
       if (part != 0 || number >= plan.rows) return;
@@ -486,15 +542,56 @@ __global__ void __launch_bounds__(kColumnThreads<T, kSpread>, (kForwardBlocks<T,
       const A scale = scale_of(row, merged);
       const T x_y = row.y >= 0 ? logit_of_target<kWidth, kKeeps>(row, of_block) : T();
       finish_row(row, merged, scale, x_y, sum);
-      if (!wants_gradient) return;
-      if (o.grad_output_stride != 0) grad_output = with_mean(o, grad_output_at<T>(o, number));
-      prepare_gradient(memory, columns.last_set, place, row, merged.max, scale, grad_output, true, x_y);
+      if (wants_gradient)
+        prepare_gradient(memory, columns.last_set, place, row, merged.max, scale, grad_output, true, x_y);
     });
     if (!wants_gradient) continue;
     __syncthreads();
     if (is_there)
-      write_columns<kKeeps>(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, int(threadIdx.y)), memory,
-                            columns.last_set);
+      write_columns<kKeeps>(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, int(threadIdx.y)),
+                            GradientInMemory<T, kSpread, kWidth>{memory, columns.last_set});
+  }
+  leave(o, sum);
+}
+
+// A thread has all classes of its rows: nothing is exchanged, and what a row costs besides its classes is done for the
+// thread's rows side by side.
+template <typename T, bool kSpread, int kWidth>
+__global__ void __launch_bounds__(kColumnThreadsAcross, kAloneBlocks<T>) forward_columns_alone(const Problem<T> o) {
+  using A = Statistic<T>;
+  constexpr bool kKeeps = kWidth > 1;
+  const RowPlan& plan = o.plan;
+  const bool wants_gradient = o.grad_logits != nullptr;
+  let_next_launch_start();
+  Partial sum = {};
+  for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < plan.of_columns.units; unit += plan.step) {
+    const Columns<T, kSpread, kWidth> rows(o, unit, 0);
+    const int64_t first = unit * kWidth;
+    int64_t target[kWidth];
+    RowState<A> state[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      target[i] = o.target_index ? o.target_index[first + i] : -1;
+      state[i] = empty_row_state<A>();
+    }
+    absorb_columns<kKeeps>(state, rows);
+    wait_for_launch_before();  // for total_weight
+    GradientOfOwn<T, kSpread, kWidth> gradient;
+    gradient.common_grad_output = wants_gradient ? with_mean(o, A(1)) : A(0);  // nobody has sent one yet
+    A loss[kWidth], scale[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const RowTarget<T, kSpread> row(o, first + i, o.class_of(target[i]));
+      const T x_y = row.y < 0 ? T() : rows.template logit<kKeeps>(row.y, i);
+      const auto finished = loss_of_row(row, state[i], scale_of(row, state[i]), x_y, sum);
+      loss[i] = finished.loss;
+      scale[i] = finished.scale;
+      gradient.prepare(i, row, finished, x_y);
+    }
+    store_values(static_cast<A*>(o.row_max) + first, gradient.maxima);
+    store_values(static_cast<A*>(o.row_scale) + first, scale);
+    if (o.reduction == Reduction::kNone) store_loss<T>(o.loss, o.loss_dtype != o.dtype, first, loss);
+    if (wants_gradient) write_columns<kKeeps>(rows, gradient);
   }
   leave(o, sum);
 }
@@ -505,20 +602,19 @@ __global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kSpread>)) for
   using A = Statistic<T>;
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
-  const ColumnMemory<T, kSpread> memory(columns);
+  const ColumnMemory<T, kSpread, kWidth> memory(columns);
   const int rank = rank_of_block(plan);
   let_next_launch_start();
   for (int64_t first = group_of_block(plan) * blockDim.x; first < columns.units; first += plan.step) {
     RowState<A> state[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
-    const bool is_there = first + threadIdx.x < columns.units;
-    if (is_there) {
+    if (first + threadIdx.x < columns.units) {
       const int thread = rank * int(blockDim.y) + int(threadIdx.y);  // of those of a row
       absorb_columns<false>(state, Columns<T, kSpread, kWidth>(o, first + threadIdx.x, thread));
     }
-    leave_states<kWidth>(memory, state);
-    for_each_merged_row<kWidth>(memory, columns.sets_shift, [&](int of_block, int, const RowState<A>& merged, int part) {
+    leave_states(memory, state);
+    for_each_merged_row(memory, columns.sets_shift, [&](int of_block, int, const RowState<A>& merged, int part) {
       const int64_t number = first * kWidth + of_block;
       if (part == 0 && number < plan.rows)
         static_cast<RowState<A>*>(o.scratch)[(number << plan.blocks_shift) + rank] = merged;
@@ -535,7 +631,7 @@ __global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kSpread>))
   using A = Statistic<T>;
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
-  const ColumnMemory<T, kSpread> memory(columns);
+  const ColumnMemory<T, kSpread, kWidth> memory(columns);
   const int rank = rank_of_block(plan);
   const int threads = int(blockDim.x * blockDim.y);
   A grad_output = with_mean(o, grad_output_at<T>(o, 0));
@@ -549,14 +645,14 @@ __global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kSpread>))
       if (o.grad_output_stride != 0) grad_output = with_mean(o, grad_output_at<T>(o, number));
       const bool here = row.y >= 0 && rank_of_class(o, row.y) == rank;
       const T x_y = here ? logit_of_target<kWidth, false>(row, i) : T();
-      prepare_gradient(memory, columns.last_set, memory.template place<kWidth>(i / kWidth, i % kWidth), row,
+      prepare_gradient(memory, columns.last_set, memory.place(i / kWidth, i % kWidth), row,
                        static_cast<const A*>(o.row_max)[number], static_cast<const A*>(o.row_scale)[number],
                        grad_output, here, x_y);
     }
     __syncthreads();
     if (first + threadIdx.x < columns.units)
       write_columns<false>(Columns<T, kSpread, kWidth>(o, first + threadIdx.x, rank * int(blockDim.y) + int(threadIdx.y)),
-                           memory, columns.last_set);
+                           GradientInMemory<T, kSpread, kWidth>{memory, columns.last_set});
   }
 }
 
