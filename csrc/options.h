@@ -57,7 +57,8 @@ struct CrossEntropyOptions {
   Strides target_strides;
   const void* weight;  // [classes] contiguous, statistics' type; null is 1 for every class
 
-  // Written by the forward pass, read by the backward pass; all of the statistics' type.
+  // Written by the forward pass, read by the backward pass; all of the statistics' type. Where the number of rows is a
+  // multiple of so many elements as 16 bytes hold, row_max, row_scale and the loss of each row are 16-byte aligned.
   void* row_max;       // [rows]
   void* row_scale;     // [rows]  sum(q) / sum(exp(logit - row_max)), q as in formulas/cross_entropy.h
   void* total_weight;  // [1]     what the mean divides by; null for the other reductions

@@ -197,7 +197,6 @@ SHAPES = {
     "split": lambda shape: shape.grid > 5 and shape.cluster == 1,
     "split in two": lambda shape: shape.grid == 10 and shape.cluster == 1,
     "columns that keep": lambda shape: shape.cluster == 1,
-    "clusters of columns that keep": lambda shape: shape.cluster == 1,
     "many multiprocessors": lambda shape: shape.cluster == 1,
     "loops": lambda shape: shape.grid == 2 and shape.cluster == 2,
 }
@@ -223,19 +222,19 @@ def test_some_lanes_of_a_warp(classes, lanes, emulator, rng):
             assert (launch.block_x, launch.block_y) == (lanes, 128 // lanes)
 
 
-@pytest.mark.parametrize(("classes", "threads"), [(40, 4), (700, 8)])
-def test_columns_of_several_threads_a_row(classes, threads, emulator, rng):
+@pytest.mark.parametrize(("classes", "block"), [(40, (32, 4)), (700, (16, 16))])
+def test_columns_of_several_threads_a_row(classes, block, emulator, rng):
     """Rows that no 16-byte access can reach together."""
     for target in TARGETS:
         problem = CrossEntropy(rng, torch.float32, classes, *target, layout="inner", rows=5, inner=3)
         problem.tuning = "many multiprocessors"
         problem.check(emulator)
     launch = next(launch for launch in emulator.launches() if launch.block_y > 1)
-    assert (launch.block_x, launch.block_y) == (32, threads)
+    assert (launch.block_x, launch.block_y) == block
 
 
-# Rows a thread takes side by side, or not; few rows, and more than a block takes at once; classes that are kept, all or
-# in part, or of which several blocks have some.
+# Rows a thread takes side by side, or not; few rows, and more than a block takes at once; classes that are kept, or
+# of which several blocks have some.
 COLUMNS = [(16, 21, 3), (64, 40, 1), (8, 700, 2), (24, 300, 1), (5, 40, 2), (1024, 3, 2), (1040, 9, 1), (8, 2100, 1)]
 
 
@@ -285,10 +284,12 @@ def test_the_launch_of_columns(dtype, emulator, rng):
     for shape, offset in [((5, 3, 64 * width), 1), ((64 * width, 3, 5), 0)]:
         apart = launch_of_columns(emulator, rng, "default", dtype, shape, offset)
         assert (apart.grid, apart.block_x, apart.block_y) == (5 * width, 64, 1)
-    cluster = launch_of_columns(emulator, rng, "clusters of columns that keep", dtype, (1, 2100, 2 * width))
-    assert cluster.cluster > 1 and cluster.shared_bytes > 4 * 16 * cluster.block_x * cluster.block_y
-    kept = launch_of_columns(emulator, rng, "columns that keep", dtype, (3, 9, 64 * width))
-    assert kept.cluster == 1 and kept.shared_bytes > 4 * 16 * kept.block_x * kept.block_y
+    for classes, width_of_block in [(9, 64), (66, 8)]:
+        kept = launch_of_columns(emulator, rng, "columns that keep", dtype, (1, classes, 64 * width))
+        assert kept.block_x == width_of_block and kept.shared_bytes >= 16 * classes * kept.block_x
+    split = launch_of_columns(emulator, rng, "columns that keep", dtype, (1, 5000, 2 * width))
+    assert (split.block_x, split.block_y) == (2, 128) and split.shared_bytes < 5000
+    assert split.grid > 1 and emulator.launches()[1].block_x == 256
 
 
 def test_split_columns_are_finished_by_many_blocks(emulator, rng):
@@ -430,7 +431,7 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
             if file.startswith("cross_entropy_few"):  # more than the blocks take at once, and the last one is not full
                 shapes = [("contiguous", 10, 270, 1), ("contiguous", 15, 259, 1), ("contiguous", 16, 67, 1)]
             if file.startswith("cross_entropy_columns") and tuning == "loops":
-                shapes += [("inner", 2100, 3, 32)] * 2  # a cluster takes them in several turns
+                shapes += [("inner", 2100, 3, 32)] * 2  # blocks take them in several turns
             for layout, classes, rows, inner in shapes:
                 problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), "mean", layout, rows, inner)
                 problem.tuning, problem.grad_in_forward = tuning, not problem.in_place
@@ -438,7 +439,7 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
     if file.startswith("cross_entropy_shifted"):
         problems = [slice_of_padded(rng, dtype, classes, "warps", rows=5) for classes in (1543, 1551, 4101)]
     if file.startswith("cross_entropy_columns"):
-        for _ in range(3):  # a part of a tile is kept, if the rows are aligned
+        for _ in range(3):  # kept, if the rows are aligned
             classes = 40 if dtype.itemsize == 2 else 24
             problem = CrossEntropy(rng, dtype, classes, reduction="mean", layout="inner", rows=3, inner=104)
             problem.tuning, problem.grad_in_forward = "columns that keep", not problem.in_place

@@ -2,16 +2,16 @@
 // cross_entropy_few.cuh cannot take them.
 //
 // A thread takes kWidth neighbouring rows side by side: one 16-byte load brings one class of all of them. Where
-// alignment does not allow that, kWidth is 1. A block is (threads side by side, threads along the classes); where that
-// does not fill the GPU, or where a block cannot keep its classes in shared memory, several blocks share the same rows,
-// in a cluster or apart (cross_entropy_columns_plan.h decides).
+// alignment does not allow that, kWidth is 1. A block is (threads side by side, threads along the classes), and keeps all
+// classes of its rows in shared memory. Where it cannot, several blocks share the same rows ("split"), and the logits are
+// read twice (cross_entropy_columns_plan.h decides).
 //
 // A block goes from the threads' view to the rows' view and back, by way of shared memory:
 //   1. each thread sweeps its classes, and has the statistics of kWidth rows;
-//   2. they are merged: in a warp by shuffles, then in shared memory, then over the blocks of the cluster;
+//   2. they are merged: in a warp by shuffles, then in shared memory;
 //   3. one thread for each row, or some lanes, makes the row's loss, and what the gradient needs to know of the row;
 //   4. each thread reads that of its kWidth rows, and sweeps its classes again to write the gradient.
-// The backward pass begins with 3.
+// Split rows go through 1 and 2, and what their blocks have found through finish_split; the backward pass begins with 3.
 #pragma once
 
 #include "cuda/cross_entropy_finish.cuh"
@@ -24,8 +24,10 @@ template <typename T, TargetKind kTarget>
 constexpr int kColumnThreads = max_column_threads(sizeof(T) == 8, is_spread(kTarget));
 template <typename T, TargetKind kTarget>
 constexpr int kForwardBlocks = sizeof(T) < 8 && is_spread(kTarget) ? 2 : 1;
+template <typename T>
+constexpr int kAloneBlocks = sizeof(T) == 8 ? 4 : 8;
 template <typename T, TargetKind kTarget>
-constexpr int kBackwardBlocks = sizeof(T) == 8 ? 1 : is_spread(kTarget) ? 2 : 3;
+constexpr int kApartBlocks = sizeof(T) == 8 ? 1 : is_spread(kTarget) ? 2 : 3;
 
 // In the place of the target class: the row does not count, and its gradient is 0; or the class is no concern of this
 // block.
@@ -74,7 +76,7 @@ __device__ __forceinline__ Pack<T, kWidth> larger_of(const Pack<T, kWidth>& a, c
 
 // A place is one of the block's rows. Sets of one value for each place: each set has the arrays of a RowState, or, the
 // last of step 3, what the gradient needs.
-template <typename T, TargetKind kTarget>
+template <typename T, TargetKind kTarget, int kWidth>
 struct ColumnMemory {
   using A = Statistic<T>;
 
@@ -84,14 +86,13 @@ struct ColumnMemory {
   T* const of_target;  // [places]  the gradient of the target class
 
   explicit __device__ __forceinline__ ColumnMemory(const ColumnPlan& p)
-      : places(column_places(int(blockDim.x), p.width)),
+      : places(column_places(int(blockDim.x), kWidth)),
         values(reinterpret_cast<A*>(dynamic_shared_memory + p.kept_vectors)),
         y(reinterpret_cast<int*>(values + p.sets * kStateArrays<is_spread(kTarget)> * places)),
         of_target(reinterpret_cast<T*>(y + places)) {}
 
   // Row `row` of the threads that are the thread-th side by side. Padded so that neither a warp of threads, each at
   // its first row, nor a warp of neighbouring rows meet in the same bank.
-  template <int kWidth>
   __device__ __forceinline__ int place(int thread, int row) const {
     return row * column_stride(int(blockDim.x), kWidth) + thread;
   }
@@ -141,10 +142,22 @@ struct Columns {
   }
   __device__ __forceinline__ bool has_probabilities() const { return kTarget == TargetKind::kProbabilities; }
   __device__ __forceinline__ int classes() const { return int(o.classes); }
+
+  // Of class c in row i, if the thread has all classes; from what it has kept, if it has.
+  template <bool kMayBeKept>
+  __device__ __forceinline__ T logit(int c, int i) const {
+    if constexpr (kMayBeKept) {
+      const int of_pack = Problem<T>::template kSlotsOfPack<kTarget>;
+      const Slots slots(o.plan.slots * of_pack);
+      if (o.plan.slots > 0) return reinterpret_cast<const T*>(&slots[of_pack * c])[i];
+    }
+    return logits[c * o.logits_strides.classes + i];
+  }
 };
 
-// kPacks classes of a thread, a pack of kWidth rows each. kWhole: all of them exist.
-template <typename T, TargetKind kTarget, int kWidth, int kPacks, bool kWhole>
+// kPacks classes of a thread, a pack of kWidth rows each, from memory or, if kKept, from what the thread has kept.
+// kWhole: all of them exist.
+template <typename T, TargetKind kTarget, int kWidth, int kPacks, bool kKept, bool kWhole>
 struct ColumnTile {
   using Rows = Columns<T, kTarget, kWidth>;
 
@@ -153,17 +166,15 @@ struct ColumnTile {
   int first;                       // the first class
   int count;                       // of packs that exist
 
-  __device__ __forceinline__ ColumnTile(const Rows& rows, int number, int kept_packs) {
+  __device__ __forceinline__ ColumnTile(const Rows& rows, int number) {
     first = rows.first + (number * kPacks << rows.shift);
     count = kWhole ? kPacks : (rows.classes() - first + (1 << rows.shift) - 1) >> rows.shift;
-    if constexpr (kWidth > 1) {
-      if (number * kPacks < kept_packs) {
-        take(rows, number);
-        return;
-      }
+    if constexpr (kKept) {
+      take(rows, number);
+    } else {
+      load_all(rows.logits, rows.o.logits_strides.classes, rows, x);
+      if (rows.has_probabilities()) load_all(rows.probability, rows.o.target_strides.classes, rows, t);
     }
-    load_all(rows.logits, rows.o.logits_strides.classes, rows, x);
-    if (rows.has_probabilities()) load_all(rows.probability, rows.o.target_strides.classes, rows, t);
   }
 
   // What is not there is 0: a register that is left as it was would have to be kept from the round before.
@@ -173,11 +184,10 @@ struct ColumnTile {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k, p += step) packs[k] = is_there(k) ? load<kWidth>(p) : Pack<T, kWidth>();
   }
-  __device__ __forceinline__ void keep(const Rows& rows, int number, int kept_packs) const {
+  __device__ __forceinline__ void keep(const Rows& rows, int number) const {
     const int of_pack = Problem<T>::template kSlotsOfPack<kTarget>;
     const Slots slots(rows.o.plan.slots * of_pack);
     for_each_pack([&](int k) {
-      if (number * kPacks + k >= kept_packs) return;
       slots[of_pack * (number * kPacks + k)] = x[k].as_vector();
       if (rows.has_probabilities()) slots[of_pack * (number * kPacks + k) + 1] = t[k].as_vector();
     });
@@ -214,18 +224,18 @@ struct ColumnTile {
 
 // Calls f(tile, its number) for all tiles of a thread, from the last to the first if kReverse: what was not kept is then
 // read again while the cache may still hold it. `whole` tiles are so for every thread of the rows.
-template <int kPacks, bool kReverse, typename T, TargetKind kTarget, int kWidth, typename F>
-__device__ __forceinline__ void for_each_tile(const Columns<T, kTarget, kWidth>& rows, int kept_packs, F f) {
+template <int kPacks, bool kReverse, bool kKept, typename T, TargetKind kTarget, int kWidth, typename F>
+__device__ __forceinline__ void for_each_tile(const Columns<T, kTarget, kWidth>& rows, F f) {
   const int whole = (rows.classes() >> rows.shift) / kPacks;
   const int all = whole + (rows.first + (whole * kPacks << rows.shift) < rows.classes());
   const auto last = [&] {
-    if (whole < all) f(ColumnTile<T, kTarget, kWidth, kPacks, false>(rows, whole, kept_packs), whole);
+    if (whole < all) f(ColumnTile<T, kTarget, kWidth, kPacks, kKept, false>(rows, whole), whole);
   };
   if (kReverse) last();
 #pragma unroll 1
   for (int i = 0; i < whole; ++i) {
     const int number = kReverse ? whole - 1 - i : i;
-    f(ColumnTile<T, kTarget, kWidth, kPacks, true>(rows, number, kept_packs), number);
+    f(ColumnTile<T, kTarget, kWidth, kPacks, kKept, true>(rows, number), number);
   }
   if (!kReverse) last();
 }
@@ -235,7 +245,7 @@ __device__ __forceinline__ void for_each_tile(const Columns<T, kTarget, kWidth>&
 template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth],
                                                     const Columns<T, kTarget, kWidth>& rows,
-                                                    const ColumnTile<T, kTarget, kWidth, kPacks, kWhole>& tile) {
+                                                    const ColumnTile<T, kTarget, kWidth, kPacks, false, kWhole>& tile) {
   auto largest = splat<kWidth>(narrow<T>(A(-INFINITY)));
   tile.for_each_pack([&](int k) { largest = larger_of(largest, tile.x[k]); });
   bool grows = false;
@@ -260,14 +270,12 @@ __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth]
   });
 }
 
-template <typename T, TargetKind kTarget, int kWidth, typename A>
+template <bool kMayKeep, typename T, TargetKind kTarget, int kWidth, typename A>
 __device__ __forceinline__ void absorb_columns(RowState<A> (&state)[kWidth], const Columns<T, kTarget, kWidth>& rows) {
-  constexpr int kPacks = kColumnPacks<is_spread(kTarget)>;
-  const int kept_packs = rows.o.plan.slots;
   with_spread<kTarget>(rows.o, [&](auto spread) {
-    for_each_tile<kPacks, false>(rows, 0, [&](const auto& tile, int number) {
-      if constexpr (kWidth > 1)
-        if (number * kPacks < kept_packs) tile.keep(rows, number, kept_packs);
+    for_each_tile<kColumnPacks<is_spread(kTarget)>, /*kReverse=*/false, /*kKept=*/false>(rows, [&](const auto& tile, int number) {
+      if constexpr (kMayKeep)
+        if (rows.o.plan.slots > 0) tile.keep(rows, number);
       absorb_columns_tile<decltype(spread)::value>(state, rows, tile);
     });
   });
@@ -298,18 +306,34 @@ __device__ __forceinline__ void merge_lanes_apart(RowState<A> (&state)[kWidth]) 
   }
 }
 
-// Calls f(row of the block, its place, its state, is this the lane that speaks for it) for all rows of the block, with
-// what `1 << shift` neighbouring sets from `set` on have of the row, merged by as many lanes. All threads take part.
-template <int kWidth, typename T, TargetKind kTarget, typename F>
-__device__ __forceinline__ void for_each_merged_row(const ColumnMemory<T, kTarget>& memory, int set, int shift, F f) {
+// Leaves in shared memory what the block's threads have of its rows, in 1 << sets_shift sets.
+template <typename T, TargetKind kTarget, int kWidth>
+__device__ __forceinline__ void leave_states(const ColumnMemory<T, kTarget, kWidth>& memory,
+                                             RowState<Statistic<T>> (&state)[kWidth]) {
+  // Threads of one warp that have the same rows leave one state; each of the others a set of its own.
+  const int threads_of_set = blockDim.x < kWarp ? kWarp / blockDim.x : 1;
+  if (blockDim.x < kWarp) merge_lanes_apart<kTarget>(state);
+  __syncthreads();  // the rows before have been read
+  if (threadIdx.y % threads_of_set == 0) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i)
+      memory.put(threadIdx.y / threads_of_set, memory.place(threadIdx.x, i), state[i]);
+  }
+  __syncthreads();
+}
+
+// Calls f(row of the block, its place, its state, the lane's number among those that have it) for all rows of the block,
+// with what the 1 << shift sets have of the row, merged by as many lanes. All threads take part.
+template <typename T, TargetKind kTarget, int kWidth, typename F>
+__device__ __forceinline__ void for_each_merged_row(const ColumnMemory<T, kTarget, kWidth>& memory, int shift, F f) {
   using A = Statistic<T>;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, part = thread & ((1 << shift) - 1);
   const unsigned rows = blockDim.x * kWidth, rows_at_once = blockDim.x * blockDim.y >> shift;
 #pragma unroll 1
   for (unsigned first = 0; first < rows; first += rows_at_once) {
     const unsigned row = first + (thread >> shift);
-    const int place = memory.template place<kWidth>(row / kWidth, row % kWidth);
-    auto state = row < rows ? memory.get(set + part, place) : empty_row_state<A>();
+    const int place = memory.place(row / kWidth, row % kWidth);
+    auto state = row < rows ? memory.get(part, place) : empty_row_state<A>();
     if (shift > 0) state = lanes_merge<is_spread(kTarget)>(state, 1 << shift);
     if (row < rows) f(int(row), place, state, part);
   }
@@ -328,12 +352,12 @@ __device__ __forceinline__ int rank_of_class(const Problem<T>& o, int c) {
 }
 
 // The target class's logit, where this block has that class: from what a thread has kept, if it has.
-template <int kWidth, typename T, TargetKind kTarget>
-__device__ __forceinline__ T logit_of_target(const RowTarget<T, kTarget>& row, unsigned row_of_block, int kept_packs) {
+template <int kWidth, bool kMayBeKept, typename T, TargetKind kTarget>
+__device__ __forceinline__ T logit_of_target(const RowTarget<T, kTarget>& row, unsigned row_of_block) {
   const Problem<T>& o = row.o;
-  if constexpr (kWidth > 1) {
-    const int pack = row.y >> o.plan.threads_shift;
-    if (pack < kept_packs) {
+  if constexpr (kMayBeKept) {
+    if (o.plan.slots > 0) {
+      const int pack = row.y >> o.plan.threads_shift;
       const int along = thread_of_class(o, row.y) & int(blockDim.y - 1);
       const int thread = along * int(blockDim.x) + row_of_block / kWidth;
       const int of_pack = Problem<T>::template kSlotsOfPack<kTarget>;
@@ -353,8 +377,8 @@ __device__ __forceinline__ void fetch_to_cache(const int64_t* p) {
 }
 
 // Leaves in shared memory what the gradient needs of a row; here: has this block the target class?
-template <typename T, TargetKind kTarget, typename A>
-__device__ __forceinline__ void prepare_gradient(const ColumnMemory<T, kTarget>& memory, int set, int place,
+template <typename T, TargetKind kTarget, int kWidth, typename A>
+__device__ __forceinline__ void prepare_gradient(const ColumnMemory<T, kTarget, kWidth>& memory, int set, int place,
                                                  const RowTarget<T, kTarget>& row, A max, A scale, A grad_output,
                                                  bool here, T x_y) {
   const bool counts = row.counts();
@@ -389,25 +413,70 @@ struct RowsThatCount {
   }
 };
 
-// The target class comes after the others, from the thread that has it.
+// What the gradient of a thread's i-th row needs, where the row's thread has left it.
 template <typename T, TargetKind kTarget, int kWidth>
-__device__ __forceinline__ void write_columns(const Columns<T, kTarget, kWidth>& rows,
-                                              const ColumnMemory<T, kTarget>& memory, int set, int kept_packs) {
+struct GradientInMemory {
+  using A = Statistic<T>;
+
+  const ColumnMemory<T, kTarget, kWidth>& memory;
+  int set;
+
+  __device__ __forceinline__ int place(int i) const { return memory.place(threadIdx.x, i); }
+  __device__ __forceinline__ A max(int i) const { return memory.at(set, 0, place(i)); }
+  __device__ __forceinline__ A factor(int i) const { return memory.at(set, 1, place(i)); }
+  __device__ __forceinline__ A grad_output(int i) const { return memory.at(set, 2, place(i)); }
+  __device__ __forceinline__ bool counts(int i) const { return memory.y[place(i)] != kDoesNotCount; }
+  // The target class, if it is one of the thread's own; its gradient.
+  __device__ __forceinline__ int target(const Columns<T, kTarget, kWidth>& rows, int i) const {
+    const int y = memory.y[place(i)];
+    return y >= 0 && thread_of_class(rows.o, y) == rows.first ? y : kNotHere;
+  }
+  __device__ __forceinline__ T of_target(int i) const { return memory.of_target[place(i)]; }
+};
+
+// The same in the thread that has the row for itself.
+template <typename T, TargetKind kTarget, int kWidth>
+struct GradientOfOwn {
+  using A = Statistic<T>;
+
+  A maxima[kWidth], factors[kWidth], common_grad_output;
+  int targets[kWidth];
+  T of_targets[kWidth];
+
+  __device__ __forceinline__ A max(int i) const { return maxima[i]; }
+  __device__ __forceinline__ A factor(int i) const { return factors[i]; }
+  __device__ __forceinline__ A grad_output(int) const { return common_grad_output; }
+  __device__ __forceinline__ bool counts(int i) const { return targets[i] != kDoesNotCount; }
+  __device__ __forceinline__ int target(const Columns<T, kTarget, kWidth>&, int i) const { return targets[i]; }
+  __device__ __forceinline__ T of_target(int i) const { return of_targets[i]; }
+
+  __device__ __forceinline__ void prepare(int i, const RowTarget<T, kTarget>& row, const FinishedRow<A>& finished,
+                                          T x_y) {
+    maxima[i] = finished.max;
+    factors[i] = !row.counts() ? A(0) : is_spread(kTarget) ? finished.scale : finished.scale * common_grad_output;
+    targets[i] = row.counts() ? row.y : kDoesNotCount;
+    const A e = math::exp(A(widen(x_y)) - finished.max);
+    of_targets[i] = narrow<T>(logit_gradient(e, finished.scale, row.coefficient(), common_grad_output));
+  }
+};
+
+// The target class comes after the others, from the thread that has it.
+template <bool kKept, typename T, TargetKind kTarget, int kWidth, typename Gradient>
+__device__ __forceinline__ void write_columns(const Columns<T, kTarget, kWidth>& rows, const Gradient& gradient) {
   using A = Statistic<T>;
   constexpr int kPacks = kColumnPacks<is_spread(kTarget)> / 2;
   A max[kWidth], factor[kWidth], grad_output[kWidth];
   RowsThatCount<T, kWidth> count;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    const int place = memory.template place<kWidth>(threadIdx.x, i);
-    max[i] = memory.at(set, 0, place);
-    factor[i] = memory.at(set, 1, place);
-    if constexpr (is_spread(kTarget)) grad_output[i] = memory.at(set, 2, place);
-    if (memory.y[place] != kDoesNotCount) count.add(i);
+    max[i] = gradient.max(i);
+    factor[i] = gradient.factor(i);
+    if constexpr (is_spread(kTarget)) grad_output[i] = gradient.grad_output(i);
+    if (gradient.counts(i)) count.add(i);
   }
   const int64_t stride = rows.o.grad_strides.classes;
   with_spread<kTarget>(rows.o, [&](auto spread) {
-    for_each_tile<kPacks, true>(rows, kept_packs, [&](const auto& tile, int) {
+    for_each_tile<kPacks, /*kReverse=*/true, kKept>(rows, [&](const auto& tile, int) {
       T* p = rows.grad + tile.first * stride;
       const int64_t step = stride << rows.shift;
       tile.for_each_pack([&](int k) {
@@ -429,109 +498,140 @@ __device__ __forceinline__ void write_columns(const Columns<T, kTarget, kWidth>&
   });
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    const int place = memory.template place<kWidth>(threadIdx.x, i), y = memory.y[place];
-    if (y < 0 || thread_of_class(rows.o, y) != rows.first) continue;
+    const int y = gradient.target(rows, i);
+    if (y < 0) continue;
     const int64_t in_row = kWidth == 1 ? 0 : i;  // of more rows than one, the next one is the next element
-    rows.grad[in_row + y * stride] = memory.of_target[place];
+    rows.grad[in_row + y * stride] = gradient.of_target(i);
   }
 }
 
 // ---- The kernels
 
+// A block has all classes of its rows.
 template <typename T, TargetKind kTarget, int kWidth>
 __global__ void __launch_bounds__(kColumnThreads<T, kTarget>, (kForwardBlocks<T, kTarget>))
     forward_columns(const Problem<T> o) {
   using A = Statistic<T>;
+  constexpr bool kKeeps = kWidth > 1;  // what the gradient is made of; others read it again
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
-  const ColumnMemory<T, kTarget> memory(columns);
-  const int rank = rank_of_block(plan);
-  const int thread = rank * int(blockDim.y) + int(threadIdx.y);  // of those of a row
-  const bool wants_gradient = o.grad_logits != nullptr && !plan.split;
-  // Threads of one warp that have the same rows leave one state; each of the others a set of its own.
-  const int threads_of_set = blockDim.x < kWarp ? kWarp / blockDim.x : 1;
+  const ColumnMemory<T, kTarget, kWidth> memory(columns);
+  const bool wants_gradient = o.grad_logits != nullptr;
   let_next_launch_start();
-  if (plan.cluster) cluster_sync();  // a block must have started before others write to its memory
   Partial sum = {};
-  int turn = 0;
-  for (int64_t first = group_of_block(plan) * blockDim.x; first < columns.units;
-       first += plan.step, ++turn) {
+  for (int64_t first = int64_t(blockIdx.x) * blockDim.x; first < columns.units; first += plan.step) {
     RowState<A> state[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
     const bool is_there = first + threadIdx.x < columns.units;
     if (threadIdx.y == 0 && is_there && o.target_index != nullptr)
       fetch_to_cache(o.target_index + (first + threadIdx.x) * kWidth);
-    if (is_there) absorb_columns(state, Columns<T, kTarget, kWidth>(o, first + threadIdx.x, thread));
-    // The target of this thread's next row in step 3.
-    const int last_shift = plan.cluster ? plan.blocks_shift : columns.sets_shift;
+    if (is_there)
+      absorb_columns<kKeeps>(state, Columns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y)));
     const int threads = int(blockDim.x * blockDim.y), in_block = threadIdx.y * blockDim.x + threadIdx.x;
-    int64_t next_target = o.target_at(first * kWidth + (in_block >> last_shift));
-    if (blockDim.x < kWarp) merge_lanes_apart<kTarget>(state);
-    __syncthreads();  // the rows before have been read
-    if (threadIdx.y % threads_of_set == 0) {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i)
-        memory.put(threadIdx.y / threads_of_set, memory.template place<kWidth>(threadIdx.x, i), state[i]);
-    }
-    __syncthreads();
-    int set = 0;
-    if (plan.cluster) {
-      const int shift = columns.sets_shift;
-      set = columns.exchange_set + (turn % 2 << plan.blocks_shift);
-      for_each_merged_row<kWidth>(memory, 0, shift, [&](int, int place, const RowState<A>& merged, int part) {
-        for (int block = part; block < plan.blocks; block += 1 << shift) {
-          const auto tell = [&](int array, A value) {
-            *in_block_of_cluster(&memory.at(set + rank, array, place), block) = value;
-          };
-          tell(0, merged.max);
-          tell(1, merged.sum);
-          if constexpr (is_spread(kTarget)) {
-            tell(2, merged.dot);
-            tell(3, merged.mass);
-          }
-        }
-      });
-      cluster_sync();
-    }
+    // The target of this thread's next row in step 3.
+    int64_t next_target = o.target_at(first * kWidth + (in_block >> columns.sets_shift));
+    leave_states(memory, state);
     wait_for_launch_before();  // for total_weight
-    A grad_output = wants_gradient ? with_mean(o, grad_output_at<T>(o, 0)) : A(0);
-    for_each_merged_row<kWidth>(memory, set, last_shift, [&](int of_block, int place, const RowState<A>& merged, int part) {
+    const A grad_output = wants_gradient ? with_mean(o, A(1)) : A(0);  // nobody has sent one yet
+    for_each_merged_row(memory, columns.sets_shift, [&](int of_block, int place, const RowState<A>& merged, int part) {
       const int64_t number = first * kWidth + of_block, target = next_target;
-      next_target = o.target_at(number + (threads >> last_shift));
+      next_target = o.target_at(number + (threads >> columns.sets_shift));
       if (part != 0 || number >= plan.rows) return;
-      if (plan.split) {
-        static_cast<RowState<A>*>(o.scratch)[(number << plan.blocks_shift) + rank] = merged;
-        return;  // to be finished by finish_split
-      }
       const RowTarget<T, kTarget> row(o, number, o.class_of(target));
       const A scale = scale_of(row, merged);
-      // One block speaks for the row: the one that has its target class, and so the class's logit.
-      const bool here = row.y < 0 ? rank == 0 : rank_of_class(o, row.y) == rank;
-      const T x_y = here && row.y >= 0 ? logit_of_target<kWidth>(row, of_block, plan.slots) : T();
-      if (here) finish_row(row, merged, scale, x_y, sum);
-      if (!wants_gradient) return;
-      if (o.grad_output_stride != 0) grad_output = with_mean(o, grad_output_at<T>(o, number));
-      prepare_gradient(memory, columns.last_set, place, row, merged.max, scale, grad_output, here, x_y);
+      const T x_y = row.y >= 0 ? logit_of_target<kWidth, kKeeps>(row, of_block) : T();
+      finish_row(row, merged, scale, x_y, sum);
+      if (wants_gradient)
+        prepare_gradient(memory, columns.last_set, place, row, merged.max, scale, grad_output, true, x_y);
     });
     if (!wants_gradient) continue;
     __syncthreads();
     if (is_there)
-      write_columns(Columns<T, kTarget, kWidth>(o, first + threadIdx.x, thread), memory, columns.last_set, plan.slots);
+      write_columns<kKeeps>(Columns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y)),
+                            GradientInMemory<T, kTarget, kWidth>{memory, columns.last_set});
   }
-  if (!plan.split) leave(o, sum);
+  leave(o, sum);
+}
+
+// A thread has all classes of its rows: nothing is exchanged, and what a row costs besides its classes is done for the
+// thread's rows side by side.
+template <typename T, TargetKind kTarget, int kWidth>
+__global__ void __launch_bounds__(kColumnThreadsAcross, kAloneBlocks<T>) forward_columns_alone(const Problem<T> o) {
+  using A = Statistic<T>;
+  constexpr bool kKeeps = kWidth > 1;
+  const RowPlan& plan = o.plan;
+  const bool wants_gradient = o.grad_logits != nullptr;
+  let_next_launch_start();
+  Partial sum = {};
+  for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < plan.of_columns.units; unit += plan.step) {
+    const Columns<T, kTarget, kWidth> rows(o, unit, 0);
+    const int64_t first = unit * kWidth;
+    int64_t target[kWidth];
+    RowState<A> state[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      target[i] = o.target_index ? o.target_index[first + i] : -1;
+      state[i] = empty_row_state<A>();
+    }
+    absorb_columns<kKeeps>(state, rows);
+    wait_for_launch_before();  // for total_weight
+    GradientOfOwn<T, kTarget, kWidth> gradient;
+    gradient.common_grad_output = wants_gradient ? with_mean(o, A(1)) : A(0);  // nobody has sent one yet
+    A loss[kWidth], scale[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const RowTarget<T, kTarget> row(o, first + i, o.class_of(target[i]));
+      const T x_y = row.y < 0 ? T() : rows.template logit<kKeeps>(row.y, i);
+      const auto finished = loss_of_row(row, state[i], scale_of(row, state[i]), x_y, sum);
+      loss[i] = finished.loss;
+      scale[i] = finished.scale;
+      gradient.prepare(i, row, finished, x_y);
+    }
+    store_values(static_cast<A*>(o.row_max) + first, gradient.maxima);
+    store_values(static_cast<A*>(o.row_scale) + first, scale);
+    if (o.reduction == Reduction::kNone) store_loss<T>(o.loss, o.loss_dtype != o.dtype, first, loss);
+    if (wants_gradient) write_columns<kKeeps>(rows, gradient);
+  }
+  leave(o, sum);
+}
+
+// A block has a part of the classes of its rows, and leaves what it knows of each row to finish_split.
+template <typename T, TargetKind kTarget, int kWidth>
+__global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kTarget>)) forward_split_columns(const Problem<T> o) {
+  using A = Statistic<T>;
+  const RowPlan& plan = o.plan;
+  const ColumnPlan& columns = plan.of_columns;
+  const ColumnMemory<T, kTarget, kWidth> memory(columns);
+  const int rank = rank_of_block(plan);
+  let_next_launch_start();
+  for (int64_t first = group_of_block(plan) * blockDim.x; first < columns.units; first += plan.step) {
+    RowState<A> state[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
+    if (first + threadIdx.x < columns.units) {
+      const int thread = rank * int(blockDim.y) + int(threadIdx.y);  // of those of a row
+      absorb_columns<false>(state, Columns<T, kTarget, kWidth>(o, first + threadIdx.x, thread));
+    }
+    leave_states(memory, state);
+    for_each_merged_row(memory, columns.sets_shift, [&](int of_block, int, const RowState<A>& merged, int part) {
+      const int64_t number = first * kWidth + of_block;
+      if (part == 0 && number < plan.rows)
+        static_cast<RowState<A>*>(o.scratch)[(number << plan.blocks_shift) + rank] = merged;
+    });
+  }
 }
 
 // No thread waits for another block: the rows' statistics are known.
 template <typename T, TargetKind kTarget, int kWidth>
-__global__ void __launch_bounds__(kBackwardColumnThreads, (kBackwardBlocks<T, kTarget>))
+__global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kTarget>))
     backward_columns(const Problem<T> o) {
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
   using A = Statistic<T>;
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
-  const ColumnMemory<T, kTarget> memory(columns);
+  const ColumnMemory<T, kTarget, kWidth> memory(columns);
   const int rank = rank_of_block(plan);
   const int threads = int(blockDim.x * blockDim.y);
   A grad_output = with_mean(o, grad_output_at<T>(o, 0));
@@ -544,15 +644,15 @@ __global__ void __launch_bounds__(kBackwardColumnThreads, (kBackwardBlocks<T, kT
       const RowTarget<T, kTarget> row(o, number, o.class_of(o.target_at(number)));
       if (o.grad_output_stride != 0) grad_output = with_mean(o, grad_output_at<T>(o, number));
       const bool here = row.y >= 0 && rank_of_class(o, row.y) == rank;
-      const T x_y = here ? logit_of_target<kWidth>(row, i, 0) : T();
-      prepare_gradient(memory, columns.last_set, memory.template place<kWidth>(i / kWidth, i % kWidth), row,
+      const T x_y = here ? logit_of_target<kWidth, false>(row, i) : T();
+      prepare_gradient(memory, columns.last_set, memory.place(i / kWidth, i % kWidth), row,
                        static_cast<const A*>(o.row_max)[number], static_cast<const A*>(o.row_scale)[number],
                        grad_output, here, x_y);
     }
     __syncthreads();
     if (first + threadIdx.x < columns.units)
-      write_columns(Columns<T, kTarget, kWidth>(o, first + threadIdx.x, rank * int(blockDim.y) + int(threadIdx.y)),
-                    memory, columns.last_set, 0);
+      write_columns<false>(Columns<T, kTarget, kWidth>(o, first + threadIdx.x, rank * int(blockDim.y) + int(threadIdx.y)),
+                           GradientInMemory<T, kTarget, kWidth>{memory, columns.last_set});
   }
 }
 

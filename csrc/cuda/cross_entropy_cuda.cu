@@ -15,7 +15,8 @@
 //   some lanes of a warp        up to a few thousand classes
 //   a block                     more than those
 //   a cluster of blocks         more than the shared memory of one block keeps
-//   blocks apart                few, long rows: "split"; they meet in scratch memory, and a second kernel goes on
+//   blocks apart                few, long rows, and columns that a block cannot keep: "split"; they meet in scratch
+//                               memory, and a second kernel goes on
 //
 // Launches: the sum of the weights, if the mean's gradient needs it, in one or two; the rows, and of split rows their end
 // and their gradient; the sum of the blocks' losses. Every sum is taken in a fixed order, and no launch waits for the
@@ -303,7 +304,10 @@ cudaError_t launch_columns(const CrossEntropyOptions& o, const RowPlan& plan, bo
   const auto launch_of_width = [&](auto width, auto target) {
     constexpr TargetKind kTarget = decltype(target)::value;
     constexpr int kWidth = decltype(width)::value;
-    const auto kernel = forward ? forward_columns<T, kTarget, kWidth> : backward_columns<T, kTarget, kWidth>;
+    const auto kernel = !forward            ? backward_columns<T, kTarget, kWidth>
+                        : plan.split        ? forward_split_columns<T, kTarget, kWidth>
+                        : plan.block.y == 1 ? forward_columns_alone<T, kTarget, kWidth>
+                                            : forward_columns<T, kTarget, kWidth>;
     return prepare_and_launch(kernel, o, plan, overlaps, stream);
   };
   const auto launch_of = [&](auto width) {

@@ -11,25 +11,41 @@ struct Partial {
   bool bad_target;
 };
 
+// What a row's loss is, and what the backward pass is told of it.
+template <typename A>
+struct FinishedRow {
+  A loss, max, scale;
+};
+
 // One thread of the row: statistics in, loss out. x_y: the target class's logit.
 template <typename T, TargetKind kTarget, typename A>
-__device__ __forceinline__ void finish_row(const RowTarget<T, kTarget>& row, RowState<A> state, A scale, T x_y,
-                                           Partial& partial) {
+__device__ __forceinline__ FinishedRow<A> loss_of_row(const RowTarget<T, kTarget>& row, RowState<A> state, A scale,
+                                                      T x_y, Partial& partial) {
   const Problem<T>& o = row.o;
-  A loss[1] = {0};
+  A loss = 0;
   if (row.counts()) {
     const A logsum = math::log(state.sum);
-    if (is_spread(kTarget) && row.y >= 0) state.mass = index_mass(A(0), o.sum_of_weights(), o.smoothing);  // not rounded C times
-    if (is_spread(kTarget)) loss[0] = expected_negative_log_likelihood(state, logsum);
-    if (row.y >= 0) loss[0] += o.smoothing.kept * row.w_y * negative_log_likelihood(widen(x_y), state.max, logsum);
-    partial.sum.loss += double(loss[0]);
+    // Of a class index, not rounded C times.
+    if (is_spread(kTarget) && row.y >= 0) state.mass = index_mass(A(0), o.sum_of_weights(), o.smoothing);
+    if (is_spread(kTarget)) loss = expected_negative_log_likelihood(state, logsum);
+    if (row.y >= 0) loss += o.smoothing.kept * row.w_y * negative_log_likelihood(widen(x_y), state.max, logsum);
+    partial.sum.loss += double(loss);
     partial.sum.weight += row.has_probabilities() ? 1.0 : double(row.w_y);
   } else {
     state.max = scale = 0;
     if (o.target_index[row.number] != o.ignore_index) partial.bad_target = true;
   }
-  static_cast<A*>(o.row_max)[row.number] = state.max;
-  static_cast<A*>(o.row_scale)[row.number] = scale;
+  return {loss, state.max, scale};
+}
+
+template <typename T, TargetKind kTarget, typename A>
+__device__ __forceinline__ void finish_row(const RowTarget<T, kTarget>& row, const RowState<A>& state, A scale, T x_y,
+                                           Partial& partial) {
+  const Problem<T>& o = row.o;
+  const FinishedRow<A> finished = loss_of_row(row, state, scale, x_y, partial);
+  const A loss[1] = {finished.loss};
+  static_cast<A*>(o.row_max)[row.number] = finished.max;
+  static_cast<A*>(o.row_scale)[row.number] = finished.scale;
   if (o.reduction == Reduction::kNone) store_loss<T>(o.loss, o.loss_dtype != o.dtype, row.number, loss);
 }
 

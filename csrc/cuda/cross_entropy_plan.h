@@ -55,7 +55,6 @@ struct ColumnPlan {
   // Sets of statistics in shared memory, see ColumnMemory:
   int sets_shift = 0;         // log2 of what a block's threads leave, from set 0 on
   int last_set = 0;           // what the gradient needs
-  int exchange_set = 0;       // what the blocks of a cluster tell each other: two turns of as many sets
   int sets = 1;
 };
 

@@ -162,10 +162,10 @@ LISTED = [
         "state[i].max = math::max(state[i].max, largest[i]);",
     ),
     (
-        "columns: more is kept than there is room for",
+        "columns: all tiles kept in one place",
         "cross_entropy_columns.cuh",
-        "if (@number * kPacks + k >= kept_packs@) return",
-        "false",
+        "slots[of_pack * (@number * kPacks + k@)] = x[k]",
+        "k",
     ),
     ("columns: read past the last class", "cross_entropy_columns.cuh", "return kWhole || @k < count@;", "true"),
     (
@@ -175,25 +175,29 @@ LISTED = [
         "0",
     ),
     (
+        "columns: another class's logit for the target's, in the row's only thread",
+        "cross_entropy_columns.cuh",
+        "&slots[of_pack * @c@])[i]",
+        "0",
+    ),
+    (
+        "columns: another row's target",
+        "cross_entropy_columns.cuh",
+        "o.target_index[@first + i@]",
+        "first",
+    ),
+    (
         "columns: target class of another thread",
         "cross_entropy_columns.cuh",
-        "rows.o, y) != @rows.first@) continue",
+        "rows.o, y) == @rows.first@ ?",
         "0",
     ),
     (
         "columns: target class left as the others",
         "cross_entropy_columns.cuh",
-        "@rows.grad[in_row + y * stride] = memory.of_target[place];@",
+        "@rows.grad[in_row + y * stride] = gradient.of_target(i);@",
         "",
     ),
-    (
-        "columns: every block counts a row",
-        "cross_entropy_columns.cuh",
-        "rank == 0 : @rank_of_class(o, row.y) == rank@;",
-        "true",
-    ),
-    ("columns: blocks of a cluster in one place", "cross_entropy_columns.cuh", "at(set + @rank@, array, place)", "0"),
-    ("columns: one place for two turns", "cross_entropy_columns.cuh", "exchange_set + (@turn % 2@ <<", "0"),
     (
         "columns: states of blocks mixed up",
         "cross_entropy_columns.cuh",
@@ -203,7 +207,7 @@ LISTED = [
     (
         "columns: a row's next target",
         "cross_entropy_columns.cuh",
-        "next_target = o.target_at(@number + (threads >> last_shift)@);",
+        "next_target = o.target_at(@number + (threads >> columns.sets_shift)@);",
         "number",
     ),
     (

@@ -24,8 +24,8 @@ LAYOUTS = ["contiguous", "expanded", "padded", "padded each", "inner", "inner la
 GAP_OFFSETS = [0, 0, 1, 2, 3, 4, 7]  # elements between a 256-byte boundary and a tensor's start
 GAPS = [0, 0, 1, 2, 3, 5, 8]  # elements behind each row
 # Small problems reach every kernel: as a large GPU would choose; rows of lanes, with and without room to keep what was
-# read; every row by a block; by a cluster; by blocks apart, some of them idle or all busy; columns of which a block,
-# or a cluster, keeps some classes or all; columns of several threads a row, and rows that are taken as columns.
+# read; every row by a block; by a cluster; by blocks apart, some of them idle or all busy; columns of which a
+# block keeps all classes or none; columns of several threads a row, and rows that are taken as columns.
 TUNINGS = {
     "default": {},
     "nothing kept": {"kept_bytes": 1},
@@ -36,7 +36,6 @@ TUNINGS = {
     "split": {"thread_classes": 0, "warp_bytes": 0, "split_classes": 3, "multiprocessors": 20},
     "split in two": {"warp_bytes": 0, "split_classes": 2000, "multiprocessors": 20},
     "columns that keep": {"kept_bytes": 1 << 15},
-    "clusters of columns that keep": {"kept_bytes": 1 << 15, "cluster_blocks": 4},
     "many multiprocessors": {"multiprocessors": 1000, "max_blocks": 2, "thread_classes": 300},
     "loops": {"max_blocks": 2, "weigh_rows": 1, "cluster_blocks": 2, "kept_bytes": 2048},
 }
