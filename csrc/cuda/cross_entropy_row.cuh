@@ -122,8 +122,8 @@ __device__ __forceinline__ T ask_for_target_logit(const Row<T, kSpread>& row) {
 }
 
 // A thread's part of the classes of a row that several threads share; thread: its number among them. The vectors are those
-// of the logits; where the gradient is aligned otherwise, as that of a slice of a padded vocabulary, only its stores are of
-// single elements.
+// of the logits; where the gradient is aligned otherwise, as that of a slice of a padded vocabulary, only its stores are
+// others: see cross_entropy_shifted.cuh.
 template <typename T, bool kSpread>
 __device__ __forceinline__ Share<T> share_of(const Row<T, kSpread>& row, int thread) {
   const auto elements = split(int(row.o.classes), row.logits, row.probability);
