@@ -68,9 +68,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget> / kRowThre
   int64_t number = group_of_block(plan) * blockDim.y + threadIdx.y;
   int y = o.class_of(o.target_at(number)), next_y = o.class_of(o.target_at(number + plan.step));
   stream.start(source_of(number, y));
-  A g = 0;
-  int turn = 0;
-  for (; number - threadIdx.y < plan.rows; ++turn) {
+  for (int turn = 0; number - threadIdx.y < plan.rows; ++turn) {
     const bool is_row = number < plan.rows;
     const int64_t next_number = number + plan.step;
     // Asked for here and looked at after this row: nobody waits for it.
@@ -91,11 +89,9 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget> / kRowThre
     if (plan.cluster) state = cluster_merge<is_spread(kTarget)>(state, rank, plan.blocks, turn);
     const A scale = scale_of(row, state);
     if (is_row && thread == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
-    if (turn == 0) {
-      wait_for_launch_before();  // for total_weight
-      g = with_mean(o, A(1));    // nobody has sent a grad_output yet
-    }
+    wait_for_launch_before();  // for total_weight
     if (counts) {
+      const A g = with_mean(o, A(1));  // nobody has sent a grad_output yet
       write_gradient(row, row_gradient(o, state.max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
         stream.write_row_vectors(row, of_row, share, next);
       });
@@ -122,11 +118,11 @@ __global__ void __launch_bounds__(kRowThreads, (kAloneResident<T, kTarget> / kRo
   __shared__ Partial sums[kRowsOfBlock];
   if (threadIdx.x == 0) sums[threadIdx.y] = {};
   let_next_launch_start();
-  int turn = 0;
-  for (int64_t number = group_of_block(plan) * blockDim.y + threadIdx.y; number - threadIdx.y < plan.rows;
-       number += plan.step, ++turn) {
+  int64_t number = group_of_block(plan) * blockDim.y + threadIdx.y, target = o.target_at(number);
+  for (int turn = 0; number - threadIdx.y < plan.rows; number += plan.step, ++turn) {
     const bool is_row = number < plan.rows;
-    const Row<T, kTarget> row(o, number, o.class_of(o.target_at(number)));
+    const Row<T, kTarget> row(o, number, o.class_of(target));
+    target = o.target_at(number + plan.step);  // nobody waits for it before the next row
     const auto share = share_of(row, thread);
     const T x_y = ask_for_target_logit(row);
     auto state = empty_row_state<A>();

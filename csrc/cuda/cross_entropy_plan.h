@@ -164,7 +164,7 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
     unsigned lanes = 1;
     while (lanes < 32 && (lanes * of_lane < packs || (lanes < t.least_lanes && 2 * lanes <= packs))) lanes *= 2;
     plan.block = dim3(lanes, kRowsOfBlock / lanes);
-    plan.in_lanes = with_exchange && packs <= lanes * kLanePacks;
+    plan.in_lanes = with_exchange && packs <= lanes * kLanePacks && (keeps || o.classes * bytes_of(o.dtype) <= t.direct_bytes);
   } else {
     const int64_t parts = divide_up(8 * t.multiprocessors, larger(1, o.rows()));
     const int64_t most_parts = smaller(parts, o.classes / t.split_classes);
@@ -175,7 +175,9 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
       while (2 * plan.blocks <= t.cluster_blocks && packs * pack_bytes > plan.blocks * t.kept_bytes) plan.blocks *= 2;
       plan.cluster = plan.blocks > 1;
     }
-    const int64_t most_threads = keeps && o.target_probability == nullptr ? t.block_threads : t.other_threads;
+    // Without a gradient, many threads only where there are too few rows to fill the device otherwise.
+    const bool many_threads = keeps ? o.target_probability == nullptr : o.rows() < 8 * t.multiprocessors;
+    const int64_t most_threads = many_threads ? t.block_threads : t.other_threads;
     unsigned threads = kFewestRowThreads;
     while (threads < most_threads && packs >= 4 * threads * tile_packs * plan.blocks) threads *= 2;
     plan.block = dim3(threads);

@@ -119,8 +119,8 @@ __device__ __forceinline__ T ask_for_target_logit(const Row<T, kTarget>& row) {
 }
 
 // A thread's part of the classes of a row that several threads share; thread: its number among them. The vectors are those
-// of the logits; where the gradient is aligned otherwise, as that of a slice of a padded vocabulary, only its stores are of
-// single elements.
+// of the logits; where the gradient is aligned otherwise, as that of a slice of a padded vocabulary, only its stores are
+// others: see cross_entropy_shifted.cuh.
 template <typename T, TargetKind kTarget>
 __device__ __forceinline__ Share<T> share_of(const Row<T, kTarget>& row, int thread) {
   const auto elements = split(int(row.o.classes), row.logits, row.probability);
@@ -394,17 +394,16 @@ __device__ __forceinline__ bool has_target(const Row<T, kTarget>& row, const Sha
 }
 
 // Writes a thread's share of the gradient, of which write_vectors writes the vectors. The target class is put right
-// afterwards: looking out for it in every pack costs more. x_y is its logit, read before, as the gradient may be written
-// over it.
+// afterwards: looking out for it in every pack costs more. Its value is computed before, so that the sweep holds one number
+// for it. x_y is its logit, read before, as the gradient may be written over it.
 template <typename T, TargetKind kTarget, typename A, typename F>
 __device__ __forceinline__ void write_gradient(const Row<T, kTarget>& row, const RowGradient<A>& of_row,
                                                const Share<T>& share, T x_y, F write_vectors) {
   const bool mine = has_target(row, share);
+  const T of_target = narrow<T>(gradient_of(of_row, A(widen(x_y)), row.coefficient()));
   if (share.template units<1>() > 0) write_tiles<1, kTilePacks<kTarget> / 2>(row, of_row, share);
   write_vectors(of_row);
-  if (!mine) return;
-  const A of_target[1] = {gradient_of(of_row, A(widen(x_y)), row.coefficient())};
-  store_values(row.grad + row.y * row.o.grad_strides.classes, of_target);
+  if (mine) row.grad[row.y * row.o.grad_strides.classes] = of_target;
 }
 
 template <int kWidth, typename T, TargetKind kTarget>
