@@ -42,14 +42,17 @@ FUSEDLOSS_ANYWHERE int lanes_of_split(int blocks) {
 
 // Threads that a multiprocessor must hold at once. Said outright since the compiler, left to choose, spills registers
 // to make room for a few more.
-template <typename T, TargetKind kTarget>
-constexpr int kResident = sizeof(T) == 8 ? 256 : kTarget == TargetKind::kProbabilities ? 512 : 768;
+template <typename T, TargetKind kTarget, bool kShifted>
+constexpr int kResident = sizeof(T) == 8                              ? 256
+                          : kTarget == TargetKind::kProbabilities     ? 512
+                          : kShifted && kTarget != TargetKind::kIndex ? 512
+                                                                      : 768;
 template <typename T, TargetKind kTarget>
 constexpr int kAloneResident = sizeof(T) == 8 ? 512 : is_spread(kTarget) ? 768 : 1024;
 
 // A row's statistics and its loss, in training also its gradient: the rows that a block, or a cluster of blocks, keeps.
-template <typename T, TargetKind kTarget>
-__global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget> / kRowThreads))
+template <typename T, TargetKind kTarget, bool kShifted>
+__global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget, kShifted> / kRowThreads))
     forward_rows(const Problem<T> o) {
   using A = Statistic<T>;
   using Rows = Stream<T, kTarget>;
@@ -93,7 +96,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget> / kRowThre
     if (counts) {
       const A g = with_mean(o, A(1));  // nobody has sent a grad_output yet
       write_gradient(row, row_gradient(o, state.max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
-        stream.write_row_vectors(row, of_row, share, next);
+        stream.template write_row_vectors<kShifted>(row, of_row, share, next);
       });
     } else {
       if (is_row) write_row_of_zeros(row, share);
@@ -242,8 +245,8 @@ __global__ void count_rows(const CrossEntropyOptions o) {
 
 // ---- The gradient alone, from the statistics that the forward pass has left: no thread waits for another
 
-template <typename T, TargetKind kTarget>
-__global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget> / kRowThreads))
+template <typename T, TargetKind kTarget, bool kShifted>
+__global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget, kShifted> / kRowThreads))
     backward_rows(const Problem<T> o) {
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
@@ -254,7 +257,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget> / kRowThre
   for (int64_t i = group_of_block(plan) * blockDim.y + threadIdx.y; i < plan.rows; i += plan.step) {
     const Row<T, kTarget> row(o, i);
     const auto share = share_of(row, thread);
-    write_row(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i], share);
+    write_row<kShifted>(row, static_cast<const A*>(o.row_max)[i], static_cast<const A*>(o.row_scale)[i], share);
   }
 }
 
@@ -329,20 +332,22 @@ cudaError_t launch_backward(CrossEntropyOptions o, cudaStream_t stream) {
   const RowPlan plan = plan_rows(o, /*with_exchange=*/false);
   if (plan.few_pitch > 0) return launch_few<T>(o, plan, /*forward=*/false, /*overlaps=*/true, stream);
   if (plan.columns) return launch_columns<T>(o, plan, /*forward=*/false, /*overlaps=*/true, stream);
-  const auto kernel = on_target(o, [](auto target) { return backward_rows<T, decltype(target)::value>; });
+  const auto kernel = on_target(o, [&](auto target) {
+    constexpr TargetKind kTarget = decltype(target)::value;
+    return plan.shifted ? backward_rows<T, kTarget, true> : backward_rows<T, kTarget, false>;
+  });
   return launch(kernel, plan.shape(o, /*overlaps=*/true), stream, Problem<T>(o, plan));
 }
 
+// Of rows that are neither columns nor of a few classes.
 template <typename T>
-auto rows_kernel(const CrossEntropyOptions& o, bool keeps) {
+auto rows_kernel(const CrossEntropyOptions& o, const RowPlan& plan) {
   return on_target(o, [&](auto target) {
     constexpr TargetKind kTarget = decltype(target)::value;
-    return keeps ? forward_rows<T, kTarget> : forward_alone<T, kTarget>;
+    if (plan.in_lanes) return plan.shifted ? forward_lanes<T, kTarget, true> : forward_lanes<T, kTarget, false>;
+    if (!plan.keeps) return forward_alone<T, kTarget>;
+    return plan.shifted ? forward_rows<T, kTarget, true> : forward_rows<T, kTarget, false>;
   });
-}
-template <typename T>
-auto lanes_kernel(const CrossEntropyOptions& o) {
-  return on_target(o, [](auto target) { return forward_lanes<T, decltype(target)::value>; });
 }
 
 // Prepares the launch of the rows' kernel. There are no more blocks than the device holds at once, and each takes several
@@ -352,7 +357,7 @@ template <typename T>
 cudaError_t fit_to_device(const CrossEntropyOptions& o, RowPlan& plan) {
   if (plan.columns || plan.few_pitch > 0 || plan.in_lanes) return cudaSuccess;
   int64_t most = 0;
-  const cudaError_t error = resident_blocks(rows_kernel<T>(o, plan.keeps), plan.shape(o, false), most);
+  const cudaError_t error = resident_blocks(rows_kernel<T>(o, plan), plan.shape(o, false), most);
   const bool one_row_each = o.grad_logits != nullptr && o.target_probability == nullptr;
   if (error == cudaSuccess && !plan.split && !one_row_each) plan.limit_grid(o.tuning.waves * most);
   return error;
@@ -362,12 +367,11 @@ template <typename T>
 cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cudaStream_t stream) {
   const Problem<T> problem(o, plan);
   cudaError_t error = launch_weigh<T>(o, plan, stream);
-  const auto kernel = rows_kernel<T>(o, plan.keeps);
+  const auto kernel = rows_kernel<T>(o, plan);
   const bool overlaps = weigh_grid(o, plan) > 0;  // no more than the weights: other launches may write the logits
   if (error == cudaSuccess)
     error = plan.few_pitch > 0 ? launch_few<T>(o, plan, /*forward=*/true, overlaps, stream)
             : plan.columns     ? launch_columns<T>(o, plan, /*forward=*/true, overlaps, stream)
-            : plan.in_lanes    ? launch(lanes_kernel<T>(o), plan.shape(o, overlaps), stream, problem)
                                : launch(kernel, plan.shape(o, overlaps), stream, problem);
   if (error != cudaSuccess || !plan.split) return error;
   const unsigned blocks = split_grid(plan);

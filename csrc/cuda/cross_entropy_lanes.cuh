@@ -10,7 +10,7 @@ template <typename T, TargetKind kTarget>
 constexpr int kLaneBlocks = sizeof(T) == 8 ? 2 : kTarget == TargetKind::kProbabilities ? 4 : 5;
 
 // threadIdx.x: the lane among those of a row; threadIdx.y: the row of the block.
-template <typename T, TargetKind kTarget>
+template <typename T, TargetKind kTarget, bool kShifted>
 __global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kTarget>)) forward_lanes(const Problem<T> o) {
   using A = Statistic<T>;
   __shared__ Partial sums[kRowsOfBlock];  // a row's first lane has one for itself
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kTarget>)) forwa
       continue;
     }
     write_gradient(row, row_gradient(o, state.max, scale, grad_output), share, x_y, [&](const RowGradient<A>& of_row) {
-      with_spread<kTarget>(o, [&](auto spread) { write_tile<decltype(spread)::value>(row, of_row, tile, share, 0); });
+      with_spread<kTarget>(o, [&](auto spread) { write_tile<decltype(spread)::value, kShifted>(row, of_row, tile, share, 0); });
     });
   }
   leave_rows(o, sums);

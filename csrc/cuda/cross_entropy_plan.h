@@ -71,6 +71,7 @@ struct RowPlan {
   int threads_shift = 0;       // log2 of the threads that share a row, in all its blocks
   bool cluster = false;        // either in a cluster
   bool in_lanes = false;       // a row lies in the registers of some lanes of a warp: see cross_entropy_lanes.cuh
+  bool shifted = false;        // a gradient's rows are aligned otherwise than the logits'
   bool split = false;          // or apart, to meet in scratch
   bool keeps = false;          // what a row's threads have read, for the gradient: then
   int tiles = 0;               // of a thread, in a row
@@ -140,6 +141,14 @@ inline RowPlan plan_few(const CrossEntropyOptions& o) {
   return plan;
 }
 
+// Do the rows of the logits and of their gradient begin equally far behind 16-byte boundaries?
+inline bool are_aligned_alike(const CrossEntropyOptions& o) {
+  const auto differ = [&](int64_t elements) { return elements * bytes_of(o.dtype) % kPackBytes != 0; };
+  const auto apart = reinterpret_cast<uintptr_t>(o.logits) - reinterpret_cast<uintptr_t>(o.grad_logits);
+  return apart % kPackBytes == 0 && !(o.outer > 1 && differ(o.logits_strides.outer - o.grad_strides.outer)) &&
+         !(o.inner > 1 && differ(o.logits_strides.inner - o.grad_strides.inner));
+}
+
 // with_exchange: the threads of a row have to merge what they know; without, its statistics are known, as in the backward
 // pass.
 inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
@@ -156,15 +165,18 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
   const int64_t pack_bytes = RowPlan::kept_bytes_of_pack(o);
   RowPlan plan;
   plan.rows = o.rows();
+  plan.shifted = o.grad_logits != nullptr && !are_aligned_alike(o);
   // Where there are rows enough, few threads take each: what a row costs besides its classes, it costs each thread.
   const bool many_rows = o.rows() >= 16 * t.multiprocessors;
   const int64_t warp_bytes = !many_rows ? t.warp_bytes / 4 : keeps ? t.warp_bytes : 2 * t.warp_bytes;
   if (o.classes * bytes_of(o.dtype) <= warp_bytes) {
-    const int64_t of_lane = many_rows ? t.lane_packs : tile_packs;
+    // A gradient takes the row's packs once more, so that they should lie in registers.
+    const int64_t most_of_lane = keeps || packs <= 8 * t.lane_packs ? t.lane_packs : 2 * t.lane_packs;
+    const int64_t of_lane = many_rows ? most_of_lane : tile_packs;
     unsigned lanes = 1;
     while (lanes < 32 && (lanes * of_lane < packs || (lanes < t.least_lanes && 2 * lanes <= packs))) lanes *= 2;
     plan.block = dim3(lanes, kRowsOfBlock / lanes);
-    plan.in_lanes = with_exchange && packs <= lanes * kLanePacks && (keeps || o.classes * bytes_of(o.dtype) <= t.direct_bytes);
+    plan.in_lanes = keeps && packs <= lanes * kLanePacks;
   } else {
     const int64_t parts = divide_up(8 * t.multiprocessors, larger(1, o.rows()));
     const int64_t most_parts = smaller(parts, o.classes / t.split_classes);
@@ -179,7 +191,7 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
     const bool many_threads = keeps ? o.target_probability == nullptr : o.rows() < 8 * t.multiprocessors;
     const int64_t most_threads = many_threads ? t.block_threads : t.other_threads;
     unsigned threads = kFewestRowThreads;
-    while (threads < most_threads && packs >= 4 * threads * tile_packs * plan.blocks) threads *= 2;
+    while (threads < most_threads && packs >= 6 * threads * tile_packs * plan.blocks) threads *= 2;
     plan.block = dim3(threads);
   }
   plan.blocks_shift = log2_of(plan.blocks);

@@ -124,8 +124,7 @@ __device__ __forceinline__ T ask_for_target_logit(const Row<T, kTarget>& row) {
 template <typename T, TargetKind kTarget>
 __device__ __forceinline__ Share<T> share_of(const Row<T, kTarget>& row, int thread) {
   const auto elements = split(int(row.o.classes), row.logits, row.probability);
-  const bool stores_vectors = reinterpret_cast<uintptr_t>(row.grad + elements.head) % kPackBytes == 0;
-  return {elements, thread, row.o.plan.threads_shift, stores_vectors};
+  return {elements, thread, row.o.plan.threads_shift};
 }
 
 // Which of the blocks of its rows this one is, and how many groups of such blocks come before it.
@@ -326,7 +325,7 @@ __device__ __forceinline__ void store_elements(T* p, const Pack<T, kWidth>& pack
 
 // As if none were the target class. A tile has one branch between both kinds of stores: of a branch for a few stores the
 // compiler would make predicates, and issue both.
-template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kPacks, bool kWhole, typename A>
+template <SpreadKind kKind, bool kShifted, typename T, TargetKind kTarget, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void write_tile(const Row<T, kTarget>& row, const RowGradient<A>& of_row,
                                            const Tile<T, kTarget, kWidth, kPacks, kWhole>& tile,
                                            const Share<T>& share, int number) {
@@ -344,9 +343,9 @@ __device__ __forceinline__ void write_tile(const Row<T, kTarget>& row, const Row
     return narrow_pack<T, kWidth>(values);
   };
   const auto place_of = [&](int k) { return row.grad + tile.offset(tile.first[k], row.o.grad_strides); };
-  if (kWidth == 1 || share.stores_vectors) {
+  if constexpr (kWidth == 1 || !kShifted) {
     tile.for_each_pack([&](int k) { store(place_of(k), pack_of(k)); });
-  } else if constexpr (kWidth > 1) {
+  } else {
     if (share.step_shift < kWarpShift) {  // a row of a few lanes: those of the warp's other rows need not be here
       tile.for_each_pack([&](int k) { store_elements(place_of(k), pack_of(k)); });
       return;
@@ -366,7 +365,7 @@ __device__ __forceinline__ void write_tile(const Row<T, kTarget>& row, const Row
 
 // The tiles of a thread's share, from the last to number `first`, as they come from memory: the cache may still hold the
 // last ones.
-template <int kWidth, int kPacks, typename T, TargetKind kTarget, typename A>
+template <bool kShifted, int kWidth, int kPacks, typename T, TargetKind kTarget, typename A>
 __device__ __forceinline__ void write_tiles(const Row<T, kTarget>& row, const RowGradient<A>& of_row,
                                             const Share<T>& share, int first = 0) {
   const auto tiles = TileCount::of<kWidth, kPacks>(share);
@@ -375,10 +374,10 @@ __device__ __forceinline__ void write_tiles(const Row<T, kTarget>& row, const Ro
     int number = tiles.all - 1;
 #pragma unroll 1
     for (; number >= tiles.whole && number >= first; --number)
-      write_tile<kKind>(row, of_row, Tile<T, kTarget, kWidth, kPacks, false>(row, share, number), share, number);
+      write_tile<kKind, kShifted>(row, of_row, Tile<T, kTarget, kWidth, kPacks, false>(row, share, number), share, number);
 #pragma unroll 1
     for (; number >= first; --number)
-      write_tile<kKind>(row, of_row, Tile<T, kTarget, kWidth, kPacks, true>(row, share, number), share, number);
+      write_tile<kKind, kShifted>(row, of_row, Tile<T, kTarget, kWidth, kPacks, true>(row, share, number), share, number);
   });
 }
 
@@ -401,7 +400,7 @@ __device__ __forceinline__ void write_gradient(const Row<T, kTarget>& row, const
                                                const Share<T>& share, T x_y, F write_vectors) {
   const bool mine = has_target(row, share);
   const T of_target = narrow<T>(gradient_of(of_row, A(widen(x_y)), row.coefficient()));
-  if (share.template units<1>() > 0) write_tiles<1, kTilePacks<kTarget> / 2>(row, of_row, share);
+  if (share.template units<1>() > 0) write_tiles<false, 1, kTilePacks<kTarget> / 2>(row, of_row, share);
   write_vectors(of_row);
   if (mine) row.grad[row.y * row.o.grad_strides.classes] = of_target;
 }
@@ -418,20 +417,20 @@ __device__ __forceinline__ void write_zeros(const Row<T, kTarget>& row, const Sh
 // For a row that does not count: zeros, even where its logits are NaN. Nothing is read, so the vectors are the gradient's.
 template <typename T, TargetKind kTarget>
 __device__ __forceinline__ void write_row_of_zeros(const Row<T, kTarget>& row, const Share<T>& share) {
-  const Share<T> of_gradient = {split(int(row.o.classes), row.grad), share.thread, share.step_shift, true};
+  const Share<T> of_gradient = {split(int(row.o.classes), row.grad), share.thread, share.step_shift};
   write_zeros<kVector<T>>(row, of_gradient);
   write_zeros<1>(row, of_gradient);
 }
 
 // A thread's share of the gradient of any row, from its statistics and the logits in memory.
-template <typename T, TargetKind kTarget, typename A>
+template <bool kShifted, typename T, TargetKind kTarget, typename A>
 __device__ __forceinline__ void write_row(const Row<T, kTarget>& row, A max, A scale, const Share<T>& share) {
   if (!row.counts()) return write_row_of_zeros(row, share);
   const A g = with_mean(row.o, grad_output_at<T>(row.o, row.number));
   // Nobody but the thread that writes it reads it: the gradient may be written over the logits.
   const T x_y = has_target(row, share) ? row.logits[row.y * row.o.logits_strides.classes] : T();
   write_gradient(row, row_gradient(row.o, max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
-    write_tiles<kVector<T>, kTilePacks<kTarget> / 2>(row, of_row, share);
+    write_tiles<kShifted, kVector<T>, kTilePacks<kTarget> / 2>(row, of_row, share);
   });
 }
 

@@ -60,12 +60,13 @@ class Stream {
   }
 
   // Writes the gradient of a row's vectors, and starts to copy the next row into the slots that become free.
+  template <bool kShifted>
   __device__ __forceinline__ void write_row_vectors(const Row<T, kTarget>& row, const RowGradient<A>& of_row,
                                                     const Share<T>& share, const Source& next) {
-    if (depth < tiles) write_tiles<kVector<T>, kPacks>(row, of_row, share, depth);
+    if (depth < tiles) write_tiles<kShifted, kVector<T>, kPacks>(row, of_row, share, depth);
     with_spread<kTarget>(row.o, [&](auto spread) {
       for_each_tile(depth, share, [&](auto is_whole, int number) {
-        write_tile<decltype(spread)::value>(
+        write_tile<decltype(spread)::value, kShifted>(
             row, of_row,
             Tile<T, kTarget, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, number * kPacks), share, number);
         copy(next, number);

@@ -164,7 +164,6 @@ __device__ __forceinline__ Split<T, Index> split(Index size, const T* p, const O
 template <typename T>
 struct Share : Split<T, int> {
   int thread, step_shift;
-  bool stores_vectors;  // vectors are aligned in the gradient as well
 };
 
 // Computed values of kWidth elements from p on: one, or one or two vectors.
