@@ -29,7 +29,6 @@ VALUES: dict[str, tuple[int, ...]] = {
     "warp_bytes": (4096, 16384),
     "lane_packs": (4, 16),
     "least_lanes": (1, 4),
-    "direct_bytes": (0, 2048),
     "thread_classes": (8,),
     "max_blocks": (1056, 2112, 65536),
     "waves": (4,),

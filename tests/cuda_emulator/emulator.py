@@ -25,7 +25,7 @@ class Strides(ctypes.Structure):
 class CudaTuning(ctypes.Structure):
     _fields_ = [
         *[("thread_classes", LONG), ("warp_bytes", LONG), ("lane_packs", LONG), ("least_lanes", LONG)],
-        *[("direct_bytes", LONG), ("block_threads", LONG), ("other_threads", LONG), ("stream_tiles", LONG)],
+        *[("block_threads", LONG), ("other_threads", LONG)],
         *[("split_classes", LONG), ("weigh_rows", LONG)],
         *[("max_blocks", LONG), ("waves", LONG), ("overlap", LONG)],
         *[("multiprocessors", LONG), ("kept_bytes", LONG), ("cluster_blocks", LONG)],
@@ -38,10 +38,8 @@ class CudaTuning(ctypes.Structure):
             "warp_bytes": 4096,
             "lane_packs": 8,
             "least_lanes": 2,
-            "direct_bytes": 256,
             "block_threads": 256,
             "other_threads": 128,
-            "stream_tiles": 3,
             "split_classes": 8192,
             "weigh_rows": 8192,
             "max_blocks": 8192,
