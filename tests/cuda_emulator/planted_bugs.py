@@ -189,7 +189,7 @@ LISTED = [
     (
         "columns: target class of another thread",
         "cross_entropy_columns.cuh",
-        "rows.o, y) == @rows.first@ ?",
+        "rows.o, y) == @int(threadIdx.y)@ ?",
         "0",
     ),
     (
@@ -201,7 +201,7 @@ LISTED = [
     (
         "columns: states of blocks mixed up",
         "cross_entropy_columns.cuh",
-        "plan.blocks_shift) + @rank@] = merged",
+        "number * plan.blocks + @block.rank@] = merged",
         "0",
     ),
     (
