@@ -14,6 +14,8 @@
 // Split rows go through 1 and 2, and what their blocks have found through finish_split; the backward pass begins with 3.
 #pragma once
 
+#include <cfloat>
+
 #include "cuda/cross_entropy_finish.cuh"
 
 namespace fusedloss::cuda {
@@ -24,14 +26,21 @@ template <typename T, TargetKind kTarget>
 constexpr int kColumnThreads = max_column_threads(sizeof(T) == 8, is_spread(kTarget));
 template <typename T, TargetKind kTarget>
 constexpr int kForwardBlocks = sizeof(T) < 8 && is_spread(kTarget) ? 2 : 1;
-template <typename T>
-constexpr int kAloneBlocks = sizeof(T) == 8 ? 4 : 8;
+template <typename T, TargetKind kTarget, bool kTrains>
+constexpr int kAloneBlocks = sizeof(T) == 8                                     ? 4
+                             : kTrains && kTarget == TargetKind::kProbabilities ? 7
+                             : kTrains || is_spread(kTarget)                    ? 8
+                                                                                : 12;
 template <typename T, TargetKind kTarget>
 constexpr int kApartBlocks = apart_blocks(sizeof(T) == 8, is_spread(kTarget));
 
 // In the place of the target class: the row does not count, and its gradient is 0; or the class is no concern of this
 // block.
 constexpr int kDoesNotCount = -2, kNotHere = -1;
+
+// The least finite number.
+template <typename A>
+constexpr A kLowest = sizeof(A) == 8 ? A(-DBL_MAX) : A(-FLT_MAX);
 
 // Where the classes of a row lie, from the start of a tensor with these strides.
 template <typename T>
@@ -132,7 +141,7 @@ struct ColumnBlock {
     rank = int(index / groups);
     group = index - rank * groups;
     begin = rank * plan.of_columns.classes_of_block;
-    end = ::min(begin + plan.of_columns.classes_of_block, int(o.classes));
+    end = int(smaller(begin + plan.of_columns.classes_of_block, o.classes));
   }
 };
 
@@ -261,24 +270,32 @@ __device__ __forceinline__ void for_each_tile(const Columns<T, kTarget, kWidth>&
 
 // ---- 1. The statistics
 
+// As rescale; of a sum alone, which is 0 or NaN as long as the maximum is -inf, with fewer questions.
+template <bool kSpread, typename A>
+__device__ __forceinline__ void raise_maximum(RowState<A>& state, A max) {
+  if constexpr (kSpread) {
+    state = rescale(state, max);
+  } else {
+    state.sum *= state.max == max ? A(1) : math::exp(state.max - max);
+    state.max = max;
+  }
+}
+
 template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth],
                                                     const Columns<T, kTarget, kWidth>& rows,
                                                     const ColumnTile<T, kTarget, kWidth, kPacks, false, kWhole>& tile) {
   auto largest = splat<kWidth>(narrow<T>(A(-INFINITY)));
   tile.for_each_pack([&](int k) { largest = larger_of(largest, tile.x[k]); });
-  bool grows = false;
+  // Not only where a maximum grows: a warp has so many rows that one of them mostly does, and others need not branch.
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) grows |= largest[i] > state[i].max;
-  if (grows) {  // after the first tiles, mostly no row's maximum does
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) state[i] = rescale(state[i], math::max(state[i].max, largest[i]));
-  }
+  for (int i = 0; i < kWidth; ++i) raise_maximum<is_spread(kTarget)>(state[i], math::max(state[i].max, largest[i]));
   tile.for_each_pack([&](int k) {
     const A w = is_weighted(kKind) ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const A reference = shift(state[i].max);
+      // As shift; -inf is as far from any other number as from 0, and one instruction finds that.
+      const A reference = is_spread(kTarget) ? shift(state[i].max) : math::max(state[i].max, kLowest<A>);
       state[i].sum += math::exp(tile.x[k][i] - reference);
       if constexpr (is_spread(kTarget)) {
         const A q = tile.template coefficient<kKind>(rows, k, i, w);
@@ -569,13 +586,14 @@ __global__ void __launch_bounds__(kColumnThreads<T, kTarget>, (kForwardBlocks<T,
 }
 
 // A thread has all classes of its rows: nothing is exchanged, and what a row costs besides its classes is done for the
-// thread's rows side by side.
-template <typename T, TargetKind kTarget, int kWidth>
-__global__ void __launch_bounds__(kColumnThreadsAcross, kAloneBlocks<T>) forward_columns_alone(const Problem<T> o) {
+// thread's rows side by side. kTrains: the gradient is wanted. Without it registers suffice for more threads, if the
+// targets are fetched to the cache only, where eight of them take none.
+template <typename T, TargetKind kTarget, int kWidth, bool kTrains>
+__global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget, kTrains>))
+    forward_columns_alone(const Problem<T> o) {
   using A = Statistic<T>;
-  constexpr bool kKeeps = kWidth > 1;
+  constexpr bool kKeeps = kTrains && kWidth > 1;
   const RowPlan& plan = o.plan;
-  const bool wants_gradient = o.grad_logits != nullptr;
   let_next_launch_start();
   Partial sum = {};
   for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < plan.of_columns.units; unit += plan.step) {
@@ -583,15 +601,19 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, kAloneBlocks<T>) forward
     const int64_t first = unit * kWidth;
     int64_t target[kWidth];
     RowState<A> state[kWidth];
+    const auto ask_for_targets = [&] {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      target[i] = o.target_index ? o.target_index[first + i] : -1;
-      state[i] = empty_row_state<A>();
-    }
+      for (int i = 0; i < kWidth; ++i) target[i] = o.target_index ? o.target_index[first + i] : -1;
+    };
+    if constexpr (kTrains) ask_for_targets();
+    else if (o.target_index) fetch_to_cache(o.target_index + first);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
     absorb_columns<kKeeps>(state, rows);
+    if constexpr (!kTrains) ask_for_targets();
     wait_for_launch_before();  // for total_weight
     GradientOfOwn<T, kTarget, kWidth> gradient;
-    gradient.common_grad_output = wants_gradient ? with_mean(o, A(1)) : A(0);  // nobody has sent one yet
+    gradient.common_grad_output = kTrains ? with_mean(o, A(1)) : A(0);  // nobody has sent one yet
     A loss[kWidth], scale[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
@@ -605,7 +627,7 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, kAloneBlocks<T>) forward
     store_values(static_cast<A*>(o.row_max) + first, gradient.maxima);
     store_values(static_cast<A*>(o.row_scale) + first, scale);
     if (o.reduction == Reduction::kNone) store_loss<T>(o.loss, o.loss_dtype != o.dtype, first, loss);
-    if (wants_gradient) write_columns<kKeeps>(rows, gradient);
+    if constexpr (kTrains) write_columns<kKeeps>(rows, gradient);
   }
   leave(o, sum);
 }

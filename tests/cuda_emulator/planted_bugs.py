@@ -158,7 +158,7 @@ LISTED = [
     (
         "columns: tiles not rescaled",
         "cross_entropy_columns.cuh",
-        "@state[i] = rescale(state[i], math::max(state[i].max, largest[i]));@",
+        "@raise_maximum<is_spread(kTarget)>(state[i], math::max(state[i].max, largest[i]));@",
         "state[i].max = math::max(state[i].max, largest[i]);",
     ),
     (
@@ -203,6 +203,12 @@ LISTED = [
         "cross_entropy_columns.cuh",
         "number * plan.blocks + @block.rank@] = merged",
         "0",
+    ),
+    (
+        "columns: a block goes on to the last class",
+        "cross_entropy_columns.cuh",
+        "end = int(@smaller(begin + plan.of_columns.classes_of_block, o.classes)@);",
+        "o.classes",
     ),
     (
         "columns: a row's next target",
