@@ -287,7 +287,7 @@ def test_the_launch_of_columns(dtype, emulator, rng):
     for classes, width_of_block in [(9, 64), (66, 8)]:
         kept = launch_of_columns(emulator, rng, "columns that keep", dtype, (1, classes, 64 * width))
         assert kept.block_x == width_of_block and kept.shared_bytes >= 16 * classes * kept.block_x
-    split = launch_of_columns(emulator, rng, "columns that keep", dtype, (1, 5000, 2 * width))
+    split = launch_of_columns(emulator, rng, "columns that keep", dtype, (1, 9000, 2 * width))
     assert (split.block_x, split.block_y) == (2, 128) and split.shared_bytes < 5000
     assert split.grid > 1 and emulator.launches()[1].block_x == 256
 

@@ -14,6 +14,8 @@
 // Split rows go through 1 and 2, and what their blocks have found through finish_split; the backward pass begins with 3.
 #pragma once
 
+#include <cfloat>
+
 #include "cuda/cross_entropy_finish.cuh"
 
 namespace fusedloss::cuda {
@@ -24,14 +26,21 @@ template <typename T, TargetKind kTarget>
 constexpr int kColumnThreads = max_column_threads(sizeof(T) == 8, is_spread(kTarget));
 template <typename T, TargetKind kTarget>
 constexpr int kForwardBlocks = sizeof(T) < 8 && is_spread(kTarget) ? 2 : 1;
-template <typename T>
-constexpr int kAloneBlocks = sizeof(T) == 8 ? 4 : 8;
+template <typename T, TargetKind kTarget, bool kTrains>
+constexpr int kAloneBlocks = sizeof(T) == 8                                     ? 4
+                             : kTrains && kTarget == TargetKind::kProbabilities ? 7
+                             : kTrains || is_spread(kTarget)                    ? 8
+                                                                                : 12;
 template <typename T, TargetKind kTarget>
-constexpr int kApartBlocks = sizeof(T) == 8 ? 1 : is_spread(kTarget) ? 2 : 3;
+constexpr int kApartBlocks = apart_blocks(sizeof(T) == 8, is_spread(kTarget));
 
 // In the place of the target class: the row does not count, and its gradient is 0; or the class is no concern of this
 // block.
 constexpr int kDoesNotCount = -2, kNotHere = -1;
+
+// The least finite number.
+template <typename A>
+constexpr A kLowest = sizeof(A) == 8 ? A(-DBL_MAX) : A(-FLT_MAX);
 
 // Where the classes of a row lie, from the start of a tensor with these strides.
 template <typename T>
@@ -119,7 +128,24 @@ struct ColumnMemory {
 
 // ---- A thread's rows
 
-// The classes first, first + step, … of kWidth neighbouring rows.
+// Which of the blocks that share rows this is, and its classes. Blocks that are neighbours have the same classes of
+// neighbouring rows, so that together they read what lies side by side. The blocks of the backward pass go from the end
+// to the beginning: the cache may still hold what was read last.
+struct ColumnBlock {
+  int rank;
+  unsigned group;
+  int begin, end;  // classes
+
+  __device__ __forceinline__ ColumnBlock(const CrossEntropyOptions& o, const RowPlan& plan, bool reverse) {
+    const unsigned index = reverse ? plan.grid - 1 - blockIdx.x : blockIdx.x, groups = plan.of_columns.groups;
+    rank = int(index / groups);
+    group = index - rank * groups;
+    begin = rank * plan.of_columns.classes_of_block;
+    end = int(smaller(begin + plan.of_columns.classes_of_block, o.classes));
+  }
+};
+
+// The classes first, first + step, … of kWidth neighbouring rows, up to a block's last one.
 template <typename T, TargetKind kTarget, int kWidth>
 struct Columns {
   using A = Statistic<T>;
@@ -128,11 +154,14 @@ struct Columns {
   const T* logits;       // of the first row, class 0
   const T* probability;  // null for class indices
   T* grad;               // null if it is not wanted
-  int first;             // the thread's number among those of the rows, in all blocks
+  int first, end;
+  int classes;           // of the block
   int shift;             // of step, a power of two
 
   __device__ __forceinline__ Columns(const Problem<T>& problem, int64_t unit, int thread)
-      : o(problem), first(thread), shift(problem.plan.threads_shift) {
+      : Columns(problem, unit, thread, 0, int(problem.classes)) {}
+  __device__ __forceinline__ Columns(const Problem<T>& problem, int64_t unit, int thread, int begin, int end)
+      : o(problem), first(begin + thread), end(end), classes(end - begin), shift(problem.plan.threads_shift) {
     const ColumnPosition<T> position(o, unit * kWidth);
     logits = static_cast<const T*>(o.logits) + position.in(o.logits_strides);
     probability = kTarget == TargetKind::kProbabilities
@@ -141,7 +170,6 @@ struct Columns {
     grad = o.grad_logits ? static_cast<T*>(o.grad_logits) + position.in(o.grad_strides) : nullptr;
   }
   __device__ __forceinline__ bool has_probabilities() const { return kTarget == TargetKind::kProbabilities; }
-  __device__ __forceinline__ int classes() const { return int(o.classes); }
 
   // Of class c in row i, if the thread has all classes; from what it has kept, if it has.
   template <bool kMayBeKept>
@@ -168,7 +196,7 @@ struct ColumnTile {
 
   __device__ __forceinline__ ColumnTile(const Rows& rows, int number) {
     first = rows.first + (number * kPacks << rows.shift);
-    count = kWhole ? kPacks : (rows.classes() - first + (1 << rows.shift) - 1) >> rows.shift;
+    count = kWhole ? kPacks : (rows.end - first + (1 << rows.shift) - 1) >> rows.shift;
     if constexpr (kKept) {
       take(rows, number);
     } else {
@@ -226,8 +254,8 @@ struct ColumnTile {
 // read again while the cache may still hold it. `whole` tiles are so for every thread of the rows.
 template <int kPacks, bool kReverse, bool kKept, typename T, TargetKind kTarget, int kWidth, typename F>
 __device__ __forceinline__ void for_each_tile(const Columns<T, kTarget, kWidth>& rows, F f) {
-  const int whole = (rows.classes() >> rows.shift) / kPacks;
-  const int all = whole + (rows.first + (whole * kPacks << rows.shift) < rows.classes());
+  const int whole = (rows.classes >> rows.shift) / kPacks;
+  const int all = whole + (rows.first + (whole * kPacks << rows.shift) < rows.end);
   const auto last = [&] {
     if (whole < all) f(ColumnTile<T, kTarget, kWidth, kPacks, kKept, false>(rows, whole), whole);
   };
@@ -242,24 +270,32 @@ __device__ __forceinline__ void for_each_tile(const Columns<T, kTarget, kWidth>&
 
 // ---- 1. The statistics
 
+// As rescale; of a sum alone, which is 0 or NaN as long as the maximum is -inf, with fewer questions.
+template <bool kSpread, typename A>
+__device__ __forceinline__ void raise_maximum(RowState<A>& state, A max) {
+  if constexpr (kSpread) {
+    state = rescale(state, max);
+  } else {
+    state.sum *= state.max == max ? A(1) : math::exp(state.max - max);
+    state.max = max;
+  }
+}
+
 template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kPacks, bool kWhole, typename A>
 __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth],
                                                     const Columns<T, kTarget, kWidth>& rows,
                                                     const ColumnTile<T, kTarget, kWidth, kPacks, false, kWhole>& tile) {
   auto largest = splat<kWidth>(narrow<T>(A(-INFINITY)));
   tile.for_each_pack([&](int k) { largest = larger_of(largest, tile.x[k]); });
-  bool grows = false;
+  // Not only where a maximum grows: a warp has so many rows that one of them mostly does, and others need not branch.
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) grows |= largest[i] > state[i].max;
-  if (grows) {  // after the first tiles, mostly no row's maximum does
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) state[i] = rescale(state[i], math::max(state[i].max, largest[i]));
-  }
+  for (int i = 0; i < kWidth; ++i) raise_maximum<is_spread(kTarget)>(state[i], math::max(state[i].max, largest[i]));
   tile.for_each_pack([&](int k) {
     const A w = is_weighted(kKind) ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const A reference = shift(state[i].max);
+      // As shift; -inf is as far from any other number as from 0, and one instruction finds that.
+      const A reference = is_spread(kTarget) ? shift(state[i].max) : math::max(state[i].max, kLowest<A>);
       state[i].sum += math::exp(tile.x[k][i] - reference);
       if constexpr (is_spread(kTarget)) {
         const A q = tile.template coefficient<kKind>(rows, k, i, w);
@@ -341,14 +377,10 @@ __device__ __forceinline__ void for_each_merged_row(const ColumnMemory<T, kTarge
 
 // ---- 3. The rows
 
-// Of a class: which of the threads of its rows has it, in all blocks; and which block that is.
+// Of a class: which of the threads of its block has it. A block's first class is a multiple of their number.
 template <typename T>
 __device__ __forceinline__ int thread_of_class(const Problem<T>& o, int c) {
   return c & ((1 << o.plan.threads_shift) - 1);
-}
-template <typename T>
-__device__ __forceinline__ int rank_of_class(const Problem<T>& o, int c) {
-  return thread_of_class(o, c) >> (o.plan.threads_shift - o.plan.blocks_shift);
 }
 
 // The target class's logit, where this block has that class: from what a thread has kept, if it has.
@@ -358,8 +390,7 @@ __device__ __forceinline__ T logit_of_target(const RowTarget<T, kTarget>& row, u
   if constexpr (kMayBeKept) {
     if (o.plan.slots > 0) {
       const int pack = row.y >> o.plan.threads_shift;
-      const int along = thread_of_class(o, row.y) & int(blockDim.y - 1);
-      const int thread = along * int(blockDim.x) + row_of_block / kWidth;
+      const int thread = thread_of_class(o, row.y) * int(blockDim.x) + row_of_block / kWidth;
       const int of_pack = Problem<T>::template kSlotsOfPack<kTarget>;
       const Slots slots(o.plan.slots * of_pack, thread);
       return reinterpret_cast<const T*>(&slots[of_pack * pack])[row_of_block % kWidth];
@@ -429,7 +460,7 @@ struct GradientInMemory {
   // The target class, if it is one of the thread's own; its gradient.
   __device__ __forceinline__ int target(const Columns<T, kTarget, kWidth>& rows, int i) const {
     const int y = memory.y[place(i)];
-    return y >= 0 && thread_of_class(rows.o, y) == rows.first ? y : kNotHere;
+    return y >= 0 && thread_of_class(rows.o, y) == int(threadIdx.y) ? y : kNotHere;
   }
   __device__ __forceinline__ T of_target(int i) const { return memory.of_target[place(i)]; }
 };
@@ -555,13 +586,14 @@ __global__ void __launch_bounds__(kColumnThreads<T, kTarget>, (kForwardBlocks<T,
 }
 
 // A thread has all classes of its rows: nothing is exchanged, and what a row costs besides its classes is done for the
-// thread's rows side by side.
-template <typename T, TargetKind kTarget, int kWidth>
-__global__ void __launch_bounds__(kColumnThreadsAcross, kAloneBlocks<T>) forward_columns_alone(const Problem<T> o) {
+// thread's rows side by side. kTrains: the gradient is wanted. Without it registers suffice for more threads, if the
+// targets are fetched to the cache only, where eight of them take none.
+template <typename T, TargetKind kTarget, int kWidth, bool kTrains>
+__global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget, kTrains>))
+    forward_columns_alone(const Problem<T> o) {
   using A = Statistic<T>;
-  constexpr bool kKeeps = kWidth > 1;
+  constexpr bool kKeeps = kTrains && kWidth > 1;
   const RowPlan& plan = o.plan;
-  const bool wants_gradient = o.grad_logits != nullptr;
   let_next_launch_start();
   Partial sum = {};
   for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < plan.of_columns.units; unit += plan.step) {
@@ -569,15 +601,19 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, kAloneBlocks<T>) forward
     const int64_t first = unit * kWidth;
     int64_t target[kWidth];
     RowState<A> state[kWidth];
+    const auto ask_for_targets = [&] {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      target[i] = o.target_index ? o.target_index[first + i] : -1;
-      state[i] = empty_row_state<A>();
-    }
+      for (int i = 0; i < kWidth; ++i) target[i] = o.target_index ? o.target_index[first + i] : -1;
+    };
+    if constexpr (kTrains) ask_for_targets();
+    else if (o.target_index) fetch_to_cache(o.target_index + first);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
     absorb_columns<kKeeps>(state, rows);
+    if constexpr (!kTrains) ask_for_targets();
     wait_for_launch_before();  // for total_weight
     GradientOfOwn<T, kTarget, kWidth> gradient;
-    gradient.common_grad_output = wants_gradient ? with_mean(o, A(1)) : A(0);  // nobody has sent one yet
+    gradient.common_grad_output = kTrains ? with_mean(o, A(1)) : A(0);  // nobody has sent one yet
     A loss[kWidth], scale[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
@@ -591,7 +627,7 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, kAloneBlocks<T>) forward
     store_values(static_cast<A*>(o.row_max) + first, gradient.maxima);
     store_values(static_cast<A*>(o.row_scale) + first, scale);
     if (o.reduction == Reduction::kNone) store_loss<T>(o.loss, o.loss_dtype != o.dtype, first, loss);
-    if (wants_gradient) write_columns<kKeeps>(rows, gradient);
+    if constexpr (kTrains) write_columns<kKeeps>(rows, gradient);
   }
   leave(o, sum);
 }
@@ -603,21 +639,20 @@ __global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kTarget>)) for
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
   const ColumnMemory<T, kTarget, kWidth> memory(columns);
-  const int rank = rank_of_block(plan);
+  const ColumnBlock block(o, plan, /*reverse=*/false);
   let_next_launch_start();
-  for (int64_t first = group_of_block(plan) * blockDim.x; first < columns.units; first += plan.step) {
+  for (int64_t first = int64_t(block.group) * blockDim.x; first < columns.units; first += plan.step) {
     RowState<A> state[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
-    if (first + threadIdx.x < columns.units) {
-      const int thread = rank * int(blockDim.y) + int(threadIdx.y);  // of those of a row
-      absorb_columns<false>(state, Columns<T, kTarget, kWidth>(o, first + threadIdx.x, thread));
-    }
+    if (first + threadIdx.x < columns.units)
+      absorb_columns<false>(state, Columns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y), block.begin,
+                                                               block.end));
     leave_states(memory, state);
     for_each_merged_row(memory, columns.sets_shift, [&](int of_block, int, const RowState<A>& merged, int part) {
       const int64_t number = first * kWidth + of_block;
       if (part == 0 && number < plan.rows)
-        static_cast<RowState<A>*>(o.scratch)[(number << plan.blocks_shift) + rank] = merged;
+        static_cast<RowState<A>*>(o.scratch)[number * plan.blocks + block.rank] = merged;
     });
   }
 }
@@ -632,10 +667,10 @@ __global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kTarget>))
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
   const ColumnMemory<T, kTarget, kWidth> memory(columns);
-  const int rank = rank_of_block(plan);
+  const ColumnBlock block(o, plan, /*reverse=*/true);
   const int threads = int(blockDim.x * blockDim.y);
   A grad_output = with_mean(o, grad_output_at<T>(o, 0));
-  for (int64_t first = group_of_block(plan) * blockDim.x; first < columns.units; first += plan.step) {
+  for (int64_t first = int64_t(block.group) * blockDim.x; first < columns.units; first += plan.step) {
     __syncthreads();  // the rows before have been read
 #pragma unroll 2
     for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < int(blockDim.x) * kWidth; i += threads) {
@@ -643,7 +678,7 @@ __global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kTarget>))
       if (number >= plan.rows) continue;
       const RowTarget<T, kTarget> row(o, number, o.class_of(o.target_at(number)));
       if (o.grad_output_stride != 0) grad_output = with_mean(o, grad_output_at<T>(o, number));
-      const bool here = row.y >= 0 && rank_of_class(o, row.y) == rank;
+      const bool here = row.y >= block.begin && row.y < block.end;
       const T x_y = here ? logit_of_target<kWidth, false>(row, i) : T();
       prepare_gradient(memory, columns.last_set, memory.place(i / kWidth, i % kWidth), row,
                        static_cast<const A*>(o.row_max)[number], static_cast<const A*>(o.row_scale)[number],
@@ -651,8 +686,9 @@ __global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kTarget>))
     }
     __syncthreads();
     if (first + threadIdx.x < columns.units)
-      write_columns<false>(Columns<T, kTarget, kWidth>(o, first + threadIdx.x, rank * int(blockDim.y) + int(threadIdx.y)),
-                           GradientInMemory<T, kTarget, kWidth>{memory, columns.last_set});
+      write_columns<false>(
+          Columns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y), block.begin, block.end),
+          GradientInMemory<T, kTarget, kWidth>{memory, columns.last_set});
   }
 }
 

@@ -10,11 +10,18 @@ constexpr int kMaxColumnThreads = 512;
 constexpr int kColumnThreadsAcross = 64;     // side by side, where there are rows enough
 constexpr int kApartThreads = 256;           // at most, of a block that shares its rows with others
 constexpr int64_t kLeastClasses = 8;  // of a thread, where there is a choice: as many loads as it has in flight
+constexpr int kApartBytesAcross = 256;       // of a class, that such a block reads side by side
+constexpr int64_t kApartTiles = 4;           // of kLeastClasses, that a thread of it has at least, where there is a choice
+constexpr int64_t kApartWaves = 2;           // of such blocks, if their threads then have as many tiles
+constexpr int64_t kApartStart = 2;           // tiles that a block could take in the time until its first one is there
 
 // Of a block, at most: fewer where a thread needs more registers.
 constexpr int max_column_threads(bool is_float64, bool is_spread) {
   return is_float64 || is_spread ? kMaxColumnThreads / 2 : kMaxColumnThreads;
 }
+
+// Blocks of kApartThreads that a multiprocessor must hold at once.
+constexpr int apart_blocks(bool is_float64, bool is_spread) { return is_float64 ? 1 : is_spread ? 2 : 3; }
 
 // Statistics of a row that are exchanged: its maximum and sum; of spread targets also dot and mass.
 template <bool kSpread>
@@ -89,19 +96,38 @@ inline bool plan_whole_columns(const CrossEntropyOptions& o, RowPlan& plan) {
   return true;
 }
 
-// Several blocks for the same rows: nothing is kept, and no thread waits for another block. Of a class, a block reads as
-// much as it can side by side, 1 KB: on an H200, 256 bytes at a time took 28 % less than 64. The blocks are so many that
-// all multiprocessors are at work until the end.
+// Several blocks for the same rows: nothing is kept, and no thread waits for another block. Of a class, a block reads 256
+// bytes side by side: on an H200 more or less of them took longer, and with more threads along the classes, fewer blocks
+// leave statistics to be merged. Each block has a range of classes that is a whole number of tiles, so that the blocks
+// can be as many as fill the device to the end: a few times over, for they do not all take the same time, if their
+// threads have classes enough.
 inline void plan_columns_apart(const CrossEntropyOptions& o, RowPlan& plan) {
-  const int64_t most_blocks = 8 * o.tuning.multiprocessors;
+  ColumnPlan& c = plan.of_columns;
+  const int64_t multiprocessors = o.tuning.multiprocessors;
   unsigned x = kColumnThreadsAcross, y = 1;
-  const auto has_classes_for = [&](int64_t threads) { return o.classes >= threads * kLeastClasses; };
-  const auto more_blocks = [&] { return divide_up(plan.of_columns.units, x) * plan.blocks < most_blocks; };
-  while (2 * plan.of_columns.units <= x && has_classes_for(2 * y)) x /= 2, y *= 2;
-  while (x * y < kApartThreads && has_classes_for(2 * y) && more_blocks()) y *= 2;
-  while (has_classes_for(2 * plan.blocks * y) && more_blocks()) plan.blocks *= 2;
+  const auto has_tiles_for = [&](int64_t threads, int64_t tiles) {
+    return o.classes >= threads * tiles * kLeastClasses;
+  };
+  while (2 * c.units <= x && has_tiles_for(2 * y, 1)) x /= 2, y *= 2;
+  while (x * c.width * bytes_of(o.dtype) > kApartBytesAcross && has_tiles_for(2 * y, kApartTiles)) x /= 2, y *= 2;
+  while (x * y < kApartThreads && has_tiles_for(2 * y, 1) && divide_up(c.units, x) < 8 * multiprocessors) y *= 2;
   plan.block = dim3(x, y);
   plan_column_memory(o, plan);
+
+  const int64_t of_multiprocessor = apart_blocks(o.dtype == DType::kFloat64, o.is_spread()) * kApartThreads / (x * y);
+  const int64_t resident = multiprocessors * of_multiprocessor, groups = divide_up(c.units, x);
+  const int64_t tiles = divide_up(o.classes, y * kLeastClasses);
+  const auto blocks_of = [&](int64_t waves) { return larger(1, waves * resident / groups); };
+  const auto has_tiles = [&](int64_t waves) { return blocks_of(waves) * kApartTiles <= tiles; };
+  int64_t fewest = kApartWaves, least_time = INT64_MAX, of_block = tiles;
+  while (fewest > 1 && !has_tiles(fewest)) --fewest;
+  for (int64_t waves = fewest; waves == fewest || (waves < fewest + 4 && has_tiles(waves)); ++waves) {
+    const int64_t share = divide_up(tiles, blocks_of(waves));
+    const int64_t time = divide_up(divide_up(tiles, share) * groups, resident) * (share + kApartStart);
+    if (time < least_time) least_time = time, of_block = share;
+  }
+  plan.blocks = int(divide_up(tiles, of_block));
+  c.classes_of_block = int(of_block * y * kLeastClasses);
 }
 
 // with_exchange: as in plan_rows.
@@ -115,11 +141,11 @@ inline RowPlan plan_columns(const CrossEntropyOptions& o, bool with_exchange) {
   const bool whole = with_exchange && plan_whole_columns(o, plan);
   if (!whole) plan_columns_apart(o, plan);
   plan.split = with_exchange && !whole;
-  plan.blocks_shift = log2_of(plan.blocks);
-  plan.threads_shift = log2_of(plan.blocks * plan.block.y);
+  plan.threads_shift = log2_of(plan.block.y);
   const int64_t most = larger(o.tuning.max_blocks / plan.blocks, 1);
-  plan.grid = unsigned(smaller(divide_up(c.units, plan.block.x), most) * plan.blocks);
-  plan.step = int64_t(plan.grid / plan.blocks) * plan.block.x;
+  c.groups = unsigned(smaller(divide_up(c.units, plan.block.x), most));
+  plan.grid = c.groups * plan.blocks;
+  plan.step = int64_t(c.groups) * plan.block.x;
   return plan;
 }
 

@@ -305,8 +305,9 @@ cudaError_t launch_columns(const CrossEntropyOptions& o, const RowPlan& plan, bo
     constexpr int kWidth = decltype(width)::value;
     const auto kernel = !forward            ? backward_columns<T, kTarget, kWidth>
                         : plan.split        ? forward_split_columns<T, kTarget, kWidth>
-                        : plan.block.y == 1 ? forward_columns_alone<T, kTarget, kWidth>
-                                            : forward_columns<T, kTarget, kWidth>;
+                        : plan.block.y > 1  ? forward_columns<T, kTarget, kWidth>
+                        : o.grad_logits     ? forward_columns_alone<T, kTarget, kWidth, true>
+                                            : forward_columns_alone<T, kTarget, kWidth, false>;
     return prepare_and_launch(kernel, o, plan, overlaps, stream);
   };
   const auto launch_of = [&](auto width) {

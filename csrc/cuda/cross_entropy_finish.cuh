@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/cross_entropy_row.cuh"
+#include "cuda/elementary.cuh"
 
 namespace fusedloss::cuda {
 
@@ -24,7 +25,8 @@ __device__ __forceinline__ FinishedRow<A> loss_of_row(const RowTarget<T, kTarget
   const Problem<T>& o = row.o;
   A loss = 0;
   if (row.counts()) {
-    const A logsum = math::log(state.sum);
+    // At least 1, from the largest logit; 0 where all are -inf.
+    const A logsum = elementary::log_of_1_or_more(state.sum);
     // Of a class index, not rounded C times.
     if (is_spread(kTarget) && row.y >= 0) state.mass = index_mass(A(0), o.sum_of_weights(), o.smoothing);
     if (is_spread(kTarget)) loss = expected_negative_log_likelihood(state, logsum);

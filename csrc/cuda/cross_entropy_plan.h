@@ -52,6 +52,8 @@ struct ColumnPlan {
   int64_t units = 0;          // of so many rows, in all; a step counts these
   int kept_vectors = 0;       // of 16 bytes, of the block, before what its threads exchange
   int64_t exchange_bytes = 0;
+  int classes_of_block = 0;   // of blocks that share rows, each has so many classes, one behind another; the last may have fewer
+  unsigned groups = 1;        // of blocks that share rows
   // Sets of statistics in shared memory, see ColumnMemory:
   int sets_shift = 0;         // log2 of what a block's threads leave, from set 0 on
   int last_set = 0;           // what the gradient needs

@@ -4,6 +4,7 @@
 
 #include "cuda/cross_entropy_plan.h"
 #include "cuda/cross_entropy_shifted.cuh"
+#include "cuda/elementary.cuh"
 #include "cuda/grad_output.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vec.cuh"
@@ -294,7 +295,7 @@ __device__ __forceinline__ A scale_of(const RowTarget<T, kTarget>& row, const Ro
   const A mass = row.has_probabilities() ? state.mass
                  : is_spread(kTarget)               ? index_mass(row.w_y, row.o.sum_of_weights(), row.o.smoothing)
                                          : row.w_y;
-  return mass / state.sum;
+  return elementary::divide_closely_by_moderate(mass, state.sum);
 }
 
 // What a row's loss is multiplied by: grad_output, which the mean divides.

@@ -177,7 +177,7 @@ LISTED = [
     (
         "columns: tiles not rescaled",
         "cross_entropy_columns.cuh",
-        "@state[i] = rescale(state[i], math::max(state[i].max, largest[i]));@",
+        "@raise_maximum<is_spread(kTarget)>(state[i], math::max(state[i].max, largest[i]));@",
         "state[i].max = math::max(state[i].max, largest[i]);",
     ),
     (
@@ -208,7 +208,7 @@ LISTED = [
     (
         "columns: target class of another thread",
         "cross_entropy_columns.cuh",
-        "rows.o, y) == @rows.first@ ?",
+        "rows.o, y) == @int(threadIdx.y)@ ?",
         "0",
     ),
     (
@@ -220,8 +220,14 @@ LISTED = [
     (
         "columns: states of blocks mixed up",
         "cross_entropy_columns.cuh",
-        "plan.blocks_shift) + @rank@] = merged",
+        "number * plan.blocks + @block.rank@] = merged",
         "0",
+    ),
+    (
+        "columns: a block goes on to the last class",
+        "cross_entropy_columns.cuh",
+        "end = int(@smaller(begin + plan.of_columns.classes_of_block, o.classes)@);",
+        "o.classes",
     ),
     (
         "columns: a row's next target",
