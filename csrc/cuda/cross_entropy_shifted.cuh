@@ -33,7 +33,7 @@ __device__ __forceinline__ int only_here(int value) {
 template <typename T>
 struct ShiftedPacks {
   char* boundary;  // the last one before the first lane's first pack
-  int bytes;       // from there to that pack
+  int bytes;       // from there to that pack: 0 where a row happens to be aligned like its logits
   int lane, warp;  // the lane's number, and that of the warp in its block
   int step;        // bytes from a pack of a lane to its next one
   int vectors;     // of the row, from the first lane's first pack on
@@ -52,7 +52,7 @@ struct ShiftedPacks {
     const int lanes_here = lanes<kWhole>(k), before = lane == 0 ? lanes_here - 1 : lane - 1;
     // The words of a lane move to their places in a vector, and round from its end to its beginning: there they belong to
     // the next lane.
-    const bool by_one = sizeof(T) < 8 && (bytes & 4), by_two = sizeof(T) == 8 || (bytes & 8);
+    const bool by_one = sizeof(T) < 8 && (bytes & 4), by_two = bytes & 8;
     uint32_t moved[4], words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) moved[i] = choose(by_one, pack.words[(i + 3) % 4], pack.words[i]);
