@@ -28,7 +28,7 @@ template <typename T, TargetKind kTarget>
 constexpr int kForwardBlocks = sizeof(T) < 8 && is_spread(kTarget) ? 2 : 1;
 template <typename T, TargetKind kTarget, bool kTrains>
 constexpr int kAloneBlocks = sizeof(T) == 8                                     ? 4
-                             : kTrains && kTarget == TargetKind::kProbabilities ? 7
+                             : kTrains && kTarget == TargetKind::kProbabilities ? 6
                              : kTrains || is_spread(kTarget)                    ? 8
                                                                                 : 12;
 template <typename T, TargetKind kTarget>
