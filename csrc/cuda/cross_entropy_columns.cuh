@@ -16,6 +16,8 @@
 
 #include <cfloat>
 
+#include <cuda_pipeline_primitives.h>
+
 #include "cuda/cross_entropy_finish.cuh"
 
 namespace fusedloss::cuda {
@@ -27,10 +29,7 @@ constexpr int kColumnThreads = max_column_threads(sizeof(T) == 8, is_spread(kTar
 template <typename T, TargetKind kTarget>
 constexpr int kForwardBlocks = sizeof(T) < 8 && is_spread(kTarget) ? 2 : 1;
 template <typename T, TargetKind kTarget, bool kTrains>
-constexpr int kAloneBlocks = sizeof(T) == 8                                     ? 4
-                             : kTrains && kTarget == TargetKind::kProbabilities ? 7
-                             : kTrains || is_spread(kTarget)                    ? 8
-                                                                                : 12;
+constexpr int kAloneBlocks = sizeof(T) == 8 ? 4 : kTrains || is_spread(kTarget) ? 8 : 12;
 template <typename T, TargetKind kTarget>
 constexpr int kApartBlocks = apart_blocks(sizeof(T) == 8, is_spread(kTarget));
 
@@ -170,6 +169,8 @@ struct Columns {
     grad = o.grad_logits ? static_cast<T*>(o.grad_logits) + position.in(o.grad_strides) : nullptr;
   }
   __device__ __forceinline__ bool has_probabilities() const { return kTarget == TargetKind::kProbabilities; }
+  // Of the thread's classes; 0 or less where it has none.
+  __device__ __forceinline__ int count() const { return (end - first + (1 << shift) - 1) >> shift; }
 
   // Of class c in row i, if the thread has all classes; from what it has kept, if it has.
   template <bool kMayBeKept>
@@ -212,14 +213,6 @@ struct ColumnTile {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k, p += step) packs[k] = is_there(k) ? load<kWidth>(p) : Pack<T, kWidth>();
   }
-  __device__ __forceinline__ void keep(const Rows& rows, int number) const {
-    const int of_pack = Problem<T>::template kSlotsOfPack<kTarget>;
-    const Slots slots(rows.o.plan.slots * of_pack);
-    for_each_pack([&](int k) {
-      slots[of_pack * (number * kPacks + k)] = x[k].as_vector();
-      if (rows.has_probabilities()) slots[of_pack * (number * kPacks + k) + 1] = t[k].as_vector();
-    });
-  }
   __device__ __forceinline__ void take(const Rows& rows, int number) {
     const int of_pack = Problem<T>::template kSlotsOfPack<kTarget>;
     const Slots slots(rows.o.plan.slots * of_pack);
@@ -250,22 +243,60 @@ struct ColumnTile {
   }
 };
 
-// Calls f(tile, its number) for all tiles of a thread, from the last to the first if kReverse: what was not kept is then
-// read again while the cache may still hold it. `whole` tiles are so for every thread of the rows.
-template <int kPacks, bool kReverse, bool kKept, typename T, TargetKind kTarget, int kWidth, typename F>
-__device__ __forceinline__ void for_each_tile(const Columns<T, kTarget, kWidth>& rows, F f) {
+// Calls wait(number), then f(tile, its number) for all tiles of a thread, from the last to the first if kReverse: what was
+// not kept is then read again while the cache may still hold it. `whole` tiles are so for every thread of the rows.
+template <int kPacks, bool kReverse, bool kKept, typename T, TargetKind kTarget, int kWidth, typename Wait, typename F>
+__device__ __forceinline__ void for_each_tile(const Columns<T, kTarget, kWidth>& rows, Wait wait, F f) {
   const int whole = (rows.classes >> rows.shift) / kPacks;
   const int all = whole + (rows.first + (whole * kPacks << rows.shift) < rows.end);
   const auto last = [&] {
-    if (whole < all) f(ColumnTile<T, kTarget, kWidth, kPacks, kKept, false>(rows, whole), whole);
+    if (whole >= all) return;
+    wait(whole);
+    f(ColumnTile<T, kTarget, kWidth, kPacks, kKept, false>(rows, whole), whole);
   };
   if (kReverse) last();
 #pragma unroll 1
   for (int i = 0; i < whole; ++i) {
     const int number = kReverse ? whole - 1 - i : i;
+    wait(number);
     f(ColumnTile<T, kTarget, kWidth, kPacks, kKept, true>(rows, number), number);
   }
   if (!kReverse) last();
+}
+
+// Starts to copy a thread's classes to its slots, so that all of them are on their way at once. Those of a tile are one group,
+// which is waited for together.
+template <int kGroup, typename T, TargetKind kTarget, int kWidth>
+__device__ __forceinline__ void start_copies(const Columns<T, kTarget, kWidth>& rows) {
+  constexpr int kOfPack = Problem<T>::template kSlotsOfPack<kTarget>;
+  const Slots slots(rows.o.plan.slots * kOfPack);
+  const int64_t step = rows.o.logits_strides.classes << rows.shift;
+  const int64_t t_step = rows.o.target_strides.classes << rows.shift;
+  const T* p = rows.logits + rows.first * rows.o.logits_strides.classes;
+  const T* t = rows.has_probabilities() ? rows.probability + rows.first * rows.o.target_strides.classes : nullptr;
+  const int count = rows.count();
+#pragma unroll 1
+  for (int first = 0; first < count; first += kGroup) {
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      if (first + k >= count) break;
+      __pipeline_memcpy_async(&slots[kOfPack * (first + k)], p, kPackBytes);
+      p += step;
+      if (!rows.has_probabilities()) continue;
+      __pipeline_memcpy_async(&slots[kOfPack * (first + k) + 1], t, kPackBytes);
+      t += t_step;
+    }
+    __pipeline_commit();
+  }
+}
+
+// Waits for this thread's copies, but for the last `groups` groups of them. The toolkit's function alone does not keep the
+// compiler from moving reads to before it.
+__device__ __forceinline__ void wait_for_copies(int groups) {
+  __pipeline_wait_prior(size_t(groups));
+#if FUSEDLOSS_CUDA_ARCH
+  asm volatile("" ::: "memory");
+#endif
 }
 
 // ---- 1. The statistics
@@ -281,10 +312,10 @@ __device__ __forceinline__ void raise_maximum(RowState<A>& state, A max) {
   }
 }
 
-template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kPacks, bool kWhole, typename A>
+template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kPacks, bool kKept, bool kWhole, typename A>
 __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth],
                                                     const Columns<T, kTarget, kWidth>& rows,
-                                                    const ColumnTile<T, kTarget, kWidth, kPacks, false, kWhole>& tile) {
+                                                    const ColumnTile<T, kTarget, kWidth, kPacks, kKept, kWhole>& tile) {
   auto largest = splat<kWidth>(narrow<T>(A(-INFINITY)));
   tile.for_each_pack([&](int k) { largest = larger_of(largest, tile.x[k]); });
   // Not only where a maximum grows: a warp has so many rows that one of them mostly does, and others need not branch.
@@ -306,15 +337,31 @@ __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth]
   });
 }
 
-template <bool kMayKeep, typename T, TargetKind kTarget, int kWidth, typename A>
+// Whether a thread's classes go through its slots, which the gradient is then made of.
+enum class Keeping { kNever, kIfThereAreSlots, kAlways };
+
+template <Keeping kKeeping, typename T, TargetKind kTarget, int kWidth, typename A>
 __device__ __forceinline__ void absorb_columns(RowState<A> (&state)[kWidth], const Columns<T, kTarget, kWidth>& rows) {
-  with_spread<kTarget>(rows.o, [&](auto spread) {
-    for_each_tile<kColumnPacks<is_spread(kTarget)>, /*kReverse=*/false, /*kKept=*/false>(rows, [&](const auto& tile, int number) {
-      if constexpr (kMayKeep)
-        if (rows.o.plan.slots > 0) tile.keep(rows, number);
-      absorb_columns_tile<decltype(spread)::value>(state, rows, tile);
+  constexpr int kPacks = kColumnPacks<is_spread(kTarget)>;
+  if constexpr (kKeeping != Keeping::kNever) {
+    if (kKeeping == Keeping::kAlways || rows.o.plan.slots > 0) {
+      start_copies<kPacks>(rows);
+      const int groups = (rows.count() + kPacks - 1) / kPacks;
+      with_spread<kTarget>(rows.o, [&](auto spread) {
+        for_each_tile<kPacks, /*kReverse=*/false, /*kKept=*/true>(
+            rows, [&](int number) { wait_for_copies(groups - 1 - number); },
+            [&](const auto& tile, int) { absorb_columns_tile<decltype(spread)::value>(state, rows, tile); });
+      });
+      return;
+    }
+  }
+  if constexpr (kKeeping != Keeping::kAlways) {
+    with_spread<kTarget>(rows.o, [&](auto spread) {
+      for_each_tile<kPacks, /*kReverse=*/false, /*kKept=*/false>(
+          rows, [](int) {},
+          [&](const auto& tile, int) { absorb_columns_tile<decltype(spread)::value>(state, rows, tile); });
     });
-  });
+  }
 }
 
 // ---- 2. Their merge
@@ -507,7 +554,7 @@ __device__ __forceinline__ void write_columns(const Columns<T, kTarget, kWidth>&
   }
   const int64_t stride = rows.o.grad_strides.classes;
   with_spread<kTarget>(rows.o, [&](auto spread) {
-    for_each_tile<kPacks, /*kReverse=*/true, kKept>(rows, [&](const auto& tile, int) {
+    for_each_tile<kPacks, /*kReverse=*/true, kKept>(rows, [](int) {}, [&](const auto& tile, int) {
       T* p = rows.grad + tile.first * stride;
       const int64_t step = stride << rows.shift;
       tile.for_each_pack([&](int k) {
@@ -558,7 +605,8 @@ __global__ void __launch_bounds__(kColumnThreads<T, kTarget>, (kForwardBlocks<T,
     if (threadIdx.y == 0 && is_there && o.target_index != nullptr)
       fetch_to_cache(o.target_index + (first + threadIdx.x) * kWidth);
     if (is_there)
-      absorb_columns<kKeeps>(state, Columns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y)));
+      absorb_columns<kKeeps ? Keeping::kIfThereAreSlots : Keeping::kNever>(
+          state, Columns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y)));
     const int threads = int(blockDim.x * blockDim.y), in_block = threadIdx.y * blockDim.x + threadIdx.x;
     // The target of this thread's next row in step 3.
     int64_t next_target = o.target_at(first * kWidth + (in_block >> columns.sets_shift));
@@ -609,7 +657,7 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget
     else if (o.target_index) fetch_to_cache(o.target_index + first);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
-    absorb_columns<kKeeps>(state, rows);
+    absorb_columns<kKeeps ? Keeping::kAlways : Keeping::kNever>(state, rows);
     if constexpr (!kTrains) ask_for_targets();
     wait_for_launch_before();  // for total_weight
     GradientOfOwn<T, kTarget, kWidth> gradient;
@@ -646,8 +694,8 @@ __global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kTarget>)) for
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
     if (first + threadIdx.x < columns.units)
-      absorb_columns<false>(state, Columns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y), block.begin,
-                                                               block.end));
+      absorb_columns<Keeping::kNever>(
+          state, Columns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y), block.begin, block.end));
     leave_states(memory, state);
     for_each_merged_row(memory, columns.sets_shift, [&](int of_block, int, const RowState<A>& merged, int part) {
       const int64_t number = first * kWidth + of_block;

@@ -183,7 +183,7 @@ LISTED = [
     (
         "columns: all tiles kept in one place",
         "cross_entropy_columns.cuh",
-        "slots[of_pack * (@number * kPacks + k@)] = x[k]",
+        "memcpy_async(&slots[kOfPack * (@first + k@)], p",
         "k",
     ),
     ("columns: read past the last class", "cross_entropy_columns.cuh", "return kWhole || @k < count@;", "true"),
