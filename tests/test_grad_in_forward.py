@@ -120,7 +120,8 @@ def test_the_way_that_is_taken_on_a_gpu(shape, dtype):
     def grows_by_a_gradient(run) -> tuple[Tensor, bool]:
         before = torch.cuda.memory_allocated()
         result = run()
-        return result, torch.cuda.memory_allocated() - before >= x.nbytes
+        # A backward pass releases some memory as well: what the loss has saved, and the gradient before.
+        return result, torch.cuda.memory_allocated() - before >= x.nbytes / 2
 
     # Another grad_output than 1: the next forward pass leaves no gradient.
     for grad_output, of_forward in ((1.0, True), (1.0, True), (2.0, True), (1.0, False), (1.0, True)):

