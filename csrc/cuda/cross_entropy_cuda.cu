@@ -5,14 +5,15 @@
 // class, one rescaling. The threads merge their statistics, and one of them makes the row's loss of them. In training
 // they sweep once more, and write the gradient. What they read in the first sweep they have kept in shared memory, if
 // there is room: the logits are then read from memory once and the gradient is written once, and nothing else is of that
-// size. cross_entropy_stream.cuh says how a row comes into shared memory.
+// size. cross_entropy_stream.cuh says how a row comes into shared memory. Where no gradient is wanted, nothing is kept
+// (forward_alone), which leaves registers and shared memory for more threads.
 //
 // Who shares a row is a matter of its length, and of how many there are (cross_entropy_plan.h decides):
 //   a thread, in registers      up to 16 classes, rows one behind another from a 16-byte boundary (cross_entropy_few.cuh)
 //   a thread, or several        other rows of up to 16 classes, and rows that are neighbours in memory, as in
 //                               (N, C, d1, …): "columns", of which a thread takes as many side by side as 16 bytes hold
 //                               (cross_entropy_columns.cuh)
-//   some lanes of a warp        up to a few thousand classes
+//   some lanes of a warp        up to a few thousand classes; in registers up to 4 KB (cross_entropy_lanes.cuh)
 //   a block                     more than those
 //   a cluster of blocks         more than the shared memory of one block keeps
 //   blocks apart                few, long rows, and columns that a block cannot keep: "split"; they meet in scratch

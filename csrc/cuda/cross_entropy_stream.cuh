@@ -3,10 +3,9 @@
 // Each thread copies its own packs asynchronously (cp.async) into slots of its own. A block starts the copies of a row
 // while it still works on the row before, so that memory is never idle while threads compute, or wait for one another.
 //
-// In training the slots hold a whole row, if there is room: the first sweep reads them and, after the statistics are
-// merged, the second sweep reads them again, writes the gradient of a tile, and starts the copy of the next row's tile
-// into the same slots. Without a gradient, the first sweep itself starts the next copy into the slots that it has read.
-// Of short rows, and of those beyond the slots, both sweeps read memory.
+// The slots hold a whole row, if there is room: the first sweep reads them and, after the statistics are merged, the second
+// sweep reads them again, writes the gradient of a tile, and starts the copy of the next row's tile into the same slots. Of
+// what is beyond the slots, both sweeps read memory.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
