@@ -23,6 +23,8 @@ KERNELS = {
     "count_rows": [],
     "*columns*": [],  # of one row a thread; of several, see below
     "*_few": ["LDGSTS", STORES],
+    "forward_lanes": [LOADS, STORES],
+    "forward_alone": [LOADS],
     "gather": [],  # one element a row
     "scatter": [STORES],
     "forward_rows": [LOADS, STORES],
@@ -89,7 +91,8 @@ def scalar_accesses(kernels: dict[tuple[str, str], str]) -> list[str]:
         name = kernel_name(mangled)
         wanted = next((wanted for pattern, wanted in KERNELS.items() if fnmatch(name, pattern)), None)
         if "columns" in name and "Li1E" not in mangled:  # kWidth is not 1: a thread has rows side by side
-            wanted = [LOADS] if "split" in name else [LOADS, STORES]
+            loads = rf"{LOADS}(STS)?"  # to registers, or to where they are kept
+            wanted = [loads] if "split" in name else [loads, STORES]
         if wanted is None:
             found.append(f"{name} is a new kernel: add to KERNELS in {Path(__file__).name} what it must load and store")
         else:

@@ -77,7 +77,7 @@ struct RowTarget {
       : o(problem), number(row), y(target), w_y(y < 0 ? A(0) : o.weight_of(y)) {}
 
   __device__ __forceinline__ bool has_probabilities() const { return kTarget == TargetKind::kProbabilities; }
-  // If not, the row adds nothing and is not even read.
+  // If not, the row adds nothing. A row of some length is then not even read.
   __device__ __forceinline__ bool counts() const { return has_probabilities() || y >= 0; }
   // q of the target class.
   __device__ __forceinline__ A coefficient() const {
