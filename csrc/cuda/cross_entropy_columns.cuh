@@ -29,7 +29,7 @@ constexpr int kColumnThreads = max_column_threads(sizeof(T) == 8, is_spread(kTar
 template <typename T, TargetKind kTarget>
 constexpr int kForwardBlocks = sizeof(T) < 8 && is_spread(kTarget) ? 2 : 1;
 template <typename T, TargetKind kTarget, bool kTrains>
-constexpr int kAloneBlocks = sizeof(T) == 8 ? 4 : kTrains || is_spread(kTarget) ? 8 : 12;
+constexpr int kAloneBlocks = sizeof(T) == 8 ? 4 : kTarget == TargetKind::kProbabilities ? 6 : kTrains || is_spread(kTarget) ? 8 : 12;
 template <typename T, TargetKind kTarget>
 constexpr int kApartBlocks = apart_blocks(sizeof(T) == 8, is_spread(kTarget));
 

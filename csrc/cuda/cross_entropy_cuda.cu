@@ -49,7 +49,7 @@ constexpr int kResident = sizeof(T) == 8                              ? 256
                           : kShifted && kTarget != TargetKind::kIndex ? 512
                                                                       : 768;
 template <typename T, TargetKind kTarget>
-constexpr int kAloneResident = sizeof(T) == 8 ? 512 : is_spread(kTarget) ? 768 : 1024;
+constexpr int kAloneResident = sizeof(T) == 8 ? 256 : is_spread(kTarget) ? 768 : 1024;
 
 // A row's statistics and its loss, in training also its gradient: the rows that a block, or a cluster of blocks, keeps.
 template <typename T, TargetKind kTarget, bool kShifted>
