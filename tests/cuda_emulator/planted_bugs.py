@@ -245,12 +245,6 @@ LISTED = [
         "o.classes",
     ),
     (
-        "columns: a row's next target",
-        "cross_entropy_columns.cuh",
-        "next_target = o.target_at(@number + (threads >> columns.sets_shift)@);",
-        "number",
-    ),
-    (
         "columns: rows behind the last one",
         "cross_entropy_columns.cuh",
         "is_there = @first + threadIdx.x < columns.units@",
