@@ -16,8 +16,6 @@
 
 #include <cfloat>
 
-#include <cuda_pipeline_primitives.h>
-
 #include "cuda/cross_entropy_finish.cuh"
 
 namespace fusedloss::cuda {
@@ -29,7 +27,10 @@ constexpr int kColumnThreads = max_column_threads(sizeof(T) == 8, is_spread(kTar
 template <typename T, TargetKind kTarget>
 constexpr int kForwardBlocks = sizeof(T) < 8 && is_spread(kTarget) ? 2 : 1;
 template <typename T, TargetKind kTarget, bool kTrains>
-constexpr int kAloneBlocks = sizeof(T) == 8 ? 4 : kTarget == TargetKind::kProbabilities ? 6 : kTrains || is_spread(kTarget) ? 8 : 12;
+constexpr int kAloneBlocks = sizeof(T) == 8                          ? 4
+                             : kTarget == TargetKind::kProbabilities ? 6
+                             : kTrains || is_spread(kTarget)         ? 8
+                                                                     : 12;
 template <typename T, TargetKind kTarget>
 constexpr int kApartBlocks = apart_blocks(sizeof(T) == 8, is_spread(kTarget));
 
@@ -288,15 +289,6 @@ __device__ __forceinline__ void start_copies(const Columns<T, kTarget, kWidth>& 
     }
     __pipeline_commit();
   }
-}
-
-// Waits for this thread's copies, but for the last `groups` groups of them. The toolkit's function alone does not keep the
-// compiler from moving reads to before it.
-__device__ __forceinline__ void wait_for_copies(int groups) {
-  __pipeline_wait_prior(size_t(groups));
-#if FUSEDLOSS_CUDA_ARCH
-  asm volatile("" ::: "memory");
-#endif
 }
 
 // ---- 1. The statistics

@@ -51,7 +51,7 @@ constexpr int kResident = sizeof(T) == 8                              ? 256
 template <typename T, TargetKind kTarget>
 constexpr int kAloneResident = sizeof(T) == 8 ? 256 : is_spread(kTarget) ? 768 : 1024;
 
-// A row's statistics and its loss, in training also its gradient: the rows that a block, or a cluster of blocks, keeps.
+// A row's loss and its gradient: for rows that a block, or a cluster of blocks, keeps.
 template <typename T, TargetKind kTarget, bool kShifted>
 __global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget, kShifted> / kRowThreads))
     forward_rows(const Problem<T> o) {
@@ -379,8 +379,7 @@ cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cu
   const unsigned blocks = split_grid(plan);
   const auto sums = reinterpret_cast<LossSum*>(static_cast<char*>(o.scratch) + split_states_bytes(o, plan));
   const auto finish_rows = on_target(o, [](auto target) { return finish_split<T, decltype(target)::value>; });
-  error = launch(finish_rows, after_launch(o, blocks, kSplitThreads), stream,
-                 problem, sums);
+  error = launch(finish_rows, after_launch(o, blocks, kSplitThreads), stream, problem, sums);
   if (error == cudaSuccess && blocks > 1 && o.reduction != Reduction::kNone) {
     CrossEntropyOptions of_sums = o;
     of_sums.scratch = sums;

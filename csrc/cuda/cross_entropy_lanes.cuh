@@ -1,4 +1,5 @@
-// Short rows: some lanes of a warp share one, and each keeps its part of it in registers, so that the row is read once.
+// Short rows whose gradient is wanted: some lanes of a warp share one, and each keeps its part of it in registers, so that
+// the row is read once.
 #pragma once
 
 #include "cuda/cross_entropy_finish.cuh"
@@ -33,7 +34,6 @@ __global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kTarget>)) forwa
     state = lanes_merge<is_spread(kTarget)>(state, int(blockDim.x));
     const A scale = scale_of(row, state);
     if (is_row && threadIdx.x == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
-    if (o.grad_logits == nullptr) continue;
     if (is_first_turn) {
       wait_for_launch_before();  // for total_weight
       grad_output = with_mean(o, A(1));
@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kTarget>)) forwa
       continue;
     }
     write_gradient(row, row_gradient(o, state.max, scale, grad_output), share, x_y, [&](const RowGradient<A>& of_row) {
-      with_spread<kTarget>(o, [&](auto spread) { write_tile<decltype(spread)::value, kShifted>(row, of_row, tile, share, 0); });
+      with_spread<kTarget>(
+          o, [&](auto spread) { write_tile<decltype(spread)::value, kShifted>(row, of_row, tile, share, 0); });
     });
   }
   leave_rows(o, sums);

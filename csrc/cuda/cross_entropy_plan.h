@@ -75,7 +75,7 @@ struct RowPlan {
   bool in_lanes = false;       // a row lies in the registers of some lanes of a warp: see cross_entropy_lanes.cuh
   bool shifted = false;        // a gradient's rows are aligned otherwise than the logits'
   bool split = false;          // or apart, to meet in scratch
-  bool keeps = false;          // what a row's threads have read, for the gradient: then
+  bool keeps = false;          // the threads keep what they have read in shared memory, for the gradient
   int tiles = 0;               // of a thread, in a row
   int depth = 0;               // so many tiles of a thread have slots in shared memory: see cross_entropy_stream.cuh
   int slots = 0;               // of a thread, each for a pack; fewer than `depth` tiles of them where a row ends sooner

@@ -2,6 +2,8 @@
 // row's statistics, and its gradient.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
+
 #include "cuda/cross_entropy_plan.h"
 #include "cuda/cross_entropy_shifted.cuh"
 #include "cuda/elementary.cuh"
@@ -145,6 +147,15 @@ struct Slots {
       : own(dynamic_shared_memory + thread / kWarp * (count * kWarp) + thread % kWarp) {}
   __device__ __forceinline__ uint4& operator[](int i) const { return own[i * kWarp]; }
 };
+
+// Waits for this thread's copies, but for the last `groups` groups of them. The toolkit's function alone does not keep the
+// compiler from moving reads to before it.
+__device__ __forceinline__ void wait_for_copies(int groups) {
+  __pipeline_wait_prior(size_t(groups));
+#if FUSEDLOSS_CUDA_ARCH
+  asm volatile("" ::: "memory");
+#endif
+}
 
 // What a thread holds of a row at a time: kPacks packs of kWidth neighbouring classes. kWhole: all of them lie in the
 // row, so that nothing stands between one pack's instructions and the next one's.

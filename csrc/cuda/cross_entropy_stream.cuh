@@ -8,8 +8,6 @@
 // what is beyond the slots, both sweeps read memory.
 #pragma once
 
-#include <cuda_pipeline_primitives.h>
-
 #include "cuda/cross_entropy_row.cuh"
 
 namespace fusedloss::cuda {
@@ -67,7 +65,8 @@ class Stream {
       for_each_tile(depth, share, [&](auto is_whole, int number) {
         write_tile<decltype(spread)::value, kShifted>(
             row, of_row,
-            Tile<T, kTarget, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, number * kPacks), share, number);
+            Tile<T, kTarget, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, number * kPacks),
+            share, number);
         copy(next, number);
       });
     });
@@ -77,15 +76,6 @@ class Stream {
   const int tiles, depth;  // of a row; that have slots
   const int thread, threads_shift;
   const Slots slots;
-
-  // Waits for this thread's copies, but for the last `groups` groups of them. The toolkit's function alone does not keep
-  // the compiler from moving reads to before it.
-  static __device__ __forceinline__ void wait_for_copies(int groups) {
-    __pipeline_wait_prior(size_t(groups));
-#if FUSEDLOSS_CUDA_ARCH
-    asm volatile("" ::: "memory");
-#endif
-  }
 
   // Calls f(is it whole, its number) for the first `count` tiles of a row.
   template <typename F>
