@@ -211,14 +211,16 @@ def test_the_launch_of_the_rows(tuning, emulator, rng):
     assert SHAPES[tuning](emulator.launches()[0])
 
 
-@pytest.mark.parametrize(("classes", "lanes"), [(17, 2), (64, 2), (100, 4), (512, 16)])
-def test_some_lanes_of_a_warp(classes, lanes, emulator, rng):
+@pytest.mark.parametrize(("classes", "with_grad", "alone"), [(17, 2, 2), (64, 2, 2), (100, 4, 4), (512, 16, 8)])
+def test_some_lanes_of_a_warp(classes, with_grad, alone, emulator, rng):
+    """So many of them take a row: more where it must fit into their registers, for the gradient."""
     for target in TARGETS:
         problem = CrossEntropy(rng, torch.float32, classes, *target, layout="contiguous", rows=131)
         problem.tuning = "default"
         problem.check(emulator)
         if target == TARGETS[0]:
             launch = emulator.launches()[int(problem.reduction == "mean" and problem.grad_in_forward)]
+            lanes = with_grad if problem.grad_in_forward else alone
             assert (launch.block_x, launch.block_y) == (lanes, 128 // lanes)
 
 
@@ -389,14 +391,15 @@ def test_offsets_beyond_32_bits(layout, tuning, emulator, rng):
     problem.compare({**outputs, "grad_logits": found.unsqueeze(2)})
 
 
+@pytest.mark.parametrize(("classes", "inner"), [(7, 1), (500, 1), (7, 2), (500, 3)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_rows(dtype, reduction, emulator):
+def test_no_rows(dtype, reduction, classes, inner, emulator):
     emulator.reset()
     o = CrossEntropyOptions()
     o.dtype = o.loss_dtype = DTYPES[dtype]
-    o.reduction, o.classes, o.inner = REDUCTIONS[reduction], 7, 1
-    o.logits_strides = o.grad_strides = Strides(7, 1, 1)
+    o.reduction, o.classes, o.inner = REDUCTIONS[reduction], classes, inner
+    o.logits_strides = o.grad_strides = Strides(classes * inner, inner, 1)
     loss = emulator.output(1, dtype, "loss")
     total = emulator.output(1, statistic(dtype), "total_weight")
     o.loss, o.total_weight = loss.data_ptr(), total.data_ptr() if reduction == "mean" else None

@@ -402,6 +402,8 @@ cudaError_t complete_tuning(CudaTuning& tuning) {
 
 cudaError_t cross_entropy_scratch_bytes(CrossEntropyOptions& o, int64_t& bytes) {
   const cudaError_t error = complete_tuning(o.tuning);
+  bytes = 0;
+  if (o.rows() == 0) return error;
   const RowPlan plan = plan_rows(o, /*with_exchange=*/true);
   const int64_t partials = plan.grid * int64_t(sizeof(LossSum));
   const int64_t weights = weigh_grid(o, plan) * int64_t(sizeof(double));
@@ -414,15 +416,16 @@ cudaError_t cross_entropy_forward(const CrossEntropyOptions& o, cudaStream_t str
   if (o.classes > kMaxClasses) return cudaErrorInvalidValue;
   return on_dtype(o.dtype, [&](auto zero) {
     using T = decltype(zero);
+    const auto launch_finish = [&](int blocks, bool is_weighed) {
+      if (o.reduction == Reduction::kNone) return cudaSuccess;
+      return launch(finish<T>, after_launch(o, 1, kSumThreads), stream, o, blocks, is_weighed);
+    };
+    if (o.rows() == 0) return launch_finish(0, false);
     RowPlan plan = plan_rows(o, /*with_exchange=*/true);
-    if (o.rows() > 0) {
-      cudaError_t error = fit_to_device<T>(o, plan);
-      if (error == cudaSuccess) error = launch_forward<T>(o, plan, stream);
-      if (error != cudaSuccess || plan.split) return error;
-    }
-    if (o.reduction == Reduction::kNone) return cudaSuccess;
-    const int blocks = o.rows() > 0 ? int(plan.grid) : 0;
-    return launch(finish<T>, after_launch(o, 1, kSumThreads), stream, o, blocks, o.rows() > 0 && weigh_grid(o, plan) > 0);
+    cudaError_t error = fit_to_device<T>(o, plan);
+    if (error == cudaSuccess) error = launch_forward<T>(o, plan, stream);
+    if (error != cudaSuccess || plan.split) return error;
+    return launch_finish(int(plan.grid), weigh_grid(o, plan) > 0);
   });
 }
 

@@ -151,6 +151,7 @@ inline bool are_aligned_alike(const CrossEntropyOptions& o) {
          !(o.inner > 1 && differ(o.logits_strides.inner - o.grad_strides.inner));
 }
 
+// There is a row at least.
 // with_exchange: the threads of a row have to merge what they know; without, its statistics are known, as in the backward
 // pass.
 inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
@@ -180,7 +181,7 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
     plan.block = dim3(lanes, kRowsOfBlock / lanes);
     plan.in_lanes = keeps && packs <= lanes * kLanePacks;
   } else {
-    const int64_t parts = divide_up(8 * t.multiprocessors, larger(1, o.rows()));
+    const int64_t parts = divide_up(8 * t.multiprocessors, o.rows());
     const int64_t most_parts = smaller(parts, o.classes / t.split_classes);
     if (o.rows() < t.multiprocessors && most_parts >= 2) {
       while (2 * plan.blocks <= most_parts) plan.blocks *= 2;
