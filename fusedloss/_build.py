@@ -27,6 +27,8 @@ MINIMUM_TORCH = "2.6.0"  # the lowest one really built with and tested; pyprojec
 ARCHITECTURES = (80, 90, 100, 120)  # compiled for where no GPU says what it is: Ampere, Hopper, Blackwell
 DEFAULT_TOOLKIT = Path("/usr/local/cuda")
 CUDA_MACRO = "FUSEDLOSS_WITH_CUDA"
+# What torch writes into build.ninja unescaped, and ninja takes for something else than a part of a path.
+UNPARSABLE = re.compile(r"[$:|\r\n]")
 
 
 class BuildError(RuntimeError):
@@ -161,7 +163,7 @@ def find_compiler() -> Compiler:
 
 
 def _words(chosen: str) -> tuple[str, ...]:
-    """The words of CXX, the first of them absolute if it is a path: the compiler runs in another folder."""
+    """The words of CXX or CC, the first of them absolute if it is a path: the compiler runs in another folder."""
     try:
         first, *others = [chosen] if shutil.which(chosen) else shlex.split(chosen)
     except ValueError:  # a quote that does not end, or quotes around nothing
@@ -177,8 +179,8 @@ def _links_openmp(words: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _one_word(words: Sequence[str]) -> Iterator[str]:
-    """The compiler as torch takes it from CXX, of which it quotes the whole as one word: several words become a script.
-    It lies where files can be executed."""
+    """The compiler as torch takes it from CXX and CC, each of which is one word to it: several words become a script,
+    which lies where files can be executed."""
     if len(words) == 1 and words[0] == shlex.quote(words[0]):
         yield words[0]
         return
@@ -341,8 +343,11 @@ class Plan:
     @contextlib.contextmanager
     def environment(self) -> Iterator[ModuleType]:
         """torch.utils.cpp_extension, told of this plan's compiler, toolkit and ninja. All is put back afterwards."""
-        with _one_word(self.compiler.words) as compiler:
-            changes = {"CXX": compiler}
+        with contextlib.ExitStack() as stack:
+            changes = {"CXX": stack.enter_context(_one_word(self.compiler.words))}
+            host_compiler = os.environ.get("CC", "").strip()  # of nvcc
+            if self.toolkit and host_compiler:
+                changes["CC"] = stack.enter_context(_one_word(_words(host_compiler)))
             ninja = find_ninja()
             if ninja:
                 changes["PATH"] = os.environ.get("PATH", "") + os.pathsep + ninja

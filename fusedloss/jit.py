@@ -47,13 +47,11 @@ from typing import Any
 import torch
 
 from . import _backend
-from ._build import BuildError, Plan, check_torch_path, cuda_setting, find_ninja, header_files, make_plan
+from ._build import UNPARSABLE, BuildError, Plan, check_torch_path, cuda_setting, find_ninja, header_files, make_plan
 
 _SECONDS = {".cpp": 7, ".cu": 40}  # what one source takes, for the estimate in the progress line
 _CUDA_ENVIRONMENT = ("TORCH_CUDA_ARCH_LIST", "CC", "PYTORCH_NVCC", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
-# What torch writes into build.ninja unescaped, and ninja takes for something else than a part of a path.
-_UNPARSABLE = re.compile(r"[$:|\r\n]")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large|terminated with signal 7")
 # What the loader says where the file system or a policy forbids to execute the files in it.
 _NOT_EXECUTABLE = re.compile(r"failed to map segment|Operation not permitted|Permission denied")
@@ -273,7 +271,7 @@ def _compile(build: Build, verbose: bool) -> Any:
         for name, text in build.generated.items():
             (attempt / name).write_text(text)
         csrc = plan.csrc
-        if _UNPARSABLE.search(str(csrc)):
+        if UNPARSABLE.search(str(csrc)):
             csrc = attempt / "csrc"
             csrc.symlink_to(plan.csrc)
         sources = [attempt / name for name in build.generated if not name.endswith(".h")]
@@ -391,7 +389,7 @@ def _make(folder: Path) -> None:
 def _check(folder: Path) -> None:
     """Raise _UnusableFolderError where nothing can be compiled in this folder, which need not exist yet, or nothing in
     it can be loaded, or other users could put a library of theirs in its place."""
-    found = _UNPARSABLE.search(str(folder))
+    found = UNPARSABLE.search(str(folder))
     if found:
         raise _UnusableFolderError(f"has {found[0]!r} in its path, which ninja cannot parse")
     try:

@@ -52,7 +52,7 @@ def fake_torch(cuda: str | None = "12.8", parallel: str = "ATen parallel backend
 @pytest.fixture
 def bare(monkeypatch, tmp_path):
     """No CUDA toolkit and no GPU, whatever this machine has, and none of the variables that steer the build."""
-    for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "FUSEDLOSS_CUDA", "TORCH_CUDA_ARCH_LIST"):
+    for name in ("CC", "CUDA_HOME", "CUDA_PATH", "CXX", "FUSEDLOSS_CUDA", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(_build, "DEFAULT_TOOLKIT", tmp_path / "no-toolkit")
     monkeypatch.setattr(_build, "gpu_capabilities", lambda torch: [])
@@ -172,6 +172,20 @@ def test_compiler_of_several_words(bare, with_torch, monkeypatch, tmp_path, chos
         ).stdout
     assert printed.splitlines() == ["g++ 99", str(elsewhere), *arguments, "-c", "x y"]
     assert not os.path.exists(command) or command == str(spaced)
+
+
+def test_compiler_of_several_words_for_nvcc(bare, with_torch, monkeypatch, tmp_path):
+    wrapper = write_script(bare / "wrapper", 'printf "%s\\n" "$@"')
+    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "cuda")))
+    with_torch()
+    for chosen, expected in [(f"{wrapper} gcc -m64", ["gcc", "-m64", "x"]), (str(wrapper), ["x"])]:
+        monkeypatch.setenv("CC", chosen)
+        with _build.make_plan().environment():
+            printed = subprocess.run([os.environ["CC"], "x"], capture_output=True, text=True, check=True).stdout
+        assert printed.splitlines() == expected and os.environ["CC"] == chosen
+    monkeypatch.setenv("CC", f"{wrapper} gcc")
+    with _build.make_plan(cuda=False).environment():
+        assert os.environ["CC"] == f"{wrapper} gcc"  # a build without CUDA doesn't use it
 
 
 def test_compiler_of_no_word(bare, monkeypatch):

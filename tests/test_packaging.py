@@ -166,6 +166,16 @@ def test_build_that_cannot_be_says_why_in_a_sentence(unpacked, environment, sent
     assert done.stderr.splitlines()[-1].startswith(sentence) and "Traceback" not in done.stderr
 
 
+def test_a_path_that_ninja_cannot_parse(unpacked, tmp_path):
+    awkward = tmp_path / "of $me"
+    shutil.copytree(unpacked, awkward)
+    done = run([sys.executable, "setup.py", "build_ext"], awkward)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        f"fusedloss: the sources are in {awkward}, and ninja cannot parse '$'"
+    )
+
+
 def test_metadata_and_sdist_need_no_torch(unpacked, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError\n")
     build("sdist", unpacked, tmp_path, PYTHONPATH=str(tmp_path))
