@@ -13,6 +13,7 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <type_traits>
 
 #include "integers.h"
 #include "options.h"
@@ -199,6 +200,11 @@ inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dty
 // The most blocks for a backward pass whose gradient is ready: mostly there is nothing left to do, and many blocks would
 // take long to find that out.
 constexpr int64_t kHandOverBlocks = 264;
+
+template <DType kDType>
+using TypeOf = std::conditional_t<kDType == DType::kFloat64, double,
+               std::conditional_t<kDType == DType::kBFloat16, __nv_bfloat16,
+               std::conditional_t<kDType == DType::kFloat16, __half, float>>>;
 
 // Calls f with a value of the type that dtype names: on_dtype(dtype, [&](auto zero) { using T = decltype(zero); … }).
 template <typename F>

@@ -22,6 +22,10 @@
 // Launches: the sum of the weights, if the mean's gradient needs it, in one or two; the rows, and of split rows their end
 // and their gradient; the sum of the blocks' losses. Every sum is taken in a fixed order, and no launch waits for the
 // host.
+//
+// Included by one file for each type of the logits, which compilers can take at the same time.
+#pragma once
+
 #include "cuda/cross_entropy_cuda.h"
 
 #include "cuda/cross_entropy_columns.cuh"
@@ -390,8 +394,9 @@ cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cu
 }
 
 // In place of what is not given, what the device has; and no more than the kernels were compiled for.
+template <typename T>
 cudaError_t complete_tuning(CudaTuning& tuning) {
-  const cudaError_t error = complete(tuning, reinterpret_cast<const void*>(&finish<float>));
+  const cudaError_t error = complete(tuning, reinterpret_cast<const void*>(&finish<T>));
   tuning.cluster_blocks = smaller(tuning.cluster_blocks, kMaxCluster);
   tuning.block_threads = smaller(tuning.block_threads, kRowThreads);
   tuning.other_threads = smaller(tuning.other_threads, kRowThreads);
@@ -400,8 +405,9 @@ cudaError_t complete_tuning(CudaTuning& tuning) {
 
 }  // namespace
 
-cudaError_t cross_entropy_scratch_bytes(CrossEntropyOptions& o, int64_t& bytes) {
-  const cudaError_t error = complete_tuning(o.tuning);
+template <DType kDType>
+cudaError_t CrossEntropyOf<kDType>::scratch_bytes(CrossEntropyOptions& o, int64_t& bytes) {
+  const cudaError_t error = complete_tuning<TypeOf<kDType>>(o.tuning);
   bytes = 0;
   if (o.rows() == 0) return error;
   const RowPlan plan = plan_rows(o, /*with_exchange=*/true);
@@ -412,30 +418,29 @@ cudaError_t cross_entropy_scratch_bytes(CrossEntropyOptions& o, int64_t& bytes) 
   return error;
 }
 
-cudaError_t cross_entropy_forward(const CrossEntropyOptions& o, cudaStream_t stream) {
+template <DType kDType>
+cudaError_t CrossEntropyOf<kDType>::forward(const CrossEntropyOptions& o, cudaStream_t stream) {
+  using T = TypeOf<kDType>;
   if (o.classes > kMaxClasses) return cudaErrorInvalidValue;
-  return on_dtype(o.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const auto launch_finish = [&](int blocks, bool is_weighed) {
-      if (o.reduction == Reduction::kNone) return cudaSuccess;
-      return launch(finish<T>, after_launch(o, 1, kSumThreads), stream, o, blocks, is_weighed);
-    };
-    if (o.rows() == 0) return launch_finish(0, false);
-    RowPlan plan = plan_rows(o, /*with_exchange=*/true);
-    cudaError_t error = fit_to_device<T>(o, plan);
-    if (error == cudaSuccess) error = launch_forward<T>(o, plan, stream);
-    if (error != cudaSuccess || plan.split) return error;
-    return launch_finish(int(plan.grid), weigh_grid(o, plan) > 0);
-  });
+  const auto launch_finish = [&](int blocks, bool is_weighed) {
+    if (o.reduction == Reduction::kNone) return cudaSuccess;
+    return launch(finish<T>, after_launch(o, 1, kSumThreads), stream, o, blocks, is_weighed);
+  };
+  if (o.rows() == 0) return launch_finish(0, false);
+  RowPlan plan = plan_rows(o, /*with_exchange=*/true);
+  cudaError_t error = fit_to_device<T>(o, plan);
+  if (error == cudaSuccess) error = launch_forward<T>(o, plan, stream);
+  if (error != cudaSuccess || plan.split) return error;
+  return launch_finish(int(plan.grid), weigh_grid(o, plan) > 0);
 }
 
-cudaError_t cross_entropy_backward(const CrossEntropyOptions& given, cudaStream_t stream) {
-  if (given.classes > kMaxClasses) return cudaErrorInvalidValue;
-  if (given.rows() == 0 || given.classes == 0) return cudaSuccess;
-  CrossEntropyOptions o = given;
-  const cudaError_t error = complete_tuning(o.tuning);
-  if (error != cudaSuccess) return error;
-  return on_dtype(o.dtype, [&](auto zero) { return launch_backward<decltype(zero)>(o, stream); });
+template <DType kDType>
+cudaError_t CrossEntropyOf<kDType>::backward(CrossEntropyOptions o, cudaStream_t stream) {
+  using T = TypeOf<kDType>;
+  if (o.classes > kMaxClasses) return cudaErrorInvalidValue;
+  if (o.rows() == 0 || o.classes == 0) return cudaSuccess;
+  const cudaError_t error = complete_tuning<T>(o.tuning);
+  return error != cudaSuccess ? error : launch_backward<T>(o, stream);
 }
 
 }  // namespace fusedloss::cuda
