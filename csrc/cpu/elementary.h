@@ -26,7 +26,6 @@ FloatV FUSEDLOSS_LIBMVEC(v, cos)(FloatV) FUSEDLOSS_PURE;
 FloatV FUSEDLOSS_LIBMVEC(vv, pow)(FloatV, FloatV) FUSEDLOSS_PURE;
 DoubleV FUSEDLOSS_LIBMVEC_DOUBLE(v, sin)(DoubleV) FUSEDLOSS_PURE;
 DoubleV FUSEDLOSS_LIBMVEC_DOUBLE(v, cos)(DoubleV) FUSEDLOSS_PURE;
-DoubleV FUSEDLOSS_LIBMVEC_DOUBLE(v, log)(DoubleV) FUSEDLOSS_PURE;
 DoubleV FUSEDLOSS_LIBMVEC_DOUBLE(vv, pow)(DoubleV, DoubleV) FUSEDLOSS_PURE;
 }
 #endif
@@ -153,29 +152,26 @@ FUSEDLOSS_INLINE FloatV expm1(FloatV given) {
   const FloatV half = half_power * small + (half_power - 0.5f);
   return with_sign(half + half, given);
 }
-FUSEDLOSS_INLINE DoubleV expm1(DoubleV x) {
-  return by_lanes(x, [](double lane) { return std::expm1(lane); });
+FUSEDLOSS_INLINE DoubleV expm1(DoubleV given) {
+  const DoubleV x = select(given > 710., DoubleV{} + 710., select(given < -45., DoubleV{} - 45., given));
+  const math::ReducedDoubleExp e = math::reduce_exp(x);
+  const DoubleV half_power = (DoubleV)((e.exponent() + 1022) << 52);
+  const DoubleV half = half_power * (e.r * e.q) + (half_power - 0.5);
+  return with_sign(half + half, given);
 }
 
 // As math::log, and NaN for what is negative, exact for what is subnormal.
 FUSEDLOSS_INLINE FloatV log(FloatV x) {
   const FloatI subnormal = x < 0x1p-126f;
-  const FloatV log = math::log(select(subnormal, x * 0x1p32f, x)) - select(subnormal, FloatV{} + 22.1807098f, FloatV{});
+  const FloatV log_of_scale = select(subnormal, FloatV{} + 22.1807098f, FloatV{});
+  const FloatV log = math::log(select(subnormal, x * 0x1p32f, x)) - log_of_scale;
   return select(x < 0.f, FloatV{} + NAN, log);
 }
 FUSEDLOSS_INLINE DoubleV log(DoubleV x) {
-#if defined(FUSEDLOSS_LIBMVEC)
-  // What is special is kept from the vector version, which computes such lanes one by one: a target of 0 is common.
-  const DoubleV zero = {}, one = zero + 1.;
-  const DoubleI tiny = x < 0x1p-1022;
-  const DoubleV normal = select(tiny, x * 0x1p54, x);
-  const DoubleI ordinary = (normal > 0.) & (normal < INFINITY);
-  const DoubleV log = FUSEDLOSS_LIBMVEC_DOUBLE(v, log)(select(ordinary, normal, one));
-  const DoubleV special = select(x == 0., zero - INFINITY, select(x < 0., zero + NAN, x));
-  return select(ordinary, log - select(tiny, zero + 37.429947750237048, zero), special);
-#else
-  return by_lanes(x, [](double lane) { return std::log(lane); });
-#endif
+  const DoubleI subnormal = x < 0x1p-1022;
+  const DoubleV log_of_scale = select(subnormal, DoubleV{} + 37.429947750237048, DoubleV{});
+  const DoubleV log = math::log(select(subnormal, x * 0x1p54, x)) - log_of_scale;
+  return select(x < 0., DoubleV{} + NAN, log);
 }
 
 // log(u) with u = 1 + x rounded, and what the rounding took away. Where u is infinite there is nothing to put right.
@@ -188,17 +184,10 @@ FUSEDLOSS_INLINE V log1p(V x) {
 
 // The same where u is from 1 to 2: nothing special but NaN, and for what the rounding took away 1 / u is near enough to
 // 1 - x / 2, by which a result is off by a quarter of its last place.
-FUSEDLOSS_INLINE FloatV log1p_up_to_1(FloatV x) {
-  const FloatV u = x + 1.f, lost = x - (u - 1.f);
-  return math::log(u) + lost * (1.f - 0.5f * x);
-}
-FUSEDLOSS_INLINE DoubleV log1p_up_to_1(DoubleV x) {
-  const DoubleV u = x + 1., lost = x - (u - 1.);
-#if defined(FUSEDLOSS_LIBMVEC)
-  return FUSEDLOSS_LIBMVEC_DOUBLE(v, log)(u) + lost * (1. - 0.5 * x);
-#else
-  return log(u) + lost * (1. - 0.5 * x);
-#endif
+template <typename V>
+FUSEDLOSS_INLINE V log1p_up_to_1(V x) {
+  const V one = constant<V>(1), u = x + one, lost = x - (u - one);
+  return math::log(u) + lost * (one - constant<V>(0.5) * x);
 }
 
 // c[0] + c[1] x + …

@@ -482,12 +482,16 @@ FUSEDLOSS_INLINE FloatV exp(FloatV x) {
 #endif
 }
 
-FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
-  constexpr double kLowest = -760.;
-  constexpr double kRound = 0x1.8p52;
-  x = Larger::of(DoubleV{} + kLowest, x);
-  const DoubleV shifted = x * 1.4426950408889634 + kRound;
-  const DoubleV n = shifted - kRound;
+// The same in double, but that exp(r) = 1 + r q.
+constexpr double kRoundDouble = 0x1.8p52;
+struct ReducedDoubleExp {
+  DoubleV shifted, n, r, q;
+
+  FUSEDLOSS_INLINE DoubleI exponent() const { return (DoubleI)shifted - (DoubleI)(DoubleV{} + kRoundDouble); }
+};
+FUSEDLOSS_INLINE ReducedDoubleExp reduce_exp(DoubleV x) {
+  const DoubleV shifted = x * 1.4426950408889634 + kRoundDouble;
+  const DoubleV n = shifted - kRoundDouble;
   const DoubleV r = (x - n * 0x1.62e42feep-1) - n * 1.9082149292705877e-10;
   DoubleV q = DoubleV{} + 2.5100395159429243e-08;
   q = q * r + 2.7620101012097998e-07;
@@ -500,17 +504,23 @@ FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
   q = q * r + 1.6666666666666669e-01;
   q = q * r + 5.0000000000000011e-01;
   q = q * r + 1.;
-  const DoubleV exp_r = q * r + 1.;
+  return {shifted, n, r, q};
+}
+
+FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
+  constexpr double kLowest = -760.;
+  const ReducedDoubleExp e = reduce_exp(Larger::of(DoubleV{} + kLowest, x));
+  const DoubleV exp_r = e.q * e.r + 1.;
 #if FUSEDLOSS_VECTOR_BYTES == 64
-  return (DoubleV)_mm512_maskz_scalef_pd(0xff, (__m512d)exp_r, (__m512d)n);
+  return (DoubleV)_mm512_maskz_scalef_pd(0xff, (__m512d)exp_r, (__m512d)e.n);
 #else
-  const DoubleI exponent = (DoubleI)shifted - (DoubleI)(DoubleV{} + kRound);
+  const DoubleI exponent = e.exponent();
   const DoubleI half = exponent >> 1;
   return exp_r * (DoubleV)((half + 1023) << 52) * (DoubleV)((exponent - half + 1023) << 52);
 #endif
 }
 
-// ---- log, of 0, of what exceeds 2^-126, of infinity and NaN ----
+// ---- log, of 0, of normal numbers above it, of infinity and NaN ----
 //
 // log(x) = e ln 2 + log(1 + f) with x = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) = f - f^2 / 2 +
 // f^3 q(f), q fitted to a relative error of the result of 6e-9.
@@ -535,9 +545,26 @@ FUSEDLOSS_INLINE FloatV log(FloatV x) {
   return (x > 0.f) & (x < INFINITY) ? log : special;
 }
 
+// In double: with s = f / (2 + f), log(1 + f) = 2 s + s R = f - (f^2 / 2 - s (f^2 / 2 + R)); R = s^2 p(s^2), the rest of
+// the series of 2 atanh(s), p fitted to a relative error of the result of 5e-18.
 FUSEDLOSS_INLINE DoubleV log(DoubleV x) {
-  for (int lane = 0; lane < Simd<double>::kLanes; ++lane) x[lane] = std::log(x[lane]);
-  return x;
+  constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
+  const DoubleI exponent = ((DoubleI)x - kSqrtHalf) >> 52;
+  const DoubleV round = DoubleV{} + kRoundDouble;
+  const DoubleV e = (DoubleV)(exponent + (DoubleI)round) - round;
+  const DoubleV f = (DoubleV)((DoubleI)x - (exponent << 52)) - 1.;
+  const DoubleV s = f / (f + 2.), square = s * s, half_square = 0.5 * f * f;
+  DoubleV p = DoubleV{} + 0.1461793403127802;
+  p = p * square + 0.15331601446484086;
+  p = p * square + 0.1818289274199408;
+  p = p * square + 0.22222211085127702;
+  p = p * square + 0.2857142862627991;
+  p = p * square + 0.39999999999898833;
+  p = p * square + 0.666666666666667;
+  const DoubleV small = s * (half_square + square * p) + e * 1.9082149292705877e-10;
+  const DoubleV log = e * 0x1.62e42feep-1 + (f - (half_square - small));
+  const DoubleV special = x == 0. ? DoubleV{} - INFINITY : x;
+  return (x > 0.) & (x < INFINITY) ? log : special;
 }
 
 }  // namespace math
