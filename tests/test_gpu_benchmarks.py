@@ -487,6 +487,8 @@ def test_the_sweep_names_the_settings_that_gain(
 ) -> None:
     tuning: dict[str, int] = {}
     asked: list[tuple[str, int]] = []
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now, sleep=lambda seconds: None)
+    monkeypatch.setattr(timing, "time", clock)
 
     def set_tuning(name: str, value: int) -> None:
         asked.append((name, value))
@@ -497,7 +499,7 @@ def test_the_sweep_names_the_settings_that_gain(
 
     def fused(case: Case) -> Callable[..., Tensor]:
         def loss(logits: Tensor, target: Tensor) -> Tensor:
-            time.sleep(1e-3 if tuning == {"warp_bytes": 2048} else 4e-3)
+            clock.now += 1e-3 if tuning == {"warp_bytes": 2048} else 4e-3
             return nn.functional.cross_entropy(logits, target) * (1.5 if "max_blocks" in tuning else 1)
 
         return loss
@@ -513,7 +515,7 @@ def test_the_sweep_names_the_settings_that_gain(
     sweep.main(["--device", "cpu", "--records", str(path)])
     printed = capsys.readouterr().out
     assert re.fullmatch(
-        r"cross_entropy 3x40 bf16: defaults \d+\.\dus warp_bytes=2048 \+\d\d+\.\d%"
+        r"cross_entropy 3x40 bf16: defaults 4000\.0us warp_bytes=2048 \+300\.0%"
         r"; max_blocks=2: wrong loss: off by .*; weigh_rows=1: ValueError: no such tuning: weigh_rows\n",
         printed,
     )
