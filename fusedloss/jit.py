@@ -49,7 +49,7 @@ import torch
 from . import _backend
 from ._build import UNPARSABLE, BuildError, Plan, check_torch_path, cuda_setting, find_ninja, header_files, make_plan
 
-_SECONDS = {".cpp": 7, ".cu": 40}  # what one source takes, for the estimate in the progress line
+_SECONDS = {".cpp": 9, ".cu": 40}  # what one source takes, for the estimate in the progress line
 _CUDA_ENVIRONMENT = ("TORCH_CUDA_ARCH_LIST", "CC", "PYTORCH_NVCC", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large|terminated with signal 7")
