@@ -6,8 +6,9 @@ TORCH := torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-# Another torch with CUDA, for make cuda-build; several GB. One architecture: tests/test_cuda_compile.py has them all.
+# Another torch with CUDA, for make cuda-build; several GB.
 TORCH_CUDA := torch==2.14.1
+# One is enough there: tests/test_cuda_compile.py compiles the kernels for all.
 CUDA_ARCHITECTURES ?= 9.0
 VENV_CUDA := .venv-cuda
 PIP_CUDA := $(VENV_CUDA)/bin/python -m pip --quiet --disable-pip-version-check
@@ -98,7 +99,8 @@ $(VENV_CUDA)/installed: Makefile
 $(VENV_CUDA)/built: $(VENV_CUDA)/installed pyproject.toml $(SOURCES) $(wildcard fusedloss/*.py)
 	@echo "make: compiling the extension with nvcc"
 	@rm -rf $(VENV_CUDA)/dist
-	@FUSEDLOSS_CUDA=1 TORCH_CUDA_ARCH_LIST=$(CUDA_ARCHITECTURES) $(VENV_CUDA)/bin/python setup.py build --build-base $(VENV_CUDA)/build \
+	@FUSEDLOSS_CUDA=1 TORCH_CUDA_ARCH_LIST=$(CUDA_ARCHITECTURES) \
+		$(VENV_CUDA)/bin/python setup.py build --build-base $(VENV_CUDA)/build \
 		bdist_wheel --dist-dir $(VENV_CUDA)/dist > $(VENV_CUDA)/build.log 2>&1 || { cat $(VENV_CUDA)/build.log; exit 1; }
 	@$(PIP_CUDA) uninstall --yes fusedloss
 	@$(PIP_CUDA) install "$$(echo $(VENV_CUDA)/dist/*.whl)[test]"

@@ -50,13 +50,8 @@ class BuildExtension(build_ext):
 
     def run(self):
         build = load_build()
-        found = build.UNPARSABLE.search(str(ROOT))
-        if found:
-            raise SystemExit(
-                f"fusedloss: the sources are in {ROOT}, and ninja cannot parse {found[0]!r} in that path; move them to "
-                "a folder whose path has none, or set FUSEDLOSS_JIT=1 to compile at first use"
-            )
         try:
+            build.check_path_of_sources(ROOT)
             plan = build.make_plan(ROOT / "csrc")
         except build.BuildError as error:
             raise SystemExit(f"fusedloss: {error}") from None

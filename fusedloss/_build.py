@@ -116,6 +116,15 @@ def check_torch_path() -> None:
         )
 
 
+def check_path_of_sources(folder: Path) -> None:
+    found = UNPARSABLE.search(str(folder))
+    if found:
+        raise BuildError(
+            f"the sources are in {folder}, and ninja cannot parse {found[0]!r} in that path; move them to a folder "
+            "whose path has none, or set FUSEDLOSS_JIT=1 to compile at first use"
+        )
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

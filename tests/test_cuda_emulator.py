@@ -213,7 +213,7 @@ def test_the_launch_of_the_rows(tuning, emulator, rng):
 
 @pytest.mark.parametrize(("classes", "with_grad", "alone"), [(17, 2, 2), (64, 2, 2), (100, 4, 4), (512, 16, 8)])
 def test_some_lanes_of_a_warp(classes, with_grad, alone, emulator, rng):
-    """So many of them take a row: more where it must fit into their registers, for the gradient."""
+    """With a gradient, a row must fit into the registers of its lanes, so that more of them may take it."""
     for target in TARGETS:
         problem = CrossEntropy(rng, torch.float32, classes, *target, layout="contiguous", rows=131)
         problem.tuning = "default"

@@ -142,36 +142,35 @@ FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
   return select(x > 709.782712893384, DoubleV{} + INFINITY, math::exp(x));
 }
 
+// exp(r) - 1
+FUSEDLOSS_INLINE FloatV less_one(const math::ReducedExp<float>& e) {
+  return e.r * e.r * e.q + e.r;
+}
+FUSEDLOSS_INLINE DoubleV less_one(const math::ReducedExp<double>& e) {
+  return e.r * e.q;
+}
+
 // 2^n (exp(r) - 1) + (2^n - 1), with n and r as in math::reduce_exp: nothing cancels, whatever n is. Half of it is computed
 // first, because 2^n alone overflows where the result does not yet.
-FUSEDLOSS_INLINE FloatV expm1(FloatV given) {
-  const FloatV x = select(given > 89.f, FloatV{} + 89.f, select(given < -25.f, FloatV{} - 25.f, given));
-  const math::ReducedExp e = math::reduce_exp(x);
-  const FloatV small = e.r * e.r * e.q + e.r;
-  const FloatV half_power = (FloatV)((e.exponent() + 126) << 23);
-  const FloatV half = half_power * small + (half_power - 0.5f);
-  return with_sign(half + half, given);
-}
-FUSEDLOSS_INLINE DoubleV expm1(DoubleV given) {
-  const DoubleV x = select(given > 710., DoubleV{} + 710., select(given < -45., DoubleV{} - 45., given));
-  const math::ReducedDoubleExp e = math::reduce_exp(x);
-  const DoubleV half_power = (DoubleV)((e.exponent() + 1022) << 52);
-  const DoubleV half = half_power * (e.r * e.q) + (half_power - 0.5);
+template <typename V>
+FUSEDLOSS_INLINE V expm1(V given) {
+  constexpr bool kIsDouble = sizeof(element(V{})) == 8;
+  const V highest = constant<V>(kIsDouble ? 710 : 89), lowest = constant<V>(kIsDouble ? -45 : -25);
+  const auto e = math::reduce_exp(select(given > highest, highest, select(given < lowest, lowest, given)));
+  const V half_power = (V)((e.exponent() + (kIsDouble ? 1022 : 126)) << (kIsDouble ? 52 : 23));
+  const V half = half_power * less_one(e) + (half_power - constant<V>(0.5));
   return with_sign(half + half, given);
 }
 
 // As math::log, and NaN for what is negative, exact for what is subnormal.
-FUSEDLOSS_INLINE FloatV log(FloatV x) {
-  const FloatI subnormal = x < 0x1p-126f;
-  const FloatV log_of_scale = select(subnormal, FloatV{} + 22.1807098f, FloatV{});
-  const FloatV log = math::log(select(subnormal, x * 0x1p32f, x)) - log_of_scale;
-  return select(x < 0.f, FloatV{} + NAN, log);
-}
-FUSEDLOSS_INLINE DoubleV log(DoubleV x) {
-  const DoubleI subnormal = x < 0x1p-1022;
-  const DoubleV log_of_scale = select(subnormal, DoubleV{} + 37.429947750237048, DoubleV{});
-  const DoubleV log = math::log(select(subnormal, x * 0x1p54, x)) - log_of_scale;
-  return select(x < 0., DoubleV{} + NAN, log);
+template <typename V>
+FUSEDLOSS_INLINE V log(V x) {
+  constexpr bool kIsDouble = sizeof(element(V{})) == 8;
+  const V scale = constant<V>(kIsDouble ? 0x1p54 : 0x1p32);
+  const V log_of_scale = constant<V>(kIsDouble ? 37.429947750237048 : 22.1807098);
+  const auto subnormal = x < constant<V>(kIsDouble ? 0x1p-1022 : 0x1p-126);
+  const V log = math::log(select(subnormal, x * scale, x)) - select(subnormal, log_of_scale, V{});
+  return select(x < V{}, constant<V>(NAN), log);
 }
 
 // log(u) with u = 1 + x rounded, and what the rounding took away. Where u is infinite there is nothing to put right.

@@ -449,16 +449,23 @@ FUSEDLOSS_INLINE A product(A a, A b) {
   return rounded(a * b);
 }
 
-// x = n ln 2 + r. exp(r) = 1 + r + r^2 q, and n is also the difference of the bits of `shifted` and of kRound.
-constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the sum
-struct ReducedExp {
-  FloatV shifted, n, r, q;
+// Adding it leaves the nearest integer in the low bits of the sum.
+template <typename A>
+constexpr A kRound = sizeof(A) == 8 ? A(0x1.8p52) : A(0x1.8p23);
 
-  FUSEDLOSS_INLINE FloatI exponent() const { return (FloatI)shifted - (FloatI)(FloatV{} + kRound); }
+// x = n ln 2 + r, and n is also the difference of the bits of `shifted` and of kRound. exp(r) is 1 + r + r^2 q in float,
+// and 1 + r q in double.
+template <typename A>
+struct ReducedExp {
+  using V = typename Simd<A>::V;
+  using I = typename Simd<A>::I;
+  V shifted, n, r, q;
+
+  FUSEDLOSS_INLINE I exponent() const { return (I)shifted - (I)(V{} + kRound<A>); }
 };
-FUSEDLOSS_INLINE ReducedExp reduce_exp(FloatV x) {
-  const FloatV shifted = x * 1.44269504f + kRound;
-  const FloatV n = shifted - kRound;
+FUSEDLOSS_INLINE ReducedExp<float> reduce_exp(FloatV x) {
+  const FloatV shifted = x * 1.44269504f + kRound<float>;
+  const FloatV n = shifted - kRound<float>;
   const FloatV r = (x - n * 0.693145752f) - n * 1.42860682e-6f;
   FloatV q = FloatV{} + 1.39263256e-3f;
   q = q * r + 8.36329275e-3f;
@@ -470,7 +477,7 @@ FUSEDLOSS_INLINE ReducedExp reduce_exp(FloatV x) {
 
 FUSEDLOSS_INLINE FloatV exp(FloatV x) {
   constexpr float kLowest = -110.f;
-  const ReducedExp e = reduce_exp(Larger::of(FloatV{} + kLowest, x));
+  const auto e = reduce_exp(Larger::of(FloatV{} + kLowest, x));
   const FloatV exp_r = (e.q * e.r + 1.f) * e.r + 1.f;
 #if FUSEDLOSS_VECTOR_BYTES == 64
   return (FloatV)_mm512_maskz_scalef_ps(0xffff, (__m512)exp_r, (__m512)e.n);
@@ -482,16 +489,9 @@ FUSEDLOSS_INLINE FloatV exp(FloatV x) {
 #endif
 }
 
-// The same in double, but that exp(r) = 1 + r q.
-constexpr double kRoundDouble = 0x1.8p52;
-struct ReducedDoubleExp {
-  DoubleV shifted, n, r, q;
-
-  FUSEDLOSS_INLINE DoubleI exponent() const { return (DoubleI)shifted - (DoubleI)(DoubleV{} + kRoundDouble); }
-};
-FUSEDLOSS_INLINE ReducedDoubleExp reduce_exp(DoubleV x) {
-  const DoubleV shifted = x * 1.4426950408889634 + kRoundDouble;
-  const DoubleV n = shifted - kRoundDouble;
+FUSEDLOSS_INLINE ReducedExp<double> reduce_exp(DoubleV x) {
+  const DoubleV shifted = x * 1.4426950408889634 + kRound<double>;
+  const DoubleV n = shifted - kRound<double>;
   const DoubleV r = (x - n * 0x1.62e42feep-1) - n * 1.9082149292705877e-10;
   DoubleV q = DoubleV{} + 2.5100395159429243e-08;
   q = q * r + 2.7620101012097998e-07;
@@ -509,7 +509,7 @@ FUSEDLOSS_INLINE ReducedDoubleExp reduce_exp(DoubleV x) {
 
 FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
   constexpr double kLowest = -760.;
-  const ReducedDoubleExp e = reduce_exp(Larger::of(DoubleV{} + kLowest, x));
+  const auto e = reduce_exp(Larger::of(DoubleV{} + kLowest, x));
   const DoubleV exp_r = e.q * e.r + 1.;
 #if FUSEDLOSS_VECTOR_BYTES == 64
   return (DoubleV)_mm512_maskz_scalef_pd(0xff, (__m512d)exp_r, (__m512d)e.n);
@@ -550,7 +550,7 @@ FUSEDLOSS_INLINE FloatV log(FloatV x) {
 FUSEDLOSS_INLINE DoubleV log(DoubleV x) {
   constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
   const DoubleI exponent = ((DoubleI)x - kSqrtHalf) >> 52;
-  const DoubleV round = DoubleV{} + kRoundDouble;
+  const DoubleV round = DoubleV{} + kRound<double>;
   const DoubleV e = (DoubleV)(exponent + (DoubleI)round) - round;
   const DoubleV f = (DoubleV)((DoubleI)x - (exponent << 52)) - 1.;
   const DoubleV s = f / (f + 2.), square = s * s, half_square = 0.5 * f * f;

@@ -23,7 +23,7 @@
 // and their gradient; the sum of the blocks' losses. Every sum is taken in a fixed order, and no launch waits for the
 // host.
 //
-// Included by one file for each type of the logits, which compilers can take at the same time.
+// Each type of the logits has a .cu file that includes this one, so that the types compile side by side.
 #pragma once
 
 #include "cuda/cross_entropy_cuda.h"

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/dispatch_dtype.h"
 #include "options.h"
 
 namespace fusedloss::cuda {
@@ -28,16 +29,8 @@ extern template struct CrossEntropyOf<DType::kFloat16>;
 // Calls f with the CrossEntropyOf<…> of the logits' type.
 template <typename F>
 cudaError_t on_cross_entropy(const CrossEntropyOptions& options, F f) {
-  switch (options.dtype) {
-    case DType::kFloat64:
-      return f(CrossEntropyOf<DType::kFloat64>());
-    case DType::kBFloat16:
-      return f(CrossEntropyOf<DType::kBFloat16>());
-    case DType::kFloat16:
-      return f(CrossEntropyOf<DType::kFloat16>());
-    default:
-      return f(CrossEntropyOf<DType::kFloat32>());
-  }
+  return on_dtype_constant(options.dtype,
+                           [&](auto constant) { return f(CrossEntropyOf<decltype(constant)::value>()); });
 }
 
 inline cudaError_t cross_entropy_scratch_bytes(CrossEntropyOptions& options, int64_t& bytes) {

@@ -151,7 +151,7 @@ inline bool are_aligned_alike(const CrossEntropyOptions& o) {
          !(o.inner > 1 && differ(o.logits_strides.inner - o.grad_strides.inner));
 }
 
-// There is a row at least.
+// `o` has at least one row.
 // with_exchange: the threads of a row have to merge what they know; without, its statistics are known, as in the backward
 // pass.
 inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {

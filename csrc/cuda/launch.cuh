@@ -15,6 +15,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "cuda/dispatch_dtype.h"
 #include "integers.h"
 #include "options.h"
 
@@ -209,16 +210,7 @@ using TypeOf = std::conditional_t<kDType == DType::kFloat64, double,
 // Calls f with a value of the type that dtype names: on_dtype(dtype, [&](auto zero) { using T = decltype(zero); … }).
 template <typename F>
 auto on_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(double());
-    case DType::kBFloat16:
-      return f(__nv_bfloat16());
-    case DType::kFloat16:
-      return f(__half());
-    default:
-      return f(float());
-  }
+  return on_dtype_constant(dtype, [&](auto constant) { return f(TypeOf<decltype(constant)::value>()); });
 }
 
 }  // namespace fusedloss::cuda
