@@ -361,12 +361,20 @@ def _stays_16_bit(input: Tensor) -> bool:
 
 
 def _refuse_negative(var: Tensor) -> None:
-    is_negative = torch.any(var < 0)
+    message = "gaussian_nll_loss: var has negative entry/entries, expected none"
     if is_eager((var,)):
-        if is_negative:
-            raise ValueError("gaussian_nll_loss: var has negative entry/entries, expected none")
+        if _has_negative(var.detach()):
+            raise ValueError(message)
     else:  # a graph looks when it runs
-        torch._assert_async(~is_negative, "gaussian_nll_loss: var has negative entry/entries, expected none")
+        torch._assert_async(~torch.any(var < 0), message)
+
+
+def _has_negative(var: Tensor) -> bool:
+    """The minimum reads memory once; a comparison also writes its results, and reads them again."""
+    if var.numel() == 0:
+        return False
+    smallest = var.min().item()
+    return smallest < 0 or (math.isnan(smallest) and bool(torch.any(var < 0)))
 
 
 def _if_given(**options: Tensor | None) -> dict[str, Tensor]:

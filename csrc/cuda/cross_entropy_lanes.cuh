@@ -8,7 +8,7 @@ namespace fusedloss::cuda {
 
 // Blocks that a multiprocessor must hold at once. Said outright since the compiler, left to choose, spills registers.
 template <typename T, TargetKind kTarget>
-constexpr int kLaneBlocks = sizeof(T) == 8 ? 2 : kTarget == TargetKind::kProbabilities ? 4 : 5;
+constexpr int kLaneBlocks = sizeof(T) == 8 ? 2 : kTarget == TargetKind::kProbabilities ? 4 : 6;
 
 // threadIdx.x: the lane among those of a row; threadIdx.y: the row of the block.
 template <typename T, TargetKind kTarget, bool kShifted>

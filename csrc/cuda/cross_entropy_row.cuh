@@ -163,25 +163,29 @@ template <typename T, TargetKind kTarget, int kWidth, int kPacks, bool kWhole>
 struct Tile {
   Pack<T, kWidth> x[kPacks];
   Pack<T, kWidth> t[kTarget == TargetKind::kProbabilities ? kPacks : 1] = {};
-  int first[kPacks];               // class of a pack's first element; -1 behind the row's end
+  int begin;                       // unit of the first pack
+  int count;                       // of packs that lie in the row; kPacks or more if all of them do
+  const Share<T>& share;
 
   // A share's tile, from memory; with kWidth = 1 the classes may lie apart.
-  __device__ __forceinline__ Tile(const Row<T, kTarget>& row, const Share<T>& share, int number) {
-    find(share, number);
+  __device__ __forceinline__ Tile(const Row<T, kTarget>& row, const Share<T>& share, int number)
+      : share(share) {
+    find(number);
     // What is not there is 0: a register that is left as it was would have to be kept from the round before.
 #pragma unroll
     for (int k = 0; k < kPacks; ++k)
-      x[k] = is_there(k) ? load<kWidth>(row.logits + offset(first[k], row.o.logits_strides)) : Pack<T, kWidth>();
+      x[k] = is_there(k) ? load<kWidth>(row.logits + offset(first(k), row.o.logits_strides)) : Pack<T, kWidth>();
     if (!row.has_probabilities()) return;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k)
-      t[k] = is_there(k) ? load<kWidth>(row.probability + offset(first[k], row.o.target_strides)) : Pack<T, kWidth>();
+      t[k] = is_there(k) ? load<kWidth>(row.probability + offset(first(k), row.o.target_strides)) : Pack<T, kWidth>();
   }
 
   // The same from a thread's slots, where a Stream has copied it; `place` is the first pack's.
   __device__ __forceinline__ Tile(const Row<T, kTarget>& row, const Share<T>& share, int number, const Slots& slots,
-                                  int place) {
-    find(share, number);
+                                  int place)
+      : share(share) {
+    find(number);
     constexpr int step = Problem<T>::template kSlotsOfPack<kTarget>;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
@@ -192,17 +196,19 @@ struct Tile {
     }
   }
 
-  __device__ __forceinline__ void find(const Share<T>& share, int number) {
-    int unit = share.thread + (number * kPacks << share.step_shift);
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k, unit += 1 << share.step_shift)
-      first[k] = kWhole || unit < share.template units<kWidth>() ? share.template first<kWidth>(unit) : -1;
+  __device__ __forceinline__ void find(int number) {
+    begin = share.thread + (number * kPacks << share.step_shift);
+    count = (share.template units<kWidth>() - begin + (1 << share.step_shift) - 1) >> share.step_shift;
+  }
+  // The class of a pack's first element.
+  __device__ __forceinline__ int first(int k) const {
+    return share.template first<kWidth>(begin + (k << share.step_shift));
   }
 
   static __device__ __forceinline__ int64_t offset(int c, const Strides& strides) {
     return kWidth == 1 ? c * strides.classes : c;
   }
-  __device__ __forceinline__ bool is_there(int k) const { return kWhole || first[k] >= 0; }
+  __device__ __forceinline__ bool is_there(int k) const { return kWhole || k < count; }
 
   template <typename F>
   __device__ __forceinline__ void for_each_pack(F f) const {
@@ -215,7 +221,7 @@ struct Tile {
   // kept * w_y.
   template <SpreadKind kKind>
   __device__ __forceinline__ Statistic<T> coefficient(const Row<T, kTarget>& row, int k, int j) const {
-    const Statistic<T> w = is_weighted(kKind) ? row.o.weight_of(first[k] + j) : 1;
+    const Statistic<T> w = is_weighted(kKind) ? row.o.weight_of(first(k) + j) : 1;
     return is_of_probabilities(kKind) ? probability_coefficient(t[k][j], w, row.o.smoothing)
                                       : math::product(row.o.smoothing.uniform, w);
   }
@@ -354,7 +360,7 @@ __device__ __forceinline__ void write_tile(const Row<T, kTarget>& row, const Row
     }
     return narrow_pack<T, kWidth>(values);
   };
-  const auto place_of = [&](int k) { return row.grad + tile.offset(tile.first[k], row.o.grad_strides); };
+  const auto place_of = [&](int k) { return row.grad + tile.offset(tile.first(k), row.o.grad_strides); };
   if constexpr (kWidth == 1 || !kShifted) {
     tile.for_each_pack([&](int k) { store(place_of(k), pack_of(k)); });
   } else {
