@@ -328,7 +328,7 @@ def gaussian_nll_loss(
             parameters = (eps, GAUSSIAN_CONSTANT if full else 0.0)
             loss = fused("gaussian_nll_loss", (input, target, var), reduction, parameters)
             if loss is not None:
-                _refuse_negative(var)  # after the kernels, which refuse one whose memory was freed
+                _refuse_negative(var, loss)  # after the kernels, which refuse one whose memory was freed
                 return loss
     return by_torch(torch_gaussian_nll_loss, input, target, var, full=full, eps=eps, reduction=reduction)
 
@@ -360,21 +360,16 @@ def _stays_16_bit(input: Tensor) -> bool:
     return input.dtype.itemsize == 2 and input.is_cpu and torch.is_autocast_enabled("cpu")
 
 
-def _refuse_negative(var: Tensor) -> None:
+def _refuse_negative(var: Tensor, loss: Tensor) -> None:
+    """To look at all of var takes as long as the loss. But the loss of a negative one is -inf, so that var is looked at
+    only if the loss, or the least of all elements' losses, is -inf or NaN."""
     message = "gaussian_nll_loss: var has negative entry/entries, expected none"
-    if is_eager((var,)):
-        if _has_negative(var.detach()):
-            raise ValueError(message)
-    else:  # a graph looks when it runs
+    if not is_eager((var,)):  # a graph looks when it runs
         torch._assert_async(~torch.any(var < 0), message)
-
-
-def _has_negative(var: Tensor) -> bool:
-    """The minimum reads memory once; a comparison also writes its results, and reads them again."""
-    if var.numel() == 0:
-        return False
-    smallest = var.min().item()
-    return smallest < 0 or (math.isnan(smallest) and bool(torch.any(var < 0)))
+    elif loss.numel() > 0:
+        least = loss if loss.dim() == 0 else loss.detach().amin()
+        if not least.item() > -math.inf and torch.any(var < 0):
+            raise ValueError(message)
 
 
 def _if_given(**options: Tensor | None) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ LOADS, STORES = "LDG", "STG"
 KERNELS = {
     "finish*": [],  # a number or two for each row or block, not for each class
     "weigh*": [],
-    "count_rows": [],
     "*columns*": [],  # of one row a thread; of several, see below
     "*_few": ["LDGSTS", STORES],
     "forward_lanes": [LOADS, STORES],

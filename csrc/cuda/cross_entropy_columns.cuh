@@ -642,6 +642,17 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget
     int64_t target[kWidth];
     RowState<A> state[kWidth];
     const auto ask_for_targets = [&] {
+      if constexpr (kWidth % 2 == 0) {
+        if (o.target_index && reinterpret_cast<uintptr_t>(o.target_index) % sizeof(longlong2) == 0) {
+#pragma unroll
+          for (int i = 0; i < kWidth; i += 2) {
+            const auto pair = *reinterpret_cast<const longlong2*>(o.target_index + first + i);
+            target[i] = pair.x;
+            target[i + 1] = pair.y;
+          }
+          return;
+        }
+      }
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) target[i] = o.target_index ? o.target_index[first + i] : -1;
     };

@@ -79,7 +79,7 @@ __device__ __forceinline__ void leave_rows(const CrossEntropyOptions& o, const P
   if (thread >= kWarp) return;
   LossSum sum = {};
   for (int i = thread; i < rows; i += kWarp) sum += checked(of_row[i]);
-  if (rows > 1) sum = {lanes_sum(sum.loss), lanes_sum(sum.weight)};
+  if (rows > 1) sum = lanes_sum(sum);
   if (thread == 0) leave_sum(o, sum);
 }
 

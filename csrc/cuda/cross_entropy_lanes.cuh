@@ -7,12 +7,15 @@
 namespace fusedloss::cuda {
 
 // Blocks that a multiprocessor must hold at once. Said outright since the compiler, left to choose, spills registers.
-template <typename T, TargetKind kTarget>
-constexpr int kLaneBlocks = sizeof(T) == 8 ? 2 : kTarget == TargetKind::kProbabilities ? 4 : 6;
+template <typename T, TargetKind kTarget, bool kShifted>
+constexpr int kLaneBlocks = sizeof(T) == 8                              ? 2
+                            : kTarget == TargetKind::kProbabilities     ? 4
+                            : kShifted || (kTarget == TargetKind::kSmoothedIndex && sizeof(T) == 4) ? 5
+                                                                                                    : 6;
 
 // threadIdx.x: the lane among those of a row; threadIdx.y: the row of the block.
 template <typename T, TargetKind kTarget, bool kShifted>
-__global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kTarget>)) forward_lanes(const Problem<T> o) {
+__global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kTarget, kShifted>)) forward_lanes(const Problem<T> o) {
   using A = Statistic<T>;
   __shared__ Partial sums[kRowsOfBlock];  // a row's first lane has one for itself
   if (threadIdx.x == 0) sums[threadIdx.y] = {};

@@ -315,11 +315,12 @@ __device__ __forceinline__ A scale_of(const RowTarget<T, kTarget>& row, const Ro
   return elementary::divide_closely_by_moderate(mass, state.sum);
 }
 
-// What a row's loss is multiplied by: grad_output, which the mean divides.
+// What a row's loss is multiplied by: grad_output, which the mean divides. With probabilities each row weighs 1.
 template <typename T, typename A = Statistic<T>>
 __device__ __forceinline__ A with_mean(const Problem<T>& o, A grad_output) {
   if (o.reduction != Reduction::kMean) return grad_output;
-  return divide_by_total_weight(grad_output, *static_cast<const A*>(o.total_weight));
+  return divide_by_total_weight(grad_output,
+                                o.target_probability ? A(o.plan.rows) : *static_cast<const A*>(o.total_weight));
 }
 
 // grad_output: with the mean's division.

@@ -71,8 +71,13 @@ struct alignas(16) LossSum {
   }
 };
 
+__device__ __forceinline__ LossSum lanes_sum(const LossSum& of_lane) {
+  return {lanes_sum(of_lane.loss), lanes_sum(of_lane.weight)};
+}
+
+// Both meet at the same barriers.
 __device__ __forceinline__ LossSum block_sum(const LossSum& of_thread) {
-  return {block_sum(of_thread.loss), block_sum(of_thread.weight)};
+  return lanes_sum(exchange_between_warps(lanes_sum(of_thread), LossSum{}));
 }
 
 constexpr int kSumThreads = 1024;  // of a block that adds up what other blocks have left

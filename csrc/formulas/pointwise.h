@@ -131,13 +131,15 @@ using PoissonNLLRateLoss = PoissonNLLLossOf<false, false>;
 using PoissonNLLRateFullLoss = PoissonNLLLossOf<false, true>;
 
 // -log of the normal density with mean input and variance var, up to `constant_part`. A var below eps counts as eps, but
-// keeps its derivative, as torch has it.
+// keeps its derivative, as torch has it. The loss of a negative var is -inf, which no other is, so that a sum shows
+// whether it contains one: see _refuse_negative in fusedloss/pointwise.py.
 struct GaussianNLLLoss {
   static constexpr int kOperands = 3, kParameters = 2;
   template <typename V, typename X, typename T, typename W, typename P>
   static FUSEDLOSS_INLINE auto loss(X input, T target, W var, P eps, P constant_part) {
     const auto raised = raise_to(var, eps.value);
-    return 0.5 * (log(raised) + square(input - target) / raised) + constant_part;
+    const auto loss = 0.5 * (log(raised) + square(input - target) / raised) + constant_part;
+    return where(var < 0, constant<V>(-INFINITY), loss);
   }
 };
 
