@@ -109,6 +109,7 @@ struct NLLLossOptions {
 };
 
 constexpr int kMaxOperands = 8, kMaxParameters = 16;
+constexpr int kFewestOfRepeated = 3;  // operands of a loss that on CUDA takes a row of weights, say, as it is
 
 // A loss of one element of each of its operands (input, which comes first, target, weights, …): MSE, its family, and
 // losses of the user's own.
@@ -121,8 +122,8 @@ struct PointwiseOptions {
 
   int operands;
   const void* operand[kMaxOperands];     // of each operand, [numel] contiguous; the first repeats nothing
-  int64_t operand_period[kMaxOperands];  // 0, or after how many elements it repeats itself; it then is [period]. CUDA: 1
-                                         // at most, one value for all elements
+  int64_t operand_period[kMaxOperands];  // 0, or after how many elements it repeats itself; it then is [period]. CUDA:
+                                         // more than 1 only where there are kFewestOfRepeated operands
   double parameter[kMaxParameters];
 
   void* loss;     // [numel] for kNone, else [1]; null in the backward pass

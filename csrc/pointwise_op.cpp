@@ -75,7 +75,7 @@ struct Call {
   // many. Else 0.
   int64_t period_of(const at::Tensor& operand) const {
     if (is_one_value(operand)) return 1;
-    if (on_cuda(input()) || !input().is_contiguous()) return 0;
+    if ((on_cuda(input()) && operands.size() < kFewestOfRepeated) || !input().is_contiguous()) return 0;
     int64_t period = 1, dim = operand.dim() - 1;
     for (; dim >= 0 && (operand.stride(dim) == period || operand.size(dim) == 1); --dim) period *= operand.size(dim);
     for (; dim >= 0; --dim)

@@ -71,9 +71,7 @@ class Custom(Pointwise):
             values = values.abs() + 0.5 if name in self.case.positive else values
             values = (values > 0).double() if name == "mask" else values
             self.operands.append(values.to(self.dtype))
-        self.one_value = [k for k in range(1, len(self.operands)) if rng.random() < 0.25]
-        for k in self.one_value:
-            self.operands[k] = self.operands[k][:1]
+        self.repeat_operands(rng)
 
     def by_torch(self, *arguments: torch.Tensor) -> torch.Tensor:
         operands = dict(zip(self.compiled.operands, arguments, strict=False))

@@ -40,19 +40,45 @@ __device__ __forceinline__ bool is_one_value(const PointwiseOptions& o, int k) {
   return k > 0 && o.operand_period[k] == 1;
 }
 
+// Or a row of them, one after another: of formulas that may have weights for each class.
+template <typename F>
+__device__ __forceinline__ bool is_repeated(const PointwiseOptions& o, int k) {
+  return F::kOperands >= kFewestOfRepeated && k > 0 && o.operand_period[k] > 1;
+}
+
 template <typename T>
 __device__ __forceinline__ const T* elements_of(const PointwiseOptions& o, int k) {
   return static_cast<const T*>(o.operand[k]);
 }
 
 // Which elements to take 16 bytes at a time: `losses` (loss or grad_output) matters where it has an element for each.
-template <typename T, int... kOperand>
+template <typename F, typename T, int... kOperand>
 __device__ __forceinline__ Split<T, int64_t> split_elements(const PointwiseOptions& o, const void* losses,
                                                             std::integer_sequence<int, kOperand...>) {
   const bool wide = o.loss_dtype != o.dtype;
-  return split(o.numel, elements_of<T>(o, 0), (is_one_value(o, kOperand) ? nullptr : elements_of<T>(o, kOperand))...,
+  const auto has_all = [&](int k) { return !is_one_value(o, k) && !is_repeated<F>(o, k); };
+  return split(o.numel, elements_of<T>(o, 0), (has_all(kOperand) ? elements_of<T>(o, kOperand) : nullptr)...,
                static_cast<const T*>(o.grad[kOperand])..., static_cast<const T*>(wide ? nullptr : losses),
                static_cast<const Statistic<T>*>(wide ? losses : nullptr));
+}
+
+// Elements from number i on of a row of `period` that repeats itself: by 16 bytes where they lie so, else one by one.
+template <int kWidth, typename T>
+__device__ __forceinline__ Pack<T, kWidth> load_repeated(const T* row, int64_t period, int64_t i) {
+  // In 32 bits, where they suffice, a division takes a third of the time.
+  int64_t place = (i | period) >> 32 == 0 ? int64_t(uint32_t(i) % uint32_t(period)) : i % period;
+  if constexpr (kWidth == 1) {
+    return load<1>(row + place);
+  } else {
+    if (reinterpret_cast<uintptr_t>(row) % 16 == 0 && (place | period) % kWidth == 0) return load<kWidth>(row + place);
+    alignas(16) T values[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      values[j] = row[place];
+      place = place + 1 == period ? 0 : place + 1;
+    }
+    return load<kWidth>(values);
+  }
 }
 
 // Where one value serves all elements: it, with the mean's division.
@@ -172,7 +198,8 @@ __device__ __forceinline__ Statistic<T> share(const PointwiseOptions& o, const S
       const int64_t first = elements.template first<kWidth>(unit + p * step);
 #pragma unroll
       for (int k = 0; k < F::kOperands; ++k)
-        if (!is_one_value(o, k)) packs[p][k] = load<kWidth>(elements_of<T>(o, k) + first);
+        if (is_repeated<F>(o, k)) packs[p][k] = load_repeated<kWidth>(elements_of<T>(o, k), o.operand_period[k], first);
+        else if (!is_one_value(o, k)) packs[p][k] = load<kWidth>(elements_of<T>(o, k) + first);
     }
     // One text for all packs, however long the formula is: the next one moves to the first one's place.
 #pragma unroll 1
@@ -192,7 +219,7 @@ __device__ __forceinline__ void evaluate_all(const PointwiseOptions& o) {
   let_next_launch_start();
   const void* losses = o.loss == nullptr ? o.grad_output : o.loss;
   const bool one = o.loss == nullptr ? o.grad_output_stride == 0 : o.reduction != Reduction::kNone;
-  const auto elements = split_elements<T>(o, one ? nullptr : losses, OperandsOf<F>{});
+  const auto elements = split_elements<F, T>(o, one ? nullptr : losses, OperandsOf<F>{});
   Statistic<T> sum = share<kVector<T>, F, kGradients>(o, elements);
   sum += share<1, F, kGradients>(o, elements);
   if (o.loss == nullptr || o.reduction == Reduction::kNone) return;

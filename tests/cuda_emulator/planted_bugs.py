@@ -59,7 +59,7 @@ LISTED = [
     ("alignment of other tensors ignored", "vec.cuh", "return @aligned@ ?", "true"),
     ("single elements in the wrong place", "vec.cuh", "return @unit < head@ ?", "true"),
     ("read off by one", "vec.cuh", "pack.element = @*p@;", "p[1]"),
-    ("read past a row's end", "cross_entropy_row.cuh", "kWhole || @unit < share.template units<kWidth>()@ ?", "true"),
+    ("read past a row's end", "cross_entropy_row.cuh", "return kWhole || @k < count@;", "true"),
     (
         "shifted stores: the beginning of another vector",
         "cross_entropy_shifted.cuh",
@@ -250,7 +250,9 @@ LISTED = [
         "is_there = @first + threadIdx.x < columns.units@",
         "true",
     ),
-    ("weights of the first block only", "cross_entropy_cuda.cuh", "static_cast<double*>(o.scratch)[@blockIdx.x@]", "0"),
+    ("weights of all blocks in one place", "cross_entropy_cuda.cuh", "weights_of_blocks(o)[@blockIdx.x@] = sum", "0"),
+    ("weights of the first 32 blocks only", "cross_entropy_row.cuh", "if (@blocks > kWarp@) sum +=", "false"),
+    ("weights among the losses", "cross_entropy_row.cuh", "static_cast<LossSum*>(o.scratch) @+ o.plan.grid@", ""),
     ("one sum for all blocks", "cross_entropy_finish.cuh", "static_cast<LossSum*>(o.scratch)[@blockIdx.x@] = sum", "0"),
     ("one sum for all blocks", "nll_loss_cuda.cu", "static_cast<LossSum*>(o.scratch)[@blockIdx.x@] = sum", "0"),
     ("rows behind the last one", "nll_loss_cuda.cu", "y[k] = @row < rows@ ?", "true"),
@@ -266,6 +268,8 @@ LISTED = [
     ("elements past the end", "pointwise.cuh", "if (@unit + p * step >= units@) continue", "false"),
     ("the same pack again", "pointwise.cuh", "packs[p - 1][k] = @packs[p][k]@;", "packs[0][k]"),
     ("one value as if there were more", "pointwise.cuh", "return @k > 0 && o.operand_period[k] == 1@;", "false"),
+    ("a row read past its end", "pointwise.cuh", "place = @place + 1 == period ? 0 : place + 1@;", "place + 1"),
+    ("a row taken for aligned", "pointwise.cuh", "(row) % 16 == 0 && @(place | period) % kWidth == 0@) return", "true"),
     (
         "a gradient in the first one's place",
         "pointwise.cuh",

@@ -125,9 +125,16 @@ class Pointwise(Problem):
         ]
         if numel and self.formula.specials and not finite and rng.random() < 0.15:
             self.operands[0][rng.randrange(numel)] = rng.choice(self.formula.specials)
-        self.one_value = [k for k in range(1, len(self.operands)) if numel and rng.random() < 0.25]
-        for k in self.one_value:
-            self.operands[k] = self.operands[k][:1]
+        self.repeat_operands(rng)
+
+    def repeat_operands(self, rng: random.Random) -> None:
+        """`periods`: of each operand 0, or after how many elements it repeats itself; only 1 where operands are few."""
+        self.periods = [0] * len(self.operands)
+        for k in range(1, len(self.operands)):
+            if self.numel and rng.random() < 0.35:
+                rows = [rng.randint(1, self.numel), min(self.numel, 8 * rng.randint(1, 4))]
+                self.periods[k] = rng.choice([1, *rows] if len(self.operands) > 2 else [1])
+                self.operands[k] = self.operands[k][: self.periods[k]]
 
     # ---- A run
 
@@ -137,7 +144,7 @@ class Pointwise(Problem):
         o.numel, o.divisor, o.operands = self.numel, self.divisor, len(self.operands)
         for k, values in enumerate(self.operands):
             o.operand[k] = emulator.input(values, f"operand {k}", self.offsets[k]).data_ptr()
-            o.operand_period[k] = int(k in self.one_value)
+            o.operand_period[k] = self.periods[k]
         for k, value in enumerate(self.formula.parameters):
             o.parameter[k] = value
         losses, offset = (self.numel, self.offsets[-2]) if self.reduction == "none" else (1, 0)
@@ -191,7 +198,11 @@ class Pointwise(Problem):
     # ---- What must come out
 
     def compare(self, results: dict[str, Tensor], grad_output: Tensor | None = None) -> None:
-        operands = [operand.double().expand(self.numel).clone().requires_grad_() for operand in self.operands]
+        numbers = torch.arange(self.numel)
+        operands = [
+            operand.double()[numbers % period if period else numbers].requires_grad_()
+            for operand, period in zip(self.operands, self.periods, strict=True)
+        ]
         elementwise = self.formula.composed or (
             lambda *arguments: pointwise_losses.composed(
                 self.name, arguments[: len(operands)], arguments[len(operands) :], 0, None
