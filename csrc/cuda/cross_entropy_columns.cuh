@@ -603,7 +603,8 @@ __global__ void __launch_bounds__(kColumnThreads<T, kTarget>, (kForwardBlocks<T,
     // The target of this thread's next row in step 3.
     int64_t next_target = o.target_at(first * kWidth + (in_block >> columns.sets_shift));
     leave_states(memory, state);
-    const A grad_output = wants_gradient ? grad_output_of_forward<kTarget>(o) : A(0);
+    wait_for_launch_before();  // for total_weight
+    const A grad_output = wants_gradient ? with_mean(o, A(1)) : A(0);  // nobody has sent one yet
     for_each_merged_row(memory, columns.sets_shift, [&](int of_block, int place, const RowState<A>& merged, int part) {
       const int64_t number = first * kWidth + of_block, target = next_target;
       next_target = o.target_at(number + (threads >> columns.sets_shift));
@@ -635,11 +636,7 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget
   const RowPlan& plan = o.plan;
   let_next_launch_start();
   Partial sum = {};
-  for (int64_t first_unit = int64_t(blockIdx.x) * blockDim.x; first_unit < plan.of_columns.units;
-       first_unit += plan.step) {
-    // All threads stay until grad_output is known: those behind the last unit look at the first one, and leave nothing.
-    const bool is_there = first_unit + threadIdx.x < plan.of_columns.units;
-    const int64_t unit = is_there ? first_unit + threadIdx.x : first_unit;
+  for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < plan.of_columns.units; unit += plan.step) {
     const Columns<T, kTarget, kWidth> rows(o, unit, 0);
     const int64_t first = unit * kWidth;
     int64_t target[kWidth];
@@ -665,9 +662,9 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget
     for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
     absorb_columns<kKeeps ? Keeping::kAlways : Keeping::kNever>(state, rows);
     if constexpr (!kTrains) ask_for_targets();
+    wait_for_launch_before();  // for total_weight
     GradientOfOwn<T, kTarget, kWidth> gradient;
-    gradient.common_grad_output = kTrains ? grad_output_of_forward<kTarget>(o) : A(0);
-    if (!is_there) continue;
+    gradient.common_grad_output = kTrains ? with_mean(o, A(1)) : A(0);  // nobody has sent one yet
     A loss[kWidth], scale[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {

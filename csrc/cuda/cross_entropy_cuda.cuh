@@ -19,8 +19,8 @@
 //   blocks apart                few, long rows, and columns that a block cannot keep: "split"; they meet in scratch
 //                               memory, and a second kernel goes on
 //
-// Launches: the weights, if the mean's gradient needs their sum; the rows, and of split rows their end and their gradient;
-// the sum of the blocks' losses. Every sum is taken in a fixed order, and no launch waits for the
+// Launches: the sum of the weights, if the mean's gradient needs it, in one or two; the rows, and of split rows their end
+// and their gradient; the sum of the blocks' losses. Every sum is taken in a fixed order, and no launch waits for the
 // host.
 //
 // Each type of the logits has a .cu file that includes this one, so that the types compile side by side.
@@ -97,8 +97,9 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget, kShifted> 
     if (plan.cluster) state = cluster_merge<is_spread(kTarget)>(state, rank, plan.blocks, turn);
     const A scale = scale_of(row, state);
     if (is_row && thread == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
-    const A g = grad_output_of_forward<kTarget>(o);
+    wait_for_launch_before();  // for total_weight
     if (counts) {
+      const A g = with_mean(o, A(1));  // nobody has sent a grad_output yet
       write_gradient(row, row_gradient(o, state.max, scale, g), share, x_y, [&](const RowGradient<A>& of_row) {
         stream.template write_row_vectors<kShifted>(row, of_row, share, next);
       });
@@ -227,7 +228,17 @@ __global__ void __launch_bounds__(kSumThreads) weigh(const Problem<T> o) {
   }
   let_next_launch_start();  // not sooner: the rows' loads would delay these, for which the rows wait before they write
   sum = block_sum(sum);
-  if (threadIdx.x == 0) weights_of_blocks(o)[blockIdx.x] = sum;
+  if (threadIdx.x != 0) return;
+  if (gridDim.x == 1) store_total_weight<T>(o, sum);
+  else static_cast<double*>(o.scratch)[blockIdx.x] = sum;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads) finish_weigh(const CrossEntropyOptions o, int blocks) {
+  let_next_launch_start();
+  wait_for_launch_before();
+  const double sum = sum_of_blocks<double>(o.scratch, blocks);
+  if (threadIdx.x == 0) store_total_weight<T>(o, sum);
 }
 
 // ---- The gradient alone, from the statistics that the forward pass has left: no thread waits for another
@@ -257,6 +268,21 @@ int64_t split_states_bytes(const CrossEntropyOptions& o, const RowPlan& plan) {
 unsigned split_grid(const RowPlan& plan) {
   const int64_t blocks = divide_up(plan.rows * lanes_of_split(plan.blocks), kSplitThreads);
   return unsigned(smaller(larger(blocks, 1), kMostSplitBlocks));
+}
+
+// The grid of the kernel that weighs; 0 where nothing has to be weighed.
+unsigned weigh_grid(const CrossEntropyOptions& o, const RowPlan& plan) {
+  if (o.reduction != Reduction::kMean || o.grad_logits == nullptr || plan.split || o.target_probability) return 0;
+  return grid_size(o, o.tuning.weigh_rows);
+}
+
+template <typename T>
+cudaError_t launch_weigh(const CrossEntropyOptions& o, const RowPlan& plan, cudaStream_t stream) {
+  const unsigned grid = weigh_grid(o, plan);
+  if (grid == 0) return cudaSuccess;
+  const cudaError_t error = launch(weigh<T>, {grid, kSumThreads}, stream, Problem<T>(o, plan));
+  if (error != cudaSuccess || grid == 1) return error;
+  return launch(finish_weigh<T>, after_launch(o, 1, kSumThreads), stream, o, int(grid));
 }
 
 // For a kernel without a limit on its grid: resident_blocks is called because it prepares the kernel for its shared memory.
@@ -343,10 +369,9 @@ cudaError_t fit_to_device(const CrossEntropyOptions& o, RowPlan& plan) {
 template <typename T>
 cudaError_t launch_forward(const CrossEntropyOptions& o, const RowPlan& plan, cudaStream_t stream) {
   const Problem<T> problem(o, plan);
-  const bool overlaps = plan.weighing_blocks > 0;  // no more than the weights: other launches may write the logits
-  cudaError_t error = cudaSuccess;
-  if (overlaps) error = launch(weigh<T>, {unsigned(plan.weighing_blocks), kSumThreads}, stream, problem);
+  cudaError_t error = launch_weigh<T>(o, plan, stream);
   const auto kernel = rows_kernel<T>(o, plan);
+  const bool overlaps = weigh_grid(o, plan) > 0;  // no more than the weights: other launches may write the logits
   if (error == cudaSuccess)
     error = plan.few_pitch > 0 ? launch_few<T>(o, plan, /*forward=*/true, overlaps, stream)
             : plan.columns     ? launch_columns<T>(o, plan, /*forward=*/true, overlaps, stream)
@@ -382,9 +407,11 @@ cudaError_t CrossEntropyOf<kDType>::scratch_bytes(CrossEntropyOptions& o, int64_
   const cudaError_t error = complete_tuning<TypeOf<kDType>>(o.tuning);
   bytes = 0;
   if (o.rows() == 0) return error;
-  const RowPlan plan = plan_forward(o);
+  const RowPlan plan = plan_rows(o, /*with_exchange=*/true);
+  const int64_t partials = plan.grid * int64_t(sizeof(LossSum));
+  const int64_t weights = weigh_grid(o, plan) * int64_t(sizeof(double));
   bytes = plan.split ? split_states_bytes(o, plan) + split_grid(plan) * int64_t(sizeof(LossSum))
-                     : plan.grid * int64_t(sizeof(LossSum)) + plan.weighing_blocks * int64_t(sizeof(double));
+                     : larger(partials, weights);
   return error;
 }
 
@@ -397,11 +424,11 @@ cudaError_t CrossEntropyOf<kDType>::forward(const CrossEntropyOptions& o, cudaSt
     return launch(finish<T>, after_launch(o, 1, kSumThreads), stream, o, blocks, is_weighed);
   };
   if (o.rows() == 0) return launch_finish(0, false);
-  RowPlan plan = plan_forward(o);
+  RowPlan plan = plan_rows(o, /*with_exchange=*/true);
   cudaError_t error = fit_to_device<T>(o, plan);
   if (error == cudaSuccess) error = launch_forward<T>(o, plan, stream);
   if (error != cudaSuccess || plan.split) return error;
-  return launch_finish(int(plan.grid), plan.weighing_blocks > 0);
+  return launch_finish(int(plan.grid), weigh_grid(o, plan) > 0);
 }
 
 template <DType kDType>

@@ -174,7 +174,10 @@ __global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kTarget>)) forward
     const Stage<T> stage(o, first);
     const int64_t number = first + threadIdx.x, target = o.target_at(number);
     stage.load();
-    if (o.grad_logits != nullptr && is_first_turn) grad_output = grad_output_of_forward<kTarget>(o);
+    if (o.grad_logits != nullptr && is_first_turn) {
+      wait_for_launch_before();  // for total_weight
+      grad_output = with_mean(o, A(1));
+    }
     is_first_turn = false;
     if (stage.has_row()) {
       const RowTarget<T, kTarget> row(o, number, o.class_of(target));

@@ -37,7 +37,10 @@ __global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kTarget, kShifte
     state = lanes_merge<is_spread(kTarget)>(state, int(blockDim.x));
     const A scale = scale_of(row, state);
     if (is_row && threadIdx.x == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
-    if (is_first_turn) grad_output = grad_output_of_forward<kTarget>(o);
+    if (is_first_turn) {
+      wait_for_launch_before();  // for total_weight
+      grad_output = with_mean(o, A(1));
+    }
     is_first_turn = false;
     if (!is_row) continue;
     if (!row.counts()) {

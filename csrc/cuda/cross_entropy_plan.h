@@ -79,7 +79,6 @@ struct RowPlan {
   int tiles = 0;               // of a thread, in a row
   int depth = 0;               // so many tiles of a thread have slots in shared memory: see cross_entropy_stream.cuh
   int slots = 0;               // of a thread, each for a pack; fewer than `depth` tiles of them where a row ends sooner
-  int weighing_blocks = 0;     // of the launch that adds up the rows' weights for the mean's gradient; 0: there is none
   ColumnPlan of_columns;       // if they are
 
   LaunchShape shape(const CrossEntropyOptions& o, bool overlaps) const {
@@ -212,18 +211,6 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
   plan.tiles = int(divide_up(of_thread, tile_packs));
   plan.depth = of_thread <= room ? plan.tiles : int(smaller(plan.tiles, room / tile_packs));
   plan.slots = int(smaller(of_thread, plan.depth * tile_packs));
-  return plan;
-}
-
-constexpr int64_t kMostWeighingBlocks = 64;
-
-// The plan of a forward pass. Split rows are not weighed beforehand, since they end before their gradient begins; nor are
-// those with probabilities, each of which weighs 1. Each warp of the rows' kernel adds up what the weighing blocks leave:
-// they are a power of two.
-inline RowPlan plan_forward(const CrossEntropyOptions& o) {
-  RowPlan plan = plan_rows(o, /*with_exchange=*/true);
-  if (o.reduction != Reduction::kMean || o.grad_logits == nullptr || plan.split || o.target_probability) return plan;
-  plan.weighing_blocks = 1 << log2_of(smaller(divide_up(plan.rows, o.tuning.weigh_rows), kMostWeighingBlocks));
   return plan;
 }
 

@@ -323,27 +323,6 @@ __device__ __forceinline__ A with_mean(const Problem<T>& o, A grad_output) {
                                 o.target_probability ? A(o.plan.rows) : *static_cast<const A*>(o.total_weight));
 }
 
-// Where each weighing block leaves its sum: behind what the rows' blocks leave.
-template <typename T>
-__device__ __forceinline__ double* weights_of_blocks(const Problem<T>& o) {
-  return reinterpret_cast<double*>(static_cast<LossSum*>(o.scratch) + o.plan.grid);
-}
-
-// The same in a forward pass, to which nobody has sent a grad_output: it is 1. Each warp adds up the weights, and one thread
-// stores their sum for the backward pass. All lanes of a warp take part.
-template <TargetKind kTarget, typename T, typename A = Statistic<T>>
-__device__ __forceinline__ A grad_output_of_forward(const Problem<T>& o) {
-  if (kTarget == TargetKind::kProbabilities || o.reduction != Reduction::kMean) return with_mean(o, A(1));
-  wait_for_launch_before();
-  const int blocks = o.plan.weighing_blocks, lanes = blocks < kWarp ? blocks : kWarp;
-  const double* const of_block = weights_of_blocks(o) + (int(threadIdx.y * blockDim.x + threadIdx.x) & (lanes - 1));
-  double sum = *of_block;
-  if (blocks > kWarp) sum += of_block[kWarp];
-  sum = lanes_sum(sum, lanes);
-  if (blockIdx.x + threadIdx.x + threadIdx.y == 0) *static_cast<A*>(o.total_weight) = A(sum);
-  return divide_by_total_weight(A(1), A(sum));
-}
-
 // grad_output: with the mean's division.
 template <typename T, typename A>
 __device__ __forceinline__ RowGradient<A> row_gradient(const Problem<T>& o, A max, A scale, A grad_output) {
