@@ -13,7 +13,7 @@ import torch
 Timer = Callable[["Step", int], float]
 WARM_UP_CALLS = 3
 HOST_BATCHES, HOST_CALLS = 15, 50
-QUEUEING_CYCLES = 800_000  # of a GPU's clock, about 0.4 ms: more than a host takes to queue one call
+QUEUEING_CYCLES = 400_000  # of a GPU's clock, about 0.2 ms: more than a host takes to queue one call
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ struct CudaTuning {
   int64_t split_classes = 8192;  // where rows are few, several blocks share one, with so many classes each at least
   int64_t weigh_rows = 16384;    // of a block that adds up the rows' weights
   int64_t max_blocks = 8192;     // a grid is as large as its problem up to here; then its blocks take several shares
-  int64_t waves = 1;             // of blocks that take rows in turn: so many times what the device holds at once, at most
+  int64_t waves = 2;             // of blocks that take rows in turn: so many times what the device holds at once, at most
   int64_t overlap = 1;           // 1: a kernel may start while the one before it still runs, if the device can; 0: never
 
   // 0: as the current device has them.
