@@ -449,7 +449,10 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
                 problem.tuning, problem.grad_in_forward = "columns that keep", not problem.in_place
                 problems.append(problem)
     if not file.startswith(("cross_entropy", "nll_loss")):
-        problems += [Pointwise(rng, rng.choice(list(FORMULAS)), dtype, numel, "mean") for numel in (9, 257, 20011)]
+        # One of many operands, any of which may repeat itself, and others.
+        names = ["weighted_binary_cross_entropy_with_logits"] * 3 + rng.choices(list(FORMULAS), k=3)
+        sizes = (130, 257, 1031, 9, 257, 20011)
+        problems += [Pointwise(rng, name, dtype, numel, "mean") for name, numel in zip(names, sizes, strict=True)]
     return problems
 
 

@@ -245,6 +245,12 @@ LISTED = [
         "o.classes",
     ),
     (
+        "columns: class indices taken for aligned",
+        "cross_entropy_columns.cuh",
+        "if (o.target_index && @reinterpret_cast<uintptr_t>(o.target_index) % sizeof(longlong2) == 0@) {",
+        "true",
+    ),
+    (
         "columns: rows behind the last one",
         "cross_entropy_columns.cuh",
         "is_there = @first + threadIdx.x < columns.units@",

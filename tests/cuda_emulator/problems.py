@@ -155,6 +155,7 @@ class CrossEntropy(Problem):
         self.make_grad_output(rng)
         self.choose_schedules(rng)
         self.tuning = rng.choice(["default", *TUNINGS])
+        self.target_offset = rng.choice([0, 1])  # elements of 8 bytes behind a 16-byte boundary
         self.grad_in_forward = self.reduction != "none" and not self.in_place and rng.random() < 0.6
 
     def place(self, rng: random.Random) -> Placement:
@@ -271,7 +272,7 @@ class CrossEntropy(Problem):
             memory = emulator.input(place.fill(self.target), "target_probability", place.offset)
             o.target_probability, o.target_strides = memory.data_ptr(), Strides(*place.strides)
         else:
-            o.target_index = emulator.input(self.target, "target_index").data_ptr()
+            o.target_index = emulator.input(self.target, "target_index", self.target_offset).data_ptr()
         if self.weight is not None:
             o.weight = emulator.input(self.weight, "weight").data_ptr()
             if self.smoothing > 0 and not self.target.is_floating_point():
