@@ -6,12 +6,15 @@
 
 namespace fusedloss::cuda {
 
-// Blocks that a multiprocessor must hold at once. Said outright since the compiler, left to choose, spills registers.
+// Blocks that a multiprocessor must hold at once. Said outright since the compiler, left to choose, spills registers. For six
+// of them, smoothing would spill some in float32, and on GPUs before Hopper.
 template <typename T, TargetKind kTarget, bool kShifted>
-constexpr int kLaneBlocks = sizeof(T) == 8                              ? 2
-                            : kTarget == TargetKind::kProbabilities     ? 4
-                            : kShifted || (kTarget == TargetKind::kSmoothedIndex && sizeof(T) == 4) ? 5
-                                                                                                    : 6;
+constexpr int kLaneBlocks = sizeof(T) == 8                                ? 2
+                            : kTarget == TargetKind::kProbabilities       ? 4
+                            : kShifted                                    ? 5
+                            : kTarget == TargetKind::kIndex               ? 6
+                            : sizeof(T) == 4 || FUSEDLOSS_CUDA_ARCH < 900 ? 5
+                                                                          : 6;
 
 // threadIdx.x: the lane among those of a row; threadIdx.y: the row of the block.
 template <typename T, TargetKind kTarget, bool kShifted>
