@@ -44,13 +44,12 @@ __device__ __forceinline__ RowState<A> lanes_merge(RowState<A> state, int lanes 
 }
 
 // Lane i of every warp receives the value of the block's warp i, or `none` where there are fewer warps. All threads of
-// the block take part.
+// the block take part, once in a kernel: a second exchange would write to what others still read.
 template <typename V>
 __device__ __forceinline__ V exchange_between_warps(const V& value, const V& none) {
   __shared__ V of_warp[kWarp];
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   const int lane = thread % kWarp;
-  __syncthreads();  // the previous exchange has been read
   if (lane == 0) of_warp[thread / kWarp] = value;
   __syncthreads();
   return lane * kWarp < int(blockDim.x * blockDim.y) ? of_warp[lane] : none;

@@ -221,6 +221,12 @@ LISTED = [
         "first",
     ),
     (
+        "columns: another row's two class indices",
+        "cross_entropy_columns.cuh",
+        "(o.target_index + first + @i@);",
+        "0",
+    ),
+    (
         "columns: target class of another thread",
         "cross_entropy_columns.cuh",
         "rows.o, y) == @int(threadIdx.y)@ ?",
