@@ -361,8 +361,11 @@ def _stays_16_bit(input: Tensor) -> bool:
 
 
 def _refuse_negative(var: Tensor, loss: Tensor) -> None:
-    """To look at all of var takes as long as the loss. But the loss of a negative one is -inf, so that var is looked at
-    only if the loss, or the least of all elements' losses, is -inf or NaN."""
+    """Raise ValueError if var has a negative element.
+
+    A check of all of var would take as long as the loss. But the loss of a negative variance is -inf, so var is checked
+    only if the loss, or its least element, is -inf or NaN.
+    """
     message = "gaussian_nll_loss: var has negative entry/entries, expected none"
     if not is_eager((var,)):  # a graph looks when it runs
         torch._assert_async(~torch.any(var < 0), message)

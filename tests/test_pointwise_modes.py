@@ -499,7 +499,7 @@ def test_variances(full, device):
             results.append(outcome(step)[0])
         assert_same_outcome(*results, f"{getattr(var, 'shape', var)}, {of_target}, {reduction}")
     one_negative = torch.rand(5, 4, 3)
-    one_negative[0, 0, 0], one_negative[4, 3, 2] = float("nan"), -1  # NaN is the minimum of what contains it
+    one_negative[0, 0, 0], one_negative[4, 3, 2] = float("nan"), -1  # the sum is NaN, not -inf
     integers = torch.full((5, 4, 3), -1, dtype=torch.int64)
     for var in (-torch.rand(5, 4, 3), torch.tensor(-1.0), -torch.rand(7), integers, one_negative):
         for module in (fused, F):

@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kSumThreads) weigh(const Problem<T> o) {
 #pragma unroll
     for (int k = 0; k < kLoadsAtOnce; ++k) sum += double(weight[k]);
   }
-  let_next_launch_start();  // not sooner: the rows' loads would delay these, for which the rows wait before they write
+  let_next_launch_start();  // not sooner: the rows' loads would delay these, whose sum the rows wait for
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1) store_total_weight<T>(o, sum);

@@ -40,7 +40,7 @@ __device__ __forceinline__ bool is_one_value(const PointwiseOptions& o, int k) {
   return k > 0 && o.operand_period[k] == 1;
 }
 
-// Or a row of them, one after another: of formulas that may have weights for each class.
+// Or a row of values serves all rows, such as a weight for each class. Formulas of few operands are not compiled for it.
 template <typename F>
 __device__ __forceinline__ bool is_repeated(const PointwiseOptions& o, int k) {
   return F::kOperands >= kFewestOfRepeated && k > 0 && o.operand_period[k] > 1;
