@@ -17,7 +17,7 @@ TESTS_CUDA := $(addprefix tests/test_,$(addsuffix .py,cross_entropy mse_loss sem
 	bounds fake_tensors opcheck grad_in_forward inplace_backward modules))
 # Two files at a time: what they compile and compute keeps more cores busy than that.
 TWO := --numprocesses 2 --dist loadfile
-SOURCES := setup.py fusedloss/_build.py $(wildcard csrc/* csrc/*/*)
+SOURCES := setup.py fusedloss/_build.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
 .PHONY: help demo test cuda-build bench gpu lint format build wheel clean
 

@@ -2,9 +2,9 @@
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "cpu/instruction_set.h"
-#include "cuda_tuning.h"
-#include "ops.h"
+#include "kernels/cpu/instruction_set.h"
+#include "ops/cuda_tuning.h"
+#include "ops/ops.h"
 
 namespace py = pybind11;
 

@@ -50,7 +50,7 @@ def csrc_directory() -> Path:
 def source_files(csrc: Path, cuda: bool) -> list[Path]:
     """Every file that is compiled; sorted, so that two machines build, link and hash in the same order. The kernels,
     which take longest, come first: then no core is left waiting for one that started last."""
-    patterns = [*(["cuda/*.cu"] if cuda else []), "cpu/*.cpp", "*.cpp"]
+    patterns = [*(["kernels/cuda/*.cu"] if cuda else []), "kernels/cpu/*.cpp", "autograd/*.cpp", "ops/*.cpp", "*.cpp"]
     return [path for pattern in patterns for path in sorted(csrc.glob(pattern))]
 
 

@@ -22,7 +22,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from . import _backend, pointwise_losses
 
-MAX_CUDA_CLASSES = 2**30  # kMaxClasses in csrc/cuda/cross_entropy_cuda.h
+MAX_CUDA_CLASSES = 2**30  # kMaxClasses in csrc/kernels/cuda/cross_entropy_cuda.h
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _REDUCTIONS = ("none", "mean", "sum")  # at torch's number for each
 

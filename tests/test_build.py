@@ -76,14 +76,15 @@ def with_torch(monkeypatch):
 
 
 def test_sources_are_sorted_and_leave_cuda_to_cuda_builds(tmp_path):
-    for name in ("bindings.cpp", "a_op.cpp", "cpu/b.cpp", "cpu/a.cpp", "cpu/a.h", "cuda/k.cu", "cuda/k.cuh"):
+    kernels = ("cpu/b.cpp", "cpu/a.cpp", "cpu/a.h", "cuda/k.cu", "cuda/k.cuh")
+    for name in ("bindings.cpp", "ops/a_op.cpp", "autograd/a_autograd.cpp", *(f"kernels/{kernel}" for kernel in kernels)):
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    names = [path.relative_to(tmp_path).as_posix() for path in _build.source_files(tmp_path, cuda=False)]
-    assert names == ["cpu/a.cpp", "cpu/b.cpp", "a_op.cpp", "bindings.cpp"]
+    names = [path.name for path in _build.source_files(tmp_path, cuda=False)]
+    assert names == ["a.cpp", "b.cpp", "a_autograd.cpp", "a_op.cpp", "bindings.cpp"]
     with_cuda = _build.source_files(tmp_path, cuda=True)
-    assert with_cuda[0].name == "k.cu" and len(with_cuda) == 5
+    assert with_cuda[0].name == "k.cu" and len(with_cuda) == 6
     assert [path.name for path in _build.header_files(tmp_path)] == ["a.h", "k.cuh"]
 
 

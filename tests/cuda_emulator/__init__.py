@@ -1,1 +1,1 @@
-"""Executes the text of csrc/cuda/*.cu on the CPU and finds its races; see README.md."""
+"""Executes the text of csrc/kernels/cuda/*.cu on the CPU and finds its races; see README.md."""

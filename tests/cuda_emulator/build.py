@@ -37,7 +37,7 @@ def missing() -> str:
 
 def build(csrc: Path, folder: Path, self_test: bool = False, checked: bool = True) -> Path:
     """The library of the kernels in `csrc`. What lies in `folder` already, made of the same contents, is used again."""
-    kernels = sorted(csrc.glob("cuda/*.cu")) + ([HERE / "self_test.cu"] if self_test else [])
+    kernels = sorted(csrc.glob("kernels/cuda/*.cu")) + ([HERE / "self_test.cu"] if self_test else [])
     sources = [*kernels, *sorted(HERE.glob("*.cpp"))]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(lambda source: _compile(source, csrc, folder, checked), sources))

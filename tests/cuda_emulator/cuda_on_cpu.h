@@ -17,9 +17,9 @@
 
 // The launchers, for the extension that is linked with them: their first declaration makes them visible.
 #pragma GCC visibility push(default)
-#include "cuda/cross_entropy_cuda.h"
-#include "cuda/nll_loss_cuda.h"
-#include "cuda/pointwise_cuda.h"
+#include "kernels/cuda/cross_entropy_cuda.h"
+#include "kernels/cuda/nll_loss_cuda.h"
+#include "kernels/cuda/pointwise_cuda.h"
 #pragma GCC visibility pop
 
 // Code that works for the emulator, not for the kernel: its own loads and stores are not checked.

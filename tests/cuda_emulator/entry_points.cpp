@@ -1,9 +1,9 @@
 // The launchers, as functions that ctypes can call.
 #include <cstddef>
 
-#include "cuda/cross_entropy_cuda.h"
-#include "cuda/nll_loss_cuda.h"
-#include "cuda/pointwise_cuda.h"
+#include "kernels/cuda/cross_entropy_cuda.h"
+#include "kernels/cuda/nll_loss_cuda.h"
+#include "kernels/cuda/pointwise_cuda.h"
 #include "runtime.h"
 
 using namespace fusedloss;

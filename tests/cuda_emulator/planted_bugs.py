@@ -16,7 +16,7 @@ BARRIER = re.compile(r"\b(__syncthreads|__syncwarp|__threadfence|cluster_sync)\w
 @dataclass(frozen=True)
 class Bug:
     what: str
-    file: str  # in csrc/cuda
+    file: str  # in csrc/kernels/cuda
     start: int  # of the expression or statement, in the file's text
     end: int
     wrong: str  # what takes its place
@@ -300,7 +300,7 @@ def listed_bugs(csrc: Path) -> list[Bug]:
     found = []
     for what, file, where, wrong in LISTED:
         before, right, after = where.split("@")
-        text = (csrc / "cuda" / file).read_text()
+        text = (csrc / "kernels" / "cuda" / file).read_text()
         assert text.count(before + right + after) == 1, f"{file} has changed, say anew where to plant: {what}"
         start = text.index(before + right + after) + len(before)
         found.append(Bug(f"{what} ({file})", file, start, start + len(right), wrong))
@@ -310,7 +310,7 @@ def listed_bugs(csrc: Path) -> list[Bug]:
 def missing_barriers(csrc: Path) -> list[Bug]:
     """Each barrier and fence of the kernels, taken out."""
     found = []
-    for path in sorted([*csrc.glob("cuda/*.cu"), *csrc.glob("cuda/*.cuh")]):
+    for path in sorted([*csrc.glob("kernels/cuda/*.cu"), *csrc.glob("kernels/cuda/*.cuh")]):
         text = path.read_text()
         for number, match in enumerate(BARRIER.finditer(text), 1):
             what = f"without barrier {number} ({path.name}: {match[0]})"

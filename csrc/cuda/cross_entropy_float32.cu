@@ -1,3 +1,0 @@
-#include "cuda/cross_entropy_cuda.cuh"
-
-template struct fusedloss::cuda::CrossEntropyOf<fusedloss::DType::kFloat32>;

@@ -1,0 +1,86 @@
+// How cross entropy is cut for threads, and what each chunk leaves for the reduction.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels/integers.h"
+#include "kernels/options.h"
+
+namespace fusedloss::cpu {
+
+// Either a row's classes lie side by side ("rows"), or the rows themselves do ("columns"): [outer, classes, inner]
+// with inner stride 1, as in (N, C, d1, …). One class lies beside itself whatever the layout is: its rows are columns if
+// they can be.
+inline bool in_rows(const CrossEntropyOptions& o) {
+  if (o.logits_strides.classes != 1) return false;
+  return o.classes != 1 || o.inner == 1 || o.logits_strides.inner != 1 ||
+         (o.target_probability != nullptr && o.target_strides.inner != 1) ||
+         (o.grad_logits != nullptr && o.grad_strides.inner != 1);
+}
+
+// Elements of a chunk, roughly: what a thread should have to do before it is worth waking.
+constexpr int64_t kChunkElements = 32768;
+// Rows of a chunk of columns: a kilobyte of each class, and statistics that stay in L1.
+constexpr int64_t kTile = 256;
+
+struct ChunkRange {
+  int64_t outer;  // columns only
+  int64_t begin, end;  // rows: row numbers; columns: positions along inner
+};
+
+inline int64_t rows_per_chunk(const CrossEntropyOptions& o) {
+  return std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, o.classes));
+}
+
+inline int64_t tiles_per_outer(const CrossEntropyOptions& o) {
+  return divide_up(o.inner, kTile);
+}
+
+inline int64_t chunk_count(const CrossEntropyOptions& o) {
+  if (!in_rows(o)) return o.outer * tiles_per_outer(o);
+  return divide_up(o.rows(), rows_per_chunk(o));
+}
+
+inline ChunkRange chunk_range(const CrossEntropyOptions& o, int64_t chunk) {
+  if (in_rows(o)) {
+    const int64_t begin = chunk * rows_per_chunk(o);
+    return {0, begin, std::min(begin + rows_per_chunk(o), o.rows())};
+  }
+  const int64_t tiles = tiles_per_outer(o), begin = chunk % tiles * kTile;
+  return {chunk / tiles, begin, std::min(begin + kTile, o.inner)};
+}
+
+// Are the rows' weights added up as the forward pass reads the targets? Where it writes the gradient as well, their sum
+// must be known before.
+inline bool weighs_in_forward(const CrossEntropyOptions& o) {
+  return o.total_weight != nullptr && o.grad_logits == nullptr;
+}
+
+// A sum in double that keeps what each addition rounds off (Knuth, "The Art of Computer Programming", 4.2.2): for
+// float64 a plain sum over thousands of rows would lose a digit.
+class CompensatedSum {
+ public:
+  CompensatedSum() = default;
+  CompensatedSum(double value, double lost) : value_(value), lost_(lost) {}
+
+  void add(double x) {
+    const double sum = value_ + x, taken = sum - value_;
+    lost_ += (value_ - (sum - taken)) + (x - taken);
+    value_ = sum;
+  }
+  void add(const CompensatedSum& other) {
+    add(other.value_);
+    lost_ += other.lost_;
+  }
+  double value() const { return lost_ - lost_ == 0 ? value_ + lost_ : value_; }  // infinity has lost NaN
+
+ private:
+  double value_ = 0, lost_ = 0;
+};
+
+struct ChunkResult {
+  CompensatedSum loss, weight;
+  int64_t bad_row = -1;  // the first row whose target is out of range, or -1
+};
+
+}  // namespace fusedloss::cpu

@@ -1,0 +1,113 @@
+// The kernels of one instruction set. Included by cpu/instruction_sets.h, so without include guard.
+//
+// Both passes touch one element a row, in no order that a prefetcher knows. The forward pass asks for many before it
+// needs the first; the backward pass writes them into zeros that the cache still holds.
+
+namespace fusedloss::cpu::FUSEDLOSS_ISA {
+namespace {
+
+#include "kernels/cpu/vec.h"
+#include "kernels/cpu/loss_values.h"
+#include "kernels/formulas/cross_entropy.h"
+#include "kernels/formulas/nll_loss.h"
+
+// The log-probabilities, weights and targets of one call, typed. All is computed in double: a few operations a row.
+template <typename T>
+struct NLLProblem {
+  using A = Statistic<T>;
+
+  const NLLLossOptions& o;
+  const A* weight;
+
+  explicit NLLProblem(const NLLLossOptions& options) : o(options), weight(static_cast<const A*>(options.weight)) {}
+
+  FUSEDLOSS_INLINE bool counts(int64_t y) const { return y != o.ignore_index && y >= 0 && y < o.classes; }
+  FUSEDLOSS_INLINE double weight_of(int64_t y) const { return weight ? double(weight[y]) : 1.0; }
+
+  // What a row's gradient is multiplied by.
+  FUSEDLOSS_INLINE double upstream(int64_t row) const {
+    const double g = double(read_grad_output<T>(o, row * o.grad_output_stride));
+    if (o.reduction != Reduction::kMean) return g;
+    return divide_by_total_weight(g, double(*static_cast<const A*>(o.total_weight)));
+  }
+};
+
+template <typename T>
+void forward(const NLLLossOptions& o, int64_t begin, int64_t end) {
+  constexpr int64_t kTogether = 16;  // rows that are added up before the sum keeps what it rounds off
+  const NLLProblem<T> p(o);
+  for (int64_t k = begin; k < end; ++k) {
+    ChunkResult chunk;
+    int64_t row = k * kForwardRows, outer = row / o.inner, inner = row % o.inner;
+    const int64_t last = smaller(row + kForwardRows, o.rows());
+    while (row < last) {
+      double loss_sum = 0, weight_sum = 0;
+      for (const int64_t until = smaller(row + kTogether, last); row < until; ++row) {
+        const int64_t y = o.target[row];
+        double loss = 0;
+        if (p.counts(y)) {
+          const int64_t at = outer * o.input_strides.outer + y * o.input_strides.classes + inner * o.input_strides.inner;
+          const double w = p.weight_of(y);
+          loss = nll_loss_value(double(load_one(static_cast<const T*>(o.input) + at)), w);
+          loss_sum += loss;
+          weight_sum += w;
+        } else if (y != o.ignore_index && chunk.bad_row < 0) {
+          chunk.bad_row = row;
+        }
+        if (o.reduction == Reduction::kNone) write_loss<T>(o, row, Statistic<T>(loss));
+        if (++inner == o.inner) {
+          inner = 0;
+          ++outer;
+        }
+      }
+      chunk.loss.add(loss_sum);
+      chunk.weight.add(weight_sum);
+    }
+    static_cast<ChunkResult*>(o.scratch)[k] = chunk;
+  }
+}
+
+// The chunks' sums in their order; rounded once.
+template <typename T>
+int64_t finish(const NLLLossOptions& o) {
+  ChunkResult all;
+  for (int64_t k = 0; k < divide_up(o.rows(), kForwardRows); ++k) {
+    const ChunkResult& chunk = static_cast<const ChunkResult*>(o.scratch)[k];
+    all.loss.add(chunk.loss);
+    all.weight.add(chunk.weight);
+    if (all.bad_row < 0) all.bad_row = chunk.bad_row;
+  }
+  if (o.reduction == Reduction::kMean) {
+    write_loss<T>(o, 0, Statistic<T>(divide_by_total_weight(all.loss.value(), all.weight.value())));
+    *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(all.weight.value());
+  }
+  if (o.reduction == Reduction::kSum) write_loss<T>(o, 0, Statistic<T>(all.loss.value()));
+  return all.bad_row;
+}
+
+template <typename T>
+void backward(const NLLLossOptions& o, int64_t begin, int64_t end) {
+  const NLLProblem<T> p(o);
+  const Tiling tiling = tiling_of(o);
+  T* const grad = static_cast<T*>(o.grad_input);
+  const double one_upstream = o.grad_output_stride == 0 ? p.upstream(0) : 0;
+  for (int64_t k = begin; k < end; ++k) {
+    const Tile tile = tiling.at(k);
+    const Runs runs = tiling.runs_of(tile);
+    for (int64_t j = 0; j < runs.count[1]; ++j)
+      for (int64_t i = 0; i < runs.count[0]; ++i)
+        std::memset(grad + runs.start + i * runs.step[0] + j * runs.step[1], 0, size_t(runs.length) * sizeof(T));
+    for (int64_t outer = tile.first_outer; outer < tile.first_outer + tile.outer; ++outer) {
+      for (int64_t inner = tile.first_inner; inner < tile.first_inner + tile.inner; ++inner) {
+        const int64_t row = outer * o.inner + inner, y = o.target[row];
+        if (y < tile.first_class || y >= tile.first_class + tile.classes || !p.counts(y)) continue;
+        const double g = o.grad_output_stride == 0 ? one_upstream : p.upstream(row);
+        const int64_t at = outer * o.grad_strides.outer + y * o.grad_strides.classes + inner * o.grad_strides.inner;
+        store_one(grad + at, Statistic<T>(nll_loss_gradient(p.weight_of(y), g)));
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fusedloss::cpu::FUSEDLOSS_ISA

@@ -1,0 +1,109 @@
+// Clusters: blocks that run at the same time, wait for one another and reach into each other's shared memory.
+#pragma once
+
+#include "kernels/cuda/launch.cuh"
+
+namespace fusedloss::cuda {
+
+constexpr int kMaxCluster = 8;  // blocks; what every GPU that has clusters can do
+
+#if FUSEDLOSS_CUDA_ARCH >= 900 || defined(FUSEDLOSS_LAUNCH)
+
+// Waits for all threads of the cluster, and orders what they did before.
+__device__ __forceinline__ void cluster_sync() {
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+
+// What p, in shared memory, is in another block of the cluster.
+template <typename V>
+__device__ __forceinline__ V* in_block_of_cluster(V* p, int rank) {
+  return static_cast<V*>(__cluster_map_shared_rank(p, unsigned(rank)));
+}
+
+#else
+
+// Clusters are never launched: the host asks whether this was compiled for them.
+__device__ __forceinline__ void cluster_sync() { __trap(); }
+template <typename V>
+__device__ __forceinline__ V* in_block_of_cluster(V* p, int) {
+  return p;
+}
+
+#endif
+
+// ---- What a block sends to another, which waits for these bytes alone (st.async)
+//
+// A barrier of the cluster would also wait until every earlier store is done, such as those of a gradient.
+//
+// The receiver has an arrival barrier (mbarrier) in its shared memory, which goes from phase to phase. A phase ends
+// once one thread of the receiver has said in it how many bytes to expect, and as many have come; some may come before
+// that is said. Whoever has waited for the end can read what has come. Nothing else of what the senders did is ordered
+// by it.
+//
+//   start_arrivals(barriers)            makes them ready, for phase 0; by one thread, before a barrier of the cluster
+//   shared_address(&barrier)            converts a barrier's address for the functions below, once for all of them
+//   expect_arrivals(at, bytes)          says how many bytes will come in this phase
+//   send_to_block(rank, &p, piece, at)  writes 16 bytes, sooner or later, to what p is in the block of that rank, and
+//                                       counts them at that block's barrier
+//   wait_for_arrivals(at, parity)       waits for the end of the phase under way if its number has this parity, 0 or 1;
+//                                       else the phase before it is meant, and has ended
+//
+// Whoever defines FUSEDLOSS_LAUNCH has these five, too.
+
+#if FUSEDLOSS_CUDA_ARCH >= 900
+
+__device__ __forceinline__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
+
+__device__ __forceinline__ unsigned in_block_of_cluster(unsigned address, int rank) {
+  unsigned there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+template <int kCount>
+__device__ __forceinline__ void start_arrivals(uint64_t (&barriers)[kCount]) {
+  for (uint64_t& barrier : barriers)
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void expect_arrivals(unsigned at, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void send_to_block(int rank, const uint4* p, uint4 piece, unsigned at) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   in_block_of_cluster(shared_address(p), rank)),
+               "r"(piece.x), "r"(piece.y), "r"(piece.z), "r"(piece.w), "r"(in_block_of_cluster(at, rank))
+               : "memory");
+}
+
+__device__ __forceinline__ void wait_for_arrivals(unsigned at, unsigned parity) {
+  for (unsigned done = 0; done == 0;)
+    asm volatile(
+        "{\n .reg .pred p;\n"
+        " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(at), "r"(parity)
+        : "memory");
+}
+
+#elif !defined(FUSEDLOSS_LAUNCH)
+
+// The compiler need not make code for what would follow.
+__device__ __forceinline__ void no_arrivals() {
+  __trap();
+  __builtin_unreachable();
+}
+template <int kCount>
+__device__ __forceinline__ void start_arrivals(uint64_t (&)[kCount]) { no_arrivals(); }
+__device__ __forceinline__ unsigned shared_address(const void*) { return 0; }
+__device__ __forceinline__ void expect_arrivals(unsigned, unsigned) { no_arrivals(); }
+__device__ __forceinline__ void send_to_block(int, const uint4*, uint4, unsigned) { no_arrivals(); }
+__device__ __forceinline__ void wait_for_arrivals(unsigned, unsigned) { no_arrivals(); }
+
+#endif
+
+}  // namespace fusedloss::cuda

@@ -1,0 +1,152 @@
+// Who takes which part of columns: rows that are neighbours in memory, or that have very few classes. Included by
+// cross_entropy_plan.h.
+#pragma once
+
+#include "kernels/cuda/cross_entropy_plan.h"
+
+namespace fusedloss::cuda {
+
+constexpr int kMaxColumnThreads = 512;
+constexpr int kColumnThreadsAcross = 64;     // side by side, where there are rows enough
+constexpr int kApartThreads = 256;           // at most, of a block that shares its rows with others
+constexpr int64_t kLeastClasses = 8;  // of a thread, where there is a choice: as many loads as it has in flight
+constexpr int kApartBytesAcross = 256;       // of a class, that such a block reads side by side
+constexpr int64_t kApartTiles = 4;           // of kLeastClasses, that a thread of it has at least, where there is a choice
+constexpr int64_t kApartWaves = 2;           // of such blocks, if their threads then have as many tiles
+constexpr int64_t kApartStart = 2;           // tiles that a block could take in the time until its first one is there
+
+// Of a block, at most: fewer where a thread needs more registers.
+constexpr int max_column_threads(bool is_float64, bool is_spread) {
+  return is_float64 || is_spread ? kMaxColumnThreads / 2 : kMaxColumnThreads;
+}
+
+// Blocks of kApartThreads that a multiprocessor must hold at once.
+constexpr int apart_blocks(bool is_float64, bool is_spread) { return is_float64 ? 1 : is_spread ? 2 : 3; }
+
+// Statistics of a row that are exchanged: its maximum and sum; of spread targets also dot and mass.
+template <bool kSpread>
+constexpr int kStateArrays = kSpread ? 4 : 2;
+
+// In shared memory, what belongs to the i-th rows of all threads side by side begins i strides behind what belongs to
+// the first ones. A multiple of 32 would have the rows of one thread meet in one bank.
+FUSEDLOSS_ANYWHERE int column_stride(int threads, int width) {
+  return threads >= 32 && width > 1 ? threads + 32 / width : threads;
+}
+FUSEDLOSS_ANYWHERE int column_places(int threads, int width) { return column_stride(threads, width) * width; }
+
+// Rows that one 16-byte access can reach together, or 1. Loads and stores must be aligned, and the rows must lie side
+// by side: of one outer index, so that the inner size must be a multiple as well.
+inline int column_width(const CrossEntropyOptions& o) {
+  const int64_t width = kPackBytes / bytes_of(o.dtype);
+  const auto fits = [&](const void* p, const Strides& strides) {
+    return p == nullptr || (reinterpret_cast<uintptr_t>(p) % kPackBytes == 0 && strides.inner == 1 &&
+                            strides.classes % width == 0 && strides.outer % width == 0);
+  };
+  const bool all_fit = o.inner % width == 0 && fits(o.logits, o.logits_strides) &&
+                       fits(o.grad_logits, o.grad_strides) && fits(o.target_probability, o.target_strides);
+  return all_fit ? int(width) : 1;
+}
+
+// Sizes and places of what is in shared memory.
+inline void plan_column_memory(const CrossEntropyOptions& o, RowPlan& plan) {
+  ColumnPlan& c = plan.of_columns;
+  const int threads_of_set = plan.block.x < 32 ? int(32 / plan.block.x) : 1;
+  const int sets = int(plan.block.y) / threads_of_set;
+  c.sets_shift = log2_of(sets);
+  c.last_set = sets > 1 ? sets : 0;  // if there is one set, each row's thread puts one in the other's place
+  c.sets = c.last_set + 1;
+  const int64_t places = column_places(int(plan.block.x), c.width), bytes = bytes_of(o.dtype);
+  const int64_t arrays = o.is_spread() ? kStateArrays<true> : kStateArrays<false>;
+  const int64_t all = places * (c.sets * arrays * (bytes == 8 ? 8 : 4) + 4 + bytes);
+  c.exchange_bytes = divide_up(all, kPackBytes) * kPackBytes;
+}
+
+// A block for all classes of its rows, if it can keep them in shared memory. Rows that are not taken side by side are
+// never kept, but a block takes all classes of as many of them as it could keep: the cache may hold them until they are
+// read again. False where they do not fit.
+inline bool plan_whole_columns(const CrossEntropyOptions& o, RowPlan& plan) {
+  const CudaTuning& t = o.tuning;
+  ColumnPlan& c = plan.of_columns;
+  const bool keeps = o.grad_logits != nullptr && c.width > 1;
+  const int64_t bytes_of_class = c.width == 1 ? bytes_of(o.dtype) : RowPlan::kept_bytes_of_pack(o);  // of a thread
+  const unsigned most_threads = max_column_threads(o.dtype == DType::kFloat64, o.is_spread());
+
+  // Of a class, a block reads at least 64 bytes that lie side by side; 128 where that costs no room to keep them in.
+  const unsigned least_x = unsigned((keeps ? 64 : 128) / (c.width * bytes_of(o.dtype)));
+  unsigned x = kColumnThreadsAcross, y = 1;
+  // Of a block's shared memory; tuning.kept_bytes is half of what a multiprocessor has. It then holds 512 threads at
+  // least, or 384 in small blocks.
+  const auto room = [&] { return 2 * t.kept_bytes * (x * y) / (x * y > 128 ? kMaxColumnThreads : 384); };
+  const auto fits = [&] {
+    plan.block = dim3(x, y);
+    plan_column_memory(o, plan);
+    if (y == 1) c.exchange_bytes = 0;  // a thread has its rows for itself
+    return o.classes * x * bytes_of_class <= room() - c.exchange_bytes;
+  };
+  const auto more_threads = [&] {
+    return o.classes >= 2 * y * kLeastClasses && (!fits() || divide_up(c.units, x) < 8 * t.multiprocessors);
+  };
+  while (x > least_x && more_threads()) x /= 2, y *= 2;
+  while (x * y < most_threads && more_threads()) y *= 2;
+  if (!fits()) return false;
+  if (keeps) {
+    plan.slots = int(divide_up(o.classes, y));
+    c.kept_vectors = int(plan.slots * bytes_of_class / kPackBytes * x * y);
+  }
+  return true;
+}
+
+// Several blocks for the same rows: nothing is kept, and no thread waits for another block. Of a class, a block reads 256
+// bytes side by side: on an H200 more or less of them took longer, and with more threads along the classes, fewer blocks
+// leave statistics to be merged. Each block has a range of classes that is a whole number of tiles, so that the blocks
+// can be as many as fill the device to the end: a few times over, for they do not all take the same time, if their
+// threads have classes enough.
+inline void plan_columns_apart(const CrossEntropyOptions& o, RowPlan& plan) {
+  ColumnPlan& c = plan.of_columns;
+  const int64_t multiprocessors = o.tuning.multiprocessors;
+  unsigned x = kColumnThreadsAcross, y = 1;
+  const auto has_tiles_for = [&](int64_t threads, int64_t tiles) {
+    return o.classes >= threads * tiles * kLeastClasses;
+  };
+  while (2 * c.units <= x && has_tiles_for(2 * y, 1)) x /= 2, y *= 2;
+  while (x * c.width * bytes_of(o.dtype) > kApartBytesAcross && has_tiles_for(2 * y, kApartTiles)) x /= 2, y *= 2;
+  while (x * y < kApartThreads && has_tiles_for(2 * y, 1) && divide_up(c.units, x) < 8 * multiprocessors) y *= 2;
+  plan.block = dim3(x, y);
+  plan_column_memory(o, plan);
+
+  const int64_t of_multiprocessor = apart_blocks(o.dtype == DType::kFloat64, o.is_spread()) * kApartThreads / (x * y);
+  const int64_t resident = multiprocessors * of_multiprocessor, groups = divide_up(c.units, x);
+  const int64_t tiles = divide_up(o.classes, y * kLeastClasses);
+  const auto blocks_of = [&](int64_t waves) { return larger(1, waves * resident / groups); };
+  const auto has_tiles = [&](int64_t waves) { return blocks_of(waves) * kApartTiles <= tiles; };
+  int64_t fewest = kApartWaves, least_time = INT64_MAX, of_block = tiles;
+  while (fewest > 1 && !has_tiles(fewest)) --fewest;
+  for (int64_t waves = fewest; waves == fewest || (waves < fewest + 4 && has_tiles(waves)); ++waves) {
+    const int64_t share = divide_up(tiles, blocks_of(waves));
+    const int64_t time = divide_up(divide_up(tiles, share) * groups, resident) * (share + kApartStart);
+    if (time < least_time) least_time = time, of_block = share;
+  }
+  plan.blocks = int(divide_up(tiles, of_block));
+  c.classes_of_block = int(of_block * y * kLeastClasses);
+}
+
+// with_exchange: as in plan_rows.
+inline RowPlan plan_columns(const CrossEntropyOptions& o, bool with_exchange) {
+  RowPlan plan;
+  ColumnPlan& c = plan.of_columns;
+  plan.columns = true;
+  plan.rows = o.rows();
+  c.width = column_width(o);
+  c.units = plan.rows / c.width;
+  const bool whole = with_exchange && plan_whole_columns(o, plan);
+  if (!whole) plan_columns_apart(o, plan);
+  plan.split = with_exchange && !whole;
+  plan.threads_shift = log2_of(plan.block.y);
+  const int64_t most = larger(o.tuning.max_blocks / plan.blocks, 1);
+  c.groups = unsigned(smaller(divide_up(c.units, plan.block.x), most));
+  plan.grid = c.groups * plan.blocks;
+  plan.step = int64_t(c.groups) * plan.block.x;
+  return plan;
+}
+
+}  // namespace fusedloss::cuda

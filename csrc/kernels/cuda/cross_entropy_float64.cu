@@ -1,0 +1,3 @@
+#include "kernels/cuda/cross_entropy_cuda.cuh"
+
+template struct fusedloss::cuda::CrossEntropyOf<fusedloss::DType::kFloat64>;

@@ -1,0 +1,110 @@
+// The rows of a block, one after another, as a stream of tiles from memory to shared memory.
+//
+// Each thread copies its own packs asynchronously (cp.async) into slots of its own. A block starts the copies of a row
+// while it still works on the row before, so that memory is never idle while threads compute, or wait for one another.
+//
+// The slots hold a whole row, if there is room: the first sweep reads them and, after the statistics are merged, the second
+// sweep reads them again, writes the gradient of a tile, and starts the copy of the next row's tile into the same slots. Of
+// what is beyond the slots, both sweeps read memory.
+#pragma once
+
+#include "kernels/cuda/cross_entropy_row.cuh"
+
+namespace fusedloss::cuda {
+
+template <typename T, TargetKind kTarget>
+class Stream {
+ public:
+  using A = Statistic<T>;
+  static constexpr int kPacks = kTilePacks<kTarget>, kSlotsOfPack = Problem<T>::template kSlotsOfPack<kTarget>;
+
+  __device__ __forceinline__ Stream(const Problem<T>& o, int thread)
+      : tiles(o.plan.tiles),
+        depth(o.plan.depth),
+        thread(thread),
+        threads_shift(o.plan.threads_shift),
+        slots(o.plan.slots * kSlotsOfPack) {}
+
+  // The vectors of a row, as many as have to be read.
+  struct Source {
+    const T* logits = nullptr;
+    const T* probability = nullptr;
+    int vectors = 0;
+  };
+  static __device__ __forceinline__ Source source_of(const Row<T, kTarget>& row) {
+    const auto elements = split(int(row.o.classes), row.logits, row.probability);
+    return {row.logits + elements.head, row.has_probabilities() ? row.probability + elements.head : nullptr,
+            row.counts() ? elements.vectors : 0};
+  }
+
+  // Starts to copy the first tiles of the first row.
+  __device__ __forceinline__ void start(const Source& first) {
+#pragma unroll 1
+    for (int number = 0; number < depth; ++number) copy(first, number);
+  }
+
+  // Adds what a thread has of a row to the statistics.
+  __device__ __forceinline__ void absorb_row(RowState<A>& state, const Row<T, kTarget>& row, const Share<T>& share) {
+    with_spread<kTarget>(row.o, [&](auto spread) {
+      for_each_tile(depth, share, [&](auto is_whole, int number) {
+        wait_for_copies(depth - 1 - number);
+        absorb_tile<decltype(spread)::value>(
+            state, row,
+            Tile<T, kTarget, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, number * kPacks));
+      });
+    });
+    if (depth < tiles) absorb<kVector<T>, kPacks>(state, row, share, depth);
+  }
+
+  // Writes the gradient of a row's vectors, and starts to copy the next row into the slots that become free.
+  template <bool kShifted>
+  __device__ __forceinline__ void write_row_vectors(const Row<T, kTarget>& row, const RowGradient<A>& of_row,
+                                                    const Share<T>& share, const Source& next) {
+    if (depth < tiles) write_tiles<kShifted, kVector<T>, kPacks>(row, of_row, share, depth);
+    with_spread<kTarget>(row.o, [&](auto spread) {
+      for_each_tile(depth, share, [&](auto is_whole, int number) {
+        write_tile<decltype(spread)::value, kShifted>(
+            row, of_row,
+            Tile<T, kTarget, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, number * kPacks),
+            share, number);
+        copy(next, number);
+      });
+    });
+  }
+
+ private:
+  const int tiles, depth;  // of a row; that have slots
+  const int thread, threads_shift;
+  const Slots slots;
+
+  // Calls f(is it whole, its number) for the first `count` tiles of a row.
+  template <typename F>
+  __device__ __forceinline__ void for_each_tile(int count, const Share<T>& share, F f) {
+    const int whole = TileCount::of<kVector<T>, kPacks>(share).whole;
+    int number = 0;
+#pragma unroll 1
+    for (; number < count && number < whole; ++number) f(std::true_type(), number);
+#pragma unroll 1
+    for (; number < count; ++number) f(std::false_type(), number);
+  }
+
+  // Copies nothing of a source without vectors, such as that of a row which does not exist. It commits a group all the same,
+  // because wait_for_copies counts groups.
+  __device__ __forceinline__ void copy(const Source& source, int number) {
+    const int first = thread + (number * kPacks << threads_shift);
+    if (first < source.vectors) {
+#pragma unroll
+      for (int k = 0; k < kPacks; ++k) {
+        const int unit = first + (k << threads_shift);
+        if (unit >= source.vectors) continue;
+        const int at = unit * kVector<T>, slot = kSlotsOfPack * (number * kPacks + k);
+        __pipeline_memcpy_async(&slots[slot], source.logits + at, kPackBytes);
+        if (kTarget == TargetKind::kProbabilities && source.probability)
+          __pipeline_memcpy_async(&slots[slot + 1], source.probability + at, kPackBytes);
+      }
+    }
+    __pipeline_commit();
+  }
+};
+
+}  // namespace fusedloss::cuda

@@ -1,0 +1,25 @@
+// What a loss is multiplied by in the backward pass, for both kinds of options.
+#pragma once
+
+#include "kernels/cuda/vec.cuh"
+
+namespace fusedloss::cuda {
+
+template <typename T, typename Options>
+__device__ __forceinline__ Statistic<T> grad_output_at(const Options& o, int64_t i) {
+  Statistic<T> g[1] = {1};
+  if (o.grad_output != nullptr) load_loss<T>(o.grad_output, o.loss_dtype != o.dtype, i * o.grad_output_stride, g);
+  return g[0];
+}
+
+// Has the forward pass left what this backward pass is asked for? All threads of the grid ask.
+template <typename T, typename Options>
+__device__ __forceinline__ bool gradient_is_ready(const Options& o) {
+  if (o.grad_output_stride != 0) return false;
+  const bool is_one = grad_output_at<T>(o, 0) == 1;
+  const bool first = blockIdx.x == 0 && threadIdx.x == 0 && threadIdx.y == 0;
+  if (first && o.grad_output_was_one != nullptr) *o.grad_output_was_one = is_one;
+  return o.grad_ready && is_one;
+}
+
+}  // namespace fusedloss::cuda

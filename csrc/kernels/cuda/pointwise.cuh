@@ -1,0 +1,300 @@
+// The kernels of pointwise losses on the GPU, as templates on the formula: of one element of each operand. A source that
+// includes this defines its formulas in namespace fusedloss::cuda, as formulas/pointwise.h does, and then takes
+// kPointwise<Formula>.
+//
+// Most formulas do so little arithmetic that memory bandwidth decides: 16-byte accesses, several in flight in each
+// thread, and every tensor is read or written once.
+#pragma once
+
+#include "kernels/cuda/elementary.cuh"
+#include "kernels/cuda/grad_output.cuh"
+#include "kernels/cuda/pointwise_formula.h"
+#include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/vec.cuh"
+
+namespace fusedloss::cuda {
+namespace {  // a library of each source: none may take the kernels of another
+
+constexpr int kThreads = 256;
+
+// Packs of each operand that a thread loads before it computes: four altogether at least, and two of each, unless there
+// are many. More of them would take registers that other threads need, and each pack moves up through the places of
+// those before it.
+FUSEDLOSS_INLINE constexpr int packs_in_flight(int operands) {
+  return operands == 1 ? 4 : operands <= 4 ? 2 : 1;
+}
+
+template <typename F>
+using OperandsOf = std::make_integer_sequence<int, F::kOperands>;
+
+// The loss of one element, with its derivatives by the operands of kWrt.
+template <typename F, unsigned kWrt, typename A, int... kOperand, int... kParameter>
+__device__ __forceinline__ auto loss_of(const A (&values)[F::kOperands], const A (&parameter)[F::kParameters + 1],
+                                        std::integer_sequence<int, kOperand...>,
+                                        std::integer_sequence<int, kParameter...>) {
+  return F::template loss<A>(operand<kOperand, kWrt>(values[kOperand])..., Dual<A, 0>{parameter[kParameter]}...);
+}
+
+// Operand 0 has an element for each; of the others, one value may serve all.
+__device__ __forceinline__ bool is_one_value(const PointwiseOptions& o, int k) {
+  return k > 0 && o.operand_period[k] == 1;
+}
+
+// Or a row of values serves all rows, such as a weight for each class. Formulas of few operands are not compiled for it.
+template <typename F>
+__device__ __forceinline__ bool is_repeated(const PointwiseOptions& o, int k) {
+  return F::kOperands >= kFewestOfRepeated && k > 0 && o.operand_period[k] > 1;
+}
+
+template <typename T>
+__device__ __forceinline__ const T* elements_of(const PointwiseOptions& o, int k) {
+  return static_cast<const T*>(o.operand[k]);
+}
+
+// Which elements to take 16 bytes at a time: `losses` (loss or grad_output) matters where it has an element for each.
+template <typename F, typename T, int... kOperand>
+__device__ __forceinline__ Split<T, int64_t> split_elements(const PointwiseOptions& o, const void* losses,
+                                                            std::integer_sequence<int, kOperand...>) {
+  const bool wide = o.loss_dtype != o.dtype;
+  const auto has_all = [&](int k) { return !is_one_value(o, k) && !is_repeated<F>(o, k); };
+  return split(o.numel, elements_of<T>(o, 0), (has_all(kOperand) ? elements_of<T>(o, kOperand) : nullptr)...,
+               static_cast<const T*>(o.grad[kOperand])..., static_cast<const T*>(wide ? nullptr : losses),
+               static_cast<const Statistic<T>*>(wide ? losses : nullptr));
+}
+
+// Elements from number i on of a row of `period` that repeats itself: by 16 bytes where they lie so, else one by one.
+template <int kWidth, typename T>
+__device__ __forceinline__ Pack<T, kWidth> load_repeated(const T* row, int64_t period, int64_t i) {
+  // In 32 bits, where they suffice, a division takes a third of the time.
+  int64_t place = (i | period) >> 32 == 0 ? int64_t(uint32_t(i) % uint32_t(period)) : i % period;
+  if constexpr (kWidth == 1) {
+    return load<1>(row + place);
+  } else {
+    if (reinterpret_cast<uintptr_t>(row) % 16 == 0 && (place | period) % kWidth == 0) return load<kWidth>(row + place);
+    alignas(16) T values[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      values[j] = row[place];
+      place = place + 1 == period ? 0 : place + 1;
+    }
+    return load<kWidth>(values);
+  }
+}
+
+// Where one value serves all elements: it, with the mean's division.
+template <typename T>
+__device__ __forceinline__ Statistic<T> common_grad_output(const PointwiseOptions& o) {
+  const Statistic<T> g = grad_output_at<T>(o, 0);
+  return o.reduction == Reduction::kMean ? g / Statistic<T>(o.divisor) : g;
+}
+
+// What all elements of a thread share.
+template <typename F, typename T>
+struct Common {
+  Statistic<T> parameter[F::kParameters + 1];
+  Statistic<T> grad_output;
+};
+
+// kWidth elements of each operand.
+template <typename F, typename A, int kWidth>
+struct Values {
+  A of[kWidth][F::kOperands];
+};
+
+// Their losses, with the derivatives by the operands of kWrt.
+template <typename F, unsigned kWrt, typename A, int kWidth>
+__device__ __forceinline__ auto losses_of(const Values<F, A, kWidth>& values, const A (&parameter)[F::kParameters + 1]) {
+  using Parameters = std::make_integer_sequence<int, F::kParameters>;
+  using Loss = decltype(loss_of<F, kWrt>(values.of[0], parameter, OperandsOf<F>{}, Parameters{}));
+  struct {
+    Loss of[kWidth];
+  } losses;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j)
+    losses.of[j] = loss_of<F, kWrt>(values.of[j], parameter, OperandsOf<F>{}, Parameters{});
+  return losses;
+}
+
+// Adds the losses to sum, or writes them. The sum's additions are not fused with what the formula ends in: so it has the
+// same bits with and without gradients.
+template <typename T, int kWidth, typename Loss>
+__device__ __forceinline__ void take_losses(const PointwiseOptions& o, int64_t i, const Loss (&losses)[kWidth],
+                                            Statistic<T>& sum) {
+  if (o.reduction == Reduction::kNone) {
+    Statistic<T> plain[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) plain[j] = losses[j].value;
+    store_loss<T>(o.loss, o.loss_dtype != o.dtype, i, plain);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) sum = math::sum(sum, losses[j].value);
+  }
+}
+
+template <typename F, int kOperand, typename T, int kWidth, typename Loss>
+__device__ __forceinline__ void write_gradient(const PointwiseOptions& o, int64_t i, const Loss (&loss)[kWidth],
+                                               const Statistic<T> (&g)[kWidth]) {
+  if (o.grad[kOperand] == nullptr) return;
+  Statistic<T> grad[kWidth];
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) grad[j] = gradient<F>(g[j], partial_by<kOperand>(loss[j]));
+  store_values(static_cast<T*>(o.grad[kOperand]) + i, grad);
+}
+
+// One pack of each operand. With gradients, what their losses take besides is computed only if those are wanted, and so
+// is what the gradients by other operands than the first take: those are wanted seldom.
+template <typename F, bool kGradients, typename T, int kWidth, int... kOperand>
+__device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common<F, T>& common, int64_t i,
+                                         const Pack<T, kWidth> (&packs)[F::kOperands], Statistic<T>& sum,
+                                         std::integer_sequence<int, kOperand...>) {
+  using A = Statistic<T>;
+  Values<F, A, kWidth> values;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j)
+    ((values.of[j][kOperand] = packs[kOperand][j]), ...);
+  if constexpr (kGradients) {
+    constexpr unsigned kFirst = 1, kOthers = (1u << F::kOperands) - 2;
+    const auto by_first = losses_of<F, kFirst>(values, common.parameter);
+    if (o.loss != nullptr) take_losses<T>(o, i, by_first.of, sum);
+    A g[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) g[j] = common.grad_output;
+    if (o.grad_output_stride != 0) load_loss<T>(o.grad_output, o.loss_dtype != o.dtype, i, g);
+    write_gradient<F, 0, T>(o, i, by_first.of, g);
+    if (((kOperand > 0 && o.grad[kOperand] != nullptr) || ...)) {
+      const auto by_others = losses_of<F, kOthers>(values, common.parameter);
+      ([&] { if constexpr (kOperand > 0) write_gradient<F, kOperand, T>(o, i, by_others.of, g); }(), ...);
+    }
+  } else {
+    take_losses<T>(o, i, losses_of<F, 0>(values, common.parameter).of, sum);
+  }
+}
+
+// A thread's units of kWidth elements -> the sum of their losses, where it is wanted.
+template <int kWidth, typename F, bool kGradients, typename T>
+__device__ __forceinline__ Statistic<T> share(const PointwiseOptions& o, const Split<T, int64_t>& elements) {
+  constexpr int kPacks = packs_in_flight(F::kOperands);
+  Common<F, T> common = {};
+#pragma unroll
+  for (int k = 0; k < F::kParameters; ++k) common.parameter[k] = Statistic<T>(o.parameter[k]);
+  if constexpr (kGradients) common.grad_output = common_grad_output<T>(o);
+
+  // An operand of one value has it in all packs from here on: nothing is loaded there, and it stays as packs move up.
+  Pack<T, kWidth> packs[kPacks][F::kOperands] = {};
+#pragma unroll
+  for (int k = 0; k < F::kOperands; ++k)
+    if (is_one_value(o, k)) {
+      const auto one = splat<kWidth>(*elements_of<T>(o, k));
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) packs[p][k] = one;
+    }
+
+  Statistic<T> sum = 0;
+  const int64_t units = elements.template units<kWidth>(), step = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < units; unit += kPacks * step) {
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      if (unit + p * step >= units) continue;
+      const int64_t first = elements.template first<kWidth>(unit + p * step);
+#pragma unroll
+      for (int k = 0; k < F::kOperands; ++k)
+        if (is_repeated<F>(o, k)) packs[p][k] = load_repeated<kWidth>(elements_of<T>(o, k), o.operand_period[k], first);
+        else if (!is_one_value(o, k)) packs[p][k] = load<kWidth>(elements_of<T>(o, k) + first);
+    }
+    // One text for all packs, however long the formula is: the next one moves to the first one's place.
+#pragma unroll 1
+    for (int64_t now = unit; now < units && now < unit + kPacks * step; now += step) {
+      evaluate<F, kGradients>(o, common, elements.template first<kWidth>(now), packs[0], sum, OperandsOf<F>{});
+#pragma unroll
+      for (int p = 1; p < kPacks; ++p)
+#pragma unroll
+        for (int k = 0; k < F::kOperands; ++k) packs[p - 1][k] = packs[p][k];
+    }
+  }
+  return sum;
+}
+
+template <typename F, bool kGradients, typename T>
+__device__ __forceinline__ void evaluate_all(const PointwiseOptions& o) {
+  let_next_launch_start();
+  const void* losses = o.loss == nullptr ? o.grad_output : o.loss;
+  const bool one = o.loss == nullptr ? o.grad_output_stride == 0 : o.reduction != Reduction::kNone;
+  const auto elements = split_elements<F, T>(o, one ? nullptr : losses, OperandsOf<F>{});
+  Statistic<T> sum = share<kVector<T>, F, kGradients>(o, elements);
+  sum += share<1, F, kGradients>(o, elements);
+  if (o.loss == nullptr || o.reduction == Reduction::kNone) return;
+  const double of_block = block_sum(double(sum));
+  if (threadIdx.x == 0) static_cast<double*>(o.scratch)[blockIdx.x] = of_block;
+}
+
+// Two blocks at least on a multiprocessor, so that one loads while the other computes. To fit in a third, ptxas would
+// spill registers.
+#define FUSEDLOSS_BOUNDS __launch_bounds__(kThreads, 2)
+
+template <typename F, typename T>
+__global__ void FUSEDLOSS_BOUNDS losses(const PointwiseOptions o) {
+  evaluate_all<F, false, T>(o);
+}
+
+// In both passes, so that the gradient which one has left has the bits of the other's. The forward pass wants the losses
+// too.
+template <typename F, typename T>
+__global__ void FUSEDLOSS_BOUNDS gradients(const PointwiseOptions o) {
+  if (o.loss == nullptr) wait_for_launch_before();
+  if (o.loss == nullptr && gradient_is_ready<T>(o)) return;
+  evaluate_all<F, true, T>(o);
+}
+
+#undef FUSEDLOSS_BOUNDS
+
+// One block: the blocks' sums in a fixed order, and the mean's division.
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads) finish(const PointwiseOptions o, int blocks) {
+  wait_for_launch_before();
+  const double sum = sum_of_blocks<double>(o.scratch, blocks);
+  if (threadIdx.x != 0) return;
+  const double loss[1] = {o.reduction == Reduction::kMean ? sum / o.divisor : sum};
+  store_loss<T>(o.loss, o.loss_dtype != o.dtype, 0, loss);
+}
+
+inline unsigned grid_of(const PointwiseOptions& o) {
+  const int64_t blocks = divide_up(o.numel, kThreads * packs_in_flight(o.operands) * (16 / bytes_of(o.dtype)));
+  return unsigned(smaller(blocks, o.tuning.max_blocks));
+}
+
+template <typename F>
+cudaError_t launch_forward(const PointwiseOptions& given, cudaStream_t stream) {
+  PointwiseOptions o = given;
+  cudaError_t error = complete(o.tuning, reinterpret_cast<const void*>(&finish<float>));
+  if (error != cudaSuccess) return error;
+  bool with_gradients = false;
+  for (int k = 0; k < F::kOperands; ++k) with_gradients = with_gradients || o.grad[k] != nullptr;
+  return on_dtype(o.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (o.numel > 0) {
+      const auto kernel = with_gradients ? gradients<F, T> : losses<F, T>;
+      error = launch(kernel, {grid_of(o), kThreads}, stream, o);
+      if (error != cudaSuccess) return error;
+    }
+    if (o.reduction == Reduction::kNone) return cudaSuccess;
+    return launch(finish<T>, after_launch(o, 1, kSumThreads), stream, o, int(grid_of(o)));
+  });
+}
+
+template <typename F>
+cudaError_t launch_backward(const PointwiseOptions& given, cudaStream_t stream) {
+  PointwiseOptions o = given;
+  if (o.numel == 0) return cudaSuccess;
+  const cudaError_t error = complete(o.tuning, reinterpret_cast<const void*>(&finish<float>));
+  if (error != cudaSuccess) return error;
+  if (o.grad_ready) o.tuning.max_blocks = smaller(o.tuning.max_blocks, kHandOverBlocks);
+  return on_dtype(o.dtype, [&](auto zero) {
+    return launch(gradients<F, decltype(zero)>, after_launch(o, grid_of(o), kThreads), stream, o);
+  });
+}
+
+template <typename F>
+constexpr PointwiseFormula kPointwise = {launch_forward<F>, launch_backward<F>};
+
+}  // namespace
+}  // namespace fusedloss::cuda

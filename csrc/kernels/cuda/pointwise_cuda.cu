@@ -1,0 +1,26 @@
+// The losses of formulas/pointwise.h on the GPU, by name.
+#include "kernels/cuda/pointwise_cuda.h"
+
+#include <cstring>
+
+#include "kernels/cuda/pointwise.cuh"
+
+namespace fusedloss::cuda {
+
+namespace {
+#include "kernels/formulas/pointwise.h"
+}
+
+int64_t pointwise_scratch_bytes(const PointwiseOptions& o) {
+  return o.reduction == Reduction::kNone ? 0 : int64_t(grid_of(o)) * int64_t(sizeof(double));
+}
+
+const PointwiseFormula* find_pointwise_loss(const char* wanted) {
+#define FUSEDLOSS_FIND(name, Formula) \
+  if (std::strcmp(wanted, #name) == 0) return &kPointwise<Formula>;
+  FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_FIND)
+#undef FUSEDLOSS_FIND
+  return nullptr;
+}
+
+}  // namespace fusedloss::cuda

@@ -1,0 +1,216 @@
+// Memory access, 16 bytes at a time where alignment allows, and the conversion between a stored type T and the type
+// that is computed in.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/cuda/launch.cuh"
+#include "kernels/statistic.h"
+
+namespace fusedloss::cuda {
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+// Rounds once, also from double to 16 bits.
+template <typename T, typename A>
+__device__ __forceinline__ T narrow(A x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if constexpr (std::is_same_v<A, double>) return __double2bfloat16(x);
+    else return __float2bfloat16(x);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (std::is_same_v<A, double>) return __double2half(x);
+    else return __float2half(x);
+  } else {
+    return T(x);
+  }
+}
+
+// How many T one instruction loads.
+template <typename T>
+constexpr int kVector = 16 / sizeof(T);
+
+// Neighbouring elements as loaded: kVector<T> of them, or one. They stay in 32-bit words until they are computed with:
+// halves that were taken apart sooner would wait for their load before the next load is issued.
+template <typename T, int kWidth>
+struct Pack {
+  static_assert(kWidth == kVector<T>);
+  uint32_t words[4];
+
+  __device__ __forceinline__ uint4 as_vector() const { return {words[0], words[1], words[2], words[3]}; }
+  __device__ __forceinline__ void from_vector(uint4 v) {
+    words[0] = v.x;
+    words[1] = v.y;
+    words[2] = v.z;
+    words[3] = v.w;
+  }
+
+  // Of 16-bit elements, two at a time.
+  __device__ __forceinline__ Statistic<T> max() const {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) return max_of_pairs<__nv_bfloat162>();
+    else if constexpr (std::is_same_v<T, __half>) return max_of_pairs<__half2>();
+    else if constexpr (sizeof(T) == 8) return ::fmax((*this)[0], (*this)[1]);
+    else return ::fmaxf(::fmaxf((*this)[0], (*this)[1]), ::fmaxf((*this)[2], (*this)[3]));
+  }
+
+  __device__ __forceinline__ Statistic<T> operator[](int i) const {
+    if constexpr (sizeof(T) == 8) return as<double>(words[2 * i] | uint64_t(words[2 * i + 1]) << 32);
+    else if constexpr (sizeof(T) == 4) return as<float>(words[i]);
+    else if constexpr (std::is_same_v<T, __half>) return widen(__half(__half_raw{half_word(i)}));
+    else return as<float>(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+  }
+
+ private:
+  template <typename To, typename From>
+  static __device__ __forceinline__ To as(From bits) {
+    static_assert(sizeof(To) == sizeof(From));
+    To value;
+    memcpy(static_cast<void*>(&value), &bits, sizeof(To));
+    return value;
+  }
+  template <typename Pair>
+  __device__ __forceinline__ float max_of_pairs() const {
+    const Pair max = __hmax2(__hmax2(as<Pair>(words[0]), as<Pair>(words[1])),
+                             __hmax2(as<Pair>(words[2]), as<Pair>(words[3])));
+    return ::fmaxf(widen(max.x), widen(max.y));
+  }
+  __device__ __forceinline__ uint16_t half_word(int i) const { return uint16_t(words[i / 2] >> i % 2 * 16); }
+};
+
+template <typename T>
+struct Pack<T, 1> {
+  T element;
+
+  __device__ __forceinline__ Statistic<T> max() const { return widen(element); }
+  __device__ __forceinline__ Statistic<T> operator[](int) const { return widen(element); }
+};
+
+template <int kWidth, typename T>
+__device__ __forceinline__ Pack<T, kWidth> load(const T* p) {
+  Pack<T, kWidth> pack;
+  if constexpr (kWidth == 1) {
+    pack.element = *p;
+  } else {
+    pack.from_vector(*reinterpret_cast<const uint4*>(p));
+  }
+  return pack;
+}
+
+// One element in all places.
+template <int kWidth, typename T>
+__device__ __forceinline__ Pack<T, kWidth> splat(T value) {
+  Pack<T, kWidth> pack;
+  if constexpr (kWidth == 1) {
+    pack.element = value;
+  } else {
+    alignas(16) T values[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) values[j] = value;
+    pack.from_vector(*reinterpret_cast<const uint4*>(values));
+  }
+  return pack;
+}
+
+// In plain C++ the compiler stores some vectors in four pieces.
+__device__ __forceinline__ void store_vector(void* p, uint4 v) {
+#if FUSEDLOSS_CUDA_ARCH
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(p) = v;
+#endif
+}
+
+// [size] contiguous elements as single ones up to the first 16-byte boundary, then vectors, then single ones again.
+// Loops take them in units of kWidth: all vectors with kWidth = kVector<T>, all single elements with kWidth = 1.
+// Index is int32_t where sizes allow: in 64 bits, addresses cost a sweep as much as its arithmetic.
+template <typename T, typename Index>
+struct Split {
+  Index size, head, vectors;
+
+  template <int kWidth>
+  __device__ __forceinline__ Index units() const {
+    return kWidth == 1 ? size - vectors * kVector<T> : vectors;
+  }
+  // The first element of a unit.
+  template <int kWidth>
+  __device__ __forceinline__ Index first(Index unit) const {
+    if constexpr (kWidth == 1) return unit < head ? unit : unit + vectors * kVector<T>;
+    else return head + unit * kWidth;
+  }
+};
+
+template <typename T, typename Index>
+__device__ __forceinline__ Split<T, Index> only_single(Index size) {
+  return {size, 0, 0};
+}
+
+// Vectors must be aligned in `p` and in `others` too, which have as many elements (or are null); else there are none.
+template <typename T, typename Index, typename... Others>
+__device__ __forceinline__ Split<T, Index> split(Index size, const T* p, const Others*... others) {
+  const Index to_boundary = Index(-reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
+  const Index head = to_boundary < size ? to_boundary : size;
+  const bool aligned = ((others == nullptr || reinterpret_cast<uintptr_t>(others + head) % 16 == 0) && ...);
+  return aligned ? Split<T, Index>{size, head, (size - head) / kVector<T>} : only_single<T>(size);
+}
+
+// One thread's part of a row that several threads share: the units thread, thread + 2^step_shift, …
+template <typename T>
+struct Share : Split<T, int> {
+  int thread, step_shift;
+};
+
+// Computed values of kWidth elements from p on: one, or one or two vectors.
+template <int kWidth, typename T, typename A>
+__device__ __forceinline__ void load_values(const T* p, A (&values)[kWidth]) {
+  constexpr int kPiece = kWidth == 1 ? 1 : kVector<T>;
+#pragma unroll
+  for (int i = 0; i < kWidth; i += kPiece) {
+    const auto pack = load<kPiece>(p + i);
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) values[i + j] = pack[j];
+  }
+}
+
+template <typename T, int kWidth, typename A>
+__device__ __forceinline__ Pack<T, kWidth> narrow_pack(const A* values) {
+  alignas(16) T narrowed[kWidth];
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) narrowed[j] = narrow<T>(values[j]);
+  return load<kWidth>(narrowed);
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ void store(T* p, const Pack<T, kWidth>& pack) {
+  if constexpr (kWidth == 1) *p = pack.element;
+  else store_vector(p, pack.as_vector());
+}
+
+template <int kWidth, typename T, typename A>
+__device__ __forceinline__ void store_values(T* p, const A (&values)[kWidth]) {
+  constexpr int kPiece = kWidth == 1 ? 1 : kVector<T>;
+#pragma unroll
+  for (int i = 0; i < kWidth; i += kPiece) store(p + i, narrow_pack<T, kPiece>(values + i));
+}
+
+// The same for loss and grad_output, which hold T or, if wide, its statistics' type.
+template <typename T, int kWidth>
+__device__ __forceinline__ void load_loss(const void* losses, bool wide, int64_t i, Statistic<T> (&values)[kWidth]) {
+  if (wide) load_values(static_cast<const Statistic<T>*>(losses) + i, values);
+  else load_values(static_cast<const T*>(losses) + i, values);
+}
+
+// A is double for the sum of many rows or elements, which so is rounded once.
+template <typename T, int kWidth, typename A>
+__device__ __forceinline__ void store_loss(void* losses, bool wide, int64_t i, const A (&values)[kWidth]) {
+  if (wide) store_values(static_cast<Statistic<T>*>(losses) + i, values);
+  else store_values(static_cast<T*>(losses) + i, values);
+}
+
+}  // namespace fusedloss::cuda

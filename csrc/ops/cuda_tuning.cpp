@@ -1,0 +1,44 @@
+#include "ops/cuda_tuning.h"
+
+#include <c10/util/Exception.h>
+
+namespace fusedloss {
+namespace {
+
+CudaTuning tuning;
+
+struct Field {
+  const char* name;
+  int64_t CudaTuning::*member;
+};
+constexpr Field kFields[] = {
+    {"thread_classes", &CudaTuning::thread_classes}, {"warp_bytes", &CudaTuning::warp_bytes},
+    {"lane_packs", &CudaTuning::lane_packs},
+    {"least_lanes", &CudaTuning::least_lanes},
+    {"block_threads", &CudaTuning::block_threads},
+    {"other_threads", &CudaTuning::other_threads},
+    {"waves", &CudaTuning::waves},
+    {"split_classes", &CudaTuning::split_classes},   {"weigh_rows", &CudaTuning::weigh_rows},
+    {"max_blocks", &CudaTuning::max_blocks},         {"overlap", &CudaTuning::overlap},
+    {"multiprocessors", &CudaTuning::multiprocessors}, {"kept_bytes", &CudaTuning::kept_bytes},
+    {"cluster_blocks", &CudaTuning::cluster_blocks},
+};
+
+}  // namespace
+
+const CudaTuning& cuda_tuning() { return tuning; }
+
+void set_cuda_tuning(const std::string& name, int64_t value) {
+  if (name == "defaults") {
+    tuning = CudaTuning();
+    return;
+  }
+  for (const Field& field : kFields) {
+    if (name != field.name) continue;
+    tuning.*field.member = value;
+    return;
+  }
+  TORCH_CHECK_VALUE(false, "set_cuda_tuning: name is \"", name, "\", expected a field of CudaTuning or \"defaults\"");
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,43 @@
+// Is a tensor plain? Then the kernels may be called on its memory directly. Everything else (subclasses, functorch's
+// wrappers, fake and meta tensors, dispatch modes, tracing, other devices) goes through torch's own functions.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include "ops/checks.h"
+
+namespace fusedloss {
+
+inline c10::DispatchKeySet active_keys(const at::Tensor& tensor) {
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  return (tensor.key_set() | local.included_) - local.excluded_;
+}
+
+inline bool is_plain(const at::Tensor& tensor) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kPlain({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU,
+                                        DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView,
+                                        DispatchKey::BackendSelect, DispatchKey::AutocastCPU,
+                                        DispatchKey::AutocastCUDA});
+  if (!tensor.defined() || !kPlain.has_all(active_keys(tensor))) return false;
+  return !tensor._fw_grad(/*level=*/0).defined();  // forward-mode AD
+}
+
+// Would torch compute this tensor's loss in float32, for autocast?
+inline bool autocast_to_float32(const at::Tensor& tensor) {
+  if (tensor.scalar_type() == at::kDouble) return false;
+  const auto key = tensor.is_cuda() ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
+  return active_keys(tensor).has(key);
+}
+
+// Is a call with this input the kernels' to compute, or to refuse for its dtype?
+inline bool is_ours(const at::Tensor& input) {
+  if (!is_plain(input)) return false;
+#ifndef FUSEDLOSS_WITH_CUDA
+  if (input.is_cuda()) return false;
+#endif
+  return kernel_dtype(input.scalar_type()).has_value() || !autocast_to_float32(input);  // float8, which it converts
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,55 @@
+#include "ops/pointwise_registry.h"
+
+#include <c10/util/Exception.h>
+
+#include <deque>
+#include <mutex>
+#include <shared_mutex>
+#include <utility>
+
+#include "kernels/cpu/pointwise_losses.h"
+#include "kernels/options.h"
+#ifdef FUSEDLOSS_WITH_CUDA
+#include "kernels/cuda/pointwise_cuda.h"
+#endif
+
+namespace fusedloss {
+namespace {
+
+std::shared_mutex mutex;
+// Never destroyed: their Python functions cannot be where the interpreter has ended.
+std::deque<PointwiseLoss>& all_losses() {
+  static auto* const losses = new std::deque<PointwiseLoss>;
+  return *losses;
+}
+
+}  // namespace
+
+int64_t add_pointwise_loss(const std::string& name, const std::vector<std::string>& operands, int64_t cpu_formula,
+                           int64_t cuda_formula, PointwiseLoss::Composed composed) {
+  TORCH_CHECK_VALUE(!operands.empty() && operands.size() <= size_t(kMaxOperands), name, ": got ", operands.size(),
+                    " tensors, expected 1 to ", kMaxOperands);
+  PointwiseLoss loss = {};
+  loss.name = name;
+  loss.operands = operands;
+  loss.composed = std::move(composed);
+  const bool is_own = cpu_formula == 0 && cuda_formula == 0;
+  loss.on_cpu = is_own ? cpu::find_pointwise_loss(name.c_str())
+                       : reinterpret_cast<const cpu::PointwiseFormula*>(cpu_formula);
+  TORCH_CHECK_VALUE(!is_own || loss.on_cpu != nullptr, "there is no pointwise loss named ", name);
+#ifdef FUSEDLOSS_WITH_CUDA
+  loss.on_cuda = is_own ? cuda::find_pointwise_loss(name.c_str())
+                        : reinterpret_cast<const cuda::PointwiseFormula*>(cuda_formula);
+#endif
+  const std::unique_lock<std::shared_mutex> lock(mutex);
+  all_losses().push_back(std::move(loss));
+  return int64_t(all_losses().size()) - 1;
+}
+
+const PointwiseLoss& pointwise_loss(int64_t number) {
+  const std::shared_lock<std::shared_mutex> lock(mutex);
+  TORCH_CHECK_INDEX(number >= 0 && number < int64_t(all_losses().size()), "there is no pointwise loss number ", number);
+  return all_losses()[size_t(number)];  // stays where it is
+}
+
+}  // namespace fusedloss
