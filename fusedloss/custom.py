@@ -2,8 +2,8 @@
 
     criterion = fusedloss.custom_loss("where(abs(input - target) < delta, square(input - target), 0)", delta=1.0)
 
-The expression is printed as a formula of C++ beside those of csrc/kernels/formulas/pointwise.h, compiled once with the same
-kernels around it, and kept in the cache of `fusedloss.jit` by its content. Its derivatives come from the formula.
+The expression is printed as a formula of C++ beside those of csrc/kernels/formulas/pointwise.h, compiled once with the
+same kernels around it, and kept in the cache of `fusedloss.jit` by its content. Its derivatives come from the formula.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from ._calls import fused
 from ._torchscript import Scriptable, common_dtype, scriptable_class
 from .expression import Expression, parse, to_cpp, to_torch
 
-# Tensors that an expression may use without further ado, and how many it may use in all, as csrc/kernels/options.h has it.
+# Tensors that an expression may use without further ado, and how many it may use in all (csrc/kernels/options.h).
 USUAL_TENSORS = ("input", "target", "weight", "mask")
 MAX_TENSORS, MAX_PARAMETERS = 8, 16
 _SECONDS = {"cpu": 8, "cuda": 40}  # to compile one, about
@@ -264,7 +264,7 @@ class _Formula:
         return scriptable_class(self.name, self.expression, self.operands, self.parameters, bool(self.slopes))
 
     def cpp(self) -> str:
-        """The header that csrc/kernels/cpu/pointwise_formulas.h and csrc/kernels/cuda/pointwise.cuh include in the place of ours."""
+        """The header that the pointwise kernels of csrc/kernels/ include in the place of formulas/pointwise.h."""
         names = [*self.operands, *self.parameters]
         types = ", ".join(f"typename T{i}" for i in range(len(names)))
         arguments = ", ".join(f"T{i} argument_{name}" for i, name in enumerate(names))

@@ -140,12 +140,12 @@ def _rows(input: Tensor) -> Sequence[int]:
     return (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
 
 
-def _statistics_dtype(input: Tensor) -> torch.dtype:
+def _accumulate_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def _fake_cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, autocast):
-    rows, statistics_dtype = _rows(input), _statistics_dtype(input)
+    rows, accumulate_dtype = _rows(input), _accumulate_dtype(input)
     expected = input.shape if target.dim() == input.dim() else rows
     for given, size in zip(target.shape, expected, strict=True):
         torch._check(given == size, lambda: f"target must have shape {list(expected)}, got {list(target.shape)}")
@@ -156,14 +156,14 @@ def _fake_cross_entropy_forward(input, target, weight, reduction, ignore_index, 
     reduction = _REDUCTIONS[reduction]
     scalars = int(reduction == "mean") + int(sums_weights)
     return (
-        input.new_empty(rows if reduction == "none" else (), dtype=statistics_dtype if autocast else input.dtype),
-        input.new_empty((2 * math.prod(rows) + scalars,), dtype=statistics_dtype),
+        input.new_empty(rows if reduction == "none" else (), dtype=accumulate_dtype if autocast else input.dtype),
+        input.new_empty((2 * math.prod(rows) + scalars,), dtype=accumulate_dtype),
     )
 
 
 def _fake_pointwise_forward(operands, loss, parameters, reduction, divisor, autocast):
     input = operands[0]
-    dtype = _statistics_dtype(input) if autocast else input.dtype
+    dtype = _accumulate_dtype(input) if autocast else input.dtype
     return (
         torch.empty_like(input, dtype=dtype) if _REDUCTIONS[reduction] == "none" else input.new_empty((), dtype=dtype)
     )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# Relative error of the computation itself, in the statistics' type. Its sums run over up to a few thousand terms, and
+# Relative error of the computation itself, in the accumulate type. Its sums run over up to a few thousand terms, and
 # exp(x - max) has the error of its argument, about 1e-6 in float32.
 COMPUTED = {torch.float32: 3e-6, torch.float64: 3e-14, torch.bfloat16: 3e-6, torch.float16: 3e-6}
 # Half a unit in the last place of the result: of a normal number at most this part of it, of a subnormal one this much.

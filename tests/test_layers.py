@@ -38,7 +38,7 @@ def violations(csrc: Path) -> list[str]:
         ):
             if kind == "<":
                 of_torch = included.startswith((*PYTHON, *AUTOGRAD, *TENSORS))
-                if of_torch and not included.startswith(tuple(parts)) or included == "torch/extension.h":
+                if (of_torch and not included.startswith(tuple(parts))) or included == "torch/extension.h":
                     found.append(f"{name} includes {included}")
             elif not any(_is_in(included, folder) for folder in folders):
                 found.append(f"{name} includes {included}")

@@ -129,9 +129,10 @@ def test_compiled_part_that_is_insisted_on_needs_torch(unpacked, tmp_path):
 
 def test_wheel_with_the_compiled_part(unpacked, tmp_path):
     shutil.rmtree(unpacked / "csrc")
-    (unpacked / "csrc" / "kernels" / "cpu").mkdir(parents=True)
+    kernels = unpacked / "csrc" / "kernels" / "cpu"
+    kernels.mkdir(parents=True)
     (unpacked / "csrc" / "bindings.cpp").write_text(TINY)
-    (unpacked / "csrc" / "kernels" / "cpu" / "value.cpp").write_text('#include "value.h"\nint value() { return VALUE; }\n')
+    (kernels / "value.cpp").write_text('#include "value.h"\nint value() { return VALUE; }\n')
     (unpacked / "csrc" / "value.h").write_text("#define VALUE 7\n")
     wheel = build("wheel", unpacked, tmp_path, FUSEDLOSS_CUDA="0")
     assert f"-cp3{sys.version_info.minor}-" in wheel.name

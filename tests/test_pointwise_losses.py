@@ -29,7 +29,7 @@ def terms(operands: dict[str, Tensor]) -> Tensor:
     return size
 
 
-# How much worse than the statistics' type, in which the kernels add, autograd adds up a gradient.
+# How much worse than the accumulate type, in which the kernels add, autograd adds up a gradient.
 SUMMED = {torch.float32: 1, torch.float64: 1, torch.bfloat16: 2**-8 / 3e-6, torch.float16: 2**-11 / 3e-6}
 
 

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace fusedloss {
+#include "kernels/dtypes.h"
 
-enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+namespace fusedloss {
 
 // The numbers are torch's own (at::Reduction).
 enum class Reduction : int32_t { kNone = 0, kMean = 1, kSum = 2 };
@@ -38,11 +38,11 @@ struct CudaTuning {
 };
 
 // Logits of shape (C), (N, C) or (N, C, d1, …) are seen as [outer, classes, inner]; a row is the classes of
-// one (outer, inner) position, row number outer * inner_size + inner. "Statistics' type" is float, and double
+// one (outer, inner) position, row number outer * inner_size + inner. The "accumulate type" is float, and double
 // for kFloat64.
 struct CrossEntropyOptions {
   DType dtype;       // of logits, target_probability and grad_logits
-  DType loss_dtype;  // of loss and grad_output: dtype or the statistics' type
+  DType loss_dtype;  // of loss and grad_output: dtype or the accumulate type
   Reduction reduction;
   int64_t outer, classes, inner;
   int64_t ignore_index;
@@ -53,9 +53,9 @@ struct CrossEntropyOptions {
   const int64_t* target_index;     // [outer, inner] contiguous; null for probabilities
   const void* target_probability;  // [outer, classes, inner]; null for class indices
   Strides target_strides;
-  const void* weight;  // [classes] contiguous, statistics' type; null is 1 for every class
+  const void* weight;  // [classes] contiguous, accumulate type; null is 1 for every class
 
-  // Written by the forward pass, read by the backward pass; all of the statistics' type. Where the number of rows is a
+  // Written by the forward pass, read by the backward pass; all of the accumulate type. Where the number of rows is a
   // multiple of so many elements as 16 bytes hold, row_max, row_scale and the loss of each row are 16-byte aligned.
   void* row_max;       // [rows]
   void* row_scale;     // [rows]  sum(q) / sum(exp(logit - row_max)), q as in formulas/cross_entropy.h
@@ -84,7 +84,7 @@ struct CrossEntropyOptions {
 // The negative log likelihood of class indices. Rows as above.
 struct NLLLossOptions {
   DType dtype;       // of input and grad_input
-  DType loss_dtype;  // of loss and grad_output: dtype or the statistics' type
+  DType loss_dtype;  // of loss and grad_output: dtype or the accumulate type
   Reduction reduction;
   int64_t outer, classes, inner;
   int64_t ignore_index;
@@ -92,8 +92,8 @@ struct NLLLossOptions {
   const void* input;  // [outer, classes, inner], log-probabilities; forward only
   Strides input_strides;
   const int64_t* target;  // [outer, inner] contiguous
-  const void* weight;     // [classes] contiguous, statistics' type; null is 1 for every class
-  void* total_weight;     // [1] statistics' type, what the mean divides by; null for the other reductions
+  const void* weight;     // [classes] contiguous, accumulate type; null is 1 for every class
+  void* total_weight;     // [1] accumulate type, what the mean divides by; null for the other reductions
 
   void* loss;     // [rows] for kNone, else [1]
   void* scratch;  // forward only; as many bytes as the launcher asks for, 16-byte aligned
@@ -115,7 +115,7 @@ constexpr int kFewestOfRepeated = 3;  // operands of a loss that on CUDA takes a
 // losses of the user's own.
 struct PointwiseOptions {
   DType dtype;       // of the operands and their gradients
-  DType loss_dtype;  // of loss and grad_output: dtype or the statistics' type
+  DType loss_dtype;  // of loss and grad_output: dtype or the accumulate type
   Reduction reduction;
   int64_t numel;
   double divisor;  // what the mean divides by

@@ -69,17 +69,17 @@ inline bool is_one_value(const at::Tensor& tensor) {
 }
 
 // The type sums, maxima and exponentials are computed in.
-inline at::ScalarType statistics_type(at::ScalarType type) {
+inline at::ScalarType accumulate_type(at::ScalarType type) {
   return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// The dtype of a loss or of grad_output: that of input, or under autocast the statistics'.
+// The dtype of a loss or of grad_output: that of input, or under autocast the accumulate type.
 inline at::ScalarType loss_type(const at::Tensor& input, bool autocast) {
-  return autocast ? statistics_type(input.scalar_type()) : input.scalar_type();
+  return autocast ? accumulate_type(input.scalar_type()) : input.scalar_type();
 }
 
 inline DType check_loss_dtype(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& input) {
-  const auto expected = statistics_type(input.scalar_type());
+  const auto expected = accumulate_type(input.scalar_type());
   TORCH_CHECK(tensor.scalar_type() == input.scalar_type() || tensor.scalar_type() == expected, op, ": ", name,
               " must be ", input.scalar_type(), " or ", expected, ", got ", tensor.scalar_type());
   return check_dtype(op, name, tensor);

@@ -41,7 +41,7 @@ inline at::Tensor kernel_weight(const char* op, const at::Tensor& given, int64_t
               classes, " classes, got shape ", given.sizes());
   check_same_device(op, "weight", given, input);
   check_memory(op, "weight", given);
-  return given.to(statistics_type(input.scalar_type())).contiguous();
+  return given.to(accumulate_type(input.scalar_type())).contiguous();
 }
 
 // "target[1, 2]", from a row's number.

@@ -208,7 +208,7 @@ CrossEntropyResult cross_entropy_forward(const at::Tensor& input, const at::Tens
   if (weight.has_value()) check_weight_dtype(kOp, input, *weight, autocast);
   if (debug_enabled && o.target_index != nullptr) check_class_indices_on_host(kOp, o, call.target);
   const auto statistics =
-      input.new_empty({call.statistics_numel()}, statistics_type(input.scalar_type()));
+      input.new_empty({call.statistics_numel()}, accumulate_type(input.scalar_type()));
   call.take_statistics(statistics);
 
   const auto type = loss_type(input, autocast);
@@ -231,7 +231,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
   CrossEntropyOptions& o = call.o;
   check_same_device(kOp, "statistics", statistics, input);
   TORCH_CHECK(statistics.numel() == call.statistics_numel() && statistics.is_contiguous() &&
-                  statistics.scalar_type() == statistics_type(input.scalar_type()),
+                  statistics.scalar_type() == accumulate_type(input.scalar_type()),
               kOp, ": statistics must be those of this input's forward pass");
   check_memory(kOp, "statistics", statistics);
   call.take_statistics(statistics);

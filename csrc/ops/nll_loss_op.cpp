@@ -116,7 +116,7 @@ NLLLossResult nll_loss_forward(const at::Tensor& input, const at::Tensor& target
   o.loss_dtype = *kernel_dtype(type);
   o.loss = loss.data_ptr();
   const bool mean = o.reduction == Reduction::kMean;
-  const auto total_weight = input.new_empty({int64_t(mean)}, statistics_type(input.scalar_type()));
+  const auto total_weight = input.new_empty({int64_t(mean)}, accumulate_type(input.scalar_type()));
   if (mean) o.total_weight = total_weight.data_ptr();
   run_forward(call);
   return {loss, total_weight};
@@ -131,7 +131,7 @@ at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& ta
   NLLLossOptions& o = call.o;
   if (o.reduction == Reduction::kMean) {
     check_same_device(kOp, "total_weight", total_weight, grad);
-    TORCH_CHECK(total_weight.numel() == 1 && total_weight.scalar_type() == statistics_type(dtype), kOp,
+    TORCH_CHECK(total_weight.numel() == 1 && total_weight.scalar_type() == accumulate_type(dtype), kOp,
                 ": total_weight must be that of the forward pass");
     check_memory(kOp, "total_weight", total_weight);
     o.total_weight = total_weight.data_ptr();

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as csrc/kernels/options.h numbers them
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as csrc/kernels/dtypes.h has them
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 INT, LONG, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 

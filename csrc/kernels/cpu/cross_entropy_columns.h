@@ -39,9 +39,9 @@ FUSEDLOSS_INLINE void for_each_group(int begin, int end, Group group) {
 // q of class c for the group that starts at column i, without the target class's own part; of a smoothed target in
 // units of smoothing.uniform.
 template <bool kWhole, typename T, bool kSpread>
-FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V column_coefficients(const Problem<T>& p, const Tile<T>& tile,
+FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V column_coefficients(const Problem<T>& p, const Tile<T>& tile,
                                                                     int64_t c, int i) {
-  using V = typename Simd<Statistic<T>>::V;
+  using V = typename Simd<AccumulateType<T>>::V;
   if constexpr (!kSpread) return V{};
   const V w = V{} + p.weight_of(c);
   if (has_class<kSpread>(p)) return w;
@@ -50,9 +50,9 @@ FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V column_coefficients(const Proble
 }
 
 template <bool kWhole, typename T, bool kSpread>
-FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_group(const Problem<T>& p, const Tile<T>& tile,
+FUSEDLOSS_INLINE RowState<typename Simd<AccumulateType<T>>::V> sweep_group(const Problem<T>& p, const Tile<T>& tile,
                                                                       int64_t begin, int64_t end, int i) {
-  using V = typename Simd<Statistic<T>>::V;
+  using V = typename Simd<AccumulateType<T>>::V;
   const int64_t stride = p.o.logits_strides.classes;
   auto s = empty_row_state<V>();
   for (int64_t c = begin; c < end; ++c) {
@@ -91,8 +91,8 @@ struct TileClasses {
 };
 
 template <typename T, bool kSpread>
-FUSEDLOSS_INLINE void read_classes(const Problem<T>& p, const Tile<T>& tile, TileClasses<Statistic<T>>& classes) {
-  using Index = typename TileClasses<Statistic<T>>::Index;
+FUSEDLOSS_INLINE void read_classes(const Problem<T>& p, const Tile<T>& tile, TileClasses<AccumulateType<T>>& classes) {
+  using Index = typename TileClasses<AccumulateType<T>>::Index;
   typedef Index Narrow __attribute__((vector_size(Simd<double>::kLanes * sizeof(Index))));
   int i = 0;
   if (has_class<kSpread>(p)) {
@@ -123,9 +123,9 @@ struct GroupTarget {
 };
 
 template <typename T, bool kSpread>
-FUSEDLOSS_INLINE GroupTarget<Statistic<T>> gather_target(const Problem<T>& p, const Tile<T>& tile,
-                                                         const TileClasses<Statistic<T>>& classes, int i) {
-  using A = Statistic<T>;
+FUSEDLOSS_INLINE GroupTarget<AccumulateType<T>> gather_target(const Problem<T>& p, const Tile<T>& tile,
+                                                         const TileClasses<AccumulateType<T>>& classes, int i) {
+  using A = AccumulateType<T>;
   alignas(64) A x[kLanesOf<T>] = {}, w[kLanesOf<T>] = {};
   for (int lane = 0; has_class<kSpread>(p) && lane < kLanesOf<T>; ++lane) {
     const int64_t y = classes.y[i + lane];
@@ -154,11 +154,11 @@ struct CompensatedLanes {
 
 // From the sums over all classes to the losses and statistics of a group of rows. Returns what is the rows' row_scale.
 template <bool kWhole, typename T, bool kSpread>
-FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V finish_group(const Problem<T>& p, const Tile<T>& tile, int i,
-                                                             RowState<typename Simd<Statistic<T>>::V> s,
-                                                             const GroupTarget<Statistic<T>>& target,
+FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V finish_group(const Problem<T>& p, const Tile<T>& tile, int i,
+                                                             RowState<typename Simd<AccumulateType<T>>::V> s,
+                                                             const GroupTarget<AccumulateType<T>>& target,
                                                              CompensatedLanes& loss_sum) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   using V = typename Simd<A>::V;
   const int n = tile.n - i;
   const int64_t row = tile.row + i;
@@ -197,7 +197,7 @@ FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V finish_group(const Problem<T>& p
 // What a tile's gradient needs of each class.
 template <typename T, bool kSpread>
 struct FewGradient {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   using V = typename Simd<A>::V;
 
   A unit = 1;           // of q: smoothing.uniform for a smoothed target
@@ -223,10 +223,10 @@ struct FewGradient {
 
 // A group's sums over its classes. target: of which y is known; kept: [classes], receives exp(x - max).
 template <bool kWhole, typename T, bool kSpread>
-FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_few(const Problem<T>& p, const Tile<T>& tile, int i,
-                                                                    GroupTarget<Statistic<T>>& target,
-                                                                    typename Simd<Statistic<T>>::V* kept) {
-  using V = typename Simd<Statistic<T>>::V;
+FUSEDLOSS_INLINE RowState<typename Simd<AccumulateType<T>>::V> sweep_few(const Problem<T>& p, const Tile<T>& tile, int i,
+                                                                    GroupTarget<AccumulateType<T>>& target,
+                                                                    typename Simd<AccumulateType<T>>::V* kept) {
+  using V = typename Simd<AccumulateType<T>>::V;
   const int count = int(p.o.classes);
   auto s = empty_row_state<V>();
   for (int c = 0; c < count; ++c) {
@@ -254,9 +254,9 @@ FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_few(const Proble
 // Several groups take each step before any takes the next: what a step waits for is then computed for all of them at
 // once.
 template <typename T, bool kSpread>
-FUSEDLOSS_INLINE void forward_few(const Problem<T>& p, const Tile<T>& tile, const TileClasses<Statistic<T>>& classes,
+FUSEDLOSS_INLINE void forward_few(const Problem<T>& p, const Tile<T>& tile, const TileClasses<AccumulateType<T>>& classes,
                                   CompensatedLanes& loss) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   using V = typename Simd<A>::V;
   constexpr int kGroups = 8, kLanes = kLanesOf<T>;
   const FewGradient<T, kSpread> gradient(p);
@@ -284,8 +284,8 @@ FUSEDLOSS_INLINE void forward_few(const Problem<T>& p, const Tile<T>& tile, cons
 }
 
 template <typename T, bool kSpread>
-FUSEDLOSS_INLINE void backward_few(const Problem<T>& p, const Tile<T>& tile, const TileClasses<Statistic<T>>& classes) {
-  using V = typename Simd<Statistic<T>>::V;
+FUSEDLOSS_INLINE void backward_few(const Problem<T>& p, const Tile<T>& tile, const TileClasses<AccumulateType<T>>& classes) {
+  using V = typename Simd<AccumulateType<T>>::V;
   const FewGradient<T, kSpread> gradient(p);
   for_each_group<T>(0, tile.n, [&](auto whole, int i) __attribute__((always_inline)) {
     const int n = tile.n - i;
@@ -302,9 +302,9 @@ FUSEDLOSS_INLINE void backward_few(const Problem<T>& p, const Tile<T>& tile, con
 // ---- any number of classes
 
 template <typename T, bool kSpread>
-FUSEDLOSS_INLINE void forward_many(const Problem<T>& p, const Tile<T>& tile, const TileClasses<Statistic<T>>& classes,
+FUSEDLOSS_INLINE void forward_many(const Problem<T>& p, const Tile<T>& tile, const TileClasses<AccumulateType<T>>& classes,
                                    CompensatedLanes& loss) {
-  using V = typename Simd<Statistic<T>>::V;
+  using V = typename Simd<AccumulateType<T>>::V;
   constexpr int kLanes = kLanesOf<T>, kGroups = kTile / kLanes;
   RowState<V> state[kGroups], part[kGroups];
   for (auto& s : state) s = empty_row_state<V>();
@@ -334,9 +334,9 @@ struct TileGradient {
 };
 
 template <bool kWhole, typename T, bool kSpread>
-FUSEDLOSS_INLINE void fill_group(const Problem<T>& p, const Tile<T>& tile, const TileClasses<Statistic<T>>& classes,
-                                 TileGradient<Statistic<T>>& rows, int i) {
-  using V = typename Simd<Statistic<T>>::V;
+FUSEDLOSS_INLINE void fill_group(const Problem<T>& p, const Tile<T>& tile, const TileClasses<AccumulateType<T>>& classes,
+                                 TileGradient<AccumulateType<T>>& rows, int i) {
+  using V = typename Simd<AccumulateType<T>>::V;
   const int n = tile.n - i;
   const V max = load_lanes<kWhole>(p.row_max + tile.row + i, n);
   const V scale = load_lanes<kWhole>(p.row_scale + tile.row + i, n);
@@ -351,9 +351,9 @@ FUSEDLOSS_INLINE void fill_group(const Problem<T>& p, const Tile<T>& tile, const
 }
 
 template <bool kWhole, typename T, bool kSpread>
-FUSEDLOSS_INLINE void gradient_group(const Problem<T>& p, const Tile<T>& tile, const TileClasses<Statistic<T>>& classes,
-                                     const TileGradient<Statistic<T>>& rows, int64_t c, int i) {
-  using V = typename Simd<Statistic<T>>::V;
+FUSEDLOSS_INLINE void gradient_group(const Problem<T>& p, const Tile<T>& tile, const TileClasses<AccumulateType<T>>& classes,
+                                     const TileGradient<AccumulateType<T>>& rows, int64_t c, int i) {
+  using V = typename Simd<AccumulateType<T>>::V;
   const V x = load_lanes<kWhole>(tile.x + c * p.o.logits_strides.classes + i, tile.n - i);
   const V e = math::exp(x - load(rows.max + i));
   V grad = V{};
@@ -369,8 +369,8 @@ FUSEDLOSS_INLINE void gradient_group(const Problem<T>& p, const Tile<T>& tile, c
 
 template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void backward_many(const Problem<T>& p, const Tile<T>& tile,
-                                    const TileClasses<Statistic<T>>& classes) {
-  TileGradient<Statistic<T>> rows;
+                                    const TileClasses<AccumulateType<T>>& classes) {
+  TileGradient<AccumulateType<T>> rows;
   rows.unit = has_class<kSpread>(p) ? p.smoothing.uniform : 1;
   for_each_group<T>(0, tile.n, [&](auto whole, int i) __attribute__((always_inline)) {
     fill_group<whole, T, kSpread>(p, tile, classes, rows, i);
@@ -388,7 +388,7 @@ FUSEDLOSS_INLINE void backward_many(const Problem<T>& p, const Tile<T>& tile,
 template <typename T, bool kSpread>
 void forward_columns(const Problem<T>& p, ChunkRange range, ChunkResult& chunk) {
   const Tile<T> tile(p, range);
-  TileClasses<Statistic<T>> classes;
+  TileClasses<AccumulateType<T>> classes;
   read_classes<T, kSpread>(p, tile, classes);
   for (int i = 0; !classes.all_count && chunk.bad_row < 0 && i < tile.n; ++i)
     if (classes.y[i] < 0 && p.o.target_index[tile.row + i] != p.o.ignore_index) chunk.bad_row = tile.row + i;
@@ -406,7 +406,7 @@ void forward_columns(const Problem<T>& p, ChunkRange range, ChunkResult& chunk) 
 template <typename T, bool kSpread>
 void backward_columns(const Problem<T>& p, ChunkRange range) {
   const Tile<T> tile(p, range);
-  TileClasses<Statistic<T>> classes;
+  TileClasses<AccumulateType<T>> classes;
   read_classes<T, kSpread>(p, tile, classes);
   if (p.o.classes > kFewClasses) {
     backward_many<T, kSpread>(p, tile, classes);

@@ -22,7 +22,7 @@ int64_t cross_entropy_scratch_bytes(const CrossEntropyOptions& o) {
 }
 
 void cross_entropy_weight_sum(const CrossEntropyOptions& o) {
-  FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(weight_sum<Statistic<T>>(o)));
+  FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(weight_sum<AccumulateType<T>>(o)));
 }
 
 void cross_entropy_weigh(const CrossEntropyOptions& o, int64_t begin, int64_t end) {

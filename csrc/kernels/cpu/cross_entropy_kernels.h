@@ -125,7 +125,7 @@ inline CompensatedSum sum_of_weights(const CrossEntropyOptions& o) {
 
 template <typename T>
 void total_weight(const CrossEntropyOptions& o) {
-  *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(sum_of_weights(o).value());
+  *static_cast<AccumulateType<T>*>(o.total_weight) = AccumulateType<T>(sum_of_weights(o).value());
 }
 
 // The chunks' sums in their order, in double; rounded once.
@@ -141,8 +141,8 @@ int64_t finish(const CrossEntropyOptions& o) {
     if (bad_row < 0) bad_row = chunk.bad_row;
   }
   if (o.reduction == Reduction::kMean)
-    write_loss<T>(o, 0, Statistic<T>(divide_by_total_weight(loss.value(), sum_of_weights(o).value())));
-  if (o.reduction == Reduction::kSum) write_loss<T>(o, 0, Statistic<T>(loss.value()));
+    write_loss<T>(o, 0, AccumulateType<T>(divide_by_total_weight(loss.value(), sum_of_weights(o).value())));
+  if (o.reduction == Reduction::kSum) write_loss<T>(o, 0, AccumulateType<T>(loss.value()));
   return bad_row;
 }
 

@@ -1,13 +1,13 @@
 // What every row of one call shares, typed, and the end of a row: statistics in, loss out. Included inside the
 // namespace of each instruction set, so without include guard.
 
-// What a row's sums are joined and its loss computed in: more than the statistics' type, for a few numbers a row.
+// What a row's sums are joined and its loss computed in: more than the accumulate type, for a few numbers a row.
 template <typename A>
 using Wide = std::conditional_t<std::is_same_v<A, double>, long double, double>;
 
 template <typename T>
 struct Problem {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
 
   const CrossEntropyOptions& o;
   const T* logits;       // [outer, classes, inner]
@@ -104,9 +104,9 @@ FUSEDLOSS_INLINE W row_loss(const Problem<T>& p, RowState<W> state, W logsum, W 
 // x: the row's first class, its classes side by side. logsum: log(state.sum); inverse_sum: its inverse. loss_sum: of a
 // few rows, so that it rounds a few times.
 template <typename T, bool kSpread>
-FUSEDLOSS_INLINE void finish_row(const Problem<T>& p, int64_t row, const T* x, RowState<Wide<Statistic<T>>> state,
-                                 Wide<Statistic<T>> logsum, Statistic<T> inverse_sum, double& loss_sum) {
-  using A = Statistic<T>;
+FUSEDLOSS_INLINE void finish_row(const Problem<T>& p, int64_t row, const T* x, RowState<Wide<AccumulateType<T>>> state,
+                                 Wide<AccumulateType<T>> logsum, AccumulateType<T> inverse_sum, double& loss_sum) {
+  using A = AccumulateType<T>;
   using W = Wide<A>;
   W x_y = 0, w_y = 0;
   A mass = A(state.mass);

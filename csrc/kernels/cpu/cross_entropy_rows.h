@@ -18,14 +18,14 @@ constexpr int kUnroll = 4;
 
 template <typename T>
 FUSEDLOSS_INLINE bool is_short_row(int64_t classes) {
-  return classes <= kRowBlock<Statistic<T>>;
+  return classes <= kRowBlock<AccumulateType<T>>;
 }
 
 // q of neighbouring classes, without the target class's own part; of a smoothed target in units of smoothing.uniform, in
 // which the sums of equal weights are exact.
 template <typename T, bool kSpread>
 struct RowCoefficients {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   using V = typename Simd<A>::V;
 
   const T* probability;  // [classes] of this row; null for class indices
@@ -55,18 +55,18 @@ struct RowCoefficients {
 };
 
 template <bool kWhole, typename T>
-FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V read_classes(const T* x, int n, Statistic<T>* room) {
+FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V read_classes(const T* x, int n, AccumulateType<T>* room) {
   const auto v = load_lanes<kWhole>(x, n);
-  if constexpr (!std::is_same_v<T, Statistic<T>>) store_lanes<kWhole>(room, v, n);
+  if constexpr (!std::is_same_v<T, AccumulateType<T>>) store_lanes<kWhole>(room, v, n);
   return v;
 }
 
 // Writes the largest of every kLanes-th of n classes to max, of lanes without a class -inf. Returns the classes in the
-// statistics' type: x itself, or room ([n]), where they are widened for all that comes after.
+// accumulate type: x itself, or room ([n]), where they are widened for all that comes after.
 template <typename T>
-FUSEDLOSS_NOINLINE const Statistic<T>* read_block(const T* x, int n, Statistic<T>* room,
-                                                  typename Simd<Statistic<T>>::V* max) {
-  using A = Statistic<T>;
+FUSEDLOSS_NOINLINE const AccumulateType<T>* read_block(const T* x, int n, AccumulateType<T>* room,
+                                                  typename Simd<AccumulateType<T>>::V* max) {
+  using A = AccumulateType<T>;
   using V = typename Simd<A>::V;
   constexpr int kLanes = kLanesOf<T>;
   V best[kUnroll];
@@ -91,10 +91,10 @@ FUSEDLOSS_NOINLINE const Statistic<T>* read_block(const T* x, int n, Statistic<T
 }
 
 template <bool kWhole, typename T, bool kSpread>
-FUSEDLOSS_INLINE void add_classes(RowState<typename Simd<Statistic<T>>::V>& s, const Statistic<T>* x,
-                                  const RowCoefficients<T, kSpread>& q, int64_t c, int n, Statistic<T> relative_to,
-                                  Statistic<T>* kept) {
-  using A = Statistic<T>;
+FUSEDLOSS_INLINE void add_classes(RowState<typename Simd<AccumulateType<T>>::V>& s, const AccumulateType<T>* x,
+                                  const RowCoefficients<T, kSpread>& q, int64_t c, int n, AccumulateType<T> relative_to,
+                                  AccumulateType<T>* kept) {
+  using A = AccumulateType<T>;
   using V = typename Simd<A>::V;
   const V d = load_lanes<kWhole>(x, n) - relative_to;
   V e = math::exp(d);
@@ -125,11 +125,11 @@ struct Ahead {
 // The sums over classes [begin, begin + n), of every kLanes-th one; without their maximum. x: [n]; kept: [n], where the
 // exponentials are to be kept, or null; it may be x.
 template <typename T, bool kSpread>
-FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_block(const Statistic<T>* x,
+FUSEDLOSS_INLINE RowState<typename Simd<AccumulateType<T>>::V> sweep_block(const AccumulateType<T>* x,
                                                                       const RowCoefficients<T, kSpread>& q,
-                                                                      int64_t begin, int n, Statistic<T> relative_to,
-                                                                      Statistic<T>* kept, Ahead<T> ahead) {
-  using V = typename Simd<Statistic<T>>::V;
+                                                                      int64_t begin, int n, AccumulateType<T> relative_to,
+                                                                      AccumulateType<T>* kept, Ahead<T> ahead) {
+  using V = typename Simd<AccumulateType<T>>::V;
   constexpr int kLanes = kLanesOf<T>;
   RowState<V> s[kUnroll];
   FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) s[k] = empty_row_state<V>();
@@ -156,7 +156,7 @@ FUSEDLOSS_INLINE RowState<typename Simd<Statistic<T>>::V> sweep_block(const Stat
 
 template <typename T, bool kSpread>
 struct RowGradient {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   using V = typename Simd<A>::V;
 
   const RowCoefficients<T, kSpread>& q;
@@ -218,11 +218,11 @@ struct Kept {
   FUSEDLOSS_INLINE A one(int i) const { return e[i]; }
 };
 
-// Exponentials of a block that are computed anew. x: [n], of T or of the statistics' type; the gradient may be written
+// Exponentials of a block that are computed anew. x: [n], of T or of the accumulate type; the gradient may be written
 // over it.
 template <typename X, typename T>
 struct Anew {
-  using A = Statistic<X>;
+  using A = AccumulateType<X>;
   using V = typename Simd<A>::V;
 
   const X* x;
@@ -239,7 +239,7 @@ struct Anew {
 
 // Of classes [begin, begin + n), from their exponentials.
 template <typename T, bool kSpread, typename Exponentials>
-FUSEDLOSS_INLINE void write_block(const RowGradient<T, kSpread>& gradient, int64_t begin, int n, Statistic<T> block_max,
+FUSEDLOSS_INLINE void write_block(const RowGradient<T, kSpread>& gradient, int64_t begin, int n, AccumulateType<T> block_max,
                                   const Exponentials& e) {
   constexpr int kLanes = kLanesOf<T>;
   const auto scale = gradient.scale_of_block(block_max);
@@ -262,7 +262,7 @@ FUSEDLOSS_INLINE void write_short_row_anew(const RowGradient<T, kSpread>& gradie
 
 template <typename T, bool kSpread>
 FUSEDLOSS_NOINLINE void write_long_row_anew(const RowGradient<T, kSpread>& gradient, const T* x, int64_t classes) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   alignas(64) A room[std::is_same_v<T, A> ? 1 : kRowBlock<A>];
   typename Simd<A>::V largest;
   for (int64_t c = 0; c < classes; c += kRowBlock<A>) {
@@ -284,7 +284,7 @@ FUSEDLOSS_INLINE void write_zeros(const Problem<T>& p, int64_t row) {
 // classes do, is computed for all of them at once.
 template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void forward_short_rows(const Problem<T>& p, const int64_t* rows, int count, ChunkResult& chunk) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   using V = typename Simd<A>::V;
   constexpr int kLanes = kLanesOf<T>;
   const int classes = int(p.o.classes), pitch = (classes + kLanes - 1) / kLanes * kLanes;
@@ -337,14 +337,14 @@ template <typename T>
 FUSEDLOSS_INLINE int short_rows_at_once(int64_t classes) {
   constexpr int kLanes = kLanesOf<T>;
   const int64_t pitch = (classes + kLanes - 1) / kLanes * kLanes;
-  return int(std::min<int64_t>(kLanes, kKeptOnStack<Statistic<T>> / std::max<int64_t>(1, pitch)));
+  return int(std::min<int64_t>(kLanes, kKeptOnStack<AccumulateType<T>> / std::max<int64_t>(1, pitch)));
 }
 
 // Where the exponentials of a longer row can be kept until its gradient is written over them, or null: in that gradient,
 // and if it is narrower than they are in the next row's, which must then be the caller's to write, later.
 template <typename T>
-FUSEDLOSS_INLINE Statistic<T>* room_for_exponentials(const Problem<T>& p, int64_t row, int64_t end_row) {
-  using A = Statistic<T>;
+FUSEDLOSS_INLINE AccumulateType<T>* room_for_exponentials(const Problem<T>& p, int64_t row, int64_t end_row) {
+  using A = AccumulateType<T>;
   if (p.o.grad_logits == nullptr || p.o.classes > kKeptInGradient<A>) return nullptr;
   if constexpr (!std::is_same_v<T, A>) {
     static_assert(sizeof(A) == 2 * sizeof(T));
@@ -354,8 +354,8 @@ FUSEDLOSS_INLINE Statistic<T>* room_for_exponentials(const Problem<T>& p, int64_
 }
 
 template <typename T, bool kSpread>
-FUSEDLOSS_INLINE void forward_long_row(const Problem<T>& p, int64_t row, Statistic<T>* kept, ChunkResult& chunk) {
-  using A = Statistic<T>;
+FUSEDLOSS_INLINE void forward_long_row(const Problem<T>& p, int64_t row, AccumulateType<T>* kept, ChunkResult& chunk) {
+  using A = AccumulateType<T>;
   const T* x = p.logits + p.offset(p.o.logits_strides, row);
   const RowCoefficients<T, kSpread> q(p, row);
   alignas(64) A room[std::is_same_v<T, A> ? 1 : kRowBlock<A>];

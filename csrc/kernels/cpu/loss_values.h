@@ -1,36 +1,36 @@
-// Values of loss and grad_output, which are of dtype T or of the statistics' type, of any loss's options. Included
+// Values of loss and grad_output, which are of dtype T or of the accumulate type, of any loss's options. Included
 // inside the namespace of each instruction set after cpu/vec.h, so without include guard.
 
 template <typename T, typename Options>
-FUSEDLOSS_INLINE void write_loss(const Options& o, int64_t i, Statistic<T> value) {
+FUSEDLOSS_INLINE void write_loss(const Options& o, int64_t i, AccumulateType<T> value) {
   if (o.loss_dtype == o.dtype) {
     store_one(static_cast<T*>(o.loss) + i, value);
   } else {
-    static_cast<Statistic<T>*>(o.loss)[i] = value;
+    static_cast<AccumulateType<T>*>(o.loss)[i] = value;
   }
 }
 
 // Of neighbouring rows or elements, n of them.
 template <bool kWhole, typename T, typename Options>
-FUSEDLOSS_INLINE void write_losses(const Options& o, int64_t i, typename Simd<Statistic<T>>::V values, int n) {
+FUSEDLOSS_INLINE void write_losses(const Options& o, int64_t i, typename Simd<AccumulateType<T>>::V values, int n) {
   if (o.loss_dtype == o.dtype) {
     store_lanes<kWhole>(static_cast<T*>(o.loss) + i, values, n);
   } else {
-    store_lanes<kWhole>(static_cast<Statistic<T>*>(o.loss) + i, values, n);
+    store_lanes<kWhole>(static_cast<AccumulateType<T>*>(o.loss) + i, values, n);
   }
 }
 
 // 1 where there is none.
 template <typename T, typename Options>
-FUSEDLOSS_INLINE Statistic<T> read_grad_output(const Options& o, int64_t i) {
+FUSEDLOSS_INLINE AccumulateType<T> read_grad_output(const Options& o, int64_t i) {
   if (o.grad_output == nullptr) return 1;
   return o.loss_dtype == o.dtype ? load_one(static_cast<const T*>(o.grad_output) + i)
-                                 : static_cast<const Statistic<T>*>(o.grad_output)[i];
+                                 : static_cast<const AccumulateType<T>*>(o.grad_output)[i];
 }
 
 // Of neighbouring rows or elements, n of them, each with one of its own.
 template <bool kWhole, typename T, typename Options>
-FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V read_grad_outputs(const Options& o, int64_t i, int n) {
+FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V read_grad_outputs(const Options& o, int64_t i, int n) {
   return o.loss_dtype == o.dtype ? load_lanes<kWhole>(static_cast<const T*>(o.grad_output) + i, n)
-                                 : load_lanes<kWhole>(static_cast<const Statistic<T>*>(o.grad_output) + i, n);
+                                 : load_lanes<kWhole>(static_cast<const AccumulateType<T>*>(o.grad_output) + i, n);
 }

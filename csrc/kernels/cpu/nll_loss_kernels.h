@@ -14,7 +14,7 @@ namespace {
 // The log-probabilities, weights and targets of one call, typed. All is computed in double: a few operations a row.
 template <typename T>
 struct NLLProblem {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
 
   const NLLLossOptions& o;
   const A* weight;
@@ -54,7 +54,7 @@ void forward(const NLLLossOptions& o, int64_t begin, int64_t end) {
         } else if (y != o.ignore_index && chunk.bad_row < 0) {
           chunk.bad_row = row;
         }
-        if (o.reduction == Reduction::kNone) write_loss<T>(o, row, Statistic<T>(loss));
+        if (o.reduction == Reduction::kNone) write_loss<T>(o, row, AccumulateType<T>(loss));
         if (++inner == o.inner) {
           inner = 0;
           ++outer;
@@ -78,10 +78,10 @@ int64_t finish(const NLLLossOptions& o) {
     if (all.bad_row < 0) all.bad_row = chunk.bad_row;
   }
   if (o.reduction == Reduction::kMean) {
-    write_loss<T>(o, 0, Statistic<T>(divide_by_total_weight(all.loss.value(), all.weight.value())));
-    *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(all.weight.value());
+    write_loss<T>(o, 0, AccumulateType<T>(divide_by_total_weight(all.loss.value(), all.weight.value())));
+    *static_cast<AccumulateType<T>*>(o.total_weight) = AccumulateType<T>(all.weight.value());
   }
-  if (o.reduction == Reduction::kSum) write_loss<T>(o, 0, Statistic<T>(all.loss.value()));
+  if (o.reduction == Reduction::kSum) write_loss<T>(o, 0, AccumulateType<T>(all.loss.value()));
   return all.bad_row;
 }
 
@@ -103,7 +103,7 @@ void backward(const NLLLossOptions& o, int64_t begin, int64_t end) {
         if (y < tile.first_class || y >= tile.first_class + tile.classes || !p.counts(y)) continue;
         const double g = o.grad_output_stride == 0 ? one_upstream : p.upstream(row);
         const int64_t at = outer * o.grad_strides.outer + y * o.grad_strides.classes + inner * o.grad_strides.inner;
-        store_one(grad + at, Statistic<T>(nll_loss_gradient(p.weight_of(y), g)));
+        store_one(grad + at, AccumulateType<T>(nll_loss_gradient(p.weight_of(y), g)));
       }
     }
   }

@@ -11,7 +11,7 @@ namespace fusedloss::cpu {
 
 // Operands and gradients are of the type as stored, which the formula asks for each vector: it widens and narrows in
 // registers, and compiles once for all types that have float for their statistics. Losses and grad_output are of the
-// statistics' type.
+// accumulate type.
 struct PointwiseBlock {
   int64_t size;  // a multiple of a vector's elements
   DType dtype;

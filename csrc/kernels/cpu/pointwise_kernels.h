@@ -9,7 +9,7 @@ namespace {
 #include "kernels/cpu/loss_values.h"
 
 template <typename T>
-void widen(const T* from, Statistic<T>* to, int n) {
+void widen(const T* from, AccumulateType<T>* to, int n) {
   constexpr int kLanes = kLanesOf<T>;
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
@@ -17,7 +17,7 @@ void widen(const T* from, Statistic<T>* to, int n) {
 }
 
 template <typename T>
-void narrow(const Statistic<T>* from, T* to, int n) {
+void narrow(const AccumulateType<T>* from, T* to, int n) {
   constexpr int kLanes = kLanesOf<T>;
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
@@ -63,7 +63,7 @@ class Evaluation {
   }
 
  private:
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   static constexpr int kLanes = kLanesOf<T>;
 
   // Elements [begin, begin + n), where n is the block's size, or less in its only vector: that must not reach beyond the
@@ -168,7 +168,7 @@ void finish(const PointwiseOptions& o) {
   if (o.reduction == Reduction::kNone) return;
   double sum = 0;
   for (int64_t k = 0; k < pointwise_chunks(o); ++k) sum += static_cast<const double*>(o.scratch)[k];
-  write_loss<T>(o, 0, Statistic<T>(o.reduction == Reduction::kMean ? sum / o.divisor : sum));
+  write_loss<T>(o, 0, AccumulateType<T>(o.reduction == Reduction::kMean ? sum / o.divisor : sum));
 }
 
 }  // namespace

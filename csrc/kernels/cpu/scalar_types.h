@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/statistic.h"
+#include "kernels/dtypes.h"
 
 namespace fusedloss::cpu {
 

@@ -1,4 +1,4 @@
-// Vectors of one instruction set, by the compilers' own vector extension: loads that widen to the statistics' type,
+// Vectors of one instruction set, by the compilers' own vector extension: loads that widen to the accumulate type,
 // stores that round once, exp. Included inside the namespace of each instruction set, so without include guard.
 
 template <typename A>
@@ -27,9 +27,9 @@ using FloatH = Simd<float>::H;
 using DoubleV = Simd<double>::V;
 using DoubleI = Simd<double>::I;
 
-// How many T a vector of T's statistics' type holds.
+// How many T a vector of T's accumulate type holds.
 template <typename T>
-constexpr int kLanesOf = Simd<Statistic<T>>::kLanes;
+constexpr int kLanesOf = Simd<AccumulateType<T>>::kLanes;
 
 // ---- 16-bit floats to float and back, round to nearest even ----
 
@@ -206,7 +206,7 @@ FUSEDLOSS_INLINE void store_first_halves(void* p, FloatH v, int n) {
 
 // The first n < lanes elements, and no byte beyond them; the other lanes are 0.
 template <typename T>
-FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V load_first(const T* p, int n) {
+FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V load_first(const T* p, int n) {
 #if FUSEDLOSS_VECTOR_BYTES == 64
   const __mmask16 mask = __mmask16((1u << n) - 1u);
   if constexpr (std::is_same_v<T, double>) {
@@ -232,7 +232,7 @@ FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V load_first(const T* p, int n) {
 }
 
 template <typename T>
-FUSEDLOSS_INLINE void store_first(T* p, typename Simd<Statistic<T>>::V v, int n) {
+FUSEDLOSS_INLINE void store_first(T* p, typename Simd<AccumulateType<T>>::V v, int n) {
 #if FUSEDLOSS_VECTOR_BYTES == 64
   const __mmask16 mask = __mmask16((1u << n) - 1u);
   if constexpr (std::is_same_v<T, double>) {
@@ -259,7 +259,7 @@ FUSEDLOSS_INLINE void store_first(T* p, typename Simd<Statistic<T>>::V v, int n)
 
 // kWhole: a vector's worth, n being ignored; else the first n.
 template <bool kWhole, typename T>
-FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V load_lanes(const T* p, int n) {
+FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V load_lanes(const T* p, int n) {
   if constexpr (kWhole) {
     return load(p);
   } else {
@@ -267,7 +267,7 @@ FUSEDLOSS_INLINE typename Simd<Statistic<T>>::V load_lanes(const T* p, int n) {
   }
 }
 template <bool kWhole, typename T>
-FUSEDLOSS_INLINE void store_lanes(T* p, typename Simd<Statistic<T>>::V v, int n) {
+FUSEDLOSS_INLINE void store_lanes(T* p, typename Simd<AccumulateType<T>>::V v, int n) {
   if constexpr (kWhole) {
     store(p, v);
   } else {
@@ -277,19 +277,19 @@ FUSEDLOSS_INLINE void store_lanes(T* p, typename Simd<Statistic<T>>::V v, int n)
 
 // A single element, by way of a vector, so that it is rounded as its neighbours are.
 template <typename T>
-FUSEDLOSS_INLINE Statistic<T> load_one(const T* p) {
-  if constexpr (std::is_same_v<T, Statistic<T>>) {
+FUSEDLOSS_INLINE AccumulateType<T> load_one(const T* p) {
+  if constexpr (std::is_same_v<T, AccumulateType<T>>) {
     return *p;
   } else {
     return load_first(p, 1)[0];
   }
 }
 template <typename T>
-FUSEDLOSS_INLINE void store_one(T* p, Statistic<T> value) {
-  if constexpr (std::is_same_v<T, Statistic<T>>) {
+FUSEDLOSS_INLINE void store_one(T* p, AccumulateType<T> value) {
+  if constexpr (std::is_same_v<T, AccumulateType<T>>) {
     *p = value;
   } else {
-    store_first(p, typename Simd<Statistic<T>>::V{} + value, 1);
+    store_first(p, typename Simd<AccumulateType<T>>::V{} + value, 1);
   }
 }
 

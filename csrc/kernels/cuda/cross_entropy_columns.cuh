@@ -87,7 +87,7 @@ __device__ __forceinline__ Pack<T, kWidth> larger_of(const Pack<T, kWidth>& a, c
 // last of step 3, what the gradient needs.
 template <typename T, TargetKind kTarget, int kWidth>
 struct ColumnMemory {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
 
   const int places;
   A* const values;  // [sets][kStateArrays<is_spread(kTarget)>][places]
@@ -148,7 +148,7 @@ struct ColumnBlock {
 // The classes first, first + step, … of kWidth neighbouring rows, up to a block's last one.
 template <typename T, TargetKind kTarget, int kWidth>
 struct Columns {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
 
   const Problem<T>& o;
   const T* logits;       // of the first row, class 0
@@ -238,7 +238,7 @@ struct ColumnTile {
 
   // q of pack k in row i, w being the class's weight; for a class index, without kept * w_y.
   template <SpreadKind kKind>
-  __device__ __forceinline__ Statistic<T> coefficient(const Rows& rows, int k, int i, Statistic<T> w) const {
+  __device__ __forceinline__ AccumulateType<T> coefficient(const Rows& rows, int k, int i, AccumulateType<T> w) const {
     return is_of_probabilities(kKind) ? probability_coefficient(t[k][i], w, rows.o.smoothing)
                                       : math::product(rows.o.smoothing.uniform, w);
   }
@@ -384,7 +384,7 @@ __device__ __forceinline__ void merge_lanes_apart(RowState<A> (&state)[kWidth]) 
 // Leaves in shared memory what the block's threads have of its rows, in 1 << sets_shift sets.
 template <typename T, TargetKind kTarget, int kWidth>
 __device__ __forceinline__ void leave_states(const ColumnMemory<T, kTarget, kWidth>& memory,
-                                             RowState<Statistic<T>> (&state)[kWidth]) {
+                                             RowState<AccumulateType<T>> (&state)[kWidth]) {
   // Threads of one warp that have the same rows leave one state; each of the others a set of its own.
   const int threads_of_set = blockDim.x < kWarp ? kWarp / blockDim.x : 1;
   if (blockDim.x < kWarp) merge_lanes_apart<kTarget>(state);
@@ -401,7 +401,7 @@ __device__ __forceinline__ void leave_states(const ColumnMemory<T, kTarget, kWid
 // with what the 1 << shift sets have of the row, merged by as many lanes. All threads take part.
 template <typename T, TargetKind kTarget, int kWidth, typename F>
 __device__ __forceinline__ void for_each_merged_row(const ColumnMemory<T, kTarget, kWidth>& memory, int shift, F f) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, part = thread & ((1 << shift) - 1);
   const unsigned rows = blockDim.x * kWidth, rows_at_once = blockDim.x * blockDim.y >> shift;
 #pragma unroll 1
@@ -473,7 +473,7 @@ struct RowsThatCount {
     else if constexpr (sizeof(T) == 2 && kWidth > 1) mask[row / 2] |= 0xffffu << row % 2 * 16;
     else mask[row] = ~0u;
   }
-  __device__ __forceinline__ void store(T* p, const Statistic<T> (&values)[kWidth]) const {
+  __device__ __forceinline__ void store(T* p, const AccumulateType<T> (&values)[kWidth]) const {
     if constexpr (kWidth == 1) {
       *p = mask[0] ? narrow<T>(values[0]) : T();
     } else {
@@ -486,7 +486,7 @@ struct RowsThatCount {
 // What the gradient of a thread's i-th row needs, where the row's thread has left it.
 template <typename T, TargetKind kTarget, int kWidth>
 struct GradientInMemory {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
 
   const ColumnMemory<T, kTarget, kWidth>& memory;
   int set;
@@ -507,7 +507,7 @@ struct GradientInMemory {
 // The same in the thread that has the row for itself.
 template <typename T, TargetKind kTarget, int kWidth>
 struct GradientOfOwn {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
 
   A maxima[kWidth], factors[kWidth], common_grad_output;
   int targets[kWidth];
@@ -533,7 +533,7 @@ struct GradientOfOwn {
 // The target class comes after the others, from the thread that has it.
 template <bool kKept, typename T, TargetKind kTarget, int kWidth, typename Gradient>
 __device__ __forceinline__ void write_columns(const Columns<T, kTarget, kWidth>& rows, const Gradient& gradient) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   constexpr int kPacks = kColumnPacks<is_spread(kTarget)> / 2;
   A max[kWidth], factor[kWidth], grad_output[kWidth];
   RowsThatCount<T, kWidth> count;
@@ -581,7 +581,7 @@ __device__ __forceinline__ void write_columns(const Columns<T, kTarget, kWidth>&
 template <typename T, TargetKind kTarget, int kWidth>
 __global__ void __launch_bounds__(kColumnThreads<T, kTarget>, (kForwardBlocks<T, kTarget>))
     forward_columns(const Problem<T> o) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   constexpr bool kKeeps = kWidth > 1;  // what the gradient is made of; others read it again
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
@@ -631,7 +631,7 @@ __global__ void __launch_bounds__(kColumnThreads<T, kTarget>, (kForwardBlocks<T,
 template <typename T, TargetKind kTarget, int kWidth, bool kTrains>
 __global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget, kTrains>))
     forward_columns_alone(const Problem<T> o) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   constexpr bool kKeeps = kTrains && kWidth > 1;
   const RowPlan& plan = o.plan;
   let_next_launch_start();
@@ -686,7 +686,7 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget
 // A block has a part of the classes of its rows, and leaves what it knows of each row to finish_split.
 template <typename T, TargetKind kTarget, int kWidth>
 __global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kTarget>)) forward_split_columns(const Problem<T> o) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
   const ColumnMemory<T, kTarget, kWidth> memory(columns);
@@ -714,7 +714,7 @@ __global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kTarget>))
     backward_columns(const Problem<T> o) {
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
   const ColumnMemory<T, kTarget, kWidth> memory(columns);

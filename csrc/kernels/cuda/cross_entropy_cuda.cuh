@@ -59,7 +59,7 @@ constexpr int kAloneResident = sizeof(T) == 8 ? 256 : is_spread(kTarget) ? 768 :
 template <typename T, TargetKind kTarget, bool kShifted>
 __global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget, kShifted> / kRowThreads))
     forward_rows(const Problem<T> o) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   using Rows = Stream<T, kTarget>;
   const RowPlan& plan = o.plan;
   const int rank = rank_of_block(plan);  // among the blocks of a row
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget, kShifted> 
 template <typename T, TargetKind kTarget>
 __global__ void __launch_bounds__(kRowThreads, (kAloneResident<T, kTarget> / kRowThreads))
     forward_alone(const Problem<T> o) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   const RowPlan& plan = o.plan;
   const int rank = rank_of_block(plan);
   const int thread = rank * int(blockDim.x) + int(threadIdx.x);
@@ -160,7 +160,7 @@ __device__ __forceinline__ void conclude(const CrossEntropyOptions& o, const Los
 
 template <typename T>
 __device__ __forceinline__ void store_total_weight(const CrossEntropyOptions& o, double weight_sum) {
-  *static_cast<Statistic<T>*>(o.total_weight) = Statistic<T>(weight_sum);
+  *static_cast<AccumulateType<T>*>(o.total_weight) = AccumulateType<T>(weight_sum);
 }
 
 // The blocks' sums, in a fixed order.
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kSumThreads) finish(const CrossEntropyOptions 
 // finishes the loss, too; else it leaves its sum for `finish`.
 template <typename T, TargetKind kTarget>
 __global__ void __launch_bounds__(kSplitThreads) finish_split(const Problem<T> o, LossSum* sums) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   const int lanes = lanes_of_split(o.plan.blocks);
   const int lane = threadIdx.x % lanes, rows_at_once = blockDim.x / lanes;
   wait_for_launch_before();
@@ -217,11 +217,11 @@ __global__ void __launch_bounds__(kSumThreads) weigh(const Problem<T> o) {
 #pragma unroll
     for (int k = 0; k < kLoadsAtOnce; ++k)
       index[k] = first + k * step < o.plan.rows ? o.target_index[first + k * step] : o.ignore_index;
-    Statistic<T> weight[kLoadsAtOnce];
+    AccumulateType<T> weight[kLoadsAtOnce];
 #pragma unroll
     for (int k = 0; k < kLoadsAtOnce; ++k) {
       const int y = o.class_of(index[k]);
-      weight[k] = y < 0 ? Statistic<T>(0) : o.weight_of(y);
+      weight[k] = y < 0 ? AccumulateType<T>(0) : o.weight_of(y);
     }
 #pragma unroll
     for (int k = 0; k < kLoadsAtOnce; ++k) sum += double(weight[k]);
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kRowThreads, (kResident<T, kTarget, kShifted> 
     backward_rows(const Problem<T> o) {
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   const RowPlan& plan = o.plan;
   const int rank = rank_of_block(plan);
   const int thread = rank * int(blockDim.x) + int(threadIdx.x);  // among those of a row

@@ -88,7 +88,7 @@ class Stage {
 // A row in registers: its logits, and then their exponentials.
 template <typename T, TargetKind kTarget, SpreadKind kKind>
 struct FewClasses {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
 
   const RowTarget<T, kTarget>& row;
   T* const staged;             // the logits, in whose place the gradient is written
@@ -165,7 +165,7 @@ constexpr int kFewBlocks = sizeof(T) == 8 ? 2 : is_spread(kTarget) ? 4 : 6;
 
 template <typename T, TargetKind kTarget>
 __global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kTarget>)) forward_few(const Problem<T> o) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   let_next_launch_start();
   Partial sum = {};
   A grad_output = 0;
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kTarget>)) forward
 
 template <typename T, TargetKind kTarget>
 __global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kTarget>)) backward_few(const Problem<T> o) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
   for (int64_t first = int64_t(blockIdx.x) * kFewThreads; first < o.plan.rows; first += o.plan.step) {

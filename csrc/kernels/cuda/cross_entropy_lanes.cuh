@@ -19,7 +19,7 @@ constexpr int kLaneBlocks = sizeof(T) == 8                                ? 2
 // threadIdx.x: the lane among those of a row; threadIdx.y: the row of the block.
 template <typename T, TargetKind kTarget, bool kShifted>
 __global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kTarget, kShifted>)) forward_lanes(const Problem<T> o) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   __shared__ Partial sums[kRowsOfBlock];  // a row's first lane has one for itself
   if (threadIdx.x == 0) sums[threadIdx.y] = {};
   let_next_launch_start();

@@ -16,7 +16,7 @@ namespace fusedloss::cuda {
 // What a kernel is given.
 template <typename T>
 struct Problem : CrossEntropyOptions {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
 
   explicit Problem(const CrossEntropyOptions& o, const RowPlan& p)
       : CrossEntropyOptions(o), plan(p), smoothing(make_smoothing<A>(o.label_smoothing, o.classes)) {}
@@ -68,7 +68,7 @@ __device__ __forceinline__ void with_spread(const Problem<T>& o, F f) {
 // What is asked of a row, wherever its logits lie.
 template <typename T, TargetKind kTarget>
 struct RowTarget {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
 
   const Problem<T>& o;
   const int64_t number;
@@ -220,8 +220,8 @@ struct Tile {
   // q of class (k, j), element j of pack k; for a class index, without what the target class has above the others:
   // kept * w_y.
   template <SpreadKind kKind>
-  __device__ __forceinline__ Statistic<T> coefficient(const Row<T, kTarget>& row, int k, int j) const {
-    const Statistic<T> w = is_weighted(kKind) ? row.o.weight_of(first(k) + j) : 1;
+  __device__ __forceinline__ AccumulateType<T> coefficient(const Row<T, kTarget>& row, int k, int j) const {
+    const AccumulateType<T> w = is_weighted(kKind) ? row.o.weight_of(first(k) + j) : 1;
     return is_of_probabilities(kKind) ? probability_coefficient(t[k][j], w, row.o.smoothing)
                                       : math::product(row.o.smoothing.uniform, w);
   }
@@ -316,7 +316,7 @@ __device__ __forceinline__ A scale_of(const RowTarget<T, kTarget>& row, const Ro
 }
 
 // What a row's loss is multiplied by: grad_output, which the mean divides. With probabilities each row weighs 1.
-template <typename T, typename A = Statistic<T>>
+template <typename T, typename A = AccumulateType<T>>
 __device__ __forceinline__ A with_mean(const Problem<T>& o, A grad_output) {
   if (o.reduction != Reduction::kMean) return grad_output;
   return divide_by_total_weight(grad_output,

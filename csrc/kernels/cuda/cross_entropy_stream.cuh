@@ -15,7 +15,7 @@ namespace fusedloss::cuda {
 template <typename T, TargetKind kTarget>
 class Stream {
  public:
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   static constexpr int kPacks = kTilePacks<kTarget>, kSlotsOfPack = Problem<T>::template kSlotsOfPack<kTarget>;
 
   __device__ __forceinline__ Stream(const Problem<T>& o, int thread)

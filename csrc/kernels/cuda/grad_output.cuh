@@ -6,8 +6,8 @@
 namespace fusedloss::cuda {
 
 template <typename T, typename Options>
-__device__ __forceinline__ Statistic<T> grad_output_at(const Options& o, int64_t i) {
-  Statistic<T> g[1] = {1};
+__device__ __forceinline__ AccumulateType<T> grad_output_at(const Options& o, int64_t i) {
+  AccumulateType<T> g[1] = {1};
   if (o.grad_output != nullptr) load_loss<T>(o.grad_output, o.loss_dtype != o.dtype, i * o.grad_output_stride, g);
   return g[0];
 }

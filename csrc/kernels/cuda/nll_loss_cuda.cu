@@ -19,7 +19,7 @@ constexpr int64_t kTileElements = 8192;  // of a block
 
 template <typename T>
 struct Problem : NLLLossOptions {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
 
   // The target class of a row, or -1 for a row that adds nothing.
   __device__ __forceinline__ int64_t class_of(int64_t row) const {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kSumThreads) finish_gather(const Problem<T> o,
 
 template <int kWidth, typename T>
 __device__ __forceinline__ void fill_zeros(T* p, const Split<T, int>& elements) {
-  const Statistic<T> zeros[kWidth] = {};
+  const AccumulateType<T> zeros[kWidth] = {};
   for (int unit = threadIdx.x; unit < elements.template units<kWidth>(); unit += blockDim.x)
     store_values(p + elements.template first<kWidth>(unit), zeros);
 }
@@ -100,7 +100,7 @@ __device__ __forceinline__ void fill_zeros(T* p, const Split<T, int>& elements) 
 // threadIdx.x: along a run of neighbours; threadIdx.y: the run.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) scatter(const Problem<T> o, const Tiling tiling) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   T* const grad = static_cast<T*>(o.grad_input);
   const A total_weight = o.reduction == Reduction::kMean ? *static_cast<const A*>(o.total_weight) : A(1);
   for (int64_t number = blockIdx.x; number < tiling.count; number += gridDim.x) {

@@ -59,7 +59,7 @@ __device__ __forceinline__ Split<T, int64_t> split_elements(const PointwiseOptio
   const auto has_all = [&](int k) { return !is_one_value(o, k) && !is_repeated<F>(o, k); };
   return split(o.numel, elements_of<T>(o, 0), (has_all(kOperand) ? elements_of<T>(o, kOperand) : nullptr)...,
                static_cast<const T*>(o.grad[kOperand])..., static_cast<const T*>(wide ? nullptr : losses),
-               static_cast<const Statistic<T>*>(wide ? losses : nullptr));
+               static_cast<const AccumulateType<T>*>(wide ? losses : nullptr));
 }
 
 // Elements from number i on of a row of `period` that repeats itself: by 16 bytes where they lie so, else one by one.
@@ -83,16 +83,16 @@ __device__ __forceinline__ Pack<T, kWidth> load_repeated(const T* row, int64_t p
 
 // Where one value serves all elements: it, with the mean's division.
 template <typename T>
-__device__ __forceinline__ Statistic<T> common_grad_output(const PointwiseOptions& o) {
-  const Statistic<T> g = grad_output_at<T>(o, 0);
-  return o.reduction == Reduction::kMean ? g / Statistic<T>(o.divisor) : g;
+__device__ __forceinline__ AccumulateType<T> common_grad_output(const PointwiseOptions& o) {
+  const AccumulateType<T> g = grad_output_at<T>(o, 0);
+  return o.reduction == Reduction::kMean ? g / AccumulateType<T>(o.divisor) : g;
 }
 
 // What all elements of a thread share.
 template <typename F, typename T>
 struct Common {
-  Statistic<T> parameter[F::kParameters + 1];
-  Statistic<T> grad_output;
+  AccumulateType<T> parameter[F::kParameters + 1];
+  AccumulateType<T> grad_output;
 };
 
 // kWidth elements of each operand.
@@ -119,9 +119,9 @@ __device__ __forceinline__ auto losses_of(const Values<F, A, kWidth>& values, co
 // same bits with and without gradients.
 template <typename T, int kWidth, typename Loss>
 __device__ __forceinline__ void take_losses(const PointwiseOptions& o, int64_t i, const Loss (&losses)[kWidth],
-                                            Statistic<T>& sum) {
+                                            AccumulateType<T>& sum) {
   if (o.reduction == Reduction::kNone) {
-    Statistic<T> plain[kWidth];
+    AccumulateType<T> plain[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) plain[j] = losses[j].value;
     store_loss<T>(o.loss, o.loss_dtype != o.dtype, i, plain);
@@ -133,9 +133,9 @@ __device__ __forceinline__ void take_losses(const PointwiseOptions& o, int64_t i
 
 template <typename F, int kOperand, typename T, int kWidth, typename Loss>
 __device__ __forceinline__ void write_gradient(const PointwiseOptions& o, int64_t i, const Loss (&loss)[kWidth],
-                                               const Statistic<T> (&g)[kWidth]) {
+                                               const AccumulateType<T> (&g)[kWidth]) {
   if (o.grad[kOperand] == nullptr) return;
-  Statistic<T> grad[kWidth];
+  AccumulateType<T> grad[kWidth];
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) grad[j] = gradient<F>(g[j], partial_by<kOperand>(loss[j]));
   store_values(static_cast<T*>(o.grad[kOperand]) + i, grad);
@@ -145,9 +145,9 @@ __device__ __forceinline__ void write_gradient(const PointwiseOptions& o, int64_
 // is what the gradients by other operands than the first take: those are wanted seldom.
 template <typename F, bool kGradients, typename T, int kWidth, int... kOperand>
 __device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common<F, T>& common, int64_t i,
-                                         const Pack<T, kWidth> (&packs)[F::kOperands], Statistic<T>& sum,
+                                         const Pack<T, kWidth> (&packs)[F::kOperands], AccumulateType<T>& sum,
                                          std::integer_sequence<int, kOperand...>) {
-  using A = Statistic<T>;
+  using A = AccumulateType<T>;
   Values<F, A, kWidth> values;
 #pragma unroll
   for (int j = 0; j < kWidth; ++j)
@@ -172,11 +172,11 @@ __device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common
 
 // A thread's units of kWidth elements -> the sum of their losses, where it is wanted.
 template <int kWidth, typename F, bool kGradients, typename T>
-__device__ __forceinline__ Statistic<T> share(const PointwiseOptions& o, const Split<T, int64_t>& elements) {
+__device__ __forceinline__ AccumulateType<T> share(const PointwiseOptions& o, const Split<T, int64_t>& elements) {
   constexpr int kPacks = packs_in_flight(F::kOperands);
   Common<F, T> common = {};
 #pragma unroll
-  for (int k = 0; k < F::kParameters; ++k) common.parameter[k] = Statistic<T>(o.parameter[k]);
+  for (int k = 0; k < F::kParameters; ++k) common.parameter[k] = AccumulateType<T>(o.parameter[k]);
   if constexpr (kGradients) common.grad_output = common_grad_output<T>(o);
 
   // An operand of one value has it in all packs from here on: nothing is loaded there, and it stays as packs move up.
@@ -189,7 +189,7 @@ __device__ __forceinline__ Statistic<T> share(const PointwiseOptions& o, const S
       for (int p = 0; p < kPacks; ++p) packs[p][k] = one;
     }
 
-  Statistic<T> sum = 0;
+  AccumulateType<T> sum = 0;
   const int64_t units = elements.template units<kWidth>(), step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < units; unit += kPacks * step) {
 #pragma unroll
@@ -220,7 +220,7 @@ __device__ __forceinline__ void evaluate_all(const PointwiseOptions& o) {
   const void* losses = o.loss == nullptr ? o.grad_output : o.loss;
   const bool one = o.loss == nullptr ? o.grad_output_stride == 0 : o.reduction != Reduction::kNone;
   const auto elements = split_elements<F, T>(o, one ? nullptr : losses, OperandsOf<F>{});
-  Statistic<T> sum = share<kVector<T>, F, kGradients>(o, elements);
+  AccumulateType<T> sum = share<kVector<T>, F, kGradients>(o, elements);
   sum += share<1, F, kGradients>(o, elements);
   if (o.loss == nullptr || o.reduction == Reduction::kNone) return;
   const double of_block = block_sum(double(sum));

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/launch.cuh"
-#include "kernels/statistic.h"
+#include "kernels/dtypes.h"
 
 namespace fusedloss::cuda {
 
@@ -50,14 +50,14 @@ struct Pack {
   }
 
   // Of 16-bit elements, two at a time.
-  __device__ __forceinline__ Statistic<T> max() const {
+  __device__ __forceinline__ AccumulateType<T> max() const {
     if constexpr (std::is_same_v<T, __nv_bfloat16>) return max_of_pairs<__nv_bfloat162>();
     else if constexpr (std::is_same_v<T, __half>) return max_of_pairs<__half2>();
     else if constexpr (sizeof(T) == 8) return ::fmax((*this)[0], (*this)[1]);
     else return ::fmaxf(::fmaxf((*this)[0], (*this)[1]), ::fmaxf((*this)[2], (*this)[3]));
   }
 
-  __device__ __forceinline__ Statistic<T> operator[](int i) const {
+  __device__ __forceinline__ AccumulateType<T> operator[](int i) const {
     if constexpr (sizeof(T) == 8) return as<double>(words[2 * i] | uint64_t(words[2 * i + 1]) << 32);
     else if constexpr (sizeof(T) == 4) return as<float>(words[i]);
     else if constexpr (std::is_same_v<T, __half>) return widen(__half(__half_raw{half_word(i)}));
@@ -85,8 +85,8 @@ template <typename T>
 struct Pack<T, 1> {
   T element;
 
-  __device__ __forceinline__ Statistic<T> max() const { return widen(element); }
-  __device__ __forceinline__ Statistic<T> operator[](int) const { return widen(element); }
+  __device__ __forceinline__ AccumulateType<T> max() const { return widen(element); }
+  __device__ __forceinline__ AccumulateType<T> operator[](int) const { return widen(element); }
 };
 
 template <int kWidth, typename T>
@@ -199,17 +199,17 @@ __device__ __forceinline__ void store_values(T* p, const A (&values)[kWidth]) {
   for (int i = 0; i < kWidth; i += kPiece) store(p + i, narrow_pack<T, kPiece>(values + i));
 }
 
-// The same for loss and grad_output, which hold T or, if wide, its statistics' type.
+// The same for loss and grad_output, which hold T or, if wide, its accumulate type.
 template <typename T, int kWidth>
-__device__ __forceinline__ void load_loss(const void* losses, bool wide, int64_t i, Statistic<T> (&values)[kWidth]) {
-  if (wide) load_values(static_cast<const Statistic<T>*>(losses) + i, values);
+__device__ __forceinline__ void load_loss(const void* losses, bool wide, int64_t i, AccumulateType<T> (&values)[kWidth]) {
+  if (wide) load_values(static_cast<const AccumulateType<T>*>(losses) + i, values);
   else load_values(static_cast<const T*>(losses) + i, values);
 }
 
 // A is double for the sum of many rows or elements, which so is rounded once.
 template <typename T, int kWidth, typename A>
 __device__ __forceinline__ void store_loss(void* losses, bool wide, int64_t i, const A (&values)[kWidth]) {
-  if (wide) store_values(static_cast<Statistic<T>*>(losses) + i, values);
+  if (wide) store_values(static_cast<AccumulateType<T>*>(losses) + i, values);
   else store_values(static_cast<T*>(losses) + i, values);
 }
 
