@@ -1,101 +1,167 @@
-#include <pybind11/functional.h>
+// The Python module. fusedloss/_C.pyi describes it.
+
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
+
+#include "autograd/losses.h"
 #include "kernels/cpu/instruction_set.h"
+#include "ops/class_indices.h"
+#include "ops/cross_entropy_op.h"
 #include "ops/cuda_tuning.h"
-#include "ops/ops.h"
+#include "ops/nll_loss_op.h"
+#include "ops/pointwise_op.h"
+#ifdef FUSEDLOSS_WITH_CUDA
+#include "kernels/cuda/cross_entropy_cuda.h"
+#endif
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
+namespace fusedloss {
 namespace {
+
+using Parameters = std::vector<double>;
+using Sizes = std::vector<int64_t>;
+using Tensors = std::vector<at::Tensor>;
+
+const auto no_gil = py::call_guard<py::gil_scoped_release>();
 
 // Otherwise torch prints grad_fn=<CrossEntropy>>: what is left of the name of a C++ template.
 void name_nodes() {
-  static std::array<PyTypeObject, std::tuple_size_v<decltype(fusedloss::node_types())>> types = {};
+  static std::array<PyTypeObject, 3> types = {};
   PyTypeObject* type = types.data();
-  for (const auto& [node, name] : fusedloss::node_types())
+  for (const auto& [node, name] : {cross_entropy_node(), nll_loss_node(), pointwise_node()})
     torch::autograd::registerCppFunction(
         *node, torch::autograd::_initFunctionPyTypeObject(*type++, name, nullptr, nullptr));
 }
 
-}  // namespace
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using namespace fusedloss;
-  name_nodes();
-  const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  m.def("cross_entropy", &cross_entropy, no_gil);
+void define_cross_entropy(py::module_& m) {
+  m.def(
+      "cross_entropy",
+      [](const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
+         int64_t ignore_index, double label_smoothing, bool inplace_backward) {
+        return cross_entropy({input, target, weight, reduction, ignore_index, label_smoothing}, inplace_backward);
+      },
+      "input"_a, "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a, "label_smoothing"_a, "inplace_backward"_a,
+      no_gil, "The loss, with autograd; None where the tensors are not plain, or have no kernels.");
   m.def(
       "cross_entropy_forward",
       [](const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
          int64_t ignore_index, double label_smoothing, bool autocast) {
         const auto result =
-            cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, autocast);
+            cross_entropy_forward({input, target, weight, reduction, ignore_index, label_smoothing}, autocast);
         return std::make_tuple(result.loss, result.statistics);
       },
-      no_gil);
+      "input"_a, "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a, "label_smoothing"_a, "autocast"_a, no_gil,
+      "The loss, and the statistics that the backward pass needs.");
   m.def(
       "cross_entropy_backward",
       [](const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
          const at::Tensor& statistics, int64_t reduction, int64_t ignore_index, double label_smoothing) {
-        return cross_entropy_backward(grad_output, input, target, weight, statistics, reduction, ignore_index,
-                                      label_smoothing);
+        return cross_entropy_backward(grad_output, {input, target, weight, reduction, ignore_index, label_smoothing},
+                                      statistics);
       },
-      no_gil);
-  m.def("add_pointwise_loss", &add_pointwise_loss);
+      "grad_output"_a, "input"_a, "target"_a, "weight"_a, "statistics"_a, "reduction"_a, "ignore_index"_a,
+      "label_smoothing"_a, no_gil, "The gradient by input, times grad_output.");
   m.def(
-      "pointwise",
-      [](int64_t loss, const std::vector<at::Tensor>& operands, const std::vector<double>& parameters,
-         int64_t reduction, std::optional<int64_t> divisor) {
-        return pointwise(loss, operands, parameters, reduction, divisor);
+      "cross_entropy_statistics_numel",
+      [](const c10::SymInt& rows, bool is_mean, bool has_weight, double label_smoothing, bool class_indices) {
+        return cross_entropy_statistics_numel(rows, is_mean,
+                                              sums_class_weights(has_weight, label_smoothing, class_indices));
       },
-      no_gil);
+      "rows"_a, "is_mean"_a, "has_weight"_a, "label_smoothing"_a, "class_indices"_a,
+      "How many elements the statistics of cross_entropy_forward have.");
+}
+
+void define_nll_loss(py::module_& m) {
   m.def(
-      "pointwise_forward",
-      [](int64_t loss, const std::vector<at::Tensor>& operands, const std::vector<double>& parameters,
-         int64_t reduction, std::optional<int64_t> divisor, bool autocast) {
-        return pointwise_forward({pointwise_loss(loss), operands, parameters, reduction, divisor}, autocast).loss;
-      },
-      no_gil);
-  m.def(
-      "pointwise_backward",
-      [](const at::Tensor& grad_output, int64_t loss, const std::vector<at::Tensor>& operands,
-         const std::vector<double>& parameters, int64_t reduction, std::optional<int64_t> divisor,
-         unsigned wanted) {
-        return pointwise_backward(grad_output, {pointwise_loss(loss), operands, parameters, reduction, divisor}, wanted);
-      },
-      no_gil);
-  m.def("nll_loss", &nll_loss, no_gil);
+      "nll_loss",
+      [](const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
+         int64_t ignore_index) { return nll_loss(input, {target, weight, reduction, ignore_index}); },
+      "input"_a, "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a, no_gil,
+      "The loss, with autograd; None where the tensors are not plain, or have no kernels.");
   m.def(
       "nll_loss_forward",
       [](const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
          int64_t ignore_index, bool autocast) {
-        const auto result = nll_loss_forward(input, target, weight, reduction, ignore_index, autocast);
+        const auto result = nll_loss_forward(input, {target, weight, reduction, ignore_index}, autocast);
         return std::make_tuple(result.loss, result.total_weight);
       },
-      no_gil);
+      "input"_a, "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a, "autocast"_a, no_gil,
+      "The loss, and what the mean divides by.");
   m.def(
       "nll_loss_backward",
       [](const at::Tensor& grad_output, const at::Tensor& target, const OptionalTensor& weight,
-         const at::Tensor& total_weight, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-         at::ScalarType dtype, int64_t reduction, int64_t ignore_index) {
-        return nll_loss_backward(grad_output, target, weight, total_weight, sizes, strides, dtype, reduction,
-                                 ignore_index);
+         const at::Tensor& total_weight, const Sizes& sizes, const Sizes& strides, at::ScalarType dtype,
+         int64_t reduction, int64_t ignore_index) {
+        return nll_loss_backward(grad_output, {target, weight, reduction, ignore_index}, total_weight,
+                                 {sizes, strides, dtype});
       },
-      no_gil);
-  m.def("set_debug", &set_debug);
-  m.def("set_cuda_tuning", &set_cuda_tuning);
-  m.def("cpu_capability", [] { return cpu::name_of(cpu::instruction_set()); });
-  // For the tests, which have no machine that lacks AVX2.
-  m.def("choose_cpu_capability", [](const std::string& wanted, bool has_avx2, bool has_avx512) {
-    using cpu::InstructionSet;
-    const auto best = has_avx512 ? InstructionSet::kAvx512 : has_avx2 ? InstructionSet::kAvx2 : InstructionSet::kPortable;
-    return cpu::name_of(cpu::choose_instruction_set(wanted, best));
-  });
+      "grad_output"_a, "target"_a, "weight"_a, "total_weight"_a, "sizes"_a, "strides"_a, "dtype"_a, "reduction"_a,
+      "ignore_index"_a, no_gil, "The gradient by an input of these sizes and this dtype, times grad_output.");
+}
+
+void define_pointwise(py::module_& m) {
+  m.def("add_pointwise_loss", &add_pointwise_loss, "name"_a, "operands"_a, "cpu_formula"_a, "cuda_formula"_a,
+        "Makes a pointwise loss known, and returns the number that it is called by. The formulas are the addresses of "
+        "those of a user's loss; 0 and 0: it is one of this library, and found by its name.");
+  m.def(
+      "pointwise",
+      [](int64_t loss, const Tensors& operands, const Parameters& parameters, int64_t reduction,
+         std::optional<int64_t> divisor) { return pointwise(loss, operands, parameters, reduction, divisor); },
+      "loss"_a, "operands"_a, "parameters"_a, "reduction"_a, "divisor"_a, no_gil,
+      "The loss, with autograd; None where the kernels do not cover the call.");
+  m.def(
+      "pointwise_forward",
+      [](int64_t loss, const Tensors& operands, const Parameters& parameters, int64_t reduction,
+         std::optional<int64_t> divisor, bool autocast) {
+        return pointwise_forward({pointwise_loss(loss), operands, parameters, reduction, divisor}, autocast).loss;
+      },
+      "loss"_a, "operands"_a, "parameters"_a, "reduction"_a, "divisor"_a, "autocast"_a, no_gil, "The loss.");
+  m.def(
+      "pointwise_backward",
+      [](const at::Tensor& grad_output, int64_t loss, const Tensors& operands, const Parameters& parameters,
+         int64_t reduction, std::optional<int64_t> divisor, unsigned wanted) {
+        return pointwise_backward(grad_output, {pointwise_loss(loss), operands, parameters, reduction, divisor}, wanted);
+      },
+      "grad_output"_a, "loss"_a, "operands"_a, "parameters"_a, "reduction"_a, "divisor"_a, "wanted"_a, no_gil,
+      "The gradients by the operands whose bits are set in wanted, times grad_output; None for the others.");
+}
+
+void define_settings(py::module_& m) {
+  m.def("set_debug", &set_debug, "enabled"_a, "Look for class indices out of range before a CUDA kernel is launched.");
+  m.def("set_cuda_tuning", &set_cuda_tuning, "name"_a, "value"_a,
+        "Set a field of CudaTuning (csrc/kernels/options.h) for all later calls; \"defaults\" restores all of them.");
+  m.def("cpu_capability", [] { return cpu::name_of(cpu::instruction_set()); }, "The instruction set of the CPU kernels.");
+  m.def(
+      "choose_cpu_capability",
+      [](const std::string& wanted, bool has_avx2, bool has_avx512) {
+        using cpu::InstructionSet;
+        const auto best =
+            has_avx512 ? InstructionSet::kAvx512 : has_avx2 ? InstructionSet::kAvx2 : InstructionSet::kPortable;
+        return cpu::name_of(cpu::choose_instruction_set(wanted, best));
+      },
+      "wanted"_a, "has_avx2"_a, "has_avx512"_a,
+      "What FUSEDLOSS_CPU=wanted chooses on a machine with these; for tests, whose machine has them all.");
+  m.attr("max_operands") = kMaxOperands;
+  m.attr("max_parameters") = kMaxParameters;
 #ifdef FUSEDLOSS_WITH_CUDA
   m.attr("with_cuda") = true;
+  m.attr("max_cuda_classes") = cuda::kMaxClasses;
 #else
   m.attr("with_cuda") = false;
 #endif
+}
+
+}  // namespace
+}  // namespace fusedloss
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  fusedloss::name_nodes();
+  fusedloss::define_cross_entropy(m);
+  fusedloss::define_nll_loss(m);
+  fusedloss::define_pointwise(m);
+  fusedloss::define_settings(m);
 }

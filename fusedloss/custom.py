@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _backend, jit, pointwise_losses
+from . import _backend, jit, pointwise_registry
 from ._build import BuildError, Plan, make_plan
-from ._calls import fused
+from ._dispatch import fused
 from ._torchscript import Scriptable, common_dtype, scriptable_class
 from .expression import Expression, parse, to_cpp, to_torch
 
-# Tensors that an expression may use without further ado, and how many it may use in all (csrc/kernels/options.h).
+# Tensors that an expression may use without further ado.
 USUAL_TENSORS = ("input", "target", "weight", "mask")
-MAX_TENSORS, MAX_PARAMETERS = 8, 16
 _SECONDS = {"cpu": 8, "cuda": 40}  # to compile one, about
 
 
@@ -113,7 +112,7 @@ class CustomLoss(nn.Module):
         for name, value in parameters.items():
             setattr(self, name, value)
         self._prepare()
-        pointwise_losses.number_of(self._name)
+        pointwise_registry.number_of(self._name)
 
     def forward(self, input: Tensor, target: Tensor | None = None, **tensors: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
@@ -150,8 +149,8 @@ class CustomLoss(nn.Module):
     def _prepare(self) -> None:
         self._formula = _formula(self.expression, self.tensors, self.derivative, self.parameter_names)
         self._name = self._formula.name  # read here: the compiler cannot trace how it is made
-        pointwise_losses.add(
-            pointwise_losses.PointwiseLoss(
+        pointwise_registry.add(
+            pointwise_registry.PointwiseLoss(
                 self._name, self._formula.elementwise, self._formula.compiled, self._formula.operands
             )
         )
@@ -193,7 +192,7 @@ class CustomLoss(nn.Module):
             and input.dtype != torch.float64
         ):
             operands = [operand.float() for operand in operands]
-        return pointwise_losses.composed(self._name, operands, parameters, _reduction.get_enum(self.reduction), None)
+        return pointwise_registry.composed(self._name, operands, parameters, _reduction.get_enum(self.reduction), None)
 
 
 def _number(name: str, value: Any) -> float:
@@ -249,11 +248,11 @@ class _Formula:
         return f"custom_loss({self.expression.text.strip()})#{hashlib.sha256(self.cpp().encode()).hexdigest()[:12]}"
 
     def elementwise(self, *arguments: Any) -> Tensor:
-        value, slopes = self._by_torch
+        value, slopes = self._torch_functions
         return _GivenDerivative.apply(value, slopes, len(self.operands), *arguments) if slopes else value(*arguments)
 
     @functools.cached_property
-    def _by_torch(self) -> tuple[Callable, tuple[Callable | None, ...]]:
+    def _torch_functions(self) -> tuple[Callable, tuple[Callable | None, ...]]:
         """Made once: where a call is traced, its arguments that are no tensors must be those of the call before."""
         names = (*self.operands, *self.parameters)
         slopes = self.slopes and {name: to_torch(slope, names) for name, slope in self.slopes.items()}
@@ -319,10 +318,11 @@ def _formula(
         slopes[name] = parse(text, known, parameters, is_loss=False)
     used = {name for one in (loss, *slopes.values()) for name in one.names} | set(slopes)
     operands = tuple(name for name in known if name in used)
-    if len(operands) > MAX_TENSORS or len(parameters) > MAX_PARAMETERS:
+    most_tensors, most_parameters = _backend.extension().max_operands, _backend.extension().max_parameters
+    if len(operands) > most_tensors or len(parameters) > most_parameters:
         raise ValueError(
             f"custom_loss: got {len(operands)} tensors and {len(parameters)} parameters, "
-            f"expected at most {MAX_TENSORS} and {MAX_PARAMETERS}"
+            f"expected at most {most_tensors} and {most_parameters}"
         )
     if derivative is not None and not slopes:
         raise ValueError("custom_loss: derivative is empty, expected an expression for one tensor at least")

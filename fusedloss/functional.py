@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from . import _backend, ops
-from ._calls import NUMBER, by_torch, is_eager
+from ._dispatch import NUMBER, call_torch, cross_entropy_covers, is_eager, nll_loss_covers
 from .ops import torch_cross_entropy, torch_nll_loss
 from .pointwise import (
     TORCHS,
@@ -105,7 +105,7 @@ def cross_entropy(
     if not (type(ignore_index) is int and INT64[0] <= ignore_index <= INT64[1] and type(label_smoothing) is float):
         if not (_is_index(ignore_index) and isinstance(label_smoothing, NUMBER)):
             options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-            return by_torch(torch_cross_entropy, input, target, weight, **options)
+            return call_torch(torch_cross_entropy, input, target, weight, **options)
         ignore_index, label_smoothing = int(ignore_index), float(label_smoothing)
     if is_eager((input, target), weight):
         loss = _backend.extension().cross_entropy(
@@ -113,11 +113,11 @@ def cross_entropy(
         )
         if loss is not None:
             return loss
-    if ops.cross_entropy_covers(input, target, weight):
+    if cross_entropy_covers(input, target, weight):
         number = _reduction.get_enum(reduction)
         return ops.cross_entropy(input, target, weight, number, ignore_index, label_smoothing)
     options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-    return by_torch(torch_cross_entropy, input, target, weight, **options)
+    return call_torch(torch_cross_entropy, input, target, weight, **options)
 
 
 def nll_loss(
@@ -158,16 +158,16 @@ def nll_loss(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if not (type(ignore_index) is int and INT64[0] <= ignore_index <= INT64[1]):
         if not _is_index(ignore_index):
-            return by_torch(torch_nll_loss, input, target, weight, ignore_index=ignore_index, reduction=reduction)
+            return call_torch(torch_nll_loss, input, target, weight, ignore_index=ignore_index, reduction=reduction)
         ignore_index = int(ignore_index)
     if is_eager((input, target), weight):
         number = _reduction.get_enum(reduction)
         loss = _backend.extension().nll_loss(input, target, weight, number, ignore_index)
         if loss is not None:
             return loss
-    if ops.nll_loss_covers(input, target, weight):
+    if nll_loss_covers(input, target, weight):
         return ops.nll_loss(input, target, weight, _reduction.get_enum(reduction), ignore_index)
-    return by_torch(torch_nll_loss, input, target, weight, ignore_index=ignore_index, reduction=reduction)
+    return call_torch(torch_nll_loss, input, target, weight, ignore_index=ignore_index, reduction=reduction)
 
 
 def _is_index(value: object) -> bool:

@@ -3,7 +3,8 @@
 An eager call of plain tensors never comes here. It reaches the same C++ functions by pybind11, without the dispatcher
 and Python's part in it, which cost more than a small loss.
 
-A backward op has a derivative of its own, composed of torch's operations, for those who differentiate twice.
+Each loss has a forward and a backward op, which call the extension, and an op that composes its gradient of torch's
+operations: for those who differentiate the gradient, and for batches of gradients.
 """
 
 import math
@@ -12,99 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.nn.functional import nll_loss as torch_nll_loss
-from torch.overrides import _get_current_function_mode_stack
 
-from . import _backend, pointwise_losses
+from . import _backend, pointwise_registry
 
-MAX_CUDA_CLASSES = 2**30  # kMaxClasses in csrc/kernels/cuda/cross_entropy_cuda.h
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _REDUCTIONS = ("none", "mean", "sum")  # at torch's number for each
 
 
-# ---- the calls that are the ops' to compute ----
-
-# torch's own function modes that mean nothing to a loss: a default device, and those by which graphs are recorded.
-_TRANSPARENT_MODES = (
-    "DeviceContext",
-    "TorchFunctionMetadataMode",
-    "PreDispatchTorchFunctionMode",
-    "_NonStrictTorchFunctionHandler",
-)
-
-
-def only_transparent_modes() -> bool:
-    """Would the torch function modes that are active let a loss pass unchanged?"""
-    return all(
-        type(mode).__name__ in _TRANSPARENT_MODES and type(mode).__module__.startswith("torch.")
-        for mode in _get_current_function_mode_stack()
-    )
-
-
-def _has_kernels(device_type: str) -> bool:
-    return device_type == "cpu" or (device_type == "cuda" and _backend.with_cuda())
-
-
-# What torch.compiler.assume_constant_result does, but for importing the whole compiler, which takes two seconds.
-_has_kernels._dynamo_marked_constant = True
-
-
-def accepts(*tensors: object) -> bool:
-    """Can an op take these? Not where something is active that knows torch's own functions only."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
-        return False
-    if not only_transparent_modes():
-        return False
-    types = (Tensor, Parameter, FakeTensor, FunctionalTensor)
-    if not all(type(tensor) in types and tensor.layout == torch.strided and not tensor.is_nested for tensor in tensors):
-        return False
-    input, *others = tensors
-    return (
-        input.dtype in _DTYPES
-        and _has_kernels(input.device.type)
-        and all(tensor.device == input.device for tensor in others)
-    )
-
-
-def cross_entropy_covers(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Is this call the op's? What torch promotes or refuses is left to torch.
-
-    Sizes are not compared here but by the fake kernel: the compiler may not know them before the graph runs.
-    """
-    if not accepts(input, target, *([] if weight is None else [weight])) or input.dim() == 0:
-        return False
-    if not torch.compiler.is_compiling():
-        classes = input.shape[min(1, input.dim() - 1)]
-        if classes == 0 or (input.is_cuda and classes > MAX_CUDA_CLASSES):
-            return False
-    if weight is not None and (weight.requires_grad or weight.dtype != input.dtype or weight.dim() != 1):
-        return False
-    if input.dim() == target.dim():
-        return target.dtype == input.dtype and not target.requires_grad
-    is_index = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-    return is_index and target.dim() == len(_rows(input))
-
-
-def pointwise_covers(operands: Sequence[Tensor]) -> bool:
-    """Is this call the op's? What torch broadcasts, promotes or refuses is left to torch."""
-    input = operands[0]
-    return accepts(*operands) and all(
-        operand.shape == input.shape and operand.dtype == input.dtype for operand in operands[1:]
-    )
-
-
-def nll_loss_covers(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Is this call the op's? Where it is cross entropy's of class indices."""
-    return cross_entropy_covers(input, target, weight) and target.dim() != input.dim()
-
-
-def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
-    return torch.ops.fusedloss.nll_loss_forward(input, target, weight, reduction, ignore_index, False)[0]
+# ---- the losses as ops ----
 
 
 def cross_entropy(
@@ -118,6 +35,10 @@ def cross_entropy(
     return torch.ops.fusedloss.cross_entropy_forward(
         input, target, weight, reduction, ignore_index, label_smoothing, False
     )[0]
+
+
+def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
+    return torch.ops.fusedloss.nll_loss_forward(input, target, weight, reduction, ignore_index, False)[0]
 
 
 def pointwise(
@@ -152,12 +73,13 @@ def _fake_cross_entropy_forward(input, target, weight, reduction, ignore_index, 
     if weight is not None:
         classes = input.shape[min(1, input.dim() - 1)]
         torch._check(weight.shape[0] == classes, lambda: f"weight must have {classes} elements, got {weight.shape[0]}")
-    sums_weights = weight is not None and label_smoothing > 0 and target.dim() != input.dim()
     reduction = _REDUCTIONS[reduction]
-    scalars = int(reduction == "mean") + int(sums_weights)
+    numel = _backend.extension().cross_entropy_statistics_numel(
+        math.prod(rows), reduction == "mean", weight is not None, label_smoothing, target.dim() != input.dim()
+    )
     return (
         input.new_empty(rows if reduction == "none" else (), dtype=accumulate_dtype if autocast else input.dtype),
-        input.new_empty((2 * math.prod(rows) + scalars,), dtype=accumulate_dtype),
+        input.new_empty((numel,), dtype=accumulate_dtype),
     )
 
 
@@ -172,7 +94,7 @@ def _fake_pointwise_forward(operands, loss, parameters, reduction, divisor, auto
 def _pointwise_backward(grad_output, operands, loss, parameters, reduction, divisor, wanted):
     mask = sum(is_wanted << k for k, is_wanted in enumerate(wanted))
     grads = _backend.extension().pointwise_backward(
-        grad_output, pointwise_losses.number_of(loss), operands, parameters, reduction, divisor, mask
+        grad_output, pointwise_registry.number_of(loss), operands, parameters, reduction, divisor, mask
     )
     return [grad for grad, is_wanted in zip(grads, wanted, strict=True) if is_wanted]
 
@@ -195,7 +117,7 @@ _define(
     "pointwise_forward",
     "(Tensor[] operands, str loss, float[] parameters, int reduction, SymInt? divisor, bool autocast) -> Tensor",
     lambda operands, loss, *args: _backend.extension().pointwise_forward(
-        pointwise_losses.number_of(loss), operands, *args
+        pointwise_registry.number_of(loss), operands, *args
     ),
     _fake_pointwise_forward,
 )
@@ -271,26 +193,81 @@ _obey_autocast("nll_loss_forward", 5)
 # ---- their derivatives ----
 
 
-def _composed_gradients(
-    function: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequence[Tensor], grad: Tensor | Sequence[Tensor]
-) -> list[Tensor | None]:
-    """grad times the derivative of function(*inputs) by each input that requires one, as torch's operations have it.
+def _gradients(
+    function: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    wanted: Sequence[bool],
+    grad_output: Tensor | Sequence[Tensor],
+) -> Sequence[Tensor]:
+    """grad_output times the derivatives of function(*inputs), composed of torch's operations, by the inputs that are
+    wanted; differentiable themselves where gradients are enabled.
 
-    Taken at views: the graph behind the inputs belongs to the backward pass that is under way.
+    They are taken at views: the graph behind the inputs belongs to the backward pass that is under way. Taken at the
+    inputs, they would run its hooks twice, and count twice what one input owes to another.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        views = [input.view_as(input) for input in inputs]
-        wanted = [view for view in views if view.requires_grad]
-        found = iter(torch.autograd.grad(function(*views), wanted, grad, create_graph=create_graph, allow_unused=True))
-    return [next(found) if input.requires_grad else None for input in inputs]
+        at = [input.view_as(input) if input.requires_grad else input.detach().requires_grad_() for input in inputs]
+        value = function(*at)
+    by = [x for x, is_wanted in zip(at, wanted, strict=True) if is_wanted]
+    # 0 where the function has no derivative: by a mask, or by what has none among those given by hand.
+    return torch.autograd.grad(
+        value, by, grad_output, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
 
 
-def _gradient(loss: Callable[[Tensor], Tensor], input: Tensor, grad_output: Tensor) -> Tensor:
-    """grad_output times the derivative of loss(input), itself differentiable."""
-    at = input if input.requires_grad else input.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(loss(at.to(grad_output.dtype)), at, grad_output, create_graph=True)
-    return grad
+def _define_composed_gradient(name: str, schema: str, kernel: Callable) -> None:
+    """An op that is made of torch's operations whatever looks on, so that each of them is seen, differentiated, or
+    vectorised over a batch of gradients; of vmap and of is_grads_batched, whose key is the older one."""
+    torch.library.define(f"fusedloss::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatched", "Batched"):
+        _library.impl(name, kernel, key)
+
+
+def _second_derivative(composed_gradient: Callable, inputs: Sequence[Tensor], grad: Tensor | Sequence[Tensor]) -> list:
+    """grad times the derivatives of composed_gradient(*inputs) by the inputs that require one; None for the others."""
+    wanted = [input.requires_grad for input in inputs]
+    found = iter(_gradients(composed_gradient, inputs, wanted, grad))
+    return [next(found) if is_wanted else None for is_wanted in wanted]
+
+
+def _no_gradients(arguments: Sequence) -> list:
+    """Nothing for each argument, in the structure that torch sees in it: of lists, only in empty ones or of tensors."""
+    return [[] if isinstance(argument, list) and not argument else None for argument in arguments]
+
+
+def _refuse_gradients(name: str, *wanted: bool) -> None:
+    if any(wanted):
+        raise NotImplementedError(f"fusedloss::{name} has no gradient for target and weight")
+
+
+# Under autocast the loss, and so grad_output, is float32 where input has 16 bits.
+
+
+def _cross_entropy_composed_gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    dtype = grad_output.dtype
+    target = target.to(dtype if target.is_floating_point() else torch.int64)
+    weight = None if weight is None else weight.to(dtype)
+
+    def loss(x: Tensor) -> Tensor:
+        return torch_cross_entropy(
+            x.to(dtype),
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=_REDUCTIONS[reduction],
+            label_smoothing=label_smoothing,
+        )
+
+    return _gradients(loss, [input], [True], grad_output)[0]
 
 
 def _save_cross_entropy_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -299,10 +276,8 @@ def _save_cross_entropy_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, T
 
 
 def _cross_entropy_forward_gradients(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple:
-    input, target, weight, statistics = ctx.saved_tensors
-    if any(ctx.needs_input_grad[1:3]):
-        raise NotImplementedError("fusedloss::cross_entropy_forward has no gradient for target and weight")
-    grad = torch.ops.fusedloss.cross_entropy_backward(grad_output, input, target, weight, statistics, *ctx.options)
+    _refuse_gradients("cross_entropy_forward", *ctx.needs_input_grad[1:3])
+    grad = torch.ops.fusedloss.cross_entropy_backward(grad_output, *ctx.saved_tensors, *ctx.options)
     return grad, *(None,) * 6
 
 
@@ -312,34 +287,30 @@ def _save_cross_entropy_backward(ctx: Any, inputs: tuple, output: Tensor) -> Non
 
 
 def _cross_entropy_backward_gradients(ctx: Any, grad: Tensor) -> tuple:
+    _refuse_gradients("cross_entropy_backward", *ctx.needs_input_grad[2:4])
     grad_output, input, target, weight = ctx.saved_tensors
-    if any(ctx.needs_input_grad[2:4]):
-        raise NotImplementedError("fusedloss::cross_entropy_backward has no gradient for target and weight")
-    reduction, ignore_index, label_smoothing = ctx.options
-    dtype = grad_output.dtype  # float32 where the forward pass ran under autocast
-
-    def loss(x: Tensor) -> Tensor:
-        return torch_cross_entropy(
-            x,
-            target.to(dtype if target.is_floating_point() else torch.int64),
-            None if weight is None else weight.to(dtype),
-            ignore_index=ignore_index,
-            reduction=_REDUCTIONS[reduction],
-            label_smoothing=label_smoothing,
-        )
-
-    grads = _composed_gradients(lambda g, x: _gradient(loss, x, g), (grad_output, input), grad)
+    grads = _second_derivative(
+        lambda g, x: _cross_entropy_composed_gradient(g, x, target, weight, *ctx.options), (grad_output, input), grad
+    )
     return *grads, *(None,) * 6
 
 
-def _no_gradients(arguments: Sequence) -> list:
-    """Nothing for each argument, in the structure that torch sees in it: of lists, only in empty ones or of tensors."""
-    return [[] if isinstance(argument, list) and not argument else None for argument in arguments]
+def _pointwise_composed_gradients(
+    grad_output: Tensor,
+    operands: Sequence[Tensor],
+    loss: str,
+    parameters: Sequence[float],
+    reduction: int,
+    divisor: int | None,
+    wanted: Sequence[bool],
+) -> Sequence[Tensor]:
+    dtype = grad_output.dtype
 
+    def composed(*operands: Tensor) -> Tensor:
+        operands = [operand.to(dtype) for operand in operands]
+        return pointwise_registry.composed(loss, operands, parameters, reduction, divisor)
 
-def _is_batch(grad_output: Tensor) -> bool:
-    """Of either vmap; the older one's key, that of is_grads_batched, has no name in Python."""
-    return "Batched" in repr(torch._C._dispatch_keys(grad_output))
+    return _gradients(composed, operands, wanted, grad_output)
 
 
 def _save_pointwise_forward(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -351,47 +322,38 @@ def _save_pointwise_forward(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _pointwise_forward_gradients(ctx: Any, grad_output: Tensor) -> tuple:
     wanted = list(ctx.needs_input_grad[0])
     operands = list(ctx.saved_tensors)
-    if _is_batch(grad_output):  # torch makes no rule for an op of lists
-        found = _pointwise_gradients(operands, wanted, ctx.options, grad_output, create_graph=False)
-    else:
-        found = torch.ops.fusedloss.pointwise_backward(grad_output, operands, *ctx.options, wanted)
-    grads = iter(found)
-    return [next(grads) if each else None for each in wanted], *ctx.nothing
+    grads = iter(torch.ops.fusedloss.pointwise_backward(grad_output, operands, *ctx.options, wanted))
+    return [next(grads) if is_wanted else None for is_wanted in wanted], *ctx.nothing
 
 
 def _save_pointwise_backward(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    grad_output, operands, *ctx.options, ctx.wanted = inputs
+    grad_output, operands, *ctx.options = inputs
     ctx.nothing = _no_gradients(inputs[2:])
     ctx.save_for_backward(grad_output, *operands)
 
 
 def _pointwise_backward_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple:
-    def gradients(grad_output: Tensor, *operands: Tensor) -> Sequence[Tensor]:
-        return _pointwise_gradients(operands, ctx.wanted, ctx.options, grad_output, create_graph=True)
-
-    of_grad_output, *of_operands = _composed_gradients(gradients, ctx.saved_tensors, grads)
+    of_grad_output, *of_operands = _second_derivative(
+        lambda g, *operands: _pointwise_composed_gradients(g, operands, *ctx.options), ctx.saved_tensors, grads
+    )
     return of_grad_output, of_operands, *ctx.nothing
 
 
-def _pointwise_gradients(
-    operands: Sequence[Tensor], wanted: Sequence[bool], options: Sequence, grad_output: Tensor, create_graph: bool
-) -> Sequence[Tensor]:
-    """grad_output times the derivatives of the loss by the operands that are wanted, as torch's operations have it."""
-    loss, *others = options
-    with torch.enable_grad():
-        at = [operand if operand.requires_grad else operand.detach().requires_grad_() for operand in operands]
-        of = pointwise_losses.composed(loss, [x.to(grad_output.dtype) for x in at], *others)
-    by = [x for x, is_wanted in zip(at, wanted, strict=True) if is_wanted]
-    # 0 where the loss has no derivative: by a mask, or by what has none among those given by hand.
-    return torch.autograd.grad(of, by, grad_output, create_graph=create_graph, materialize_grads=True)
-
-
-def _nll_loss_by_torch(target: Tensor, weight: Tensor | None, dtype: torch.dtype, options: tuple) -> Callable:
-    """As a function of the input. dtype: the loss's, float32 where the forward pass ran under autocast."""
+def _nll_loss_of_input(target: Tensor, weight: Tensor | None, dtype: torch.dtype, options: Sequence[int]) -> Callable:
+    """The loss, of this dtype, as a function of the input."""
     reduction, ignore_index = options
     weight = None if weight is None else weight.to(dtype)
     target = target.to(torch.int64)
-    return lambda x: torch_nll_loss(x, target, weight, ignore_index=ignore_index, reduction=_REDUCTIONS[reduction])
+    return lambda x: torch_nll_loss(
+        x.to(dtype), target, weight, ignore_index=ignore_index, reduction=_REDUCTIONS[reduction]
+    )
+
+
+def _nll_loss_composed_gradient(
+    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
+) -> Tensor:
+    loss = _nll_loss_of_input(target, weight, grad_output.dtype, (reduction, ignore_index))
+    return _gradients(loss, [input], [True], grad_output)[0]
 
 
 def _save_nll_loss_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -400,15 +362,14 @@ def _save_nll_loss_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor
 
 
 def _nll_loss_forward_gradients(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple:
+    _refuse_gradients("nll_loss_forward", ctx.needs_input_grad[2])
     input, target, weight, total_weight = ctx.saved_tensors
-    if ctx.needs_input_grad[2]:
-        raise NotImplementedError("fusedloss::nll_loss_forward has no gradient for weight")
     if torch.is_grad_enabled():  # the backward op does not know input, whose second derivative is 0 and not None
-        loss = _nll_loss_by_torch(target, weight, grad_output.dtype, ctx.options)
-        return _gradient(loss, input.view_as(input), grad_output), *(None,) * 5
-    grad = torch.ops.fusedloss.nll_loss_backward(
-        grad_output, target, weight, total_weight, input.shape, input.stride(), input.dtype, *ctx.options
-    )
+        grad = torch.ops.fusedloss.nll_loss_composed_gradient(grad_output, input, target, weight, *ctx.options)
+    else:
+        grad = torch.ops.fusedloss.nll_loss_backward(
+            grad_output, target, weight, total_weight, input.shape, input.stride(), input.dtype, *ctx.options
+        )
     return grad, *(None,) * 5
 
 
@@ -420,11 +381,32 @@ def _save_nll_loss_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _nll_loss_backward_gradients(ctx: Any, grad: Tensor) -> tuple:
     """The gradient is linear in grad_output: what goes back is the loss of what comes in."""
-    loss = _nll_loss_by_torch(*ctx.saved_tensors, ctx.dtype, ctx.options)
-    return loss(grad.to(ctx.dtype)), *(None,) * 8
+    loss = _nll_loss_of_input(*ctx.saved_tensors, ctx.dtype, ctx.options)
+    return loss(grad), *(None,) * 8
 
 
-for _name, _gradients, _save in (
+_define_composed_gradient(
+    "cross_entropy_composed_gradient",
+    "(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index,"
+    " float label_smoothing) -> Tensor",
+    _cross_entropy_composed_gradient,
+)
+_define_composed_gradient(
+    "pointwise_composed_gradients",
+    "(Tensor grad_output, Tensor[] operands, str loss, float[] parameters, int reduction, SymInt? divisor,"
+    " bool[] wanted) -> Tensor[]",
+    _pointwise_composed_gradients,
+)
+_define_composed_gradient(
+    "nll_loss_composed_gradient",
+    "(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index) -> Tensor",
+    _nll_loss_composed_gradient,
+)
+# torch makes no batching rule for an op of lists.
+for _key in ("FuncTorchBatched", "Batched"):
+    _library.impl("pointwise_backward", _pointwise_composed_gradients, _key)
+
+for _name, _derivative, _save in (
     ("cross_entropy_forward", _cross_entropy_forward_gradients, _save_cross_entropy_forward),
     ("cross_entropy_backward", _cross_entropy_backward_gradients, _save_cross_entropy_backward),
     ("pointwise_forward", _pointwise_forward_gradients, _save_pointwise_forward),
@@ -432,4 +414,4 @@ for _name, _gradients, _save in (
     ("nll_loss_forward", _nll_loss_forward_gradients, _save_nll_loss_forward),
     ("nll_loss_backward", _nll_loss_backward_gradients, _save_nll_loss_backward),
 ):
-    torch.library.register_autograd(f"fusedloss::{_name}", _gradients, setup_context=_save)
+    torch.library.register_autograd(f"fusedloss::{_name}", _derivative, setup_context=_save)

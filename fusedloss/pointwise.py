@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-from ._calls import NUMBER, by_torch, covers, fused, is_eager, named_reduction, warn
-from .pointwise_losses import GAUSSIAN_CONSTANT
+from ._dispatch import NUMBER, call_torch, fused, is_eager, may_be_fused, named_reduction, warn
+from .pointwise_registry import GAUSSIAN_CONSTANT
 
 # torch's own functions, taken where `patch` has not replaced them.
 torch_mse_loss = F.mse_loss
@@ -56,7 +56,7 @@ def mse_loss(
         loss = fused("mse_loss", (input, target), reduction, warns=True)
         if loss is not None:
             return loss
-    return by_torch(torch_mse_loss, input, target, reduction=reduction, weight=weight)
+    return call_torch(torch_mse_loss, input, target, reduction=reduction, weight=weight)
 
 
 def l1_loss(
@@ -79,7 +79,7 @@ def l1_loss(
         loss = fused("l1_loss", (input, target), reduction, warns=True)
         if loss is not None:
             return loss
-    return by_torch(torch_l1_loss, input, target, reduction=reduction, weight=weight)
+    return call_torch(torch_l1_loss, input, target, reduction=reduction, weight=weight)
 
 
 def smooth_l1_loss(
@@ -109,7 +109,7 @@ def smooth_l1_loss(
         loss = fused(name, (input, target), reduction, parameters, warns=True)
         if loss is not None:
             return loss
-    return by_torch(torch_smooth_l1_loss, input, target, reduction=reduction, beta=beta)
+    return call_torch(torch_smooth_l1_loss, input, target, reduction=reduction, beta=beta)
 
 
 def huber_loss(
@@ -137,7 +137,7 @@ def huber_loss(
         loss = fused("huber_loss", (input, target), reduction, (delta,), warns=True)
         if loss is not None:
             return loss
-    return by_torch(torch_huber_loss, input, target, reduction=reduction, delta=delta, **_if_given(weight=weight))
+    return call_torch(torch_huber_loss, input, target, reduction=reduction, delta=delta, **_if_given(weight=weight))
 
 
 def binary_cross_entropy_with_logits(
@@ -176,13 +176,13 @@ def binary_cross_entropy_with_logits(
     loss = None
     if weight is None and pos_weight is None:
         loss = fused("binary_cross_entropy_with_logits", (input, target), reduction, fits=_bce_fits)
-    elif covers(input, target, *(given for given in (weight, pos_weight) if given is not None)):
+    elif may_be_fused(input, target, *(given for given in (weight, pos_weight) if given is not None)):
         one = input.new_ones(())
         operands = (input, target, one if weight is None else weight, one if pos_weight is None else pos_weight)
         loss = fused("weighted_binary_cross_entropy_with_logits", operands, reduction, fits=_bce_fits)
     if loss is not None:
         return loss
-    return by_torch(
+    return call_torch(
         torch_binary_cross_entropy_with_logits,
         input,
         target,
@@ -226,14 +226,14 @@ def kl_div(
         # torch divides by the batch even where those override 'batchmean': a call for torch.
         batch = reduction == "batchmean"
         kind = None if batch else _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
-    elif reduction == "batchmean" and covers(input, target):
+    elif reduction == "batchmean" and may_be_fused(input, target):
         kind, divisor = ("mean", input.shape[0]) if input.dim() > 0 else ("sum", None)
     loss = None
     if kind is not None:
         loss = fused("kl_div_log_target" if log_target else "kl_div", (input, target), kind, divisor=divisor)
     if loss is None:
         options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
-        return by_torch(torch_kl_div, input, target, **options, log_target=log_target)
+        return call_torch(torch_kl_div, input, target, **options, log_target=log_target)
     if not by_name:
         named_reduction(reduction, size_average, reduce)  # for its warning
     elif reduction == "mean":
@@ -281,7 +281,7 @@ def poisson_nll_loss(
         if loss is not None:
             return loss
     options = {"log_input": log_input, "full": full, "eps": eps, "reduction": reduction}
-    return by_torch(torch_poisson_nll_loss, input, target, **options)
+    return call_torch(torch_poisson_nll_loss, input, target, **options)
 
 
 def gaussian_nll_loss(
@@ -318,7 +318,7 @@ def gaussian_nll_loss(
             reduction is unknown. To look for a negative var the host waits for the GPU, as with torch's function.
     """
     plain = isinstance(var, Tensor) and isinstance(eps, NUMBER) and reduction in ("none", "mean", "sum")
-    if plain and covers(input, target, var) and not math.isnan(eps) and not _stays_16_bit(input):
+    if plain and may_be_fused(input, target, var) and not math.isnan(eps) and not _stays_16_bit(input):
         fits = var.shape == input.shape
         if not fits and var.shape == input.shape[:-1]:
             var, fits = var.unsqueeze(-1), True
@@ -330,7 +330,7 @@ def gaussian_nll_loss(
             if loss is not None:
                 _refuse_negative(var, loss)  # after the kernels, which refuse one whose memory was freed
                 return loss
-    return by_torch(torch_gaussian_nll_loss, input, target, var, full=full, eps=eps, reduction=reduction)
+    return call_torch(torch_gaussian_nll_loss, input, target, var, full=full, eps=eps, reduction=reduction)
 
 
 def soft_margin_loss(
@@ -352,7 +352,7 @@ def soft_margin_loss(
     loss = fused("soft_margin_loss", (input, target), reduction, fits=lambda input, target: _can_expand(target, input))
     if loss is not None:
         return loss
-    return by_torch(torch_soft_margin_loss, input, target, reduction=reduction)
+    return call_torch(torch_soft_margin_loss, input, target, reduction=reduction)
 
 
 def _stays_16_bit(input: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fusedloss
 import fusedloss.functional as fused
-from fusedloss import _backend, ops
+from fusedloss import _backend, _dispatch
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -108,7 +108,7 @@ def test_cuda_tensors_without_cuda_kernels_are_warned_of_once(cuda, monkeypatch)
 
     # The compiler asks while it records, and must not be stopped by the warning.
     monkeypatch.setattr(_backend, "_warned", False)
-    compiled = torch.compile(lambda x: x if ops._has_kernels("cuda") else -x, fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda x: x if _dispatch._has_kernels("cuda") else -x, fullgraph=True, backend="eager")
     assert told_by(lambda: compiled(torch.ones(1))) == [message]
     assert compiled(torch.ones(1)) == -1
 

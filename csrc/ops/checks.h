@@ -13,6 +13,8 @@
 
 namespace fusedloss {
 
+using OptionalTensor = std::optional<at::Tensor>;
+
 // std::nullopt for a dtype that no kernel takes.
 inline std::optional<DType> kernel_dtype(at::ScalarType type) {
   switch (type) {
@@ -42,7 +44,7 @@ inline void check_same_device(const char* op, const char* name, const at::Tensor
 }
 
 // A tensor outlives the memory of its storage where someone frees that by storage.resize_(0), as sharded training and
-// offloading do. tensor: plain (plain.h).
+// offloading do. tensor: plain (ops/plain.h).
 inline void check_memory(const char* op, const char* name, const at::Tensor& tensor) {
   if (tensor.numel() == 0) return;
   const size_t offset = size_t(tensor.storage_offset());

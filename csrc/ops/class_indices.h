@@ -12,8 +12,9 @@
 
 namespace fusedloss {
 
-// Is an index out of range to be found on the host, before a kernel is launched?
+// Whether a class index out of range is found on the host, before a kernel is launched. On the CPU it is found anyway.
 inline std::atomic<bool> debug_enabled = false;
+inline void set_debug(bool enabled) { debug_enabled = enabled; }
 
 inline void check_class_indices(const char* op, const at::Tensor& input, const at::Tensor& target) {
   const auto expected = sizes_of_rows(input);
@@ -26,6 +27,11 @@ inline void check_class_indices(const char* op, const at::Tensor& input, const a
               input.sizes(), ", got ", target.sizes());
   TORCH_CHECK(at::isIntegralType(target.scalar_type(), /*includeBool=*/false), op,
               ": target must hold class indices of an integer type (int64), got ", target.scalar_type());
+}
+
+// The class indices as the kernels take them.
+inline at::Tensor kernel_class_indices(const at::Tensor& target) {
+  return (target.scalar_type() == at::kLong ? target : target.to(at::kLong)).contiguous();
 }
 
 inline void check_weight_dtype(const char* op, const at::Tensor& input, const at::Tensor& weight, bool autocast) {

@@ -1,16 +1,16 @@
-// Cross entropy between torch and the kernels: checks the arguments, allocates, fills the options, picks the device.
+#include "ops/cross_entropy_op.h"
 
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like_ops.h>
 
+#include <optional>
 #include <utility>
 
-#include "ops/checks.h"
-#include "ops/class_indices.h"
 #include "kernels/cpu/cross_entropy_cpu.h"
+#include "ops/class_indices.h"
 #include "ops/cuda_tuning.h"
 #include "ops/huge_pages.h"
-#include "ops/ops.h"
+#include "ops/last_grad_output.h"
+#include "ops/loss_tensors.h"
 #include "ops/plain.h"
 #include "ops/row_layout.h"
 #include "ops/run.h"
@@ -25,74 +25,54 @@ namespace {
 
 constexpr const char* kOp = "cross_entropy";
 
-bool has_probabilities(const at::Tensor& input, const at::Tensor& target) {
-  return input.sizes() == target.sizes();
+bool has_probabilities(const CrossEntropyCall& call) { return call.input.sizes() == call.target.sizes(); }
+
+void check_probabilities(const CrossEntropyCall& call) {
+  TORCH_CHECK(at::isFloatingType(call.target.scalar_type()), kOp, ": target has the shape of input, ",
+              call.input.sizes(), ", so it must hold class probabilities of a floating point type, got ",
+              call.target.scalar_type(), "; class indices have the shape of input without its class dimension");
+  TORCH_CHECK(call.ignore_index < 0, kOp,
+              ": ignore_index must be negative where target holds class probabilities, got ", call.ignore_index);
 }
 
-void check_probabilities(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index) {
-  TORCH_CHECK(at::isFloatingType(target.scalar_type()), kOp, ": target has the shape of input, ", input.sizes(),
-              ", so it must hold class probabilities of a floating point type, got ", target.scalar_type(),
-              "; class indices have the shape of input without its class dimension");
-  TORCH_CHECK(ignore_index < 0, kOp, ": ignore_index must be negative where target holds class probabilities, got ",
-              ignore_index);
-}
-
-// The options of one call, and the tensors whose memory they point to.
-struct Call {
+// What the kernels are told of one call: the options, and the tensors whose memory they point to.
+struct Arguments {
   CrossEntropyOptions o = {};
   Layout layout = Layout::kRows;
   at::Tensor input, target, weight, statistics;
 
-  Call(const at::Tensor& input_, const at::Tensor& target_, const OptionalTensor& weight_, int64_t reduction,
-       int64_t ignore_index, double label_smoothing) {
+  explicit Arguments(const CrossEntropyCall& call) {
     o.tuning = cuda_tuning();
-    o.dtype = check_dtype(kOp, "input", input_);
-    check_memory(kOp, "input", input_);
-    o.reduction = check_reduction(kOp, reduction);
-    o.ignore_index = ignore_index;
-    check_same_device(kOp, "target", target_, input_);
-    check_memory(kOp, "target", target_);
-    const bool probabilities = has_probabilities(input_, target_);
+    o.dtype = check_dtype(kOp, "input", call.input);
+    check_memory(kOp, "input", call.input);
+    o.reduction = check_reduction(kOp, call.reduction);
+    o.ignore_index = call.ignore_index;
+    check_same_device(kOp, "target", call.target, call.input);
+    check_memory(kOp, "target", call.target);
+    const bool probabilities = has_probabilities(call);
     if (probabilities) {
-      check_probabilities(input_, target_, ignore_index);
+      check_probabilities(call);
     } else {
-      check_class_indices(kOp, input_, target_);
+      check_class_indices(kOp, call.input, call.target);
     }
-    TORCH_CHECK(!(label_smoothing > 1), kOp, ": label_smoothing must be between 0.0 and 1.0, got ", label_smoothing);
-    o.label_smoothing = label_smoothing > 0 ? label_smoothing : 0;  // torch takes negative and NaN for none
+    TORCH_CHECK(!(call.label_smoothing > 1), kOp, ": label_smoothing must be between 0.0 and 1.0, got ",
+                call.label_smoothing);
+    o.label_smoothing = call.label_smoothing > 0 ? call.label_smoothing : 0;  // torch takes negative and NaN for none
 
-    const RowSizes sizes = row_sizes(input_);
-    const auto found = layout_of(input_, sizes);
-    input = found.has_value() ? input_ : input_.contiguous();
-    layout = found.has_value() ? *found : *layout_of(input, sizes);
-    o.logits = input.const_data_ptr();
-    o.logits_strides = kernel_strides(input, layout);
-    o.outer = sizes.outer;
-    o.classes = sizes.classes;
-    o.inner = sizes.inner;
-    if (layout == Layout::kSwapped) std::swap(o.outer, o.inner);
-
-    if (probabilities) {
-      target = in_layout(target_, sizes, layout);
-      static const double kNothing = 0;  // not null, which would say that there are class indices
-      o.target_probability = target.numel() > 0 ? target.const_data_ptr() : &kNothing;
-      o.target_strides = kernel_strides(target, layout);
-    } else {
-      target = target_.to(at::kLong).contiguous();
-      o.target_index = target.const_data_ptr<int64_t>();
-    }
-    if (weight_.has_value()) take_weight(*weight_);
+    const RowSizes sizes = row_sizes(call.input);
+    take_input(call.input, sizes);
+    probabilities ? take_probabilities(call.target, sizes) : take_class_indices(call.target);
+    if (call.weight.has_value()) take_weight(*call.weight);
   }
 
-  void take_weight(const at::Tensor& given) {
-    weight = kernel_weight(kOp, given, o.classes, input);
-    o.weight = weight.const_data_ptr();
+  int64_t statistics_numel() const {
+    return cross_entropy_statistics_numel(o.rows(), o.reduction == Reduction::kMean, sums_weight());
   }
 
-  bool sums_weights() const { return weight.defined() && o.label_smoothing > 0 && o.target_index != nullptr; }
-
-  // Two a row, and of the last two those that are needed, so that nothing is left unwritten.
-  int64_t statistics_numel() const { return 2 * o.rows() + (o.reduction == Reduction::kMean) + sums_weights(); }
+  void take_gradient(const at::Tensor& written) {
+    o.grad_logits = written.data_ptr();
+    o.grad_strides = kernel_strides(written, layout);
+  }
 
   void take_statistics(const at::Tensor& given) {
     statistics = given;
@@ -101,12 +81,46 @@ struct Call {
     o.row_max = at(0);
     o.row_scale = at(o.rows());
     o.total_weight = o.reduction == Reduction::kMean ? at(2 * o.rows()) : nullptr;
-    o.weight_sum = sums_weights() ? at(statistics_numel() - 1) : nullptr;
+    o.weight_sum = sums_weight() ? at(statistics_numel() - 1) : nullptr;
+  }
+
+ private:
+  bool sums_weight() const {
+    return sums_class_weights(weight.defined(), o.label_smoothing, /*class_indices=*/o.target_index != nullptr);
+  }
+
+  void take_input(const at::Tensor& given, const RowSizes& sizes) {
+    const auto found = layout_of(given, sizes);
+    input = found.has_value() ? given : given.contiguous();
+    layout = found.has_value() ? *found : *layout_of(input, sizes);
+    o.logits = input.const_data_ptr();
+    o.logits_strides = kernel_strides(input, layout);
+    o.outer = sizes.outer;
+    o.classes = sizes.classes;
+    o.inner = sizes.inner;
+    if (layout == Layout::kSwapped) std::swap(o.outer, o.inner);
+  }
+
+  void take_probabilities(const at::Tensor& given, const RowSizes& sizes) {
+    target = in_layout(given, sizes, layout);
+    static const double kNothing = 0;  // not null, which would say that there are class indices
+    o.target_probability = target.numel() > 0 ? target.const_data_ptr() : &kNothing;
+    o.target_strides = kernel_strides(target, layout);
+  }
+
+  void take_class_indices(const at::Tensor& given) {
+    target = kernel_class_indices(given);
+    o.target_index = target.const_data_ptr<int64_t>();
+  }
+
+  void take_weight(const at::Tensor& given) {
+    weight = kernel_weight(kOp, given, o.classes, input);
+    o.weight = weight.const_data_ptr();
   }
 };
 
-void forward_on_cpu(Call& call) {
-  CrossEntropyOptions& o = call.o;
+void forward_on_cpu(Arguments& a) {
+  CrossEntropyOptions& o = a.o;
   const cpu::CrossEntropyWork work = cpu::cross_entropy_work(o);
   const HostScratch scratch(cpu::cross_entropy_scratch_bytes(o));
   o.scratch = scratch.data();
@@ -117,32 +131,42 @@ void forward_on_cpu(Call& call) {
   }
   run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_forward(o, begin, end); });
   const int64_t bad = cpu::cross_entropy_finish(o);
-  if (bad >= 0) refuse_class_index(kOp, o, call.target, bad, o.target_index[bad]);
+  if (bad >= 0) refuse_class_index(kOp, o, a.target, bad, o.target_index[bad]);
 }
 
 #ifdef FUSEDLOSS_WITH_CUDA
-void forward_on_cuda(Call& call) {
-  CrossEntropyOptions& o = call.o;
+void forward_on_cuda(Arguments& a) {
+  CrossEntropyOptions& o = a.o;
   if (o.weight_sum != nullptr) {
-    auto weight_sum = call.statistics.slice(0, call.statistics_numel() - 1);
-    at::sum_out(weight_sum, call.weight, at::IntArrayRef{0}, /*keepdim=*/true);
+    auto weight_sum = a.statistics.slice(0, a.statistics_numel() - 1);
+    at::sum_out(weight_sum, a.weight, at::IntArrayRef{0}, /*keepdim=*/true);
   }
-  run_on_cuda(kOp, call.input, [&](cudaStream_t stream) {
+  run_on_cuda(kOp, a.input, [&](cudaStream_t stream) {
     int64_t bytes = 0;
     const cudaError_t error = cuda::cross_entropy_scratch_bytes(o, bytes);
     if (error != cudaSuccess) return error;
-    const auto scratch = call.input.new_empty({bytes}, at::kByte);
+    const auto scratch = a.input.new_empty({bytes}, at::kByte);
     o.scratch = scratch.data_ptr();
     return cuda::cross_entropy_forward(o, stream);
   });
 }
 #endif
 
-void run_forward(Call& call) {
+void run_forward(Arguments& a) {
 #ifdef FUSEDLOSS_WITH_CUDA
-  if (on_cuda(call.input)) return forward_on_cuda(call);
+  if (on_cuda(a.input)) return forward_on_cuda(a);
 #endif
-  forward_on_cpu(call);
+  forward_on_cpu(a);
+}
+
+void run_backward(const Arguments& a) {
+  const CrossEntropyOptions& o = a.o;
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (on_cuda(a.input))
+    return run_on_cuda(kOp, a.input, [&](cudaStream_t stream) { return cuda::cross_entropy_backward(o, stream); });
+#endif
+  const cpu::CrossEntropyWork work = cpu::cross_entropy_work(o);
+  run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_backward(o, begin, end); });
 }
 
 // Uninitialised, laid out like input, as the fake kernel in fusedloss/ops.py promises.
@@ -153,46 +177,26 @@ at::Tensor fresh_gradient(const at::Tensor& input) {
   return grad;
 }
 
-// The gradient of a call, which its options then point to; written in the layout of the kernels.
-struct Gradient {
-  at::Tensor grad, written;
-
-  Gradient(Call& call, const at::Tensor& grad_)
-      : grad(grad_),
-        written(layout_of(grad, row_sizes(grad)) == call.layout ? grad : empty_in_layout(grad, call.layout)) {
-    if (!written.is_same(grad)) prefer_huge_pages(written);
-    call.o.grad_logits = written.data_ptr();
-    call.o.grad_strides = kernel_strides(written, call.layout);
-  }
-
-  at::Tensor take() const { return written.is_same(grad) ? grad : grad.copy_(written); }
-};
-
-void run_backward(const Call& call) {
-  const CrossEntropyOptions& o = call.o;
-#ifdef FUSEDLOSS_WITH_CUDA
-  if (on_cuda(call.input)) {
-    run_on_cuda(kOp, call.input, [&](cudaStream_t stream) { return cuda::cross_entropy_backward(o, stream); });
-    return;
-  }
-#endif
-  const cpu::CrossEntropyWork work = cpu::cross_entropy_work(o);
-  run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_backward(o, begin, end); });
+void check_statistics(const Arguments& a, const at::Tensor& statistics, const at::Tensor& input) {
+  check_same_device(kOp, "statistics", statistics, input);
+  TORCH_CHECK(statistics.numel() == a.statistics_numel() && statistics.is_contiguous() &&
+                  statistics.scalar_type() == accumulate_type(input.scalar_type()),
+              kOp, ": statistics must be those of this input's forward pass");
+  check_memory(kOp, "statistics", statistics);
 }
 
 }  // namespace
 
-void set_debug(bool enabled) { debug_enabled = enabled; }
-
-bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight) {
-  if (!is_ours(input) || !is_plain(target) || (weight.has_value() && !is_plain(*weight))) return false;
+bool cross_entropy_covers(const CrossEntropyCall& call) {
+  const at::Tensor &input = call.input, &target = call.target;
+  const OptionalTensor& weight = call.weight;
   if (input.dim() == 0 || row_sizes(input).classes == 0) return false;
 #ifdef FUSEDLOSS_WITH_CUDA
   if (on_cuda(input) && row_sizes(input).classes > cuda::kMaxClasses) return false;
 #endif
   if (weight.has_value() && weight->requires_grad()) return false;  // torch differentiates, or refuses
   if (input.dim() == 1 && target.dim() == 1 && target.numel() == 1 && input.numel() != 1) return false;
-  if (has_probabilities(input, target) && at::isFloatingType(target.scalar_type())) {
+  if (has_probabilities(call) && at::isFloatingType(target.scalar_type())) {
     // No kernel for the gradient of target, nor for mixed types, which torch promotes.
     if (target.requires_grad() || target.scalar_type() != input.scalar_type()) return false;
     if (weight.has_value() && weight->scalar_type() != input.scalar_type()) return false;
@@ -200,61 +204,42 @@ bool cross_entropy_covers(const at::Tensor& input, const at::Tensor& target, con
   return true;
 }
 
-CrossEntropyResult cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
-                                         const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                         double label_smoothing, bool autocast, bool with_grad) {
-  Call call(input, target, weight, reduction, ignore_index, label_smoothing);
-  CrossEntropyOptions& o = call.o;
-  if (weight.has_value()) check_weight_dtype(kOp, input, *weight, autocast);
-  if (debug_enabled && o.target_index != nullptr) check_class_indices_on_host(kOp, o, call.target);
-  const auto statistics =
-      input.new_empty({call.statistics_numel()}, accumulate_type(input.scalar_type()));
-  call.take_statistics(statistics);
+CrossEntropyResult cross_entropy_forward(const CrossEntropyCall& call, bool autocast, bool with_grad) {
+  const at::Tensor& input = call.input;
+  Arguments a(call);
+  CrossEntropyOptions& o = a.o;
+  if (call.weight.has_value()) check_weight_dtype(kOp, input, *call.weight, autocast);
+  if (debug_enabled && o.target_index != nullptr) check_class_indices_on_host(kOp, o, a.target);
+  const auto statistics = input.new_empty({a.statistics_numel()}, accumulate_type(input.scalar_type()));
+  a.take_statistics(statistics);
+  const auto loss = allocate_loss(
+      o, input, autocast, [&](at::ScalarType type) { return input.new_empty(sizes_of_rows(input), type); });
 
-  const auto type = loss_type(input, autocast);
-  const auto loss =
-      o.reduction == Reduction::kNone ? input.new_empty(sizes_of_rows(input), type) : input.new_empty({}, type);
-  o.loss_dtype = *kernel_dtype(loss.scalar_type());
-  o.loss = loss.data_ptr();
-
-  std::optional<Gradient> gradient;
-  if (with_grad) gradient.emplace(call, fresh_gradient(input));
-  run_forward(call);
+  std::optional<GradientInLayout> gradient;
+  if (with_grad) a.take_gradient(gradient.emplace(fresh_gradient(input), a.layout).written);
+  run_forward(a);
   return {loss, statistics, gradient ? gradient->take() : at::Tensor()};
 }
 
-at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
-                                  const OptionalTensor& weight, const at::Tensor& statistics, int64_t reduction,
-                                  int64_t ignore_index, double label_smoothing, bool in_place,
-                                  const at::Tensor& ready) {
-  Call call(input, target, weight, reduction, ignore_index, label_smoothing);
-  CrossEntropyOptions& o = call.o;
-  check_same_device(kOp, "statistics", statistics, input);
-  TORCH_CHECK(statistics.numel() == call.statistics_numel() && statistics.is_contiguous() &&
-                  statistics.scalar_type() == accumulate_type(input.scalar_type()),
-              kOp, ": statistics must be those of this input's forward pass");
-  check_memory(kOp, "statistics", statistics);
-  call.take_statistics(statistics);
+at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const CrossEntropyCall& call,
+                                  const at::Tensor& statistics, bool in_place, const at::Tensor& ready) {
+  const at::Tensor& input = call.input;
+  Arguments a(call);
+  CrossEntropyOptions& o = a.o;
+  check_statistics(a, statistics, input);
+  a.take_statistics(statistics);
+  const auto upstream = take_grad_output(kOp, o, grad_output, input, sizes_of_rows(input),
+                                         [](const at::Tensor& given) { return given.contiguous(); });
 
-  check_same_device(kOp, "grad_output", grad_output, input);
-  const bool per_row = o.reduction == Reduction::kNone;
-  TORCH_CHECK(grad_output.numel() == (per_row ? o.rows() : 1), kOp, ": grad_output must have the shape of the loss, ",
-              per_row ? target.sizes() : c10::IntArrayRef(), ", got ", grad_output.sizes());
-  o.loss_dtype = check_loss_dtype(kOp, "grad_output", grad_output, input);
-  check_memory(kOp, "grad_output", grad_output);
-  const bool one_value = !per_row || is_one_value(grad_output);
-  const at::Tensor upstream = one_value ? grad_output : grad_output.contiguous();
-  o.grad_output = upstream.const_data_ptr();
-  o.grad_output_stride = one_value ? 0 : 1;
-
-  const Gradient gradient(call, in_place ? input : ready.defined() ? ready : fresh_gradient(input));
+  const GradientInLayout gradient(in_place ? input : ready.defined() ? ready : fresh_gradient(input), a.layout);
+  a.take_gradient(gradient.written);
 #ifdef FUSEDLOSS_WITH_CUDA
-  if (on_cuda(input) && !per_row) {
+  if (on_cuda(input) && o.reduction != Reduction::kNone) {
     o.grad_ready = ready.defined() && gradient.written.is_same(ready);
-    o.grad_output_was_one = grad_output_was_one_on_cuda(HandOver::kCrossEntropy, input);
+    o.grad_output_was_one = last_grad_output_flag(ReadyLoss::kCrossEntropy, input);
   }
 #endif
-  run_backward(call);
+  run_backward(a);
   return gradient.take();
 }
 

@@ -40,4 +40,9 @@ inline bool is_ours(const at::Tensor& input) {
   return kernel_dtype(input.scalar_type()).has_value() || !autocast_to_float32(input);  // float8, which it converts
 }
 
+// The same, of a loss with a target and the weights of its classes.
+inline bool are_ours(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight) {
+  return is_ours(input) && is_plain(target) && (!weight.has_value() || is_plain(*weight));
+}
+
 }  // namespace fusedloss

@@ -1,18 +1,13 @@
-// Pointwise losses between torch and the kernels: checks the arguments, allocates, fills the options, picks the
-// device.
-
-#include <ATen/core/Tensor.h>
+#include "ops/pointwise_op.h"
 
 #include <algorithm>
-#include <string>
 #include <utility>
-#include <vector>
 
-#include "ops/checks.h"
 #include "kernels/cpu/pointwise_cpu.h"
 #include "ops/cuda_tuning.h"
 #include "ops/huge_pages.h"
-#include "ops/ops.h"
+#include "ops/last_grad_output.h"
+#include "ops/loss_tensors.h"
 #include "ops/plain.h"
 #include "ops/run.h"
 #ifdef FUSEDLOSS_WITH_CUDA
@@ -29,16 +24,17 @@ at::Tensor empty_beside(const at::Tensor& t, at::ScalarType type) {
   return fresh;
 }
 
-// The options of one call, and the tensors whose memory they point to. Elements are paired by their place in memory, so
-// input, the first operand, must be dense and the others in the same order, or one value each; gradients and losses are
-// laid out as input is.
-struct Call {
+// What the kernels are told of one call: the options, and the tensors whose memory they point to. Elements are paired by
+// their place in memory, so input, the first operand, must be dense and the others in the same order, or one value each;
+// gradients and losses are laid out as input is.
+struct Arguments {
   const char* op;
   const PointwiseLoss& loss;
   PointwiseOptions o = {};
   std::vector<at::Tensor> operands;
 
-  Call(const PointwiseCall& call) : op(call.loss.name.c_str()), loss(call.loss), operands(call.operands.vec()) {
+  explicit Arguments(const PointwiseCall& call)
+      : op(call.loss.name.c_str()), loss(call.loss), operands(call.operands.vec()) {
     TORCH_CHECK_VALUE(operands.size() == loss.operands.size(), op, ": got ", operands.size(), " tensors, expected ",
                       loss.operands.size());
     TORCH_CHECK_VALUE(call.parameters.size() <= size_t(kMaxParameters), op, ": got ", call.parameters.size(),
@@ -92,98 +88,102 @@ struct Call {
   }
 };
 
-// The gradients of a call that are wanted, which its options then point to; `ready`: those that the forward pass has left.
+// The gradients of the operands of `wanted`, which the options then point to. ready: those that the forward pass has left.
 struct Gradients {
-  std::vector<at::Tensor> of;
-  bool are_ready = true;  // all of them
+  std::vector<at::Tensor> tensors;
+  bool are_ready = true;  // all that are wanted
 
-  Gradients(Call& call, unsigned wanted, std::vector<at::Tensor> ready = {}) : of(std::move(ready)) {
-    of.resize(call.operands.size());
-    for (size_t k = 0; k < of.size(); ++k) {
+  Gradients(Arguments& a, unsigned wanted, std::vector<at::Tensor> ready = {}) : tensors(std::move(ready)) {
+    tensors.resize(a.operands.size());
+    for (size_t k = 0; k < tensors.size(); ++k) {
       if ((wanted >> k & 1) == 0) continue;
-      are_ready = are_ready && of[k].defined();
-      if (!of[k].defined()) of[k] = empty_beside(call.input(), call.input().scalar_type());
-      call.o.grad[k] = of[k].data_ptr();
+      at::Tensor& grad = tensors[k];
+      are_ready = are_ready && grad.defined();
+      if (!grad.defined()) grad = empty_beside(a.input(), a.input().scalar_type());
+      a.o.grad[k] = grad.data_ptr();
     }
   }
 };
 
-void run_forward(Call& call) {
-  PointwiseOptions& o = call.o;
-#ifdef FUSEDLOSS_WITH_CUDA
-  if (on_cuda(call.input())) {
-    const auto scratch = call.input().new_empty({cuda::pointwise_scratch_bytes(o)}, at::kByte);
-    o.scratch = scratch.data_ptr();
-    run_on_cuda(call.op, call.input(), [&](cudaStream_t stream) { return call.loss.on_cuda->forward(o, stream); });
-    return;
-  }
-#endif
-  const HostScratch scratch(cpu::pointwise_scratch_bytes(o));
-  o.scratch = scratch.data();
+void run_chunks_on_cpu(const Arguments& a) {
+  const PointwiseOptions& o = a.o;
   run_on_cpu(cpu::pointwise_chunks(o), cpu::kPointwiseGrain,
-             [&](int64_t begin, int64_t end) { cpu::pointwise(*call.loss.on_cpu, o, begin, end); });
-  cpu::pointwise_finish(o);
+             [&](int64_t begin, int64_t end) { cpu::pointwise(*a.loss.on_cpu, o, begin, end); });
+}
+
+void forward_on_cpu(Arguments& a) {
+  const HostScratch scratch(cpu::pointwise_scratch_bytes(a.o));
+  a.o.scratch = scratch.data();
+  run_chunks_on_cpu(a);
+  cpu::pointwise_finish(a.o);
+}
+
+#ifdef FUSEDLOSS_WITH_CUDA
+void forward_on_cuda(Arguments& a) {
+  PointwiseOptions& o = a.o;
+  const auto scratch = a.input().new_empty({cuda::pointwise_scratch_bytes(o)}, at::kByte);
+  o.scratch = scratch.data_ptr();
+  run_on_cuda(a.op, a.input(), [&](cudaStream_t stream) { return a.loss.on_cuda->forward(o, stream); });
+}
+#endif
+
+void run_forward(Arguments& a) {
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (on_cuda(a.input())) return forward_on_cuda(a);
+#endif
+  forward_on_cpu(a);
+}
+
+void run_backward(const Arguments& a) {
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (on_cuda(a.input()))
+    return run_on_cuda(a.op, a.input(), [&](cudaStream_t stream) { return a.loss.on_cuda->backward(a.o, stream); });
+#endif
+  run_chunks_on_cpu(a);
 }
 
 }  // namespace
 
-bool pointwise_covers(const PointwiseLoss& loss, at::TensorList operands) {
-  const at::Tensor& input = operands[0];
+bool pointwise_covers(const PointwiseCall& call) {
+  const at::Tensor& input = call.operands[0];
   if (!is_ours(input) || !kernel_dtype(input.scalar_type())) return false;  // torch's functions take integers, and more
-  for (const at::Tensor& operand : operands)                                // and promote mixed types
+  for (const at::Tensor& operand : call.operands)                           // and promote mixed types
     if (!is_plain(operand) || operand.scalar_type() != input.scalar_type() || operand.sizes() != input.sizes())
       return false;
 #ifdef FUSEDLOSS_WITH_CUDA
-  if (on_cuda(input)) return loss.on_cuda != nullptr;
+  if (on_cuda(input)) return call.loss.on_cuda != nullptr;
 #endif
-  return loss.on_cpu != nullptr;
+  return call.loss.on_cpu != nullptr;
 }
 
-PointwiseResult pointwise_forward(const PointwiseCall& given, bool autocast, unsigned with_grads) {
-  Call call(given);
-  PointwiseOptions& o = call.o;
-  const auto type = loss_type(call.input(), autocast);
+PointwiseResult pointwise_forward(const PointwiseCall& call, bool autocast, unsigned with_grads) {
+  Arguments a(call);
+  const at::Tensor& input = a.input();
   const auto loss =
-      o.reduction == Reduction::kNone ? empty_beside(call.input(), type) : call.input().new_empty({}, type);
-  o.loss = loss.data_ptr();
-  o.loss_dtype = *kernel_dtype(loss.scalar_type());
-  Gradients gradients(call, with_grads);
-  run_forward(call);
-  return {loss, std::move(gradients.of)};
+      allocate_loss(a.o, input, autocast, [&](at::ScalarType type) { return empty_beside(input, type); });
+  Gradients gradients(a, with_grads);
+  run_forward(a);
+  return {loss, std::move(gradients.tensors)};
 }
 
-std::vector<at::Tensor> pointwise_backward(const at::Tensor& grad_output, const PointwiseCall& given,
-                                           unsigned wanted, std::vector<at::Tensor> ready) {
-  Call call(given);
-  PointwiseOptions& o = call.o;
-  const at::Tensor& input = call.input();
-  check_same_device(call.op, "grad_output", grad_output, input);
-  const bool per_element = o.reduction == Reduction::kNone;
-  TORCH_CHECK(per_element ? grad_output.sizes() == input.sizes() : grad_output.numel() == 1, call.op,
-              ": grad_output must have the shape of the loss, got ", grad_output.sizes());
-  o.loss_dtype = check_loss_dtype(call.op, "grad_output", grad_output, input);
-  check_memory(call.op, "grad_output", grad_output);
-  const bool one_value = !per_element || is_one_value(grad_output);
-  at::Tensor upstream = grad_output;
-  if (!one_value && grad_output.strides() != input.strides())
-    upstream = empty_beside(input, grad_output.scalar_type()).copy_(grad_output);
-  o.grad_output = upstream.const_data_ptr();
-  o.grad_output_stride = one_value ? 0 : 1;
+std::vector<at::Tensor> pointwise_backward(const at::Tensor& grad_output, const PointwiseCall& call, unsigned wanted,
+                                           std::vector<at::Tensor> ready) {
+  Arguments a(call);
+  PointwiseOptions& o = a.o;
+  const at::Tensor& input = a.input();
+  const auto upstream = take_grad_output(a.op, o, grad_output, input, input.sizes(), [&](const at::Tensor& given) {
+    return given.strides() == input.strides() ? given : empty_beside(input, given.scalar_type()).copy_(given);
+  });
 
-  Gradients gradients(call, wanted, std::move(ready));
+  Gradients gradients(a, wanted, std::move(ready));
 #ifdef FUSEDLOSS_WITH_CUDA
-  if (on_cuda(input)) {
-    if (!per_element) {
-      o.grad_ready = gradients.are_ready;
-      o.grad_output_was_one = grad_output_was_one_on_cuda(HandOver::kPointwise, input);
-    }
-    run_on_cuda(call.op, input, [&](cudaStream_t stream) { return call.loss.on_cuda->backward(o, stream); });
-    return std::move(gradients.of);
+  if (on_cuda(input) && o.reduction != Reduction::kNone) {
+    o.grad_ready = gradients.are_ready;
+    o.grad_output_was_one = last_grad_output_flag(ReadyLoss::kPointwise, input);
   }
 #endif
-  run_on_cpu(cpu::pointwise_chunks(o), cpu::kPointwiseGrain,
-             [&](int64_t begin, int64_t end) { cpu::pointwise(*call.loss.on_cpu, o, begin, end); });
-  return std::move(gradients.of);
+  run_backward(a);
+  return std::move(gradients.tensors);
 }
 
 }  // namespace fusedloss

@@ -17,22 +17,17 @@ namespace fusedloss {
 namespace {
 
 std::shared_mutex mutex;
-// Never destroyed: their Python functions cannot be where the interpreter has ended.
-std::deque<PointwiseLoss>& all_losses() {
-  static auto* const losses = new std::deque<PointwiseLoss>;
-  return *losses;
-}
+std::deque<PointwiseLoss> losses;  // a deque: an element stays where it is
 
 }  // namespace
 
 int64_t add_pointwise_loss(const std::string& name, const std::vector<std::string>& operands, int64_t cpu_formula,
-                           int64_t cuda_formula, PointwiseLoss::Composed composed) {
+                           int64_t cuda_formula) {
   TORCH_CHECK_VALUE(!operands.empty() && operands.size() <= size_t(kMaxOperands), name, ": got ", operands.size(),
                     " tensors, expected 1 to ", kMaxOperands);
   PointwiseLoss loss = {};
   loss.name = name;
   loss.operands = operands;
-  loss.composed = std::move(composed);
   const bool is_own = cpu_formula == 0 && cuda_formula == 0;
   loss.on_cpu = is_own ? cpu::find_pointwise_loss(name.c_str())
                        : reinterpret_cast<const cpu::PointwiseFormula*>(cpu_formula);
@@ -42,14 +37,14 @@ int64_t add_pointwise_loss(const std::string& name, const std::vector<std::strin
                         : reinterpret_cast<const cuda::PointwiseFormula*>(cuda_formula);
 #endif
   const std::unique_lock<std::shared_mutex> lock(mutex);
-  all_losses().push_back(std::move(loss));
-  return int64_t(all_losses().size()) - 1;
+  losses.push_back(std::move(loss));
+  return int64_t(losses.size()) - 1;
 }
 
 const PointwiseLoss& pointwise_loss(int64_t number) {
   const std::shared_lock<std::shared_mutex> lock(mutex);
-  TORCH_CHECK_INDEX(number >= 0 && number < int64_t(all_losses().size()), "there is no pointwise loss number ", number);
-  return all_losses()[size_t(number)];  // stays where it is
+  TORCH_CHECK_INDEX(number >= 0 && number < int64_t(losses.size()), "there is no pointwise loss number ", number);
+  return losses[size_t(number)];
 }
 
 }  // namespace fusedloss

@@ -2,10 +2,7 @@
 // expression.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <functional>
-#include <optional>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -17,22 +14,18 @@
 namespace fusedloss {
 
 struct PointwiseLoss {
-  // (operands, parameters, reduction, divisor) -> the same loss, composed of torch's operations
-  using Composed = std::function<at::Tensor(std::vector<at::Tensor>, std::vector<double>, int64_t,
-                                            std::optional<int64_t>)>;
   std::string name;
   std::vector<std::string> operands;  // their names, for messages
   const cpu::PointwiseFormula* on_cpu;
 #ifdef FUSEDLOSS_WITH_CUDA
-  const cuda::PointwiseFormula* on_cuda;  // null where this loss is not compiled for it
+  const cuda::PointwiseFormula* on_cuda;  // null where this loss is not compiled for CUDA
 #endif
-  Composed composed;
 };
 
-// -> the number it is called by from then on. A loss of the user's own comes with the addresses of its formulas (0: not
-// compiled for this device); one of this extension's, with neither, is found by its name.
+// Returns the number that the loss is called by from then on. A loss of the user's own comes with the addresses of its
+// formulas (0: not compiled for this device); one of this extension's comes with neither, and is found by its name.
 int64_t add_pointwise_loss(const std::string& name, const std::vector<std::string>& operands, int64_t cpu_formula,
-                           int64_t cuda_formula, PointwiseLoss::Composed composed);
+                           int64_t cuda_formula);
 
 const PointwiseLoss& pointwise_loss(int64_t number);
 

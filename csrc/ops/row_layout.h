@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "kernels/options.h"
+#include "ops/huge_pages.h"
 
 namespace fusedloss {
 
@@ -120,5 +121,18 @@ inline Strides kernel_strides(const at::Tensor& t, Layout layout) {
   const Strides s = *row_strides(t);
   return layout == Layout::kSwapped ? Strides{0, s.classes, s.outer} : s;
 }
+
+// A gradient, and what the kernels write: the same memory, or a copy of it that has the layout.
+struct GradientInLayout {
+  at::Tensor grad, written;
+
+  GradientInLayout(const at::Tensor& gradient, Layout layout)
+      : grad(gradient),
+        written(layout_of(gradient, row_sizes(gradient)) == layout ? gradient : empty_in_layout(gradient, layout)) {
+    if (!written.is_same(grad)) prefer_huge_pages(written);
+  }
+
+  at::Tensor take() const { return written.is_same(grad) ? grad : grad.copy_(written); }
+};
 
 }  // namespace fusedloss

@@ -88,21 +88,4 @@ inline int32_t* allocate_host_flags(const at::Tensor& tensor, int count) {
 
 #endif
 
-// The ops whose forward pass may compute the gradient. Each remembers its own last grad_output: in a sum of losses
-// with weights, one of them may always be sent 1, and another never.
-enum class HandOver { kCrossEntropy, kPointwise };
-constexpr int kHandOvers = 2;
-
-#if defined(FUSEDLOSS_WITH_CUDA)
-// Where an op's backward pass on a device tells whether the last grad_output was 1, without the host waiting for it.
-inline int32_t* grad_output_was_one_on_cuda(HandOver op, const at::Tensor& tensor) {
-  static int32_t* const flags = [&] {
-    int32_t* const fresh = allocate_host_flags(tensor, kHandOvers);
-    for (int i = 0; fresh != nullptr && i < kHandOvers; ++i) fresh[i] = 1;
-    return fresh;
-  }();
-  return flags != nullptr ? flags + int(op) : nullptr;
-}
-#endif
-
 }  // namespace fusedloss

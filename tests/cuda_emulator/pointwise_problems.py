@@ -11,7 +11,7 @@ from oracle import assert_exact
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fusedloss import pointwise_losses
+from fusedloss import pointwise_registry
 
 from .emulator import DTYPES, REDUCTIONS, CudaTuning, Emulator, PointwiseOptions
 from .problems import TUNINGS, Problem, bits_of, statistic
@@ -204,7 +204,7 @@ class Pointwise(Problem):
             for operand, period in zip(self.operands, self.periods, strict=True)
         ]
         elementwise = self.formula.composed or (
-            lambda *arguments: pointwise_losses.composed(
+            lambda *arguments: pointwise_registry.composed(
                 self.name, arguments[: len(operands)], arguments[len(operands) :], 0, None
             )
         )

@@ -46,10 +46,7 @@ def number_of(name: str) -> int:
             number = numbers.get(name)
             if number is None:
                 loss = _losses[name]
-                number = extension.add_pointwise_loss(
-                    name, loss.operands, *loss.formulas(), lambda *args: composed(name, *args)
-                )
-                numbers[name] = number
+                number = numbers[name] = extension.add_pointwise_loss(name, loss.operands, *loss.formulas())
     return number
 
 
@@ -75,7 +72,7 @@ def composed(
 # Composed of torch's own functions, taken here, where `patch` has not replaced them.
 
 
-def _by_torch(function: Callable[..., Tensor], *names: str, **options: object) -> Callable[..., Tensor]:
+def _torch_elementwise(function: Callable[..., Tensor], *names: str, **options: object) -> Callable[..., Tensor]:
     """The function, with parameters of these names after the operands."""
 
     def elementwise(*arguments: object) -> Tensor:
@@ -120,17 +117,17 @@ _OTHER_OPERANDS = {
 GAUSSIAN_CONSTANT = 0.5 * math.log(2 * math.pi)
 
 for _name, _elementwise in {
-    "mse_loss": _by_torch(F.mse_loss),
-    "l1_loss": _by_torch(F.l1_loss),
-    "smooth_l1_loss": _by_torch(F.smooth_l1_loss, "beta"),
-    "huber_loss": _by_torch(F.huber_loss, "delta"),
-    "binary_cross_entropy_with_logits": _by_torch(F.binary_cross_entropy_with_logits),
+    "mse_loss": _torch_elementwise(F.mse_loss),
+    "l1_loss": _torch_elementwise(F.l1_loss),
+    "smooth_l1_loss": _torch_elementwise(F.smooth_l1_loss, "beta"),
+    "huber_loss": _torch_elementwise(F.huber_loss, "delta"),
+    "binary_cross_entropy_with_logits": _torch_elementwise(F.binary_cross_entropy_with_logits),
     "weighted_binary_cross_entropy_with_logits": _weighted_bce,
-    "kl_div": _by_torch(F.kl_div),
-    "kl_div_log_target": _by_torch(F.kl_div, log_target=True),
-    "poisson_nll_loss": _by_torch(F.poisson_nll_loss, "eps"),
+    "kl_div": _torch_elementwise(F.kl_div),
+    "kl_div_log_target": _torch_elementwise(F.kl_div, log_target=True),
+    "poisson_nll_loss": _torch_elementwise(F.poisson_nll_loss, "eps"),
     "poisson_nll_loss_full": functools.partial(_full_poisson, log_input=True),
-    "poisson_nll_loss_of_rate": _by_torch(F.poisson_nll_loss, "eps", log_input=False),
+    "poisson_nll_loss_of_rate": _torch_elementwise(F.poisson_nll_loss, "eps", log_input=False),
     "poisson_nll_loss_of_rate_full": functools.partial(_full_poisson, log_input=False),
     "gaussian_nll_loss": _gaussian,
     "soft_margin_loss": _soft_margin,

@@ -1,0 +1,203 @@
+"""Which way a call goes: to the kernels at once, to the registered op, or to torch's own function.
+
+A call of plain tensors is judged by the extension (the functions named `…_covers` in csrc/ops/). Any other call, as of
+fake tensors and what the compiler traces, is judged by the functions of the same names here.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter, _reduction
+from torch.overrides import _get_current_function_mode_stack, handle_torch_function, has_torch_function_variadic
+
+from . import _backend, ops
+from .pointwise_registry import number_of
+
+NUMBER = (int, float)  # not int | float: the compiler of torch 2.6 knows no unions
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def is_eager(tensors: Sequence[Tensor], weight: Tensor | None = None) -> bool:
+    """May the kernels look at these, or even be compiled to do so? They then decide for themselves."""
+    if torch.compiler.is_compiling():
+        return False
+    if has_torch_function_variadic(*tensors, weight) and not _only_modes(*tensors, weight):
+        return False
+    for tensor in tensors:  # a generator would take several times as long
+        if not isinstance(tensor, Tensor):
+            return False
+    return (weight is None or isinstance(weight, Tensor)) and (tensors[0].is_cpu or tensors[0].is_cuda)
+
+
+def _only_modes(*arguments: object) -> bool:
+    plain = all(type(argument) in (Tensor, Parameter, type(None)) for argument in arguments)
+    return plain and only_transparent_modes()
+
+
+def call_torch(function: Callable[..., Tensor], *tensors: Tensor | None, **options: Any) -> Tensor:
+    """torch's own function, also as the one a subclass is asked about: by name it would be ours after `patch`."""
+    if not torch.compiler.is_compiling() and has_torch_function_variadic(*tensors):
+        return handle_torch_function(function, tensors, *tensors, **options)
+    return function(*tensors, **options)
+
+
+def named_reduction(reduction: str, size_average: bool | None, reduce: bool | None) -> str:
+    """The reduction that is meant: torch's deprecated arguments override it, with torch's warning."""
+    if size_average is None and reduce is None:
+        return reduction
+    return _reduction.legacy_get_string(size_average, reduce)
+
+
+# ---- what the registered ops take
+
+# torch's own function modes that mean nothing to a loss: a default device, and those by which graphs are recorded.
+_TRANSPARENT_MODES = (
+    "DeviceContext",
+    "TorchFunctionMetadataMode",
+    "PreDispatchTorchFunctionMode",
+    "_NonStrictTorchFunctionHandler",
+)
+
+
+def only_transparent_modes() -> bool:
+    """Would the torch function modes that are active let a loss pass unchanged?"""
+    return all(
+        type(mode).__name__ in _TRANSPARENT_MODES and type(mode).__module__.startswith("torch.")
+        for mode in _get_current_function_mode_stack()
+    )
+
+
+def _has_kernels(device_type: str) -> bool:
+    return device_type == "cpu" or (device_type == "cuda" and _backend.with_cuda())
+
+
+# What torch.compiler.assume_constant_result does, but for importing the whole compiler, which takes two seconds.
+_has_kernels._dynamo_marked_constant = True
+
+
+def accepts(*tensors: object) -> bool:
+    """Can an op take these? Not where something is active that knows torch's own functions only."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+        return False
+    if not only_transparent_modes():
+        return False
+    types = (Tensor, Parameter, FakeTensor, FunctionalTensor)
+    if not all(type(tensor) in types and tensor.layout == torch.strided and not tensor.is_nested for tensor in tensors):
+        return False
+    input, *others = tensors
+    return (
+        input.dtype in _DTYPES
+        and _has_kernels(input.device.type)
+        and all(tensor.device == input.device for tensor in others)
+    )
+
+
+def cross_entropy_covers(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Is this call the registered op's? What torch promotes or refuses is left to torch.
+
+    Sizes are not compared here but by the fake kernel: the compiler may not know them before the graph runs.
+    """
+    if not accepts(input, target, *([] if weight is None else [weight])) or input.dim() == 0:
+        return False
+    if not torch.compiler.is_compiling():
+        classes = input.shape[min(1, input.dim() - 1)]
+        if classes == 0 or (input.is_cuda and classes > _backend.extension().max_cuda_classes):
+            return False
+    if weight is not None and (weight.requires_grad or weight.dtype != input.dtype or weight.dim() != 1):
+        return False
+    if input.dim() == target.dim():
+        return target.dtype == input.dtype and not target.requires_grad
+    is_index = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    return is_index and target.dim() == max(input.dim() - 1, 0)
+
+
+def nll_loss_covers(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Is this call the registered op's? Where it is cross entropy's of class indices."""
+    return cross_entropy_covers(input, target, weight) and target.dim() != input.dim()
+
+
+# ---- pointwise losses
+
+
+def may_be_fused(*operands: Tensor) -> bool:
+    """Is it worth asking `fused`? Where it is not, the call is torch's."""
+    return is_eager(operands) or accepts(*operands)
+
+
+def fused(
+    name: str,
+    operands: Sequence[Tensor],
+    reduction: str,
+    parameters: Sequence[float] = (),
+    divisor: int | None = None,
+    warns: bool = False,
+    fits: Callable[..., bool] | None = None,
+) -> Tensor | None:
+    """The pointwise loss of this name, as its kernels or the registered op compute it; None where the call is torch's.
+
+    warns: an input and a target of two shapes are likely a mistake, as torch tells.
+    fits: whether it broadcasts these operands, which have several shapes; if not given, it broadcasts any.
+    """
+    eager = is_eager(operands)
+    if not eager and not accepts(*operands):
+        return None
+    options = (parameters, _reduction.get_enum(reduction), divisor)
+    loss = _backend.extension().pointwise(number_of(name), operands, *options) if eager else None
+    if loss is not None or (eager and not accepts(*operands)):
+        return loss
+    given, shape = operands, operands[0].shape
+    have_one_shape = all(operand.shape == shape for operand in operands[1:])
+    if not have_one_shape:
+        if fits is not None and not fits(*operands):
+            return None
+        if warns and torch.compiler.is_compiling():
+            return None  # the compiler calls torch's function, whose warning it lets through
+        operands = _broadcast(name, operands)
+        loss = _backend.extension().pointwise(number_of(name), operands, *options) if eager else None
+    if loss is None and _have_one_dtype(operands) and _can_be_saved(operands):
+        loss = ops.pointwise(operands, name, *options)
+    if warns and not have_one_shape and loss is not None:
+        input, target = given
+        warn(
+            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+            "This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=3,
+        )
+    return loss
+
+
+def _have_one_dtype(operands: Sequence[Tensor]) -> bool:
+    """What torch promotes is left to torch."""
+    return all(operand.dtype == operands[0].dtype for operand in operands[1:])
+
+
+def _can_be_saved(operands: Sequence[Tensor]) -> bool:
+    """Not where autograd would have to save an inference tensor. Not all of torch's own functions have to."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return True
+    return not any(operand.requires_grad for operand in operands) or not any(map(Tensor.is_inference, operands))
+
+
+def warn(message: str, stacklevel: int) -> None:
+    warnings.warn(message, stacklevel=stacklevel + 1)
+
+
+# The compiler calls it while it records the graph.
+warn._dynamo_marked_constant = True
+
+
+def _broadcast(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
+    try:
+        return torch.broadcast_tensors(*operands)
+    except RuntimeError as error:
+        shapes = ", ".join(str(list(operand.shape)) for operand in operands)
+        who = name.partition("#")[0]  # without the digest of a custom loss
+        what = "input and target" if len(operands) == 2 else "the tensors"
+        raise RuntimeError(f"{who}: {what} must have shapes that broadcast, got {shapes}: {error}") from None
