@@ -340,12 +340,13 @@ def _pointwise_backward_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple:
 
 
 def _nll_loss_of_input(target: Tensor, weight: Tensor | None, dtype: torch.dtype, options: Sequence[int]) -> Callable:
-    """The loss, of this dtype, as a function of the input."""
+    """The loss, of this dtype, as a function of the input, made contiguous: torch cannot differentiate it where that is
+    in the channels-last format."""
     reduction, ignore_index = options
     weight = None if weight is None else weight.to(dtype)
     target = target.to(torch.int64)
     return lambda x: torch_nll_loss(
-        x.to(dtype), target, weight, ignore_index=ignore_index, reduction=_REDUCTIONS[reduction]
+        x.to(dtype).contiguous(), target, weight, ignore_index=ignore_index, reduction=_REDUCTIONS[reduction]
     )
 
 

@@ -340,7 +340,7 @@ def what_computes(name: str, run: Situation) -> str:
     backward, seen = ops_of(lambda: run(name, getattr(fused, name)))
     if callable(backward):
         _, seen = ops_of(backward)
-    ours = {op for op in seen if op.startswith("fusedloss::") and "CppNode" not in op}
+    ours = {op for op in seen if op.startswith("fusedloss::") and "CppNode" not in op and "composed" not in op}
     torchs = {op for op in seen if op.startswith("aten::") and any(part in op for part in BY_TORCH)}
     assert not (ours and torchs), f"both are seen: {ours}, {torchs}"
     return "kernels" if ours else "torch"

@@ -49,6 +49,11 @@ def cross_entropy_backward_samples(device: str):
         yield what, (torch.randn_like(loss).requires_grad_(), input, target, weight, statistics, *options)
 
 
+def cross_entropy_composed_gradient_samples(device: str):
+    for what, (grad_output, input, target, weight, _, *options) in cross_entropy_backward_samples(device):
+        yield what, (grad_output, input, target, weight, *options)
+
+
 # A loss of the family with a parameter, and one with three operands.
 POINTWISE = [("mse_loss", 2, []), ("smooth_l1_loss", 2, [0.5]), ("gaussian_nll_loss", 3, [1e-6, 0.0])]
 
@@ -90,13 +95,22 @@ def nll_loss_backward_samples(device: str):
         yield what, (torch.randn_like(loss).requires_grad_(), target, weight, total_weight, *like, *options)
 
 
+def nll_loss_composed_gradient_samples(device: str):
+    for what, (input, target, weight, *options, autocast) in nll_loss_forward_samples(device):
+        loss, _ = torch.ops.fusedloss.nll_loss_forward(input.detach(), target, weight, *options, autocast)
+        yield what, (torch.randn_like(loss).requires_grad_(), input, target, weight, *options)
+
+
 SAMPLES = {
     "cross_entropy_forward": cross_entropy_forward_samples,
     "cross_entropy_backward": cross_entropy_backward_samples,
+    "cross_entropy_composed_gradient": cross_entropy_composed_gradient_samples,
     "pointwise_forward": pointwise_forward_samples,
     "pointwise_backward": pointwise_backward_samples,
+    "pointwise_composed_gradients": pointwise_backward_samples,
     "nll_loss_forward": nll_loss_forward_samples,
     "nll_loss_backward": nll_loss_backward_samples,
+    "nll_loss_composed_gradient": nll_loss_composed_gradient_samples,
 }
 REGISTERED = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedloss::"))
 

@@ -1,0 +1,96 @@
+"""The compiled extension: csrc/bindings.cpp. A reduction is torch's number for it: 0 none, 1 mean, 2 sum."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+with_cuda: bool  # whether this build has CUDA kernels
+max_operands: int  # of a pointwise loss, input included
+max_parameters: int
+max_cuda_classes: int  # where there are CUDA kernels
+
+# ---- the losses, with autograd; None where torch's own function, or a registered op, must compute the call
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    inplace_backward: bool,
+) -> Tensor | None: ...
+def nll_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
+) -> Tensor | None: ...
+def pointwise(
+    loss: int, operands: Sequence[Tensor], parameters: Sequence[float], reduction: int, divisor: int | None
+) -> Tensor | None: ...
+
+# ---- their passes, without autograd
+
+def cross_entropy_forward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    autocast: bool,
+) -> tuple[Tensor, Tensor]: ...  # the loss, and the statistics for the backward pass
+def cross_entropy_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor: ...
+def cross_entropy_statistics_numel(
+    rows: int | torch.SymInt, is_mean: bool, has_weight: bool, label_smoothing: float, class_indices: bool
+) -> int | torch.SymInt: ...
+def nll_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, autocast: bool
+) -> tuple[Tensor, Tensor]: ...  # the loss, and what the mean divides by
+def nll_loss_backward(
+    grad_output: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    total_weight: Tensor,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    dtype: torch.dtype,
+    reduction: int,
+    ignore_index: int,
+) -> Tensor: ...
+def pointwise_forward(
+    loss: int,
+    operands: Sequence[Tensor],
+    parameters: Sequence[float],
+    reduction: int,
+    divisor: int | None,
+    autocast: bool,
+) -> Tensor: ...
+def pointwise_backward(
+    grad_output: Tensor,
+    loss: int,
+    operands: Sequence[Tensor],
+    parameters: Sequence[float],
+    reduction: int,
+    divisor: int | None,
+    wanted: int,  # a bit for each operand, the lowest for the first
+) -> list[Tensor | None]: ...
+
+# ---- pointwise losses by their numbers
+
+def add_pointwise_loss(name: str, operands: Sequence[str], cpu_formula: int, cuda_formula: int) -> int: ...
+
+# ---- settings
+
+def set_debug(enabled: bool) -> None: ...
+def set_cuda_tuning(name: str, value: int) -> None: ...
+def cpu_capability() -> str: ...  # "portable", "avx2" or "avx512"
+def choose_cpu_capability(wanted: str, has_avx2: bool, has_avx512: bool) -> str: ...
