@@ -11,7 +11,7 @@
 //   2. they are merged: in a warp by shuffles, then in shared memory;
 //   3. one thread for each row, or some lanes, makes the row's loss, and what the gradient needs to know of the row;
 //   4. each thread reads that of its kWidth rows, and sweeps its classes again to write the gradient.
-// Split rows go through 1 and 2, and what their blocks have found through finish_split; the backward pass begins with 3.
+// Split rows go through 1 and 2, and what their blocks have found through finish_split_rows; the backward pass begins with 3.
 #pragma once
 
 #include <cfloat>
@@ -26,17 +26,17 @@ template <typename T, TargetKind kTarget>
 constexpr int kColumnThreads = max_column_threads(sizeof(T) == 8, is_spread(kTarget));
 template <typename T, TargetKind kTarget>
 constexpr int kForwardBlocks = sizeof(T) < 8 && is_spread(kTarget) ? 2 : 1;
-template <typename T, TargetKind kTarget, bool kTrains>
+template <typename T, TargetKind kTarget, bool kWithGradient>
 constexpr int kAloneBlocks = sizeof(T) == 8                          ? 4
                              : kTarget == TargetKind::kProbabilities ? 6
-                             : kTrains || is_spread(kTarget)         ? 8
+                             : kWithGradient || is_spread(kTarget)         ? 8
                                                                      : 12;
 template <typename T, TargetKind kTarget>
-constexpr int kApartBlocks = apart_blocks(sizeof(T) == 8, is_spread(kTarget));
+constexpr int kSplitBlocks = split_column_blocks(sizeof(T) == 8, is_spread(kTarget));
 
 // In the place of the target class: the row does not count, and its gradient is 0; or the class is no concern of this
 // block.
-constexpr int kDoesNotCount = -2, kNotHere = -1;
+constexpr int kNoContribution = -2, kNoTargetHere = -1;
 
 // The least finite number.
 template <typename A>
@@ -48,7 +48,7 @@ struct ColumnPosition {
   int64_t outer, inner;
 
   // In 32 bits, where they suffice, a division takes a third of the time.
-  __device__ __forceinline__ ColumnPosition(const Problem<T>& o, int64_t row)
+  __device__ __forceinline__ ColumnPosition(const TypedOptions<T>& o, int64_t row)
       : outer(o.inner == 1 ? row : (row | o.inner) >> 32 == 0 ? uint32_t(row) / uint32_t(o.inner) : row / o.inner),
         inner(row - outer * o.inner) {}
   __device__ __forceinline__ int64_t in(const Strides& strides) const {
@@ -58,8 +58,8 @@ struct ColumnPosition {
 
 // The larger element at each place, or the other one where one is NaN.
 template <typename T, int kWidth>
-__device__ __forceinline__ Pack<T, kWidth> larger_of(const Pack<T, kWidth>& a, const Pack<T, kWidth>& b) {
-  Pack<T, kWidth> larger;
+__device__ __forceinline__ Vector<T, kWidth> elementwise_max(const Vector<T, kWidth>& a, const Vector<T, kWidth>& b) {
+  Vector<T, kWidth> larger;
   if constexpr (kWidth == 1) {
     larger.element = narrow<T>(math::max(widen(a.element), widen(b.element)));
   } else if constexpr (sizeof(T) == 2) {
@@ -76,7 +76,7 @@ __device__ __forceinline__ Pack<T, kWidth> larger_of(const Pack<T, kWidth>& a, c
     alignas(16) T values[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) values[i] = math::max(a[i], b[i]);
-    larger.from_vector(*reinterpret_cast<const uint4*>(values));
+    larger.from_uint4(*reinterpret_cast<const uint4*>(values));
   }
   return larger;
 }
@@ -86,7 +86,7 @@ __device__ __forceinline__ Pack<T, kWidth> larger_of(const Pack<T, kWidth>& a, c
 // A place is one of the block's rows. Sets of one value for each place: each set has the arrays of a RowState, or, the
 // last of step 3, what the gradient needs.
 template <typename T, TargetKind kTarget, int kWidth>
-struct ColumnMemory {
+struct ColumnSharedMemory {
   using A = AccumulateType<T>;
 
   const int places;
@@ -94,7 +94,7 @@ struct ColumnMemory {
   int* const y;     // [places]
   T* const of_target;  // [places]  the gradient of the target class
 
-  explicit __device__ __forceinline__ ColumnMemory(const ColumnPlan& p)
+  explicit __device__ __forceinline__ ColumnSharedMemory(const ColumnPlan& p)
       : places(column_places(int(blockDim.x), kWidth)),
         values(reinterpret_cast<A*>(dynamic_shared_memory + p.kept_vectors)),
         y(reinterpret_cast<int*>(values + p.sets * kStateArrays<is_spread(kTarget)> * places)),
@@ -147,10 +147,10 @@ struct ColumnBlock {
 
 // The classes first, first + step, … of kWidth neighbouring rows, up to a block's last one.
 template <typename T, TargetKind kTarget, int kWidth>
-struct Columns {
+struct ThreadColumns {
   using A = AccumulateType<T>;
 
-  const Problem<T>& o;
+  const TypedOptions<T>& o;
   const T* logits;       // of the first row, class 0
   const T* probability;  // null for class indices
   T* grad;               // null if it is not wanted
@@ -158,10 +158,10 @@ struct Columns {
   int classes;           // of the block
   int shift;             // of step, a power of two
 
-  __device__ __forceinline__ Columns(const Problem<T>& problem, int64_t unit, int thread)
-      : Columns(problem, unit, thread, 0, int(problem.classes)) {}
-  __device__ __forceinline__ Columns(const Problem<T>& problem, int64_t unit, int thread, int begin, int end)
-      : o(problem), first(begin + thread), end(end), classes(end - begin), shift(problem.plan.threads_shift) {
+  __device__ __forceinline__ ThreadColumns(const TypedOptions<T>& options, int64_t unit, int thread)
+        : ThreadColumns(options, unit, thread, 0, int(options.classes)) {}
+  __device__ __forceinline__ ThreadColumns(const TypedOptions<T>& options, int64_t unit, int thread, int begin, int end)
+      : o(options), first(begin + thread), end(end), classes(end - begin), shift(options.plan.threads_shift) {
     const ColumnPosition<T> position(o, unit * kWidth);
     logits = static_cast<const T*>(o.logits) + position.in(o.logits_strides);
     probability = kTarget == TargetKind::kProbabilities
@@ -174,32 +174,32 @@ struct Columns {
   __device__ __forceinline__ int count() const { return (end - first + (1 << shift) - 1) >> shift; }
 
   // Of class c in row i, if the thread has all classes; from what it has kept, if it has.
-  template <bool kMayBeKept>
+  template <bool kMayBeStaged>
   __device__ __forceinline__ T logit(int c, int i) const {
-    if constexpr (kMayBeKept) {
-      const int of_pack = Problem<T>::template kSlotsOfPack<kTarget>;
-      const Slots slots(o.plan.slots * of_pack);
-      if (o.plan.slots > 0) return reinterpret_cast<const T*>(&slots[of_pack * c])[i];
+    if constexpr (kMayBeStaged) {
+      const int slots_of_vector = TypedOptions<T>::template kSlotsOfVector<kTarget>;
+      const Slots slots(o.plan.slots * slots_of_vector);
+      if (o.plan.slots > 0) return reinterpret_cast<const T*>(&slots[slots_of_vector * c])[i];
     }
     return logits[c * o.logits_strides.classes + i];
   }
 };
 
-// kPacks classes of a thread, a pack of kWidth rows each, from memory or, if kKept, from what the thread has kept.
+// kVectors classes of a thread, a vector of kWidth rows each, from memory or, if kFromSlots, from what the thread has kept.
 // kWhole: all of them exist.
-template <typename T, TargetKind kTarget, int kWidth, int kPacks, bool kKept, bool kWhole>
+template <typename T, TargetKind kTarget, int kWidth, int kVectors, bool kFromSlots, bool kWhole>
 struct ColumnTile {
-  using Rows = Columns<T, kTarget, kWidth>;
+  using Rows = ThreadColumns<T, kTarget, kWidth>;
 
-  Pack<T, kWidth> x[kPacks];
-  Pack<T, kWidth> t[kPacks] = {};  // probabilities only
+  Vector<T, kWidth> x[kVectors];
+  Vector<T, kWidth> t[kVectors] = {};  // probabilities only
   int first;                       // the first class
-  int count;                       // of packs that exist
+  int count;                       // of vectors that exist
 
   __device__ __forceinline__ ColumnTile(const Rows& rows, int number) {
-    first = rows.first + (number * kPacks << rows.shift);
-    count = kWhole ? kPacks : (rows.end - first + (1 << rows.shift) - 1) >> rows.shift;
-    if constexpr (kKept) {
+    first = rows.first + (number * kVectors << rows.shift);
+    count = kWhole ? kVectors : (rows.end - first + (1 << rows.shift) - 1) >> rows.shift;
+    if constexpr (kFromSlots) {
       take(rows, number);
     } else {
       load_all(rows.logits, rows.o.logits_strides.classes, rows, x);
@@ -208,21 +208,21 @@ struct ColumnTile {
   }
 
   // What is not there is 0: a register that is left as it was would have to be kept from the round before.
-  __device__ __forceinline__ void load_all(const T* p, int64_t stride, const Rows& rows, Pack<T, kWidth> (&packs)[kPacks]) {
+  __device__ __forceinline__ void load_all(const T* p, int64_t stride, const Rows& rows, Vector<T, kWidth> (&vectors)[kVectors]) {
     p += first * stride;
     const int64_t step = stride << rows.shift;
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k, p += step) packs[k] = is_there(k) ? load<kWidth>(p) : Pack<T, kWidth>();
+    for (int k = 0; k < kVectors; ++k, p += step) vectors[k] = is_there(k) ? load<kWidth>(p) : Vector<T, kWidth>();
   }
   __device__ __forceinline__ void take(const Rows& rows, int number) {
-    const int of_pack = Problem<T>::template kSlotsOfPack<kTarget>;
-    const Slots slots(rows.o.plan.slots * of_pack);
+    const int slots_of_vector = TypedOptions<T>::template kSlotsOfVector<kTarget>;
+    const Slots slots(rows.o.plan.slots * slots_of_vector);
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      x[k] = Pack<T, kWidth>();
+    for (int k = 0; k < kVectors; ++k) {
+      x[k] = Vector<T, kWidth>();
       if (!is_there(k)) continue;
-      x[k].from_vector(slots[of_pack * (number * kPacks + k)]);
-      if (rows.has_probabilities()) t[k].from_vector(slots[of_pack * (number * kPacks + k) + 1]);
+      x[k].from_uint4(slots[slots_of_vector * (number * kVectors + k)]);
+      if (rows.has_probabilities()) t[k].from_uint4(slots[slots_of_vector * (number * kVectors + k) + 1]);
     }
   }
 
@@ -230,13 +230,13 @@ struct ColumnTile {
   __device__ __forceinline__ int class_of(const Rows& rows, int k) const { return first + (k << rows.shift); }
 
   template <typename F>
-  __device__ __forceinline__ void for_each_pack(F f) const {
+  __device__ __forceinline__ void for_each_vector(F f) const {
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k)
+    for (int k = 0; k < kVectors; ++k)
       if (is_there(k)) f(k);
   }
 
-  // q of pack k in row i, w being the class's weight; for a class index, without kept * w_y.
+  // q of vector k in row i, w being the class's weight; for a class index, without kept * w_y.
   template <SpreadKind kKind>
   __device__ __forceinline__ AccumulateType<T> coefficient(const Rows& rows, int k, int i, AccumulateType<T> w) const {
     return is_of_probabilities(kKind) ? probability_coefficient(t[k][i], w, rows.o.smoothing)
@@ -246,21 +246,21 @@ struct ColumnTile {
 
 // Calls wait(number), then f(tile, its number) for all tiles of a thread, from the last to the first if kReverse: what was
 // not kept is then read again while the cache may still hold it. `whole` tiles are so for every thread of the rows.
-template <int kPacks, bool kReverse, bool kKept, typename T, TargetKind kTarget, int kWidth, typename Wait, typename F>
-__device__ __forceinline__ void for_each_tile(const Columns<T, kTarget, kWidth>& rows, Wait wait, F f) {
-  const int whole = (rows.classes >> rows.shift) / kPacks;
-  const int all = whole + (rows.first + (whole * kPacks << rows.shift) < rows.end);
+template <int kVectors, bool kReverse, bool kFromSlots, typename T, TargetKind kTarget, int kWidth, typename Wait, typename F>
+__device__ __forceinline__ void for_each_tile(const ThreadColumns<T, kTarget, kWidth>& rows, Wait wait, F f) {
+  const int whole = (rows.classes >> rows.shift) / kVectors;
+  const int all = whole + (rows.first + (whole * kVectors << rows.shift) < rows.end);
   const auto last = [&] {
     if (whole >= all) return;
     wait(whole);
-    f(ColumnTile<T, kTarget, kWidth, kPacks, kKept, false>(rows, whole), whole);
+    f(ColumnTile<T, kTarget, kWidth, kVectors, kFromSlots, false>(rows, whole), whole);
   };
   if (kReverse) last();
 #pragma unroll 1
   for (int i = 0; i < whole; ++i) {
     const int number = kReverse ? whole - 1 - i : i;
     wait(number);
-    f(ColumnTile<T, kTarget, kWidth, kPacks, kKept, true>(rows, number), number);
+    f(ColumnTile<T, kTarget, kWidth, kVectors, kFromSlots, true>(rows, number), number);
   }
   if (!kReverse) last();
 }
@@ -268,9 +268,9 @@ __device__ __forceinline__ void for_each_tile(const Columns<T, kTarget, kWidth>&
 // Starts to copy a thread's classes to its slots, so that all of them are on their way at once. Those of a tile are one group,
 // which is waited for together.
 template <int kGroup, typename T, TargetKind kTarget, int kWidth>
-__device__ __forceinline__ void start_copies(const Columns<T, kTarget, kWidth>& rows) {
-  constexpr int kOfPack = Problem<T>::template kSlotsOfPack<kTarget>;
-  const Slots slots(rows.o.plan.slots * kOfPack);
+__device__ __forceinline__ void start_copies(const ThreadColumns<T, kTarget, kWidth>& rows) {
+  constexpr int kSlotsOfVector = TypedOptions<T>::template kSlotsOfVector<kTarget>;
+  const Slots slots(rows.o.plan.slots * kSlotsOfVector);
   const int64_t step = rows.o.logits_strides.classes << rows.shift;
   const int64_t t_step = rows.o.target_strides.classes << rows.shift;
   const T* p = rows.logits + rows.first * rows.o.logits_strides.classes;
@@ -281,10 +281,10 @@ __device__ __forceinline__ void start_copies(const Columns<T, kTarget, kWidth>& 
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
       if (first + k >= count) break;
-      __pipeline_memcpy_async(&slots[kOfPack * (first + k)], p, kPackBytes);
+      __pipeline_memcpy_async(&slots[kSlotsOfVector * (first + k)], p, kVectorBytes);
       p += step;
       if (!rows.has_probabilities()) continue;
-      __pipeline_memcpy_async(&slots[kOfPack * (first + k) + 1], t, kPackBytes);
+      __pipeline_memcpy_async(&slots[kSlotsOfVector * (first + k) + 1], t, kVectorBytes);
       t += t_step;
     }
     __pipeline_commit();
@@ -304,16 +304,16 @@ __device__ __forceinline__ void raise_maximum(RowState<A>& state, A max) {
   }
 }
 
-template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kPacks, bool kKept, bool kWhole, typename A>
-__device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth],
-                                                    const Columns<T, kTarget, kWidth>& rows,
-                                                    const ColumnTile<T, kTarget, kWidth, kPacks, kKept, kWhole>& tile) {
+template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kVectors, bool kFromSlots, bool kWhole, typename A>
+__device__ __forceinline__ void accumulate_column_tile(RowState<A> (&state)[kWidth],
+                                                    const ThreadColumns<T, kTarget, kWidth>& rows,
+                                                    const ColumnTile<T, kTarget, kWidth, kVectors, kFromSlots, kWhole>& tile) {
   auto largest = splat<kWidth>(narrow<T>(A(-INFINITY)));
-  tile.for_each_pack([&](int k) { largest = larger_of(largest, tile.x[k]); });
+  tile.for_each_vector([&](int k) { largest = elementwise_max(largest, tile.x[k]); });
   // Not only where a maximum grows: a warp has so many rows that one of them mostly does, and others need not branch.
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) raise_maximum<is_spread(kTarget)>(state[i], math::max(state[i].max, largest[i]));
-  tile.for_each_pack([&](int k) {
+  tile.for_each_vector([&](int k) {
     const A w = is_weighted(kKind) ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
@@ -330,28 +330,28 @@ __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth]
 }
 
 // Whether a thread's classes go through its slots, which the gradient is then made of.
-enum class Keeping { kNever, kIfThereAreSlots, kAlways };
+enum class Staging { kNever, kIfSlots, kAlways };
 
-template <Keeping kKeeping, typename T, TargetKind kTarget, int kWidth, typename A>
-__device__ __forceinline__ void absorb_columns(RowState<A> (&state)[kWidth], const Columns<T, kTarget, kWidth>& rows) {
-  constexpr int kPacks = kColumnPacks<is_spread(kTarget)>;
-  if constexpr (kKeeping != Keeping::kNever) {
-    if (kKeeping == Keeping::kAlways || rows.o.plan.slots > 0) {
-      start_copies<kPacks>(rows);
-      const int groups = (rows.count() + kPacks - 1) / kPacks;
-      with_spread<kTarget>(rows.o, [&](auto spread) {
-        for_each_tile<kPacks, /*kReverse=*/false, /*kKept=*/true>(
+template <Staging kStaging, typename T, TargetKind kTarget, int kWidth, typename A>
+__device__ __forceinline__ void accumulate_columns(RowState<A> (&state)[kWidth], const ThreadColumns<T, kTarget, kWidth>& rows) {
+  constexpr int kVectors = kColumnTileVectors<is_spread(kTarget)>;
+  if constexpr (kStaging != Staging::kNever) {
+    if (kStaging == Staging::kAlways || rows.o.plan.slots > 0) {
+      start_copies<kVectors>(rows);
+      const int groups = (rows.count() + kVectors - 1) / kVectors;
+      on_spread<kTarget>(rows.o, [&](auto spread) {
+        for_each_tile<kVectors, /*kReverse=*/false, /*kFromSlots=*/true>(
             rows, [&](int number) { wait_for_copies(groups - 1 - number); },
-            [&](const auto& tile, int) { absorb_columns_tile<decltype(spread)::value>(state, rows, tile); });
+            [&](const auto& tile, int) { accumulate_column_tile<decltype(spread)::value>(state, rows, tile); });
       });
       return;
     }
   }
-  if constexpr (kKeeping != Keeping::kAlways) {
-    with_spread<kTarget>(rows.o, [&](auto spread) {
-      for_each_tile<kPacks, /*kReverse=*/false, /*kKept=*/false>(
+  if constexpr (kStaging != Staging::kAlways) {
+    on_spread<kTarget>(rows.o, [&](auto spread) {
+      for_each_tile<kVectors, /*kReverse=*/false, /*kFromSlots=*/false>(
           rows, [](int) {},
-          [&](const auto& tile, int) { absorb_columns_tile<decltype(spread)::value>(state, rows, tile); });
+          [&](const auto& tile, int) { accumulate_column_tile<decltype(spread)::value>(state, rows, tile); });
     });
   }
 }
@@ -361,7 +361,7 @@ __device__ __forceinline__ void absorb_columns(RowState<A> (&state)[kWidth], con
 // Over the lanes of a warp that have the same rows: those whose numbers differ by a multiple of blockDim.x. Fewer threads
 // than lanes are side by side then.
 template <TargetKind kTarget, int kWidth, typename A>
-__device__ __forceinline__ void merge_lanes_apart(RowState<A> (&state)[kWidth]) {
+__device__ __forceinline__ void merge_strided_lanes(RowState<A> (&state)[kWidth]) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     A max = state[i].max;
@@ -383,11 +383,11 @@ __device__ __forceinline__ void merge_lanes_apart(RowState<A> (&state)[kWidth]) 
 
 // Leaves in shared memory what the block's threads have of its rows, in 1 << sets_shift sets.
 template <typename T, TargetKind kTarget, int kWidth>
-__device__ __forceinline__ void leave_states(const ColumnMemory<T, kTarget, kWidth>& memory,
+__device__ __forceinline__ void store_states(const ColumnSharedMemory<T, kTarget, kWidth>& memory,
                                              RowState<AccumulateType<T>> (&state)[kWidth]) {
   // Threads of one warp that have the same rows leave one state; each of the others a set of its own.
   const int threads_of_set = blockDim.x < kWarp ? kWarp / blockDim.x : 1;
-  if (blockDim.x < kWarp) merge_lanes_apart<kTarget>(state);
+  if (blockDim.x < kWarp) merge_strided_lanes<kTarget>(state);
   __syncthreads();  // the rows before have been read
   if (threadIdx.y % threads_of_set == 0) {
 #pragma unroll
@@ -400,7 +400,7 @@ __device__ __forceinline__ void leave_states(const ColumnMemory<T, kTarget, kWid
 // Calls f(row of the block, its place, its state, the lane's number among those that have it) for all rows of the block,
 // with what the 1 << shift sets have of the row, merged by as many lanes. All threads take part.
 template <typename T, TargetKind kTarget, int kWidth, typename F>
-__device__ __forceinline__ void for_each_merged_row(const ColumnMemory<T, kTarget, kWidth>& memory, int shift, F f) {
+__device__ __forceinline__ void for_each_merged_row(const ColumnSharedMemory<T, kTarget, kWidth>& memory, int shift, F f) {
   using A = AccumulateType<T>;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, part = thread & ((1 << shift) - 1);
   const unsigned rows = blockDim.x * kWidth, rows_at_once = blockDim.x * blockDim.y >> shift;
@@ -418,21 +418,21 @@ __device__ __forceinline__ void for_each_merged_row(const ColumnMemory<T, kTarge
 
 // Of a class: which of the threads of its block has it. A block's first class is a multiple of their number.
 template <typename T>
-__device__ __forceinline__ int thread_of_class(const Problem<T>& o, int c) {
+__device__ __forceinline__ int thread_of_class(const TypedOptions<T>& o, int c) {
   return c & ((1 << o.plan.threads_shift) - 1);
 }
 
 // The target class's logit, where this block has that class: from what a thread has kept, if it has.
-template <int kWidth, bool kMayBeKept, typename T, TargetKind kTarget>
+template <int kWidth, bool kMayBeStaged, typename T, TargetKind kTarget>
 __device__ __forceinline__ T logit_of_target(const RowTarget<T, kTarget>& row, unsigned row_of_block) {
-  const Problem<T>& o = row.o;
-  if constexpr (kMayBeKept) {
+  const TypedOptions<T>& o = row.o;
+  if constexpr (kMayBeStaged) {
     if (o.plan.slots > 0) {
-      const int pack = row.y >> o.plan.threads_shift;
+      const int vector = row.y >> o.plan.threads_shift;
       const int thread = thread_of_class(o, row.y) * int(blockDim.x) + row_of_block / kWidth;
-      const int of_pack = Problem<T>::template kSlotsOfPack<kTarget>;
-      const Slots slots(o.plan.slots * of_pack, thread);
-      return reinterpret_cast<const T*>(&slots[of_pack * pack])[row_of_block % kWidth];
+      const int slots_of_vector = TypedOptions<T>::template kSlotsOfVector<kTarget>;
+      const Slots slots(o.plan.slots * slots_of_vector, thread);
+      return reinterpret_cast<const T*>(&slots[slots_of_vector * vector])[row_of_block % kWidth];
     }
   }
   const ColumnPosition<T> position(o, row.number);
@@ -440,7 +440,7 @@ __device__ __forceinline__ T logit_of_target(const RowTarget<T, kTarget>& row, u
 }
 
 // Brings the cache line of p to the second-level cache, and waits for nothing.
-__device__ __forceinline__ void fetch_to_cache(const int64_t* p) {
+__device__ __forceinline__ void prefetch_to_l2(const int64_t* p) {
 #if FUSEDLOSS_CUDA_ARCH
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #endif
@@ -448,14 +448,14 @@ __device__ __forceinline__ void fetch_to_cache(const int64_t* p) {
 
 // Leaves in shared memory what the gradient needs of a row; here: has this block the target class?
 template <typename T, TargetKind kTarget, int kWidth, typename A>
-__device__ __forceinline__ void prepare_gradient(const ColumnMemory<T, kTarget, kWidth>& memory, int set, int place,
+__device__ __forceinline__ void store_gradient_factors(const ColumnSharedMemory<T, kTarget, kWidth>& memory, int set, int place,
                                                  const RowTarget<T, kTarget>& row, A max, A scale, A grad_output,
                                                  bool here, T x_y) {
-  const bool counts = row.counts();
-  memory.at(set, 0, place) = counts ? max : A(0);
-  memory.at(set, 1, place) = !counts ? A(0) : is_spread(kTarget) ? scale : scale * grad_output;
+  const bool contributes = row.contributes();
+  memory.at(set, 0, place) = contributes ? max : A(0);
+  memory.at(set, 1, place) = !contributes ? A(0) : is_spread(kTarget) ? scale : scale * grad_output;
   if constexpr (is_spread(kTarget)) memory.at(set, 2, place) = grad_output;
-  memory.y[place] = !counts ? kDoesNotCount : here ? row.y : kNotHere;
+  memory.y[place] = !contributes ? kNoContribution : here ? row.y : kNoTargetHere;
   if (row.y < 0 || !here) return;
   const A e = math::exp(A(widen(x_y)) - max);
   memory.of_target[place] = narrow<T>(logit_gradient(e, scale, row.coefficient(), grad_output));
@@ -465,7 +465,7 @@ __device__ __forceinline__ void prepare_gradient(const ColumnMemory<T, kTarget, 
 
 // kWidth neighbouring values, zeros where a row does not count, even if its logits are NaN.
 template <typename T, int kWidth>
-struct RowsThatCount {
+struct ContributingRows {
   uint32_t mask[kWidth == 1 ? 1 : 4] = {};
 
   __device__ __forceinline__ void add(int row) {
@@ -477,7 +477,7 @@ struct RowsThatCount {
     if constexpr (kWidth == 1) {
       *p = mask[0] ? narrow<T>(values[0]) : T();
     } else {
-      const uint4 v = narrow_pack<T, kWidth>(values).as_vector();
+      const uint4 v = narrow_vector<T, kWidth>(values).as_uint4();
       store_vector(p, {v.x & mask[0], v.y & mask[1], v.z & mask[2], v.w & mask[3]});
     }
   }
@@ -485,28 +485,28 @@ struct RowsThatCount {
 
 // What the gradient of a thread's i-th row needs, where the row's thread has left it.
 template <typename T, TargetKind kTarget, int kWidth>
-struct GradientInMemory {
+struct FactorsInSharedMemory {
   using A = AccumulateType<T>;
 
-  const ColumnMemory<T, kTarget, kWidth>& memory;
+  const ColumnSharedMemory<T, kTarget, kWidth>& memory;
   int set;
 
   __device__ __forceinline__ int place(int i) const { return memory.place(threadIdx.x, i); }
   __device__ __forceinline__ A max(int i) const { return memory.at(set, 0, place(i)); }
   __device__ __forceinline__ A factor(int i) const { return memory.at(set, 1, place(i)); }
   __device__ __forceinline__ A grad_output(int i) const { return memory.at(set, 2, place(i)); }
-  __device__ __forceinline__ bool counts(int i) const { return memory.y[place(i)] != kDoesNotCount; }
+  __device__ __forceinline__ bool contributes(int i) const { return memory.y[place(i)] != kNoContribution; }
   // The target class, if it is one of the thread's own; its gradient.
-  __device__ __forceinline__ int target(const Columns<T, kTarget, kWidth>& rows, int i) const {
+  __device__ __forceinline__ int target(const ThreadColumns<T, kTarget, kWidth>& rows, int i) const {
     const int y = memory.y[place(i)];
-    return y >= 0 && thread_of_class(rows.o, y) == int(threadIdx.y) ? y : kNotHere;
+    return y >= 0 && thread_of_class(rows.o, y) == int(threadIdx.y) ? y : kNoTargetHere;
   }
   __device__ __forceinline__ T of_target(int i) const { return memory.of_target[place(i)]; }
 };
 
 // The same in the thread that has the row for itself.
 template <typename T, TargetKind kTarget, int kWidth>
-struct GradientOfOwn {
+struct FactorsInRegisters {
   using A = AccumulateType<T>;
 
   A maxima[kWidth], factors[kWidth], common_grad_output;
@@ -516,40 +516,40 @@ struct GradientOfOwn {
   __device__ __forceinline__ A max(int i) const { return maxima[i]; }
   __device__ __forceinline__ A factor(int i) const { return factors[i]; }
   __device__ __forceinline__ A grad_output(int) const { return common_grad_output; }
-  __device__ __forceinline__ bool counts(int i) const { return targets[i] != kDoesNotCount; }
-  __device__ __forceinline__ int target(const Columns<T, kTarget, kWidth>&, int i) const { return targets[i]; }
+  __device__ __forceinline__ bool contributes(int i) const { return targets[i] != kNoContribution; }
+  __device__ __forceinline__ int target(const ThreadColumns<T, kTarget, kWidth>&, int i) const { return targets[i]; }
   __device__ __forceinline__ T of_target(int i) const { return of_targets[i]; }
 
-  __device__ __forceinline__ void prepare(int i, const RowTarget<T, kTarget>& row, const FinishedRow<A>& finished,
+  __device__ __forceinline__ void prepare(int i, const RowTarget<T, kTarget>& row, const RowResult<A>& finished,
                                           T x_y) {
     maxima[i] = finished.max;
-    factors[i] = !row.counts() ? A(0) : is_spread(kTarget) ? finished.scale : finished.scale * common_grad_output;
-    targets[i] = row.counts() ? row.y : kDoesNotCount;
+    factors[i] = !row.contributes() ? A(0) : is_spread(kTarget) ? finished.scale : finished.scale * common_grad_output;
+    targets[i] = row.contributes() ? row.y : kNoContribution;
     const A e = math::exp(A(widen(x_y)) - finished.max);
     of_targets[i] = narrow<T>(logit_gradient(e, finished.scale, row.coefficient(), common_grad_output));
   }
 };
 
 // The target class comes after the others, from the thread that has it.
-template <bool kKept, typename T, TargetKind kTarget, int kWidth, typename Gradient>
-__device__ __forceinline__ void write_columns(const Columns<T, kTarget, kWidth>& rows, const Gradient& gradient) {
+template <bool kFromSlots, typename T, TargetKind kTarget, int kWidth, typename Gradient>
+__device__ __forceinline__ void write_columns(const ThreadColumns<T, kTarget, kWidth>& rows, const Gradient& gradient) {
   using A = AccumulateType<T>;
-  constexpr int kPacks = kColumnPacks<is_spread(kTarget)> / 2;
+  constexpr int kVectors = kColumnTileVectors<is_spread(kTarget)> / 2;
   A max[kWidth], factor[kWidth], grad_output[kWidth];
-  RowsThatCount<T, kWidth> count;
+  ContributingRows<T, kWidth> count;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     max[i] = gradient.max(i);
     factor[i] = gradient.factor(i);
     if constexpr (is_spread(kTarget)) grad_output[i] = gradient.grad_output(i);
-    if (gradient.counts(i)) count.add(i);
+    if (gradient.contributes(i)) count.add(i);
   }
   const int64_t stride = rows.o.grad_strides.classes;
-  with_spread<kTarget>(rows.o, [&](auto spread) {
-    for_each_tile<kPacks, /*kReverse=*/true, kKept>(rows, [](int) {}, [&](const auto& tile, int) {
+  on_spread<kTarget>(rows.o, [&](auto spread) {
+    for_each_tile<kVectors, /*kReverse=*/true, kFromSlots>(rows, [](int) {}, [&](const auto& tile, int) {
       T* p = rows.grad + tile.first * stride;
       const int64_t step = stride << rows.shift;
-      tile.for_each_pack([&](int k) {
+      tile.for_each_vector([&](int k) {
         const A w = is_weighted(decltype(spread)::value) ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
         A values[kWidth];
 #pragma unroll
@@ -580,68 +580,68 @@ __device__ __forceinline__ void write_columns(const Columns<T, kTarget, kWidth>&
 // A block has all classes of its rows.
 template <typename T, TargetKind kTarget, int kWidth>
 __global__ void __launch_bounds__(kColumnThreads<T, kTarget>, (kForwardBlocks<T, kTarget>))
-    forward_columns(const Problem<T> o) {
+    forward_columns(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
-  constexpr bool kKeeps = kWidth > 1;  // what the gradient is made of; others read it again
+  constexpr bool kStages = kWidth > 1;  // what the gradient is made of; others read it again
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
-  const ColumnMemory<T, kTarget, kWidth> memory(columns);
+  const ColumnSharedMemory<T, kTarget, kWidth> memory(columns);
   const bool wants_gradient = o.grad_logits != nullptr;
   let_next_launch_start();
-  Partial sum = {};
+  LossAccumulator sum = {};
   for (int64_t first = int64_t(blockIdx.x) * blockDim.x; first < columns.units; first += plan.step) {
     RowState<A> state[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
     const bool is_there = first + threadIdx.x < columns.units;
     if (threadIdx.y == 0 && is_there && o.target_index != nullptr)
-      fetch_to_cache(o.target_index + (first + threadIdx.x) * kWidth);
+      prefetch_to_l2(o.target_index + (first + threadIdx.x) * kWidth);
     if (is_there)
-      absorb_columns<kKeeps ? Keeping::kIfThereAreSlots : Keeping::kNever>(
-          state, Columns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y)));
+      accumulate_columns<kStages ? Staging::kIfSlots : Staging::kNever>(
+          state, ThreadColumns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y)));
     const int threads = int(blockDim.x * blockDim.y), in_block = threadIdx.y * blockDim.x + threadIdx.x;
     // The target of this thread's next row in step 3.
     int64_t next_target = o.target_at(first * kWidth + (in_block >> columns.sets_shift));
-    leave_states(memory, state);
+    store_states(memory, state);
     wait_for_launch_before();  // for total_weight
-    const A grad_output = wants_gradient ? with_mean(o, A(1)) : A(0);  // nobody has sent one yet
+    const A grad_output = wants_gradient ? scaled_grad_output(o, A(1)) : A(0);  // nobody has sent one yet
     for_each_merged_row(memory, columns.sets_shift, [&](int of_block, int place, const RowState<A>& merged, int part) {
       const int64_t number = first * kWidth + of_block, target = next_target;
       next_target = o.target_at(number + (threads >> columns.sets_shift));
       if (part != 0 || number >= plan.rows) return;
       const RowTarget<T, kTarget> row(o, number, o.class_of(target));
       const A scale = scale_of(row, merged);
-      const T x_y = row.y >= 0 ? logit_of_target<kWidth, kKeeps>(row, of_block) : T();
-      finish_row(row, merged, scale, x_y, sum);
+      const T x_y = row.y >= 0 ? logit_of_target<kWidth, kStages>(row, of_block) : T();
+      store_row_result(row, merged, scale, x_y, sum);
       if (wants_gradient)
-        prepare_gradient(memory, columns.last_set, place, row, merged.max, scale, grad_output, true, x_y);
+        store_gradient_factors(memory, columns.last_set, place, row, merged.max, scale, grad_output, true, x_y);
     });
     if (!wants_gradient) continue;
     __syncthreads();
     if (is_there)
-      write_columns<kKeeps>(Columns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y)),
-                            GradientInMemory<T, kTarget, kWidth>{memory, columns.last_set});
+      write_columns<kStages>(ThreadColumns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y)),
+                            FactorsInSharedMemory<T, kTarget, kWidth>{memory, columns.last_set});
   }
-  leave(o, sum);
+  store_block_sum_of_threads(o, sum);
 }
 
 // A thread has all classes of its rows: nothing is exchanged, and what a row costs besides its classes is done for the
-// thread's rows side by side. kTrains: the gradient is wanted. Without it registers suffice for more threads, if the
+// thread's rows side by side. kWithGradient: the gradient is wanted. Without it registers suffice for more threads, if the
 // targets are fetched to the cache only, where eight of them take none.
-template <typename T, TargetKind kTarget, int kWidth, bool kTrains>
-__global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget, kTrains>))
-    forward_columns_alone(const Problem<T> o) {
+template <typename T, TargetKind kTarget, int kWidth, bool kWithGradient>
+__global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget, kWithGradient>))
+    forward_columns_of_thread(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
-  constexpr bool kKeeps = kTrains && kWidth > 1;
+  constexpr bool kStages = kWithGradient && kWidth > 1;
   const RowPlan& plan = o.plan;
   let_next_launch_start();
-  Partial sum = {};
+  LossAccumulator sum = {};
   for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < plan.of_columns.units; unit += plan.step) {
-    const Columns<T, kTarget, kWidth> rows(o, unit, 0);
+    const ThreadColumns<T, kTarget, kWidth> rows(o, unit, 0);
     const int64_t first = unit * kWidth;
     int64_t target[kWidth];
     RowState<A> state[kWidth];
-    const auto ask_for_targets = [&] {
+    const auto load_targets = [&] {
       if constexpr (kWidth % 2 == 0) {
         if (o.target_index && reinterpret_cast<uintptr_t>(o.target_index) % sizeof(longlong2) == 0) {
 #pragma unroll
@@ -656,20 +656,20 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) target[i] = o.target_index ? o.target_index[first + i] : -1;
     };
-    if constexpr (kTrains) ask_for_targets();
-    else if (o.target_index) fetch_to_cache(o.target_index + first);
+    if constexpr (kWithGradient) load_targets();
+    else if (o.target_index) prefetch_to_l2(o.target_index + first);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
-    absorb_columns<kKeeps ? Keeping::kAlways : Keeping::kNever>(state, rows);
-    if constexpr (!kTrains) ask_for_targets();
+    accumulate_columns<kStages ? Staging::kAlways : Staging::kNever>(state, rows);
+    if constexpr (!kWithGradient) load_targets();
     wait_for_launch_before();  // for total_weight
-    GradientOfOwn<T, kTarget, kWidth> gradient;
-    gradient.common_grad_output = kTrains ? with_mean(o, A(1)) : A(0);  // nobody has sent one yet
+    FactorsInRegisters<T, kTarget, kWidth> gradient;
+    gradient.common_grad_output = kWithGradient ? scaled_grad_output(o, A(1)) : A(0);  // nobody has sent one yet
     A loss[kWidth], scale[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const RowTarget<T, kTarget> row(o, first + i, o.class_of(target[i]));
-      const T x_y = row.y < 0 ? T() : rows.template logit<kKeeps>(row.y, i);
+      const T x_y = row.y < 0 ? T() : rows.template logit<kStages>(row.y, i);
       const auto finished = loss_of_row(row, state[i], scale_of(row, state[i]), x_y, sum);
       loss[i] = finished.loss;
       scale[i] = finished.scale;
@@ -678,18 +678,18 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget
     store_values(static_cast<A*>(o.row_max) + first, gradient.maxima);
     store_values(static_cast<A*>(o.row_scale) + first, scale);
     if (o.reduction == Reduction::kNone) store_loss<T>(o.loss, o.loss_dtype != o.dtype, first, loss);
-    if constexpr (kTrains) write_columns<kKeeps>(rows, gradient);
+    if constexpr (kWithGradient) write_columns<kStages>(rows, gradient);
   }
-  leave(o, sum);
+  store_block_sum_of_threads(o, sum);
 }
 
-// A block has a part of the classes of its rows, and leaves what it knows of each row to finish_split.
+// A block has a part of the classes of its rows, and leaves what it knows of each row to finish_split_rows.
 template <typename T, TargetKind kTarget, int kWidth>
-__global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kTarget>)) forward_split_columns(const Problem<T> o) {
+__global__ void __launch_bounds__(kSplitColumnThreads, (kSplitBlocks<T, kTarget>)) forward_columns_split(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
-  const ColumnMemory<T, kTarget, kWidth> memory(columns);
+  const ColumnSharedMemory<T, kTarget, kWidth> memory(columns);
   const ColumnBlock block(o, plan, /*reverse=*/false);
   let_next_launch_start();
   for (int64_t first = int64_t(block.group) * blockDim.x; first < columns.units; first += plan.step) {
@@ -697,9 +697,9 @@ __global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kTarget>)) for
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
     if (first + threadIdx.x < columns.units)
-      absorb_columns<Keeping::kNever>(
-          state, Columns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y), block.begin, block.end));
-    leave_states(memory, state);
+      accumulate_columns<Staging::kNever>(
+          state, ThreadColumns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y), block.begin, block.end));
+    store_states(memory, state);
     for_each_merged_row(memory, columns.sets_shift, [&](int of_block, int, const RowState<A>& merged, int part) {
       const int64_t number = first * kWidth + of_block;
       if (part == 0 && number < plan.rows)
@@ -710,17 +710,17 @@ __global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kTarget>)) for
 
 // No thread waits for another block: the rows' statistics are known.
 template <typename T, TargetKind kTarget, int kWidth>
-__global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kTarget>))
-    backward_columns(const Problem<T> o) {
+__global__ void __launch_bounds__(kSplitColumnThreads, (kSplitBlocks<T, kTarget>))
+    backward_columns(const TypedOptions<T> o) {
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
   using A = AccumulateType<T>;
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.of_columns;
-  const ColumnMemory<T, kTarget, kWidth> memory(columns);
+  const ColumnSharedMemory<T, kTarget, kWidth> memory(columns);
   const ColumnBlock block(o, plan, /*reverse=*/true);
   const int threads = int(blockDim.x * blockDim.y);
-  A grad_output = with_mean(o, grad_output_at<T>(o, 0));
+  A grad_output = scaled_grad_output(o, grad_output_at<T>(o, 0));
   for (int64_t first = int64_t(block.group) * blockDim.x; first < columns.units; first += plan.step) {
     __syncthreads();  // the rows before have been read
 #pragma unroll 2
@@ -728,18 +728,18 @@ __global__ void __launch_bounds__(kApartThreads, (kApartBlocks<T, kTarget>))
       const int64_t number = first * kWidth + i;
       if (number >= plan.rows) continue;
       const RowTarget<T, kTarget> row(o, number, o.class_of(o.target_at(number)));
-      if (o.grad_output_stride != 0) grad_output = with_mean(o, grad_output_at<T>(o, number));
+      if (o.grad_output_stride != 0) grad_output = scaled_grad_output(o, grad_output_at<T>(o, number));
       const bool here = row.y >= block.begin && row.y < block.end;
       const T x_y = here ? logit_of_target<kWidth, false>(row, i) : T();
-      prepare_gradient(memory, columns.last_set, memory.place(i / kWidth, i % kWidth), row,
+      store_gradient_factors(memory, columns.last_set, memory.place(i / kWidth, i % kWidth), row,
                        static_cast<const A*>(o.row_max)[number], static_cast<const A*>(o.row_scale)[number],
                        grad_output, here, x_y);
     }
     __syncthreads();
     if (first + threadIdx.x < columns.units)
       write_columns<false>(
-          Columns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y), block.begin, block.end),
-          GradientInMemory<T, kTarget, kWidth>{memory, columns.last_set});
+          ThreadColumns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y), block.begin, block.end),
+          FactorsInSharedMemory<T, kTarget, kWidth>{memory, columns.last_set});
   }
 }
 

@@ -8,20 +8,20 @@ namespace fusedloss::cuda {
 
 constexpr int kMaxColumnThreads = 512;
 constexpr int kColumnThreadsAcross = 64;     // side by side, where there are rows enough
-constexpr int kApartThreads = 256;           // at most, of a block that shares its rows with others
+constexpr int kSplitColumnThreads = 256;           // at most, of a block that shares its rows with others
 constexpr int64_t kLeastClasses = 8;  // of a thread, where there is a choice: as many loads as it has in flight
-constexpr int kApartBytesAcross = 256;       // of a class, that such a block reads side by side
-constexpr int64_t kApartTiles = 4;           // of kLeastClasses, that a thread of it has at least, where there is a choice
-constexpr int64_t kApartWaves = 2;           // of such blocks, if their threads then have as many tiles
-constexpr int64_t kApartStart = 2;           // tiles that a block could take in the time until its first one is there
+constexpr int kSplitBytesAcross = 256;       // of a class, that such a block reads side by side
+constexpr int64_t kSplitTiles = 4;           // of kLeastClasses, that a thread of it has at least, where there is a choice
+constexpr int64_t kSplitWaves = 2;           // of such blocks, if their threads then have as many tiles
+constexpr int64_t kSplitStart = 2;           // tiles that a block could take in the time until its first one is there
 
 // Of a block, at most: fewer where a thread needs more registers.
 constexpr int max_column_threads(bool is_float64, bool is_spread) {
   return is_float64 || is_spread ? kMaxColumnThreads / 2 : kMaxColumnThreads;
 }
 
-// Blocks of kApartThreads that a multiprocessor must hold at once.
-constexpr int apart_blocks(bool is_float64, bool is_spread) { return is_float64 ? 1 : is_spread ? 2 : 3; }
+// Blocks of kSplitColumnThreads that a multiprocessor must hold at once.
+constexpr int split_column_blocks(bool is_float64, bool is_spread) { return is_float64 ? 1 : is_spread ? 2 : 3; }
 
 // Statistics of a row that are exchanged: its maximum and sum; of spread targets also dot and mass.
 template <bool kSpread>
@@ -37,9 +37,9 @@ FUSEDLOSS_ANYWHERE int column_places(int threads, int width) { return column_str
 // Rows that one 16-byte access can reach together, or 1. Loads and stores must be aligned, and the rows must lie side
 // by side: of one outer index, so that the inner size must be a multiple as well.
 inline int column_width(const CrossEntropyOptions& o) {
-  const int64_t width = kPackBytes / bytes_of(o.dtype);
+  const int64_t width = kVectorBytes / bytes_of(o.dtype);
   const auto fits = [&](const void* p, const Strides& strides) {
-    return p == nullptr || (reinterpret_cast<uintptr_t>(p) % kPackBytes == 0 && strides.inner == 1 &&
+    return p == nullptr || (reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0 && strides.inner == 1 &&
                             strides.classes % width == 0 && strides.outer % width == 0);
   };
   const bool all_fit = o.inner % width == 0 && fits(o.logits, o.logits_strides) &&
@@ -58,7 +58,7 @@ inline void plan_column_memory(const CrossEntropyOptions& o, RowPlan& plan) {
   const int64_t places = column_places(int(plan.block.x), c.width), bytes = bytes_of(o.dtype);
   const int64_t arrays = o.is_spread() ? kStateArrays<true> : kStateArrays<false>;
   const int64_t all = places * (c.sets * arrays * (bytes == 8 ? 8 : 4) + 4 + bytes);
-  c.exchange_bytes = divide_up(all, kPackBytes) * kPackBytes;
+  c.exchange_bytes = divide_up(all, kVectorBytes) * kVectorBytes;
 }
 
 // A block for all classes of its rows, if it can keep them in shared memory. Rows that are not taken side by side are
@@ -68,7 +68,7 @@ inline bool plan_whole_columns(const CrossEntropyOptions& o, RowPlan& plan) {
   const CudaTuning& t = o.tuning;
   ColumnPlan& c = plan.of_columns;
   const bool keeps = o.grad_logits != nullptr && c.width > 1;
-  const int64_t bytes_of_class = c.width == 1 ? bytes_of(o.dtype) : RowPlan::kept_bytes_of_pack(o);  // of a thread
+  const int64_t bytes_of_class = c.width == 1 ? bytes_of(o.dtype) : RowPlan::kept_bytes_of_vector(o);  // of a thread
   const unsigned most_threads = max_column_threads(o.dtype == DType::kFloat64, o.is_spread());
 
   // Of a class, a block reads at least 64 bytes that lie side by side; 128 where that costs no room to keep them in.
@@ -91,7 +91,7 @@ inline bool plan_whole_columns(const CrossEntropyOptions& o, RowPlan& plan) {
   if (!fits()) return false;
   if (keeps) {
     plan.slots = int(divide_up(o.classes, y));
-    c.kept_vectors = int(plan.slots * bytes_of_class / kPackBytes * x * y);
+    c.kept_vectors = int(plan.slots * bytes_of_class / kVectorBytes * x * y);
   }
   return true;
 }
@@ -101,7 +101,7 @@ inline bool plan_whole_columns(const CrossEntropyOptions& o, RowPlan& plan) {
 // leave statistics to be merged. Each block has a range of classes that is a whole number of tiles, so that the blocks
 // can be as many as fill the device to the end: a few times over, for they do not all take the same time, if their
 // threads have classes enough.
-inline void plan_columns_apart(const CrossEntropyOptions& o, RowPlan& plan) {
+inline void plan_split_columns(const CrossEntropyOptions& o, RowPlan& plan) {
   ColumnPlan& c = plan.of_columns;
   const int64_t multiprocessors = o.tuning.multiprocessors;
   unsigned x = kColumnThreadsAcross, y = 1;
@@ -109,22 +109,22 @@ inline void plan_columns_apart(const CrossEntropyOptions& o, RowPlan& plan) {
     return o.classes >= threads * tiles * kLeastClasses;
   };
   while (2 * c.units <= x && has_tiles_for(2 * y, 1)) x /= 2, y *= 2;
-  while (x * c.width * bytes_of(o.dtype) > kApartBytesAcross && has_tiles_for(2 * y, kApartTiles)) x /= 2, y *= 2;
-  while (x * y < kApartThreads && has_tiles_for(2 * y, 1) && divide_up(c.units, x) < 8 * multiprocessors) y *= 2;
+  while (x * c.width * bytes_of(o.dtype) > kSplitBytesAcross && has_tiles_for(2 * y, kSplitTiles)) x /= 2, y *= 2;
+  while (x * y < kSplitColumnThreads && has_tiles_for(2 * y, 1) && divide_up(c.units, x) < 8 * multiprocessors) y *= 2;
   plan.block = dim3(x, y);
   plan_column_memory(o, plan);
 
-  const int64_t of_multiprocessor = apart_blocks(o.dtype == DType::kFloat64, o.is_spread()) * kApartThreads / (x * y);
+  const int64_t of_multiprocessor = split_column_blocks(o.dtype == DType::kFloat64, o.is_spread()) * kSplitColumnThreads / (x * y);
   const int64_t resident = multiprocessors * of_multiprocessor, groups = divide_up(c.units, x);
   const int64_t tiles = divide_up(o.classes, y * kLeastClasses);
   const auto blocks_of = [&](int64_t waves) { return larger(1, waves * resident / groups); };
-  const auto has_tiles = [&](int64_t waves) { return blocks_of(waves) * kApartTiles <= tiles; };
-  int64_t fewest = kApartWaves, least_time = INT64_MAX, of_block = tiles;
+  const auto has_tiles = [&](int64_t waves) { return blocks_of(waves) * kSplitTiles <= tiles; };
+  int64_t fewest = kSplitWaves, least_time = INT64_MAX, of_block = tiles;
   while (fewest > 1 && !has_tiles(fewest)) --fewest;
   for (int64_t waves = fewest; waves == fewest || (waves < fewest + 4 && has_tiles(waves)); ++waves) {
-    const int64_t share = divide_up(tiles, blocks_of(waves));
-    const int64_t time = divide_up(divide_up(tiles, share) * groups, resident) * (share + kApartStart);
-    if (time < least_time) least_time = time, of_block = share;
+    const int64_t range = divide_up(tiles, blocks_of(waves));
+    const int64_t time = divide_up(divide_up(tiles, range) * groups, resident) * (range + kSplitStart);
+    if (time < least_time) least_time = time, of_block = range;
   }
   plan.blocks = int(divide_up(tiles, of_block));
   c.classes_of_block = int(of_block * y * kLeastClasses);
@@ -139,7 +139,7 @@ inline RowPlan plan_columns(const CrossEntropyOptions& o, bool with_exchange) {
   c.width = column_width(o);
   c.units = plan.rows / c.width;
   const bool whole = with_exchange && plan_whole_columns(o, plan);
-  if (!whole) plan_columns_apart(o, plan);
+  if (!whole) plan_split_columns(o, plan);
   plan.split = with_exchange && !whole;
   plan.threads_shift = log2_of(plan.block.y);
   const int64_t most = larger(o.tuning.max_blocks / plan.blocks, 1);

@@ -14,11 +14,11 @@ namespace fusedloss::cuda {
 
 // The block's rows in shared memory.
 template <typename T>
-class Stage {
+class StagedRows {
  public:
   // The rows from `first` on. All threads of the block call load and store.
-  __device__ __forceinline__ Stage(const Problem<T>& problem, int64_t first)
-      : o(problem), pitch(o.plan.few_pitch), first(first) {}
+  __device__ __forceinline__ StagedRows(const TypedOptions<T>& options, int64_t first)
+      : o(options), pitch(o.plan.row_pitch), first(first) {}
 
   __device__ __forceinline__ bool has_row() const { return first + threadIdx.x < o.plan.rows; }
   __device__ __forceinline__ T* row() const { return reinterpret_cast<T*>(memory() + int(threadIdx.x) * pitch); }
@@ -29,7 +29,7 @@ class Stage {
     for_each_vector([&](int i, char* staged, auto piece) {
       constexpr int kPiece = decltype(piece)::value;
 #pragma unroll
-      for (int at = 0; at < kPackBytes; at += kPiece)
+      for (int at = 0; at < kVectorBytes; at += kPiece)
         __pipeline_memcpy_async(staged + at, reinterpret_cast<const char*>(from + i) + at, kPiece);
     });
     for_each_element_behind([&](int i, T* staged) { *staged = from[i]; });
@@ -44,16 +44,16 @@ class Stage {
     for_each_vector([&](int i, const char* staged, auto piece) {
       constexpr int kPiece = decltype(piece)::value;
       using Piece = std::conditional_t<kPiece == 16, uint4, std::conditional_t<kPiece == 8, uint2, uint32_t>>;
-      alignas(16) Piece pieces[kPackBytes / kPiece];
+      alignas(16) Piece pieces[kVectorBytes / kPiece];
 #pragma unroll
-      for (int k = 0; k < kPackBytes / kPiece; ++k) pieces[k] = reinterpret_cast<const Piece*>(staged)[k];
+      for (int k = 0; k < kVectorBytes / kPiece; ++k) pieces[k] = reinterpret_cast<const Piece*>(staged)[k];
       store_vector(to + i, *reinterpret_cast<const uint4*>(pieces));
     });
     for_each_element_behind([&](int i, const T* staged) { to[i] = *staged; });
   }
 
  private:
-  const Problem<T>& o;
+  const TypedOptions<T>& o;
   const int pitch;
   const int64_t first;
 
@@ -66,28 +66,28 @@ class Stage {
   // Calls f(number of its first element, its place, bytes that can be copied at a time) for each vector of the piece.
   template <typename F>
   __device__ __forceinline__ void for_each_vector(F f) const {
-    const int vectors = elements() / kVector<T>;
+    const int vectors = elements() / kVectorSize<T>;
     if (pitch == row_bytes()) {
       for (int v = int(threadIdx.x); v < vectors; v += kFewThreads)
-        f(v * kVector<T>, memory() + v * kPackBytes, std::integral_constant<int, kPackBytes>());
+        f(v * kVectorSize<T>, memory() + v * kVectorBytes, std::integral_constant<int, kVectorBytes>());
     } else {
-      const unsigned vectors_of_row = row_bytes() / kPackBytes;
+      const unsigned vectors_of_row = row_bytes() / kVectorBytes;
       for (int v = int(threadIdx.x); v < vectors; v += kFewThreads)
-        f(v * kVector<T>, memory() + v * kPackBytes + unsigned(v) / vectors_of_row * (pitch - row_bytes()),
-          std::integral_constant<int, few_word(sizeof(T))>());
+        f(v * kVectorSize<T>, memory() + v * kVectorBytes + unsigned(v) / vectors_of_row * (pitch - row_bytes()),
+          std::integral_constant<int, row_gap_bytes(sizeof(T))>());
     }
   }
   // For what is less than a vector, at the end of the last block: there are no gaps between rows then.
   template <typename F>
   __device__ __forceinline__ void for_each_element_behind(F f) const {
-    const int i = elements() / kVector<T> * kVector<T> + int(threadIdx.x);
+    const int i = elements() / kVectorSize<T> * kVectorSize<T> + int(threadIdx.x);
     if (i < elements()) f(i, reinterpret_cast<T*>(memory()) + i);
   }
 };
 
 // A row in registers: its logits, and then their exponentials.
 template <typename T, TargetKind kTarget, SpreadKind kKind>
-struct FewClasses {
+struct RowInRegisters {
   using A = AccumulateType<T>;
 
   const RowTarget<T, kTarget>& row;
@@ -95,7 +95,7 @@ struct FewClasses {
   const T* const probability;  // null for a class index
   A x[kFewClasses];
 
-  __device__ __forceinline__ FewClasses(const RowTarget<T, kTarget>& target, T* logits)
+  __device__ __forceinline__ RowInRegisters(const RowTarget<T, kTarget>& target, T* logits)
       : row(target),
         staged(logits),
         probability(is_of_probabilities(kKind)
@@ -113,7 +113,7 @@ struct FewClasses {
 
   // q of class c; for a class index, without what the target class has above the others.
   __device__ __forceinline__ A coefficient(int c) const {
-    const Problem<T>& o = row.o;
+    const TypedOptions<T>& o = row.o;
     const A w = is_weighted(kKind) ? o.weight_of(c) : A(1);
     return is_of_probabilities(kKind)
                ? probability_coefficient(A(widen(probability[c * o.target_strides.classes])), w, o.smoothing)
@@ -147,11 +147,11 @@ struct FewClasses {
 
   // From exponentials. As in other rows, the target class comes after the others. x_y: its logit.
   __device__ __forceinline__ void write_gradient(A max, A scale, A grad_output, T x_y) const {
-    const bool counts = row.counts();
+    const bool contributes = row.contributes();
     const A factor = scale * grad_output;
     for_each_class([&](int c) {
       const A grad = is_spread(kTarget) ? logit_gradient(x[c], scale, coefficient(c), grad_output) : x[c] * factor;
-      staged[c] = counts ? narrow<T>(grad) : T();
+      staged[c] = contributes ? narrow<T>(grad) : T();
     });
     if (row.y < 0) return;
     const A e = math::exp(A(widen(x_y)) - max);
@@ -164,54 +164,54 @@ template <typename T, TargetKind kTarget>
 constexpr int kFewBlocks = sizeof(T) == 8 ? 2 : is_spread(kTarget) ? 4 : 6;
 
 template <typename T, TargetKind kTarget>
-__global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kTarget>)) forward_few(const Problem<T> o) {
+__global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kTarget>)) forward_few_classes(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   let_next_launch_start();
-  Partial sum = {};
+  LossAccumulator sum = {};
   A grad_output = 0;
   bool is_first_turn = true;
   for (int64_t first = int64_t(blockIdx.x) * kFewThreads; first < o.plan.rows; first += o.plan.step) {
-    const Stage<T> stage(o, first);
+    const StagedRows<T> stage(o, first);
     const int64_t number = first + threadIdx.x, target = o.target_at(number);
     stage.load();
     if (o.grad_logits != nullptr && is_first_turn) {
       wait_for_launch_before();  // for total_weight
-      grad_output = with_mean(o, A(1));
+      grad_output = scaled_grad_output(o, A(1));
     }
     is_first_turn = false;
     if (stage.has_row()) {
       const RowTarget<T, kTarget> row(o, number, o.class_of(target));
-      with_spread<kTarget>(o, [&](auto spread) {
-        FewClasses<T, kTarget, decltype(spread)::value> classes(row, stage.row());
+      on_spread<kTarget>(o, [&](auto spread) {
+        RowInRegisters<T, kTarget, decltype(spread)::value> classes(row, stage.row());
         const T x_y = classes.logit_of_target();
         const RowState<A> state = classes.statistics();
         const A scale = scale_of(row, state);
-        finish_row(row, state, scale, x_y, sum);
+        store_row_result(row, state, scale, x_y, sum);
         if (o.grad_logits != nullptr) classes.write_gradient(state.max, scale, grad_output, x_y);
       });
     }
     if (o.grad_logits != nullptr) stage.store();
   }
-  leave(o, sum);
+  store_block_sum_of_threads(o, sum);
 }
 
 template <typename T, TargetKind kTarget>
-__global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kTarget>)) backward_few(const Problem<T> o) {
+__global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kTarget>)) backward_few_classes(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
   for (int64_t first = int64_t(blockIdx.x) * kFewThreads; first < o.plan.rows; first += o.plan.step) {
-    const Stage<T> stage(o, first);
+    const StagedRows<T> stage(o, first);
     const int64_t number = first + threadIdx.x, target = o.target_at(number);
     stage.load();
     if (stage.has_row()) {
       const RowTarget<T, kTarget> row(o, number, o.class_of(target));
       const A max = static_cast<const A*>(o.row_max)[number], scale = static_cast<const A*>(o.row_scale)[number];
-      with_spread<kTarget>(o, [&](auto spread) {
-        FewClasses<T, kTarget, decltype(spread)::value> classes(row, stage.row());
+      on_spread<kTarget>(o, [&](auto spread) {
+        RowInRegisters<T, kTarget, decltype(spread)::value> classes(row, stage.row());
         const T x_y = classes.logit_of_target();
         classes.take_exponentials(max);
-        classes.write_gradient(max, scale, with_mean(o, grad_output_at<T>(o, number)), x_y);
+        classes.write_gradient(max, scale, scaled_grad_output(o, grad_output_at<T>(o, number)), x_y);
       });
     }
     stage.store();

@@ -18,9 +18,9 @@ constexpr int kLaneBlocks = sizeof(T) == 8                                ? 2
 
 // threadIdx.x: the lane among those of a row; threadIdx.y: the row of the block.
 template <typename T, TargetKind kTarget, bool kShifted>
-__global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kTarget, kShifted>)) forward_lanes(const Problem<T> o) {
+__global__ void __launch_bounds__(kLaneBlockThreads, (kLaneBlocks<T, kTarget, kShifted>)) forward_rows_in_registers(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
-  __shared__ Partial sums[kRowsOfBlock];  // a row's first lane has one for itself
+  __shared__ LossAccumulator sums[kLaneBlockThreads];  // a row's first lane has one for itself
   if (threadIdx.x == 0) sums[threadIdx.y] = {};
   let_next_launch_start();
   A grad_output = 0;
@@ -30,32 +30,32 @@ __global__ void __launch_bounds__(kRowsOfBlock, (kLaneBlocks<T, kTarget, kShifte
     // All lanes of a warp take part when statistics are merged, so those behind the last row look at a row once more.
     const bool is_row = number < o.plan.rows;
     const Row<T, kTarget> row(o, is_row ? number : first);
-    const auto share = share_of(row, int(threadIdx.x));
-    // Asked for whether the row counts or not: nobody waits for its target first.
-    const Tile<T, kTarget, kVector<T>, kLanePacks, false> tile(row, share, 0);
-    const T x_y = ask_for_target_logit(row);
+    const auto range = range_of_thread(row, int(threadIdx.x));
+    // Asked for whether the row contributes or not: nobody waits for its target first.
+    const RowTile<T, kTarget, kVectorSize<T>, kRegisterVectors, false> tile(row, range, 0);
+    const T x_y = prefetch_target_logit(row);
     auto state = empty_row_state<A>();
-    with_spread<kTarget>(o, [&](auto spread) { absorb_tile<decltype(spread)::value>(state, row, tile); });
-    if (share.template units<1>() > 0) absorb<1, kTilePacks<kTarget>>(state, row, share);
+    on_spread<kTarget>(o, [&](auto spread) { accumulate_tile<decltype(spread)::value>(state, row, tile); });
+    if (range.template units<1>() > 0) accumulate_tiles<1, kTileVectors<kTarget>>(state, row, range);
     state = lanes_merge<is_spread(kTarget)>(state, int(blockDim.x));
     const A scale = scale_of(row, state);
-    if (is_row && threadIdx.x == 0) finish_row(row, state, scale, x_y, sums[threadIdx.y]);
+    if (is_row && threadIdx.x == 0) store_row_result(row, state, scale, x_y, sums[threadIdx.y]);
     if (is_first_turn) {
       wait_for_launch_before();  // for total_weight
-      grad_output = with_mean(o, A(1));
+      grad_output = scaled_grad_output(o, A(1));
     }
     is_first_turn = false;
     if (!is_row) continue;
-    if (!row.counts()) {
-      write_row_of_zeros(row, share);
+    if (!row.contributes()) {
+      write_row_of_zeros(row, range);
       continue;
     }
-    write_gradient(row, row_gradient(o, state.max, scale, grad_output), share, x_y, [&](const RowGradient<A>& of_row) {
-      with_spread<kTarget>(
-          o, [&](auto spread) { write_tile<decltype(spread)::value, kShifted>(row, of_row, tile, share, 0); });
+    write_gradient(row, gradient_factors(o, state.max, scale, grad_output), range, x_y, [&](const GradientFactors<A>& factors) {
+      on_spread<kTarget>(
+          o, [&](auto spread) { write_tile<decltype(spread)::value, kShifted>(row, factors, tile, range, 0); });
     });
   }
-  leave_rows(o, sums);
+  store_block_sum_of_rows(o, sums);
 }
 
 }  // namespace fusedloss::cuda

@@ -7,8 +7,8 @@ namespace fusedloss::cuda {
 
 constexpr int kRowThreads = 256;  // of a block that takes rows, at most
 constexpr int kFewestRowThreads = 128;
-constexpr int kRowsOfBlock = 128;  // at most
-constexpr int kPackBytes = 16;
+constexpr int kLaneBlockThreads = 128;  // at most
+constexpr int kVectorBytes = 16;
 
 // What the target distribution of a row is made of. The kernels are compiled for each: probabilities take registers that
 // other targets can do without.
@@ -36,15 +36,15 @@ auto on_target(const CrossEntropyOptions& o, F f) {
   }
 }
 
-// How many packs of logits a thread holds at a time, and as many of probabilities: bytes in flight against registers. In
-// columns, where a pack is one class. The sweep that writes takes half of them: half of its traffic is its stores.
-FUSEDLOSS_ANYWHERE constexpr int tile_packs(TargetKind kind) { return kind == TargetKind::kProbabilities ? 2 : 4; }
+// How many vectors of logits a thread holds at a time, and as many of probabilities: bytes in flight against registers. In
+// columns, where a vector is one class. The sweep that writes takes half of them: half of its traffic is its stores.
+FUSEDLOSS_ANYWHERE constexpr int tile_vectors(TargetKind kind) { return kind == TargetKind::kProbabilities ? 2 : 4; }
 template <TargetKind kTarget>
-constexpr int kTilePacks = tile_packs(kTarget);
+constexpr int kTileVectors = tile_vectors(kTarget);
 // Of a row that some lanes of a warp share, in registers.
-constexpr int kLanePacks = 8;
+constexpr int kRegisterVectors = 8;
 template <bool kSpread>
-constexpr int kColumnPacks = kSpread ? 4 : 8;
+constexpr int kColumnTileVectors = kSpread ? 4 : 8;
 
 // What more there is to say of columns: see cross_entropy_columns_plan.h.
 struct ColumnPlan {
@@ -54,7 +54,7 @@ struct ColumnPlan {
   int64_t exchange_bytes = 0;
   int classes_of_block = 0;   // of blocks that share rows, each has so many classes, one behind another; the last may have fewer
   unsigned groups = 1;        // of blocks that share rows
-  // Sets of statistics in shared memory, see ColumnMemory:
+  // Sets of statistics in shared memory, see ColumnSharedMemory:
   int sets_shift = 0;         // log2 of what a block's threads leave, from set 0 on
   int last_set = 0;           // what the gradient needs
   int sets = 1;
@@ -66,7 +66,7 @@ struct RowPlan {
   dim3 block = 1;
   unsigned grid = 1;
   bool columns = false;
-  int few_pitch = 0;           // rows of a few classes: bytes from one to the next in shared memory; else 0
+  int row_pitch = 0;           // rows of a few classes: bytes from one to the next in shared memory; else 0
   int64_t rows = 0, step = 0;  // a block's rows of one turn and of the next are a step apart
   int blocks = 1;              // that share a row, if they are more: a power of two
   int blocks_shift = 0;        // log2 of them
@@ -78,13 +78,13 @@ struct RowPlan {
   bool keeps = false;          // the threads keep what they have read in shared memory, for the gradient
   int tiles = 0;               // of a thread, in a row
   int depth = 0;               // so many tiles of a thread have slots in shared memory: see cross_entropy_stream.cuh
-  int slots = 0;               // of a thread, each for a pack; fewer than `depth` tiles of them where a row ends sooner
+  int slots = 0;               // of a thread, each for a vector; fewer than `depth` tiles of them where a row ends sooner
   ColumnPlan of_columns;       // if they are
 
   LaunchShape shape(const CrossEntropyOptions& o, bool overlaps) const {
-    const int64_t shared_bytes = few_pitch > 0 ? int64_t(few_pitch) * block.x
-                                 : columns     ? of_columns.kept_vectors * kPackBytes + of_columns.exchange_bytes
-                                               : slots * kept_bytes_of_pack(o) * block.x * block.y;
+    const int64_t shared_bytes = row_pitch > 0 ? int64_t(row_pitch) * block.x
+                                 : columns     ? of_columns.kept_vectors * kVectorBytes + of_columns.exchange_bytes
+                                               : slots * kept_bytes_of_vector(o) * block.x * block.y;
     return {grid, block, cluster ? blocks : 1, shared_bytes, overlaps && o.tuning.overlap};
   }
 
@@ -95,8 +95,8 @@ struct RowPlan {
     step = groups * block.y;
   }
 
-  static int64_t kept_bytes_of_pack(const CrossEntropyOptions& o) {
-    return o.target_probability ? 2 * kPackBytes : kPackBytes;
+  static int64_t kept_bytes_of_vector(const CrossEntropyOptions& o) {
+    return o.target_probability ? 2 * kVectorBytes : kVectorBytes;
   }
 };
 
@@ -118,9 +118,9 @@ inline RowPlan plan_columns(const CrossEntropyOptions& o, bool with_exchange);  
 constexpr int kFewClasses = 16;
 constexpr int kFewThreads = 128;
 
-inline bool are_few(const CrossEntropyOptions& o) {
+inline bool have_few_classes(const CrossEntropyOptions& o) {
   const auto fits = [&](const void* p, const Strides& strides) {
-    return p == nullptr || (reinterpret_cast<uintptr_t>(p) % kPackBytes == 0 && strides.classes == 1 &&
+    return p == nullptr || (reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0 && strides.classes == 1 &&
                             (strides.outer == o.classes || o.outer == 1));
   };
   return o.inner == 1 && o.classes <= smaller(o.tuning.thread_classes, kFewClasses) &&
@@ -128,9 +128,9 @@ inline bool are_few(const CrossEntropyOptions& o) {
 }
 
 // The alignment in bytes of rows in shared memory that have a gap between them.
-FUSEDLOSS_ANYWHERE constexpr int few_word(int64_t bytes_of_element) { return bytes_of_element == 8 ? 8 : 4; }
+FUSEDLOSS_ANYWHERE constexpr int row_gap_bytes(int64_t bytes_of_element) { return bytes_of_element == 8 ? 8 : 4; }
 
-inline RowPlan plan_few(const CrossEntropyOptions& o) {
+inline RowPlan plan_few_classes(const CrossEntropyOptions& o) {
   const int64_t bytes = bytes_of(o.dtype), row = o.classes * bytes;
   RowPlan plan;
   plan.rows = o.rows();
@@ -139,15 +139,15 @@ inline RowPlan plan_few(const CrossEntropyOptions& o) {
   plan.step = int64_t(plan.grid) * kFewThreads;
   // Rows of whole vectors lie a word further apart: a warp would else read its rows from every fourth bank or fewer. Other
   // rows meet in every second one at worst, and could not be copied by 16 bytes if they lay apart.
-  plan.few_pitch = int(row % kPackBytes == 0 ? row + few_word(bytes) : row);
+  plan.row_pitch = int(row % kVectorBytes == 0 ? row + row_gap_bytes(bytes) : row);
   return plan;
 }
 
 // Do the rows of the logits and of their gradient begin equally far behind 16-byte boundaries?
 inline bool are_aligned_alike(const CrossEntropyOptions& o) {
-  const auto differ = [&](int64_t elements) { return elements * bytes_of(o.dtype) % kPackBytes != 0; };
+  const auto differ = [&](int64_t elements) { return elements * bytes_of(o.dtype) % kVectorBytes != 0; };
   const auto apart = reinterpret_cast<uintptr_t>(o.logits) - reinterpret_cast<uintptr_t>(o.grad_logits);
-  return apart % kPackBytes == 0 && !(o.outer > 1 && differ(o.logits_strides.outer - o.grad_strides.outer)) &&
+  return apart % kVectorBytes == 0 && !(o.outer > 1 && differ(o.logits_strides.outer - o.grad_strides.outer)) &&
          !(o.inner > 1 && differ(o.logits_strides.inner - o.grad_strides.inner));
 }
 
@@ -155,7 +155,7 @@ inline bool are_aligned_alike(const CrossEntropyOptions& o) {
 // with_exchange: the threads of a row have to merge what they know; without, its statistics are known, as in the backward
 // pass.
 inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
-  if (are_few(o)) return plan_few(o);
+  if (have_few_classes(o)) return plan_few_classes(o);
   const CudaTuning& t = o.tuning;
   const bool keeps = with_exchange && o.grad_logits != nullptr;
   const bool neighbours = o.logits_strides.classes == 1 &&
@@ -163,9 +163,9 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
                           (o.target_probability == nullptr || o.target_strides.classes == 1);
   if (!neighbours || o.classes <= t.thread_classes) return plan_columns(o, with_exchange);
 
-  const int64_t packs = divide_up(o.classes * bytes_of(o.dtype), kPackBytes);
-  const int64_t tile_packs = cuda::tile_packs(target_kind(o));
-  const int64_t pack_bytes = RowPlan::kept_bytes_of_pack(o);
+  const int64_t vectors = divide_up(o.classes * bytes_of(o.dtype), kVectorBytes);
+  const int64_t tile_vectors = cuda::tile_vectors(target_kind(o));
+  const int64_t vector_bytes = RowPlan::kept_bytes_of_vector(o);
   RowPlan plan;
   plan.rows = o.rows();
   plan.shifted = o.grad_logits != nullptr && !are_aligned_alike(o);
@@ -173,13 +173,13 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
   const bool many_rows = o.rows() >= 16 * t.multiprocessors;
   const int64_t warp_bytes = !many_rows ? t.warp_bytes / 4 : keeps ? t.warp_bytes : 2 * t.warp_bytes;
   if (o.classes * bytes_of(o.dtype) <= warp_bytes) {
-    // A gradient takes the row's packs once more, so that they should lie in registers.
-    const int64_t most_of_lane = keeps || packs <= 8 * t.lane_packs ? t.lane_packs : 2 * t.lane_packs;
-    const int64_t of_lane = many_rows ? most_of_lane : tile_packs;
+    // A gradient takes the row's vectors once more, so that they should lie in registers.
+    const int64_t most_of_lane = keeps || vectors <= 8 * t.lane_vectors ? t.lane_vectors : 2 * t.lane_vectors;
+    const int64_t of_lane = many_rows ? most_of_lane : tile_vectors;
     unsigned lanes = 1;
-    while (lanes < 32 && (lanes * of_lane < packs || (lanes < t.least_lanes && 2 * lanes <= packs))) lanes *= 2;
-    plan.block = dim3(lanes, kRowsOfBlock / lanes);
-    plan.in_lanes = keeps && packs <= lanes * kLanePacks;
+    while (lanes < 32 && (lanes * of_lane < vectors || (lanes < t.min_lanes && 2 * lanes <= vectors))) lanes *= 2;
+    plan.block = dim3(lanes, kLaneBlockThreads / lanes);
+    plan.in_lanes = keeps && vectors <= lanes * kRegisterVectors;
   } else {
     const int64_t parts = divide_up(8 * t.multiprocessors, o.rows());
     const int64_t most_parts = smaller(parts, o.classes / t.split_classes);
@@ -187,14 +187,14 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
       while (2 * plan.blocks <= most_parts) plan.blocks *= 2;
       plan.split = true;
     } else if (keeps) {
-      while (2 * plan.blocks <= t.cluster_blocks && packs * pack_bytes > plan.blocks * t.kept_bytes) plan.blocks *= 2;
+      while (2 * plan.blocks <= t.cluster_blocks && vectors * vector_bytes > plan.blocks * t.kept_bytes) plan.blocks *= 2;
       plan.cluster = plan.blocks > 1;
     }
     // Without a gradient, many threads only where there are too few rows to fill the device otherwise.
     const bool many_threads = keeps ? o.target_probability == nullptr : o.rows() < 8 * t.multiprocessors;
     const int64_t most_threads = many_threads ? t.block_threads : t.other_threads;
     unsigned threads = kFewestRowThreads;
-    while (threads < most_threads && packs >= 6 * threads * tile_packs * plan.blocks) threads *= 2;
+    while (threads < most_threads && vectors >= 6 * threads * tile_vectors * plan.blocks) threads *= 2;
     plan.block = dim3(threads);
   }
   plan.blocks_shift = log2_of(plan.blocks);
@@ -206,11 +206,11 @@ inline RowPlan plan_rows(const CrossEntropyOptions& o, bool with_exchange) {
   // All tiles have slots, if there is room.
   plan.keeps = keeps && !plan.split;
   if (!plan.keeps) return plan;
-  const int64_t of_thread = divide_up(packs, int64_t(plan.block.x) * plan.blocks);
-  const int64_t room = t.kept_bytes / (int64_t(plan.block.x) * plan.block.y * pack_bytes);
-  plan.tiles = int(divide_up(of_thread, tile_packs));
-  plan.depth = of_thread <= room ? plan.tiles : int(smaller(plan.tiles, room / tile_packs));
-  plan.slots = int(smaller(of_thread, plan.depth * tile_packs));
+  const int64_t of_thread = divide_up(vectors, int64_t(plan.block.x) * plan.blocks);
+  const int64_t room = t.kept_bytes / (int64_t(plan.block.x) * plan.block.y * vector_bytes);
+  plan.tiles = int(divide_up(of_thread, tile_vectors));
+  plan.depth = of_thread <= room ? plan.tiles : int(smaller(plan.tiles, room / tile_vectors));
+  plan.slots = int(smaller(of_thread, plan.depth * tile_vectors));
   return plan;
 }
 

@@ -1,10 +1,10 @@
 // Stores of 16 bytes where the gradient's rows are aligned otherwise than those of the logits, as they are for a slice of
 // a padded vocabulary.
 //
-// The packs of a warp's lanes are neighbours, but each begins behind a boundary of 16 bytes. So a lane stores the vector
-// that ends in its pack, with what the lane before has of it. The first lane's vector has two parts that lie apart: its end
-// is the beginning of the warp's packs, and its beginning, which comes from the last lane, is their end. These elements are
-// stored by themselves, those of all packs of a tile at once: the lanes find them in shared memory.
+// The vectors of a warp's lanes are neighbours, but each begins behind a boundary of 16 bytes. So a lane stores the vector
+// that ends in its vector, with what the lane before has of it. The first lane's vector has two parts that lie apart: its end
+// is the beginning of the warp's vectors, and its beginning, which comes from the last lane, is their end. These elements are
+// stored by themselves, those of all vectors of a tile at once: the lanes find them in shared memory.
 #pragma once
 
 #include "kernels/cuda/reduce.cuh"
@@ -12,42 +12,42 @@
 
 namespace fusedloss::cuda {
 
-constexpr int kMostPacks = 8;  // of a tile
+constexpr int kMaxTileVectors = 8;  // of a tile
 
 // The first lane's vectors, for each warp of a block.
-__device__ __forceinline__ uint4 (&edges_of_warps())[kMaxRowWarps][kMostPacks] {
-  __shared__ uint4 edges[kMaxRowWarps][kMostPacks];
+__device__ __forceinline__ uint4 (&edges_of_warps())[kMaxRowWarps][kMaxTileVectors] {
+  __shared__ uint4 edges[kMaxRowWarps][kMaxTileVectors];
   return edges;
 }
 
 // A value that the compiler knows nothing of. What it could tell of a thread's number it would tell before the loop over the
 // rows, and keep in registers that are missed elsewhere.
-__device__ __forceinline__ int only_here(int value) {
+__device__ __forceinline__ int opaque(int value) {
 #if FUSEDLOSS_CUDA_ARCH
   asm volatile("" : "+r"(value));
 #endif
   return value;
 }
 
-// A warp's packs of a tile in the gradient, to be stored by all lanes of the warp together.
+// A warp's vectors of a tile in the gradient, to be stored by all lanes of the warp together.
 template <typename T>
-struct ShiftedPacks {
-  char* boundary;  // the last one before the first lane's first pack
-  int bytes;       // from there to that pack: 0 where a row happens to be aligned like its logits
+struct ShiftedVectors {
+  char* boundary;  // the last one before the first lane's first vector
+  int bytes;       // from there to that vector: 0 where a row happens to be aligned like its logits
   int lane, warp;  // the lane's number, and that of the warp in its block
-  int step;        // bytes from a pack of a lane to its next one
-  int vectors;     // of the row, from the first lane's first pack on
+  int step;        // bytes from a vector of a lane to its next one
+  int vectors;     // of the row, from the first lane's first vector on
 
-  // How many lanes have a k-th pack.
+  // How many lanes have a k-th vector.
   template <bool kWhole>
   __device__ __forceinline__ int lanes(int k) const {
     if constexpr (kWhole) return kWarp;
-    const int left = vectors - k * step / kPackBytes;
+    const int left = vectors - k * step / kVectorBytes;
     return left < 0 ? 0 : left < kWarp ? left : kWarp;
   }
 
   template <bool kWhole>
-  __device__ __forceinline__ void store(int k, const Pack<T, kVector<T>>& pack) const {
+  __device__ __forceinline__ void store(int k, const Vector<T, kVectorSize<T>>& vector) const {
     constexpr bool kHalves = sizeof(T) == 2;  // words may come from two
     const int lanes_here = lanes<kWhole>(k), before = lane == 0 ? lanes_here - 1 : lane - 1;
     // The words of a lane move to their places in a vector, and round from its end to its beginning: there they belong to
@@ -55,7 +55,7 @@ struct ShiftedPacks {
     const bool by_one = sizeof(T) < 8 && (bytes & 4), by_two = bytes & 8;
     uint32_t moved[4], words[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) moved[i] = choose(by_one, pack.words[(i + 3) % 4], pack.words[i]);
+    for (int i = 0; i < 4; ++i) moved[i] = choose(by_one, vector.words[(i + 3) % 4], vector.words[i]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) words[i] = choose(by_two, moved[(i + 2) % 4], moved[i]);
     const uint32_t last = kHalves ? __shfl_sync(kAllLanes, words[3], before) : 0;
@@ -66,21 +66,21 @@ struct ShiftedPacks {
 #pragma unroll
       for (int i = 3; i >= 0; --i) words[i] = __funnelshift_l(i > 0 ? words[i - 1] : last, words[i], shift);
     }
-    const uint4 vector = {words[0], words[1], words[2], words[3]};
-    if (lane == 0) edges_of_warps()[warp][k] = vector;
-    else if (kWhole || lane < lanes_here) store_vector(boundary + k * step + lane * kPackBytes, vector);
+    const uint4 shifted = {words[0], words[1], words[2], words[3]};
+    if (lane == 0) edges_of_warps()[warp][k] = shifted;
+    else if (kWhole || lane < lanes_here) store_vector(boundary + k * step + lane * kVectorBytes, shifted);
   }
 
-  // After all packs.
-  template <bool kWhole, int kPacks>
+  // After all vectors.
+  template <bool kWhole, int kVectors>
   __device__ __forceinline__ void store_edges() const {
-    static_assert(kPacks <= kMostPacks);
-    const int i = lane % kVector<T>;
+    static_assert(kVectors <= kMaxTileVectors);
+    const int i = lane % kVectorSize<T>;
     __syncwarp();
 #pragma unroll
-    for (int k = lane / kVector<T>; k < kPacks; k += kWarp / kVector<T>) {
+    for (int k = lane / kVectorSize<T>; k < kVectors; k += kWarp / kVectorSize<T>) {
       if (!kWhole && lanes<kWhole>(k) <= 0) continue;
-      const int place = i * int(sizeof(T)), behind = place < bytes ? lanes<kWhole>(k) * kPackBytes : 0;
+      const int place = i * int(sizeof(T)), behind = place < bytes ? lanes<kWhole>(k) * kVectorBytes : 0;
       *reinterpret_cast<T*>(boundary + k * step + place + behind) =
           reinterpret_cast<const T*>(&edges_of_warps()[warp][k])[i];
     }

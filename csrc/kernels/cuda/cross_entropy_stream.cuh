@@ -1,6 +1,6 @@
 // The rows of a block, one after another, as a stream of tiles from memory to shared memory.
 //
-// Each thread copies its own packs asynchronously (cp.async) into slots of its own. A block starts the copies of a row
+// Each thread copies its own vectors asynchronously (cp.async) into slots of its own. A block starts the copies of a row
 // while it still works on the row before, so that memory is never idle while threads compute, or wait for one another.
 //
 // The slots hold a whole row, if there is room: the first sweep reads them and, after the statistics are merged, the second
@@ -13,17 +13,17 @@
 namespace fusedloss::cuda {
 
 template <typename T, TargetKind kTarget>
-class Stream {
+class RowPipeline {
  public:
   using A = AccumulateType<T>;
-  static constexpr int kPacks = kTilePacks<kTarget>, kSlotsOfPack = Problem<T>::template kSlotsOfPack<kTarget>;
+  static constexpr int kVectors = kTileVectors<kTarget>, kSlotsOfVector = TypedOptions<T>::template kSlotsOfVector<kTarget>;
 
-  __device__ __forceinline__ Stream(const Problem<T>& o, int thread)
+  __device__ __forceinline__ RowPipeline(const TypedOptions<T>& o, int thread)
       : tiles(o.plan.tiles),
         depth(o.plan.depth),
         thread(thread),
         threads_shift(o.plan.threads_shift),
-        slots(o.plan.slots * kSlotsOfPack) {}
+        slots(o.plan.slots * kSlotsOfVector) {}
 
   // The vectors of a row, as many as have to be read.
   struct Source {
@@ -32,9 +32,9 @@ class Stream {
     int vectors = 0;
   };
   static __device__ __forceinline__ Source source_of(const Row<T, kTarget>& row) {
-    const auto elements = split(int(row.o.classes), row.logits, row.probability);
+    const auto elements = vectorized_range(int(row.o.classes), row.logits, row.probability);
     return {row.logits + elements.head, row.has_probabilities() ? row.probability + elements.head : nullptr,
-            row.counts() ? elements.vectors : 0};
+            row.contributes() ? elements.vectors : 0};
   }
 
   // Starts to copy the first tiles of the first row.
@@ -44,29 +44,29 @@ class Stream {
   }
 
   // Adds what a thread has of a row to the statistics.
-  __device__ __forceinline__ void absorb_row(RowState<A>& state, const Row<T, kTarget>& row, const Share<T>& share) {
-    with_spread<kTarget>(row.o, [&](auto spread) {
-      for_each_tile(depth, share, [&](auto is_whole, int number) {
+  __device__ __forceinline__ void accumulate_row(RowState<A>& state, const Row<T, kTarget>& row, const ThreadRange<T>& range) {
+    on_spread<kTarget>(row.o, [&](auto spread) {
+      for_each_tile(depth, range, [&](auto is_whole, int number) {
         wait_for_copies(depth - 1 - number);
-        absorb_tile<decltype(spread)::value>(
+        accumulate_tile<decltype(spread)::value>(
             state, row,
-            Tile<T, kTarget, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, number * kPacks));
+            RowTile<T, kTarget, kVectorSize<T>, kVectors, decltype(is_whole)::value>(row, range, number, slots, number * kVectors));
       });
     });
-    if (depth < tiles) absorb<kVector<T>, kPacks>(state, row, share, depth);
+    if (depth < tiles) accumulate_tiles<kVectorSize<T>, kVectors>(state, row, range, depth);
   }
 
   // Writes the gradient of a row's vectors, and starts to copy the next row into the slots that become free.
   template <bool kShifted>
-  __device__ __forceinline__ void write_row_vectors(const Row<T, kTarget>& row, const RowGradient<A>& of_row,
-                                                    const Share<T>& share, const Source& next) {
-    if (depth < tiles) write_tiles<kShifted, kVector<T>, kPacks>(row, of_row, share, depth);
-    with_spread<kTarget>(row.o, [&](auto spread) {
-      for_each_tile(depth, share, [&](auto is_whole, int number) {
+  __device__ __forceinline__ void write_row_vectors(const Row<T, kTarget>& row, const GradientFactors<A>& factors,
+                                                    const ThreadRange<T>& range, const Source& next) {
+    if (depth < tiles) write_tiles<kShifted, kVectorSize<T>, kVectors>(row, factors, range, depth);
+    on_spread<kTarget>(row.o, [&](auto spread) {
+      for_each_tile(depth, range, [&](auto is_whole, int number) {
         write_tile<decltype(spread)::value, kShifted>(
-            row, of_row,
-            Tile<T, kTarget, kVector<T>, kPacks, decltype(is_whole)::value>(row, share, number, slots, number * kPacks),
-            share, number);
+            row, factors,
+            RowTile<T, kTarget, kVectorSize<T>, kVectors, decltype(is_whole)::value>(row, range, number, slots, number * kVectors),
+            range, number);
         copy(next, number);
       });
     });
@@ -79,8 +79,8 @@ class Stream {
 
   // Calls f(is it whole, its number) for the first `count` tiles of a row.
   template <typename F>
-  __device__ __forceinline__ void for_each_tile(int count, const Share<T>& share, F f) {
-    const int whole = TileCount::of<kVector<T>, kPacks>(share).whole;
+  __device__ __forceinline__ void for_each_tile(int count, const ThreadRange<T>& range, F f) {
+    const int whole = RowTileCount::of<kVectorSize<T>, kVectors>(range).whole;
     int number = 0;
 #pragma unroll 1
     for (; number < count && number < whole; ++number) f(std::true_type(), number);
@@ -91,16 +91,16 @@ class Stream {
   // Copies nothing of a source without vectors, such as that of a row which does not exist. It commits a group all the same,
   // because wait_for_copies counts groups.
   __device__ __forceinline__ void copy(const Source& source, int number) {
-    const int first = thread + (number * kPacks << threads_shift);
+    const int first = thread + (number * kVectors << threads_shift);
     if (first < source.vectors) {
 #pragma unroll
-      for (int k = 0; k < kPacks; ++k) {
+      for (int k = 0; k < kVectors; ++k) {
         const int unit = first + (k << threads_shift);
         if (unit >= source.vectors) continue;
-        const int at = unit * kVector<T>, slot = kSlotsOfPack * (number * kPacks + k);
-        __pipeline_memcpy_async(&slots[slot], source.logits + at, kPackBytes);
+        const int at = unit * kVectorSize<T>, slot = kSlotsOfVector * (number * kVectors + k);
+        __pipeline_memcpy_async(&slots[slot], source.logits + at, kVectorBytes);
         if (kTarget == TargetKind::kProbabilities && source.probability)
-          __pipeline_memcpy_async(&slots[slot + 1], source.probability + at, kPackBytes);
+          __pipeline_memcpy_async(&slots[slot + 1], source.probability + at, kVectorBytes);
       }
     }
     __pipeline_commit();

@@ -18,7 +18,7 @@ constexpr int kRowsAtOnce = 4;           // of a thread, whose loads are under w
 constexpr int64_t kTileElements = 8192;  // of a block
 
 template <typename T>
-struct Problem : NLLLossOptions {
+struct TypedOptions : NLLLossOptions {
   using A = AccumulateType<T>;
 
   // The target class of a row, or -1 for a row that adds nothing.
@@ -28,7 +28,7 @@ struct Problem : NLLLossOptions {
   }
   __device__ __forceinline__ A weight_of(int64_t y) const { return weight ? static_cast<const A*>(weight)[y] : A(1); }
 
-  __device__ __forceinline__ void conclude(const LossSum& sum) const {
+  __device__ __forceinline__ void store_reduced_loss(const LossSum& sum) const {
     const bool mean = reduction == Reduction::kMean;
     const double of_all[1] = {mean ? divide_by_total_weight(sum.loss, sum.weight) : sum.loss};
     store_loss<T>(loss, loss_dtype != dtype, 0, of_all);
@@ -38,7 +38,7 @@ struct Problem : NLLLossOptions {
 
 // One block is enough for ptxas, which else spills a register on sm_100 to make room for a few more.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) gather(const Problem<T> o) {
+__global__ void __launch_bounds__(kThreads, 1) gather(const TypedOptions<T> o) {
   const int64_t rows = o.outer * o.inner, step = int64_t(gridDim.x) * blockDim.x;
   double loss_sum = 0, weight_sum = 0;
   let_next_launch_start();
@@ -78,20 +78,20 @@ __global__ void __launch_bounds__(kThreads, 1) gather(const Problem<T> o) {
   if (o.reduction == Reduction::kNone) return;
   const LossSum sum = block_sum(LossSum{loss_sum, weight_sum});
   if (threadIdx.x != 0) return;
-  if (gridDim.x == 1) o.conclude(sum);
+  if (gridDim.x == 1) o.store_reduced_loss(sum);
   else static_cast<LossSum*>(o.scratch)[blockIdx.x] = sum;
 }
 
 // One block: the blocks' sums in a fixed order.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads) finish_gather(const Problem<T> o, int blocks) {
+__global__ void __launch_bounds__(kSumThreads) finish_loss(const TypedOptions<T> o, int blocks) {
   wait_for_launch_before();
   const LossSum sum = sum_of_blocks<LossSum>(o.scratch, blocks);
-  if (threadIdx.x == 0) o.conclude(sum);
+  if (threadIdx.x == 0) o.store_reduced_loss(sum);
 }
 
 template <int kWidth, typename T>
-__device__ __forceinline__ void fill_zeros(T* p, const Split<T, int>& elements) {
+__device__ __forceinline__ void fill_zeros(T* p, const VectorizedRange<T, int>& elements) {
   const AccumulateType<T> zeros[kWidth] = {};
   for (int unit = threadIdx.x; unit < elements.template units<kWidth>(); unit += blockDim.x)
     store_values(p + elements.template first<kWidth>(unit), zeros);
@@ -99,7 +99,7 @@ __device__ __forceinline__ void fill_zeros(T* p, const Split<T, int>& elements) 
 
 // threadIdx.x: along a run of neighbours; threadIdx.y: the run.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) scatter(const Problem<T> o, const Tiling tiling) {
+__global__ void __launch_bounds__(kThreads) scatter(const TypedOptions<T> o, const Tiling tiling) {
   using A = AccumulateType<T>;
   T* const grad = static_cast<T*>(o.grad_input);
   const A total_weight = o.reduction == Reduction::kMean ? *static_cast<const A*>(o.total_weight) : A(1);
@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kThreads) scatter(const Problem<T> o, const Ti
     for (int run = threadIdx.y; run < int(runs.count[0] * runs.count[1]); run += blockDim.y) {
       const int64_t i = run % int(runs.count[0]), j = run / int(runs.count[0]);
       T* const p = grad + runs.start + i * runs.step[0] + j * runs.step[1];
-      const auto elements = split(int(runs.length), p);
-      fill_zeros<kVector<T>>(p, elements);
+      const auto elements = vectorized_range(int(runs.length), p);
+      fill_zeros<kVectorSize<T>>(p, elements);
       fill_zeros<1>(p, elements);
     }
     __syncthreads();
@@ -146,9 +146,9 @@ cudaError_t nll_loss_forward(const NLLLossOptions& given, cudaStream_t stream) {
   const unsigned grid = grid_of(o);
   return on_dtype(o.dtype, [&](auto zero) {
     using T = decltype(zero);
-    error = launch(gather<T>, {grid, kThreads}, stream, Problem<T>{o});
+    error = launch(gather<T>, {grid, kThreads}, stream, TypedOptions<T>{o});
     if (error != cudaSuccess || per_row || grid == 1) return error;
-    return launch(finish_gather<T>, after_launch(o, 1, kSumThreads), stream, Problem<T>{o}, int(grid));
+    return launch(finish_loss<T>, after_launch(o, 1, kSumThreads), stream, TypedOptions<T>{o}, int(grid));
   });
 }
 
@@ -161,7 +161,7 @@ cudaError_t nll_loss_backward(const NLLLossOptions& o, cudaStream_t stream) {
   const unsigned grid = unsigned(smaller(tiling.count, o.tuning.max_blocks));
   return on_dtype(o.dtype, [&](auto zero) {
     using T = decltype(zero);
-    return launch(scatter<T>, {grid, block}, stream, Problem<T>{o}, tiling);
+    return launch(scatter<T>, {grid, block}, stream, TypedOptions<T>{o}, tiling);
   });
 }
 
