@@ -106,7 +106,7 @@ def test_pointwise(name, emulator, rng):
 
 
 def test_every_pointwise_formula_is_tested():
-    text = (CSRC / "formulas" / "pointwise.h").read_text()
+    text = (CSRC / "kernels" / "formulas" / "pointwise.h").read_text()
     assert re.findall(r"^ *X\((\w+), \w+\)", text, flags=re.MULTILINE) == list(FORMULAS)
 
 
@@ -431,9 +431,9 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
             shapes = [("contiguous", 257, 6, 1), ("contiguous", 4099, 3, 1), ("inner", 40, 100, 3)]
             # Columns that a thread takes side by side, if their places are aligned, and many of one block.
             shapes += [("inner", 300, 12, 16), ("inner", 21, 3, 200)]
-            if file.startswith("cross_entropy_few"):  # more than the blocks take at once, and the last one is not full
+            if file.startswith("cross_entropy_few_classes"):  # more than the blocks take at once, and the last one is not full
                 shapes = [("contiguous", 10, 270, 1), ("contiguous", 15, 259, 1), ("contiguous", 16, 67, 1)]
-            if file.startswith("cross_entropy_columns") and tuning == "loops":
+            if file.startswith(("cross_entropy_column", "cross_entropy_plan_columns")) and tuning == "loops":
                 shapes += [("inner", 2100, 3, 32)] * 2  # blocks take them in several turns
             for layout, classes, rows, inner in shapes:
                 problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), "mean", layout, rows, inner)
@@ -441,7 +441,7 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
                 problems.append(problem)
     if file.startswith("cross_entropy_shifted"):
         problems = [slice_of_padded(rng, dtype, classes, "warps", rows=5) for classes in (1543, 1551, 4101)]
-    if file.startswith("cross_entropy_columns"):
+    if file.startswith(("cross_entropy_column", "cross_entropy_plan_columns")):
         for _ in range(3):  # kept, if the rows are aligned
             # Of the fewer classes, a thread has all. Of 65 to 68, eight threads have eight or nine each, which fit.
             for classes in (68, 9):

@@ -14,119 +14,14 @@
 // Split rows go through 1 and 2, and what their blocks have found through finish_split_rows; the backward pass begins with 3.
 #pragma once
 
-#include <cfloat>
-
-#include "kernels/cuda/cross_entropy_finish.cuh"
+#include "kernels/cuda/cross_entropy_column_exchange.cuh"
+#include "kernels/cuda/cross_entropy_column_gradient.cuh"
+#include "kernels/cuda/cross_entropy_column_tiles.cuh"
+#include "kernels/cuda/cross_entropy_launch_bounds.h"
+#include "kernels/cuda/cross_entropy_row_loss.cuh"
+#include "kernels/cuda/grad_output.cuh"
 
 namespace fusedloss::cuda {
-
-// Threads of a block, at most, and blocks of so many that a multiprocessor must hold at once. Said outright since the
-// compiler, left to choose, spills registers to make room for a few more.
-template <typename T, TargetKind kTarget>
-constexpr int kColumnThreads = max_column_threads(sizeof(T) == 8, is_spread(kTarget));
-template <typename T, TargetKind kTarget>
-constexpr int kForwardBlocks = sizeof(T) < 8 && is_spread(kTarget) ? 2 : 1;
-template <typename T, TargetKind kTarget, bool kWithGradient>
-constexpr int kAloneBlocks = sizeof(T) == 8                          ? 4
-                             : kTarget == TargetKind::kProbabilities ? 6
-                             : kWithGradient || is_spread(kTarget)         ? 8
-                                                                     : 12;
-template <typename T, TargetKind kTarget>
-constexpr int kSplitBlocks = split_column_blocks(sizeof(T) == 8, is_spread(kTarget));
-
-// In the place of the target class: the row does not count, and its gradient is 0; or the class is no concern of this
-// block.
-constexpr int kNoContribution = -2, kNoTargetHere = -1;
-
-// The least finite number.
-template <typename A>
-constexpr A kLowest = sizeof(A) == 8 ? A(-DBL_MAX) : A(-FLT_MAX);
-
-// Where the classes of a row lie, from the start of a tensor with these strides.
-template <typename T>
-struct ColumnPosition {
-  int64_t outer, inner;
-
-  // In 32 bits, where they suffice, a division takes a third of the time.
-  __device__ __forceinline__ ColumnPosition(const TypedOptions<T>& o, int64_t row)
-      : outer(o.inner == 1 ? row : (row | o.inner) >> 32 == 0 ? uint32_t(row) / uint32_t(o.inner) : row / o.inner),
-        inner(row - outer * o.inner) {}
-  __device__ __forceinline__ int64_t in(const Strides& strides) const {
-    return outer * strides.outer + inner * strides.inner;
-  }
-};
-
-// The larger element at each place, or the other one where one is NaN.
-template <typename T, int kWidth>
-__device__ __forceinline__ Vector<T, kWidth> elementwise_max(const Vector<T, kWidth>& a, const Vector<T, kWidth>& b) {
-  Vector<T, kWidth> larger;
-  if constexpr (kWidth == 1) {
-    larger.element = narrow<T>(math::max(widen(a.element), widen(b.element)));
-  } else if constexpr (sizeof(T) == 2) {
-    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      Pair of_a, of_b;
-      memcpy(static_cast<void*>(&of_a), &a.words[i], 4);
-      memcpy(static_cast<void*>(&of_b), &b.words[i], 4);
-      const Pair max = __hmax2(of_a, of_b);
-      memcpy(&larger.words[i], static_cast<const void*>(&max), 4);
-    }
-  } else {
-    alignas(16) T values[kWidth];
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) values[i] = math::max(a[i], b[i]);
-    larger.from_uint4(*reinterpret_cast<const uint4*>(values));
-  }
-  return larger;
-}
-
-// ---- What a block has in shared memory, behind what its threads keep
-
-// A place is one of the block's rows. Sets of one value for each place: each set has the arrays of a RowState, or, the
-// last of step 3, what the gradient needs.
-template <typename T, TargetKind kTarget, int kWidth>
-struct ColumnSharedMemory {
-  using A = AccumulateType<T>;
-
-  const int places;
-  A* const values;  // [sets][kStateArrays<is_spread(kTarget)>][places]
-  int* const y;     // [places]
-  T* const of_target;  // [places]  the gradient of the target class
-
-  explicit __device__ __forceinline__ ColumnSharedMemory(const ColumnPlan& p)
-      : places(column_places(int(blockDim.x), kWidth)),
-        values(reinterpret_cast<A*>(dynamic_shared_memory + p.kept_vectors)),
-        y(reinterpret_cast<int*>(values + p.sets * kStateArrays<is_spread(kTarget)> * places)),
-        of_target(reinterpret_cast<T*>(y + places)) {}
-
-  // Row `row` of the threads that are the thread-th side by side. Padded so that neither a warp of threads, each at
-  // its first row, nor a warp of neighbouring rows meet in the same bank.
-  __device__ __forceinline__ int place(int thread, int row) const {
-    return row * column_stride(int(blockDim.x), kWidth) + thread;
-  }
-  __device__ __forceinline__ A& at(int set, int array, int place) const {
-    return values[(set * kStateArrays<is_spread(kTarget)> + array) * places + place];
-  }
-  __device__ __forceinline__ void put(int set, int place, const RowState<A>& state) const {
-    at(set, 0, place) = state.max;
-    at(set, 1, place) = state.sum;
-    if constexpr (is_spread(kTarget)) {
-      at(set, 2, place) = state.dot;
-      at(set, 3, place) = state.mass;
-    }
-  }
-  __device__ __forceinline__ RowState<A> get(int set, int place) const {
-    RowState<A> state = {at(set, 0, place), at(set, 1, place), A(0), A(0)};
-    if constexpr (is_spread(kTarget)) {
-      state.dot = at(set, 2, place);
-      state.mass = at(set, 3, place);
-    }
-    return state;
-  }
-};
-
-// ---- A thread's rows
 
 // Which of the blocks that share rows this is, and its classes. Blocks that are neighbours have the same classes of
 // neighbouring rows, so that together they read what lies side by side. The blocks of the backward pass go from the end
@@ -137,454 +32,22 @@ struct ColumnBlock {
   int begin, end;  // classes
 
   __device__ __forceinline__ ColumnBlock(const CrossEntropyOptions& o, const RowPlan& plan, bool reverse) {
-    const unsigned index = reverse ? plan.grid - 1 - blockIdx.x : blockIdx.x, groups = plan.of_columns.groups;
+    const unsigned index = reverse ? plan.grid - 1 - blockIdx.x : blockIdx.x, groups = plan.columns.groups;
     rank = int(index / groups);
     group = index - rank * groups;
-    begin = rank * plan.of_columns.classes_of_block;
-    end = int(smaller(begin + plan.of_columns.classes_of_block, o.classes));
+    begin = rank * plan.columns.classes_of_block;
+    end = int(smaller(begin + plan.columns.classes_of_block, o.classes));
   }
 };
-
-// The classes first, first + step, … of kWidth neighbouring rows, up to a block's last one.
-template <typename T, TargetKind kTarget, int kWidth>
-struct ThreadColumns {
-  using A = AccumulateType<T>;
-
-  const TypedOptions<T>& o;
-  const T* logits;       // of the first row, class 0
-  const T* probability;  // null for class indices
-  T* grad;               // null if it is not wanted
-  int first, end;
-  int classes;           // of the block
-  int shift;             // of step, a power of two
-
-  __device__ __forceinline__ ThreadColumns(const TypedOptions<T>& options, int64_t unit, int thread)
-        : ThreadColumns(options, unit, thread, 0, int(options.classes)) {}
-  __device__ __forceinline__ ThreadColumns(const TypedOptions<T>& options, int64_t unit, int thread, int begin, int end)
-      : o(options), first(begin + thread), end(end), classes(end - begin), shift(options.plan.threads_shift) {
-    const ColumnPosition<T> position(o, unit * kWidth);
-    logits = static_cast<const T*>(o.logits) + position.in(o.logits_strides);
-    probability = kTarget == TargetKind::kProbabilities
-                      ? static_cast<const T*>(o.target_probability) + position.in(o.target_strides)
-                      : nullptr;
-    grad = o.grad_logits ? static_cast<T*>(o.grad_logits) + position.in(o.grad_strides) : nullptr;
-  }
-  __device__ __forceinline__ bool has_probabilities() const { return kTarget == TargetKind::kProbabilities; }
-  // Of the thread's classes; 0 or less where it has none.
-  __device__ __forceinline__ int count() const { return (end - first + (1 << shift) - 1) >> shift; }
-
-  // Of class c in row i, if the thread has all classes; from what it has kept, if it has.
-  template <bool kMayBeStaged>
-  __device__ __forceinline__ T logit(int c, int i) const {
-    if constexpr (kMayBeStaged) {
-      const int slots_of_vector = TypedOptions<T>::template kSlotsOfVector<kTarget>;
-      const Slots slots(o.plan.slots * slots_of_vector);
-      if (o.plan.slots > 0) return reinterpret_cast<const T*>(&slots[slots_of_vector * c])[i];
-    }
-    return logits[c * o.logits_strides.classes + i];
-  }
-};
-
-// kVectors classes of a thread, a vector of kWidth rows each, from memory or, if kFromSlots, from what the thread has kept.
-// kWhole: all of them exist.
-template <typename T, TargetKind kTarget, int kWidth, int kVectors, bool kFromSlots, bool kWhole>
-struct ColumnTile {
-  using Rows = ThreadColumns<T, kTarget, kWidth>;
-
-  Vector<T, kWidth> x[kVectors];
-  Vector<T, kWidth> t[kVectors] = {};  // probabilities only
-  int first;                       // the first class
-  int count;                       // of vectors that exist
-
-  __device__ __forceinline__ ColumnTile(const Rows& rows, int number) {
-    first = rows.first + (number * kVectors << rows.shift);
-    count = kWhole ? kVectors : (rows.end - first + (1 << rows.shift) - 1) >> rows.shift;
-    if constexpr (kFromSlots) {
-      take(rows, number);
-    } else {
-      load_all(rows.logits, rows.o.logits_strides.classes, rows, x);
-      if (rows.has_probabilities()) load_all(rows.probability, rows.o.target_strides.classes, rows, t);
-    }
-  }
-
-  // What is not there is 0: a register that is left as it was would have to be kept from the round before.
-  __device__ __forceinline__ void load_all(const T* p, int64_t stride, const Rows& rows, Vector<T, kWidth> (&vectors)[kVectors]) {
-    p += first * stride;
-    const int64_t step = stride << rows.shift;
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k, p += step) vectors[k] = is_there(k) ? load<kWidth>(p) : Vector<T, kWidth>();
-  }
-  __device__ __forceinline__ void take(const Rows& rows, int number) {
-    const int slots_of_vector = TypedOptions<T>::template kSlotsOfVector<kTarget>;
-    const Slots slots(rows.o.plan.slots * slots_of_vector);
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      x[k] = Vector<T, kWidth>();
-      if (!is_there(k)) continue;
-      x[k].from_uint4(slots[slots_of_vector * (number * kVectors + k)]);
-      if (rows.has_probabilities()) t[k].from_uint4(slots[slots_of_vector * (number * kVectors + k) + 1]);
-    }
-  }
-
-  __device__ __forceinline__ bool is_there(int k) const { return kWhole || k < count; }
-  __device__ __forceinline__ int class_of(const Rows& rows, int k) const { return first + (k << rows.shift); }
-
-  template <typename F>
-  __device__ __forceinline__ void for_each_vector(F f) const {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k)
-      if (is_there(k)) f(k);
-  }
-
-  // q of vector k in row i, w being the class's weight; for a class index, without kept * w_y.
-  template <SpreadKind kKind>
-  __device__ __forceinline__ AccumulateType<T> coefficient(const Rows& rows, int k, int i, AccumulateType<T> w) const {
-    return is_of_probabilities(kKind) ? probability_coefficient(t[k][i], w, rows.o.smoothing)
-                                      : math::product(rows.o.smoothing.uniform, w);
-  }
-};
-
-// Calls wait(number), then f(tile, its number) for all tiles of a thread, from the last to the first if kReverse: what was
-// not kept is then read again while the cache may still hold it. `whole` tiles are so for every thread of the rows.
-template <int kVectors, bool kReverse, bool kFromSlots, typename T, TargetKind kTarget, int kWidth, typename Wait, typename F>
-__device__ __forceinline__ void for_each_tile(const ThreadColumns<T, kTarget, kWidth>& rows, Wait wait, F f) {
-  const int whole = (rows.classes >> rows.shift) / kVectors;
-  const int all = whole + (rows.first + (whole * kVectors << rows.shift) < rows.end);
-  const auto last = [&] {
-    if (whole >= all) return;
-    wait(whole);
-    f(ColumnTile<T, kTarget, kWidth, kVectors, kFromSlots, false>(rows, whole), whole);
-  };
-  if (kReverse) last();
-#pragma unroll 1
-  for (int i = 0; i < whole; ++i) {
-    const int number = kReverse ? whole - 1 - i : i;
-    wait(number);
-    f(ColumnTile<T, kTarget, kWidth, kVectors, kFromSlots, true>(rows, number), number);
-  }
-  if (!kReverse) last();
-}
-
-// Starts to copy a thread's classes to its slots, so that all of them are on their way at once. Those of a tile are one group,
-// which is waited for together.
-template <int kGroup, typename T, TargetKind kTarget, int kWidth>
-__device__ __forceinline__ void start_copies(const ThreadColumns<T, kTarget, kWidth>& rows) {
-  constexpr int kSlotsOfVector = TypedOptions<T>::template kSlotsOfVector<kTarget>;
-  const Slots slots(rows.o.plan.slots * kSlotsOfVector);
-  const int64_t step = rows.o.logits_strides.classes << rows.shift;
-  const int64_t t_step = rows.o.target_strides.classes << rows.shift;
-  const T* p = rows.logits + rows.first * rows.o.logits_strides.classes;
-  const T* t = rows.has_probabilities() ? rows.probability + rows.first * rows.o.target_strides.classes : nullptr;
-  const int count = rows.count();
-#pragma unroll 1
-  for (int first = 0; first < count; first += kGroup) {
-#pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-      if (first + k >= count) break;
-      __pipeline_memcpy_async(&slots[kSlotsOfVector * (first + k)], p, kVectorBytes);
-      p += step;
-      if (!rows.has_probabilities()) continue;
-      __pipeline_memcpy_async(&slots[kSlotsOfVector * (first + k) + 1], t, kVectorBytes);
-      t += t_step;
-    }
-    __pipeline_commit();
-  }
-}
-
-// ---- 1. The statistics
-
-// As rescale; of a sum alone, which is 0 or NaN as long as the maximum is -inf, with fewer questions.
-template <bool kSpread, typename A>
-__device__ __forceinline__ void raise_maximum(RowState<A>& state, A max) {
-  if constexpr (kSpread) {
-    state = rescale(state, max);
-  } else {
-    state.sum *= state.max == max ? A(1) : math::exp(state.max - max);
-    state.max = max;
-  }
-}
-
-template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kVectors, bool kFromSlots, bool kWhole, typename A>
-__device__ __forceinline__ void accumulate_column_tile(RowState<A> (&state)[kWidth],
-                                                    const ThreadColumns<T, kTarget, kWidth>& rows,
-                                                    const ColumnTile<T, kTarget, kWidth, kVectors, kFromSlots, kWhole>& tile) {
-  auto largest = splat<kWidth>(narrow<T>(A(-INFINITY)));
-  tile.for_each_vector([&](int k) { largest = elementwise_max(largest, tile.x[k]); });
-  // Not only where a maximum grows: a warp has so many rows that one of them mostly does, and others need not branch.
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) raise_maximum<is_spread(kTarget)>(state[i], math::max(state[i].max, largest[i]));
-  tile.for_each_vector([&](int k) {
-    const A w = is_weighted(kKind) ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      // As shift; -inf is as far from any other number as from 0, and one instruction finds that.
-      const A reference = is_spread(kTarget) ? shift(state[i].max) : math::max(state[i].max, kLowest<A>);
-      state[i].sum += math::exp(tile.x[k][i] - reference);
-      if constexpr (is_spread(kTarget)) {
-        const A q = tile.template coefficient<kKind>(rows, k, i, w);
-        state[i].dot += q * (tile.x[k][i] - reference);
-        state[i].mass += q;
-      }
-    }
-  });
-}
-
-// Whether a thread's classes go through its slots, which the gradient is then made of.
-enum class Staging { kNever, kIfSlots, kAlways };
-
-template <Staging kStaging, typename T, TargetKind kTarget, int kWidth, typename A>
-__device__ __forceinline__ void accumulate_columns(RowState<A> (&state)[kWidth], const ThreadColumns<T, kTarget, kWidth>& rows) {
-  constexpr int kVectors = kColumnTileVectors<is_spread(kTarget)>;
-  if constexpr (kStaging != Staging::kNever) {
-    if (kStaging == Staging::kAlways || rows.o.plan.slots > 0) {
-      start_copies<kVectors>(rows);
-      const int groups = (rows.count() + kVectors - 1) / kVectors;
-      on_spread<kTarget>(rows.o, [&](auto spread) {
-        for_each_tile<kVectors, /*kReverse=*/false, /*kFromSlots=*/true>(
-            rows, [&](int number) { wait_for_copies(groups - 1 - number); },
-            [&](const auto& tile, int) { accumulate_column_tile<decltype(spread)::value>(state, rows, tile); });
-      });
-      return;
-    }
-  }
-  if constexpr (kStaging != Staging::kAlways) {
-    on_spread<kTarget>(rows.o, [&](auto spread) {
-      for_each_tile<kVectors, /*kReverse=*/false, /*kFromSlots=*/false>(
-          rows, [](int) {},
-          [&](const auto& tile, int) { accumulate_column_tile<decltype(spread)::value>(state, rows, tile); });
-    });
-  }
-}
-
-// ---- 2. Their merge
-
-// Over the lanes of a warp that have the same rows: those whose numbers differ by a multiple of blockDim.x. Fewer threads
-// than lanes are side by side then.
-template <TargetKind kTarget, int kWidth, typename A>
-__device__ __forceinline__ void merge_strided_lanes(RowState<A> (&state)[kWidth]) {
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    A max = state[i].max;
-#pragma unroll
-    for (int distance = kWarp / 2; distance > 0; distance /= 2)
-      if (distance >= int(blockDim.x)) max = math::max(max, __shfl_xor_sync(kAllLanes, max, distance));
-    state[i] = rescale(state[i], max);
-#pragma unroll
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-      if (distance < int(blockDim.x)) continue;
-      state[i].sum += __shfl_xor_sync(kAllLanes, state[i].sum, distance);
-      if constexpr (is_spread(kTarget)) {
-        state[i].dot += __shfl_xor_sync(kAllLanes, state[i].dot, distance);
-        state[i].mass += __shfl_xor_sync(kAllLanes, state[i].mass, distance);
-      }
-    }
-  }
-}
-
-// Leaves in shared memory what the block's threads have of its rows, in 1 << sets_shift sets.
-template <typename T, TargetKind kTarget, int kWidth>
-__device__ __forceinline__ void store_states(const ColumnSharedMemory<T, kTarget, kWidth>& memory,
-                                             RowState<AccumulateType<T>> (&state)[kWidth]) {
-  // Threads of one warp that have the same rows leave one state; each of the others a set of its own.
-  const int threads_of_set = blockDim.x < kWarp ? kWarp / blockDim.x : 1;
-  if (blockDim.x < kWarp) merge_strided_lanes<kTarget>(state);
-  __syncthreads();  // the rows before have been read
-  if (threadIdx.y % threads_of_set == 0) {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i)
-      memory.put(threadIdx.y / threads_of_set, memory.place(threadIdx.x, i), state[i]);
-  }
-  __syncthreads();
-}
-
-// Calls f(row of the block, its place, its state, the lane's number among those that have it) for all rows of the block,
-// with what the 1 << shift sets have of the row, merged by as many lanes. All threads take part.
-template <typename T, TargetKind kTarget, int kWidth, typename F>
-__device__ __forceinline__ void for_each_merged_row(const ColumnSharedMemory<T, kTarget, kWidth>& memory, int shift, F f) {
-  using A = AccumulateType<T>;
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x, part = thread & ((1 << shift) - 1);
-  const unsigned rows = blockDim.x * kWidth, rows_at_once = blockDim.x * blockDim.y >> shift;
-#pragma unroll 1
-  for (unsigned first = 0; first < rows; first += rows_at_once) {
-    const unsigned row = first + (thread >> shift);
-    const int place = memory.place(row / kWidth, row % kWidth);
-    auto state = row < rows ? memory.get(part, place) : empty_row_state<A>();
-    if (shift > 0) state = lanes_merge<is_spread(kTarget)>(state, 1 << shift);
-    if (row < rows) f(int(row), place, state, part);
-  }
-}
-
-// ---- 3. The rows
-
-// Of a class: which of the threads of its block has it. A block's first class is a multiple of their number.
-template <typename T>
-__device__ __forceinline__ int thread_of_class(const TypedOptions<T>& o, int c) {
-  return c & ((1 << o.plan.threads_shift) - 1);
-}
-
-// The target class's logit, where this block has that class: from what a thread has kept, if it has.
-template <int kWidth, bool kMayBeStaged, typename T, TargetKind kTarget>
-__device__ __forceinline__ T logit_of_target(const RowTarget<T, kTarget>& row, unsigned row_of_block) {
-  const TypedOptions<T>& o = row.o;
-  if constexpr (kMayBeStaged) {
-    if (o.plan.slots > 0) {
-      const int vector = row.y >> o.plan.threads_shift;
-      const int thread = thread_of_class(o, row.y) * int(blockDim.x) + row_of_block / kWidth;
-      const int slots_of_vector = TypedOptions<T>::template kSlotsOfVector<kTarget>;
-      const Slots slots(o.plan.slots * slots_of_vector, thread);
-      return reinterpret_cast<const T*>(&slots[slots_of_vector * vector])[row_of_block % kWidth];
-    }
-  }
-  const ColumnPosition<T> position(o, row.number);
-  return static_cast<const T*>(o.logits)[position.in(o.logits_strides) + row.y * o.logits_strides.classes];
-}
-
-// Brings the cache line of p to the second-level cache, and waits for nothing.
-__device__ __forceinline__ void prefetch_to_l2(const int64_t* p) {
-#if FUSEDLOSS_CUDA_ARCH
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-#endif
-}
-
-// Leaves in shared memory what the gradient needs of a row; here: has this block the target class?
-template <typename T, TargetKind kTarget, int kWidth, typename A>
-__device__ __forceinline__ void store_gradient_factors(const ColumnSharedMemory<T, kTarget, kWidth>& memory, int set, int place,
-                                                 const RowTarget<T, kTarget>& row, A max, A scale, A grad_output,
-                                                 bool here, T x_y) {
-  const bool contributes = row.contributes();
-  memory.at(set, 0, place) = contributes ? max : A(0);
-  memory.at(set, 1, place) = !contributes ? A(0) : is_spread(kTarget) ? scale : scale * grad_output;
-  if constexpr (is_spread(kTarget)) memory.at(set, 2, place) = grad_output;
-  memory.y[place] = !contributes ? kNoContribution : here ? row.y : kNoTargetHere;
-  if (row.y < 0 || !here) return;
-  const A e = math::exp(A(widen(x_y)) - max);
-  memory.of_target[place] = narrow<T>(logit_gradient(e, scale, row.coefficient(), grad_output));
-}
-
-// ---- 4. The gradient
-
-// kWidth neighbouring values, zeros where a row does not count, even if its logits are NaN.
-template <typename T, int kWidth>
-struct ContributingRows {
-  uint32_t mask[kWidth == 1 ? 1 : 4] = {};
-
-  __device__ __forceinline__ void add(int row) {
-    if constexpr (sizeof(T) == 8 && kWidth > 1) mask[2 * row] = mask[2 * row + 1] = ~0u;
-    else if constexpr (sizeof(T) == 2 && kWidth > 1) mask[row / 2] |= 0xffffu << row % 2 * 16;
-    else mask[row] = ~0u;
-  }
-  __device__ __forceinline__ void store(T* p, const AccumulateType<T> (&values)[kWidth]) const {
-    if constexpr (kWidth == 1) {
-      *p = mask[0] ? narrow<T>(values[0]) : T();
-    } else {
-      const uint4 v = narrow_vector<T, kWidth>(values).as_uint4();
-      store_vector(p, {v.x & mask[0], v.y & mask[1], v.z & mask[2], v.w & mask[3]});
-    }
-  }
-};
-
-// What the gradient of a thread's i-th row needs, where the row's thread has left it.
-template <typename T, TargetKind kTarget, int kWidth>
-struct FactorsInSharedMemory {
-  using A = AccumulateType<T>;
-
-  const ColumnSharedMemory<T, kTarget, kWidth>& memory;
-  int set;
-
-  __device__ __forceinline__ int place(int i) const { return memory.place(threadIdx.x, i); }
-  __device__ __forceinline__ A max(int i) const { return memory.at(set, 0, place(i)); }
-  __device__ __forceinline__ A factor(int i) const { return memory.at(set, 1, place(i)); }
-  __device__ __forceinline__ A grad_output(int i) const { return memory.at(set, 2, place(i)); }
-  __device__ __forceinline__ bool contributes(int i) const { return memory.y[place(i)] != kNoContribution; }
-  // The target class, if it is one of the thread's own; its gradient.
-  __device__ __forceinline__ int target(const ThreadColumns<T, kTarget, kWidth>& rows, int i) const {
-    const int y = memory.y[place(i)];
-    return y >= 0 && thread_of_class(rows.o, y) == int(threadIdx.y) ? y : kNoTargetHere;
-  }
-  __device__ __forceinline__ T of_target(int i) const { return memory.of_target[place(i)]; }
-};
-
-// The same in the thread that has the row for itself.
-template <typename T, TargetKind kTarget, int kWidth>
-struct FactorsInRegisters {
-  using A = AccumulateType<T>;
-
-  A maxima[kWidth], factors[kWidth], common_grad_output;
-  int targets[kWidth];
-  T of_targets[kWidth];
-
-  __device__ __forceinline__ A max(int i) const { return maxima[i]; }
-  __device__ __forceinline__ A factor(int i) const { return factors[i]; }
-  __device__ __forceinline__ A grad_output(int) const { return common_grad_output; }
-  __device__ __forceinline__ bool contributes(int i) const { return targets[i] != kNoContribution; }
-  __device__ __forceinline__ int target(const ThreadColumns<T, kTarget, kWidth>&, int i) const { return targets[i]; }
-  __device__ __forceinline__ T of_target(int i) const { return of_targets[i]; }
-
-  __device__ __forceinline__ void prepare(int i, const RowTarget<T, kTarget>& row, const RowResult<A>& finished,
-                                          T x_y) {
-    maxima[i] = finished.max;
-    factors[i] = !row.contributes() ? A(0) : is_spread(kTarget) ? finished.scale : finished.scale * common_grad_output;
-    targets[i] = row.contributes() ? row.y : kNoContribution;
-    const A e = math::exp(A(widen(x_y)) - finished.max);
-    of_targets[i] = narrow<T>(logit_gradient(e, finished.scale, row.coefficient(), common_grad_output));
-  }
-};
-
-// The target class comes after the others, from the thread that has it.
-template <bool kFromSlots, typename T, TargetKind kTarget, int kWidth, typename Gradient>
-__device__ __forceinline__ void write_columns(const ThreadColumns<T, kTarget, kWidth>& rows, const Gradient& gradient) {
-  using A = AccumulateType<T>;
-  constexpr int kVectors = kColumnTileVectors<is_spread(kTarget)> / 2;
-  A max[kWidth], factor[kWidth], grad_output[kWidth];
-  ContributingRows<T, kWidth> count;
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    max[i] = gradient.max(i);
-    factor[i] = gradient.factor(i);
-    if constexpr (is_spread(kTarget)) grad_output[i] = gradient.grad_output(i);
-    if (gradient.contributes(i)) count.add(i);
-  }
-  const int64_t stride = rows.o.grad_strides.classes;
-  on_spread<kTarget>(rows.o, [&](auto spread) {
-    for_each_tile<kVectors, /*kReverse=*/true, kFromSlots>(rows, [](int) {}, [&](const auto& tile, int) {
-      T* p = rows.grad + tile.first * stride;
-      const int64_t step = stride << rows.shift;
-      tile.for_each_vector([&](int k) {
-        const A w = is_weighted(decltype(spread)::value) ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
-        A values[kWidth];
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          const A e = math::exp(tile.x[k][i] - max[i]);
-          if constexpr (is_spread(kTarget)) {
-            const A q = tile.template coefficient<decltype(spread)::value>(rows, k, i, w);
-            values[i] = logit_gradient(e, factor[i], q, grad_output[i]);
-          } else {
-            values[i] = e * factor[i];
-          }
-        }
-        count.store(p + k * step, values);
-      });
-    });
-  });
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    const int y = gradient.target(rows, i);
-    if (y < 0) continue;
-    const int64_t in_row = kWidth == 1 ? 0 : i;  // of more rows than one, the next one is the next element
-    rows.grad[in_row + y * stride] = gradient.of_target(i);
-  }
-}
-
-// ---- The kernels
 
 // A block has all classes of its rows.
 template <typename T, TargetKind kTarget, int kWidth>
-__global__ void __launch_bounds__(kColumnThreads<T, kTarget>, (kForwardBlocks<T, kTarget>))
+__global__ void __launch_bounds__((max_threads<T, kTarget>(kColumnsBounds)), (min_blocks<T, kTarget>(kColumnsBounds)))
     forward_columns(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   constexpr bool kStages = kWidth > 1;  // what the gradient is made of; others read it again
   const RowPlan& plan = o.plan;
-  const ColumnPlan& columns = plan.of_columns;
+  const ColumnPlan& columns = plan.columns;
   const ColumnSharedMemory<T, kTarget, kWidth> memory(columns);
   const bool wants_gradient = o.grad_logits != nullptr;
   let_next_launch_start();
@@ -604,13 +67,13 @@ __global__ void __launch_bounds__(kColumnThreads<T, kTarget>, (kForwardBlocks<T,
     int64_t next_target = o.target_at(first * kWidth + (in_block >> columns.sets_shift));
     store_states(memory, state);
     wait_for_launch_before();  // for total_weight
-    const A grad_output = wants_gradient ? scaled_grad_output(o, A(1)) : A(0);  // nobody has sent one yet
+    const A grad_output = wants_gradient ? o.scaled_grad_output(A(1)) : A(0);  // there is none yet
     for_each_merged_row(memory, columns.sets_shift, [&](int of_block, int place, const RowState<A>& merged, int part) {
       const int64_t number = first * kWidth + of_block, target = next_target;
       next_target = o.target_at(number + (threads >> columns.sets_shift));
       if (part != 0 || number >= plan.rows) return;
       const RowTarget<T, kTarget> row(o, number, o.class_of(target));
-      const A scale = scale_of(row, merged);
+      const A scale = row.scale_of(merged);
       const T x_y = row.y >= 0 ? logit_of_target<kWidth, kStages>(row, of_block) : T();
       store_row_result(row, merged, scale, x_y, sum);
       if (wants_gradient)
@@ -625,18 +88,22 @@ __global__ void __launch_bounds__(kColumnThreads<T, kTarget>, (kForwardBlocks<T,
   store_block_sum_of_threads(o, sum);
 }
 
+template <typename T, TargetKind kTarget, bool kWithGradient>
+constexpr int kThreadColumnsMinBlocks =
+    min_blocks<T, kTarget>(kWithGradient ? kThreadColumnsBounds : kThreadColumnsLossOnlyBounds);
+
 // A thread has all classes of its rows: nothing is exchanged, and what a row costs besides its classes is done for the
 // thread's rows side by side. kWithGradient: the gradient is wanted. Without it registers suffice for more threads, if the
 // targets are fetched to the cache only, where eight of them take none.
 template <typename T, TargetKind kTarget, int kWidth, bool kWithGradient>
-__global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget, kWithGradient>))
+__global__ void __launch_bounds__(kColumnThreadsAcross, (kThreadColumnsMinBlocks<T, kTarget, kWithGradient>))
     forward_columns_of_thread(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   constexpr bool kStages = kWithGradient && kWidth > 1;
   const RowPlan& plan = o.plan;
   let_next_launch_start();
   LossAccumulator sum = {};
-  for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < plan.of_columns.units; unit += plan.step) {
+  for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < plan.columns.units; unit += plan.step) {
     const ThreadColumns<T, kTarget, kWidth> rows(o, unit, 0);
     const int64_t first = unit * kWidth;
     int64_t target[kWidth];
@@ -664,13 +131,13 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget
     if constexpr (!kWithGradient) load_targets();
     wait_for_launch_before();  // for total_weight
     FactorsInRegisters<T, kTarget, kWidth> gradient;
-    gradient.common_grad_output = kWithGradient ? scaled_grad_output(o, A(1)) : A(0);  // nobody has sent one yet
+    gradient.common_grad_output = kWithGradient ? o.scaled_grad_output(A(1)) : A(0);  // there is none yet
     A loss[kWidth], scale[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const RowTarget<T, kTarget> row(o, first + i, o.class_of(target[i]));
       const T x_y = row.y < 0 ? T() : rows.template logit<kStages>(row.y, i);
-      const auto finished = loss_of_row(row, state[i], scale_of(row, state[i]), x_y, sum);
+      const auto finished = loss_of_row(row, state[i], row.scale_of(state[i]), x_y, sum);
       loss[i] = finished.loss;
       scale[i] = finished.scale;
       gradient.prepare(i, row, finished, x_y);
@@ -685,10 +152,11 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, (kAloneBlocks<T, kTarget
 
 // A block has a part of the classes of its rows, and leaves what it knows of each row to finish_split_rows.
 template <typename T, TargetKind kTarget, int kWidth>
-__global__ void __launch_bounds__(kSplitColumnThreads, (kSplitBlocks<T, kTarget>)) forward_columns_split(const TypedOptions<T> o) {
+__global__ void __launch_bounds__(kSplitColumnThreads, (min_blocks<T, kTarget>(kSplitColumnsBounds)))
+    forward_columns_split(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   const RowPlan& plan = o.plan;
-  const ColumnPlan& columns = plan.of_columns;
+  const ColumnPlan& columns = plan.columns;
   const ColumnSharedMemory<T, kTarget, kWidth> memory(columns);
   const ColumnBlock block(o, plan, /*reverse=*/false);
   let_next_launch_start();
@@ -710,17 +178,17 @@ __global__ void __launch_bounds__(kSplitColumnThreads, (kSplitBlocks<T, kTarget>
 
 // No thread waits for another block: the rows' statistics are known.
 template <typename T, TargetKind kTarget, int kWidth>
-__global__ void __launch_bounds__(kSplitColumnThreads, (kSplitBlocks<T, kTarget>))
+__global__ void __launch_bounds__(kSplitColumnThreads, (min_blocks<T, kTarget>(kSplitColumnsBounds)))
     backward_columns(const TypedOptions<T> o) {
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
   using A = AccumulateType<T>;
   const RowPlan& plan = o.plan;
-  const ColumnPlan& columns = plan.of_columns;
+  const ColumnPlan& columns = plan.columns;
   const ColumnSharedMemory<T, kTarget, kWidth> memory(columns);
   const ColumnBlock block(o, plan, /*reverse=*/true);
   const int threads = int(blockDim.x * blockDim.y);
-  A grad_output = scaled_grad_output(o, grad_output_at<T>(o, 0));
+  A grad_output = o.scaled_grad_output(grad_output_at<T>(o, 0));
   for (int64_t first = int64_t(block.group) * blockDim.x; first < columns.units; first += plan.step) {
     __syncthreads();  // the rows before have been read
 #pragma unroll 2
@@ -728,12 +196,12 @@ __global__ void __launch_bounds__(kSplitColumnThreads, (kSplitBlocks<T, kTarget>
       const int64_t number = first * kWidth + i;
       if (number >= plan.rows) continue;
       const RowTarget<T, kTarget> row(o, number, o.class_of(o.target_at(number)));
-      if (o.grad_output_stride != 0) grad_output = scaled_grad_output(o, grad_output_at<T>(o, number));
-      const bool here = row.y >= block.begin && row.y < block.end;
-      const T x_y = here ? logit_of_target<kWidth, false>(row, i) : T();
+      if (o.grad_output_stride != 0) grad_output = o.scaled_grad_output(grad_output_at<T>(o, number));
+      const bool is_here = row.y >= block.begin && row.y < block.end;
+      const T x_y = is_here ? logit_of_target<kWidth, false>(row, i) : T();
       store_gradient_factors(memory, columns.last_set, memory.place(i / kWidth, i % kWidth), row,
                        static_cast<const A*>(o.row_max)[number], static_cast<const A*>(o.row_scale)[number],
-                       grad_output, here, x_y);
+                       grad_output, is_here, x_y);
     }
     __syncthreads();
     if (first + threadIdx.x < columns.units)

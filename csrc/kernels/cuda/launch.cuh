@@ -28,6 +28,10 @@
 
 namespace fusedloss::cuda {
 
+constexpr int kWarp = 32;  // threads
+constexpr int kWarpShift = 5;
+constexpr int kVectorBytes = 16;  // that one instruction loads or stores, at most
+
 // The shared memory that a launch asks for.
 extern __shared__ uint4 dynamic_shared_memory[];
 

@@ -30,9 +30,9 @@ struct TypedOptions : NLLLossOptions {
 
   __device__ __forceinline__ void store_reduced_loss(const LossSum& sum) const {
     const bool mean = reduction == Reduction::kMean;
-    const double of_all[1] = {mean ? divide_by_total_weight(sum.loss, sum.weight) : sum.loss};
+    const double of_all[1] = {mean ? divide_by_total_weight(sum.loss, sum.total_weight) : sum.loss};
     store_loss<T>(loss, loss_dtype != dtype, 0, of_all);
-    if (mean) *static_cast<A*>(total_weight) = A(sum.weight);
+    if (mean) *static_cast<A*>(total_weight) = A(sum.total_weight);
   }
 };
 
@@ -40,7 +40,7 @@ struct TypedOptions : NLLLossOptions {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) gather(const TypedOptions<T> o) {
   const int64_t rows = o.outer * o.inner, step = int64_t(gridDim.x) * blockDim.x;
-  double loss_sum = 0, weight_sum = 0;
+  double loss_sum = 0, total_weight = 0;
   let_next_launch_start();
   bool bad_target = false;
   for (int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; first < rows; first += kRowsAtOnce * step) {
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 1) gather(const TypedOptions<T> o) {
         const double w = o.weight_of(y[k]);
         loss[0] = nll_loss_value(double(widen(x[k])), w);
         loss_sum += loss[0];
-        weight_sum += w;
+        total_weight += w;
       } else if (o.target[row] != o.ignore_index) {
         bad_target = true;
       }
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 1) gather(const TypedOptions<T> o) {
   }
   assert(!bad_target && "nll_loss: a target is neither a class index nor ignore_index");
   if (o.reduction == Reduction::kNone) return;
-  const LossSum sum = block_sum(LossSum{loss_sum, weight_sum});
+  const LossSum sum = block_sum(LossSum{loss_sum, total_weight});
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1) o.store_reduced_loss(sum);
   else static_cast<LossSum*>(o.scratch)[blockIdx.x] = sum;
@@ -156,7 +156,7 @@ cudaError_t nll_loss_backward(const NLLLossOptions& o, cudaStream_t stream) {
   if (o.rows() == 0 || o.classes == 0) return cudaSuccess;
   const Tiling tiling = make_tiling(o.outer, o.classes, o.inner, o.grad_strides, kTileElements);
   unsigned along = 1;  // threads of a run
-  while (along < kThreads && along * (16 / bytes_of(o.dtype)) < tiling.runs_of(tiling.tile).length) along *= 2;
+  while (along < kThreads && along * (kVectorBytes / bytes_of(o.dtype)) < tiling.runs_of(tiling.tile).length) along *= 2;
   const dim3 block(along, kThreads / along);
   const unsigned grid = unsigned(smaller(tiling.count, o.tuning.max_blocks));
   return on_dtype(o.dtype, [&](auto zero) {

@@ -65,8 +65,7 @@ __device__ __forceinline__ VectorizedRange<T, int64_t> vectorized_elements(const
 // Elements from number i on of a row of `period` that repeats itself: by 16 bytes where they lie so, else one by one.
 template <int kWidth, typename T>
 __device__ __forceinline__ Vector<T, kWidth> load_repeated(const T* row, int64_t period, int64_t i) {
-  // In 32 bits, where they suffice, a division takes a third of the time.
-  int64_t place = (i | period) >> 32 == 0 ? int64_t(uint32_t(i) % uint32_t(period)) : i % period;
+  int64_t place = cuda::remainder(i, period);
   if constexpr (kWidth == 1) {
     return load<1>(row + place);
   } else {
@@ -258,7 +257,7 @@ __global__ void __launch_bounds__(kSumThreads) finish_loss(const PointwiseOption
 }
 
 inline unsigned grid_of(const PointwiseOptions& o) {
-  const int64_t blocks = divide_up(o.numel, kThreads * vectors_in_flight(o.operands) * (16 / bytes_of(o.dtype)));
+  const int64_t blocks = divide_up(o.numel, kThreads * vectors_in_flight(o.operands) * (kVectorBytes / bytes_of(o.dtype)));
   return unsigned(smaller(blocks, o.tuning.max_blocks));
 }
 

@@ -8,7 +8,14 @@
 
 #include <cuda_pipeline_primitives.h>
 
-#include "kernels/cuda/cross_entropy_finish.cuh"
+#include <type_traits>
+
+#include "kernels/cuda/cross_entropy_launch_bounds.h"
+#include "kernels/cuda/cross_entropy_options.cuh"
+#include "kernels/cuda/cross_entropy_plan_rows.h"
+#include "kernels/cuda/cross_entropy_row_loss.cuh"
+#include "kernels/cuda/grad_output.cuh"
+#include "kernels/cuda/vec.cuh"
 
 namespace fusedloss::cuda {
 
@@ -60,7 +67,7 @@ class StagedRows {
   static __device__ __forceinline__ char* memory() { return reinterpret_cast<char*>(dynamic_shared_memory); }
   __device__ __forceinline__ int row_bytes() const { return int(o.classes * sizeof(T)); }
   __device__ __forceinline__ int elements() const {
-    return int(smaller(o.plan.rows - first, int64_t(kFewThreads)) * o.classes);
+    return int(smaller(o.plan.rows - first, int64_t(kFewClassesThreads)) * o.classes);
   }
 
   // Calls f(number of its first element, its place, bytes that can be copied at a time) for each vector of the piece.
@@ -68,11 +75,11 @@ class StagedRows {
   __device__ __forceinline__ void for_each_vector(F f) const {
     const int vectors = elements() / kVectorSize<T>;
     if (pitch == row_bytes()) {
-      for (int v = int(threadIdx.x); v < vectors; v += kFewThreads)
+      for (int v = int(threadIdx.x); v < vectors; v += kFewClassesThreads)
         f(v * kVectorSize<T>, memory() + v * kVectorBytes, std::integral_constant<int, kVectorBytes>());
     } else {
       const unsigned vectors_of_row = row_bytes() / kVectorBytes;
-      for (int v = int(threadIdx.x); v < vectors; v += kFewThreads)
+      for (int v = int(threadIdx.x); v < vectors; v += kFewClassesThreads)
         f(v * kVectorSize<T>, memory() + v * kVectorBytes + unsigned(v) / vectors_of_row * (pitch - row_bytes()),
           std::integral_constant<int, row_gap_bytes(sizeof(T))>());
     }
@@ -159,62 +166,60 @@ struct RowInRegisters {
   }
 };
 
-// Blocks that a multiprocessor must hold at once. Said outright since the compiler, left to choose, spills registers.
 template <typename T, TargetKind kTarget>
-constexpr int kFewBlocks = sizeof(T) == 8 ? 2 : is_spread(kTarget) ? 4 : 6;
-
-template <typename T, TargetKind kTarget>
-__global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kTarget>)) forward_few_classes(const TypedOptions<T> o) {
+__global__ void __launch_bounds__(kFewClassesThreads, (min_blocks<T, kTarget>(kFewClassesBounds)))
+    forward_few_classes(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   let_next_launch_start();
   LossAccumulator sum = {};
   A grad_output = 0;
   bool is_first_turn = true;
-  for (int64_t first = int64_t(blockIdx.x) * kFewThreads; first < o.plan.rows; first += o.plan.step) {
-    const StagedRows<T> stage(o, first);
+  for (int64_t first = int64_t(blockIdx.x) * kFewClassesThreads; first < o.plan.rows; first += o.plan.step) {
+    const StagedRows<T> block_rows(o, first);
     const int64_t number = first + threadIdx.x, target = o.target_at(number);
-    stage.load();
+    block_rows.load();
     if (o.grad_logits != nullptr && is_first_turn) {
       wait_for_launch_before();  // for total_weight
-      grad_output = scaled_grad_output(o, A(1));
+      grad_output = o.scaled_grad_output(A(1));
     }
     is_first_turn = false;
-    if (stage.has_row()) {
+    if (block_rows.has_row()) {
       const RowTarget<T, kTarget> row(o, number, o.class_of(target));
       on_spread<kTarget>(o, [&](auto spread) {
-        RowInRegisters<T, kTarget, decltype(spread)::value> classes(row, stage.row());
+        RowInRegisters<T, kTarget, decltype(spread)::value> classes(row, block_rows.row());
         const T x_y = classes.logit_of_target();
         const RowState<A> state = classes.statistics();
-        const A scale = scale_of(row, state);
+        const A scale = row.scale_of(state);
         store_row_result(row, state, scale, x_y, sum);
         if (o.grad_logits != nullptr) classes.write_gradient(state.max, scale, grad_output, x_y);
       });
     }
-    if (o.grad_logits != nullptr) stage.store();
+    if (o.grad_logits != nullptr) block_rows.store();
   }
   store_block_sum_of_threads(o, sum);
 }
 
 template <typename T, TargetKind kTarget>
-__global__ void __launch_bounds__(kFewThreads, (kFewBlocks<T, kTarget>)) backward_few_classes(const TypedOptions<T> o) {
+__global__ void __launch_bounds__(kFewClassesThreads, (min_blocks<T, kTarget>(kFewClassesBounds)))
+    backward_few_classes(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
-  for (int64_t first = int64_t(blockIdx.x) * kFewThreads; first < o.plan.rows; first += o.plan.step) {
-    const StagedRows<T> stage(o, first);
+  for (int64_t first = int64_t(blockIdx.x) * kFewClassesThreads; first < o.plan.rows; first += o.plan.step) {
+    const StagedRows<T> block_rows(o, first);
     const int64_t number = first + threadIdx.x, target = o.target_at(number);
-    stage.load();
-    if (stage.has_row()) {
+    block_rows.load();
+    if (block_rows.has_row()) {
       const RowTarget<T, kTarget> row(o, number, o.class_of(target));
       const A max = static_cast<const A*>(o.row_max)[number], scale = static_cast<const A*>(o.row_scale)[number];
       on_spread<kTarget>(o, [&](auto spread) {
-        RowInRegisters<T, kTarget, decltype(spread)::value> classes(row, stage.row());
+        RowInRegisters<T, kTarget, decltype(spread)::value> classes(row, block_rows.row());
         const T x_y = classes.logit_of_target();
         classes.take_exponentials(max);
-        classes.write_gradient(max, scale, scaled_grad_output(o, grad_output_at<T>(o, number)), x_y);
+        classes.write_gradient(max, scale, o.scaled_grad_output(grad_output_at<T>(o, number)), x_y);
       });
     }
-    stage.store();
+    block_rows.store();
   }
 }
 

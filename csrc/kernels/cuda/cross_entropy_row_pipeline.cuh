@@ -1,14 +1,19 @@
-// The rows of a block, one after another, as a stream of tiles from memory to shared memory.
+// The software pipeline by which a block's rows, one after another, come into shared memory.
 //
 // Each thread copies its own vectors asynchronously (cp.async) into slots of its own. A block starts the copies of a row
 // while it still works on the row before, so that memory is never idle while threads compute, or wait for one another.
 //
-// The slots hold a whole row, if there is room: the first sweep reads them and, after the statistics are merged, the second
-// sweep reads them again, writes the gradient of a tile, and starts the copy of the next row's tile into the same slots. Of
-// what is beyond the slots, both sweeps read memory.
+// The slots hold a whole row, if there is room. Its statistics are accumulated from the slots. After they are merged, the
+// gradient of each tile is computed from the slots again, and the copy of the next row's tile into the same slots is
+// started. What is beyond the slots is read from memory both times.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
+
+#include <type_traits>
+
 #include "kernels/cuda/cross_entropy_row.cuh"
+#include "kernels/cuda/cross_entropy_row_gradient.cuh"
 
 namespace fusedloss::cuda {
 
@@ -16,14 +21,14 @@ template <typename T, TargetKind kTarget>
 class RowPipeline {
  public:
   using A = AccumulateType<T>;
-  static constexpr int kVectors = kTileVectors<kTarget>, kSlotsOfVector = TypedOptions<T>::template kSlotsOfVector<kTarget>;
+  static constexpr int kVectors = kTileVectors<kTarget>;
 
   __device__ __forceinline__ RowPipeline(const TypedOptions<T>& o, int thread)
       : tiles(o.plan.tiles),
         depth(o.plan.depth),
         thread(thread),
         threads_shift(o.plan.threads_shift),
-        slots(o.plan.slots * kSlotsOfVector) {}
+        slots(o) {}
 
   // The vectors of a row, as many as have to be read.
   struct Source {
@@ -40,7 +45,7 @@ class RowPipeline {
   // Starts to copy the first tiles of the first row.
   __device__ __forceinline__ void start(const Source& first) {
 #pragma unroll 1
-    for (int number = 0; number < depth; ++number) copy(first, number);
+    for (int number = 0; number < depth; ++number) start_copy(first, number);
   }
 
   // Adds what a thread has of a row to the statistics.
@@ -50,7 +55,7 @@ class RowPipeline {
         wait_for_copies(depth - 1 - number);
         accumulate_tile<decltype(spread)::value>(
             state, row,
-            RowTile<T, kTarget, kVectorSize<T>, kVectors, decltype(is_whole)::value>(row, range, number, slots, number * kVectors));
+            RowTile<T, kTarget, kVectorSize<T>, kVectors, decltype(is_whole)::value>(row, range, number, slots));
       });
     });
     if (depth < tiles) accumulate_tiles<kVectorSize<T>, kVectors>(state, row, range, depth);
@@ -65,9 +70,9 @@ class RowPipeline {
       for_each_tile(depth, range, [&](auto is_whole, int number) {
         write_tile<decltype(spread)::value, kShifted>(
             row, factors,
-            RowTile<T, kTarget, kVectorSize<T>, kVectors, decltype(is_whole)::value>(row, range, number, slots, number * kVectors),
-            range, number);
-        copy(next, number);
+            RowTile<T, kTarget, kVectorSize<T>, kVectors, decltype(is_whole)::value>(row, range, number, slots), range,
+            number);
+        start_copy(next, number);
       });
     });
   }
@@ -75,7 +80,7 @@ class RowPipeline {
  private:
   const int tiles, depth;  // of a row; that have slots
   const int thread, threads_shift;
-  const Slots slots;
+  const Slots<T, kTarget> slots;
 
   // Calls f(is it whole, its number) for the first `count` tiles of a row.
   template <typename F>
@@ -88,19 +93,19 @@ class RowPipeline {
     for (; number < count; ++number) f(std::false_type(), number);
   }
 
-  // Copies nothing of a source without vectors, such as that of a row which does not exist. It commits a group all the same,
-  // because wait_for_copies counts groups.
-  __device__ __forceinline__ void copy(const Source& source, int number) {
+  // Starts to copy a tile to its slots, but nothing of a source without vectors, such as that of a row which does not
+  // exist. It commits a group all the same, because wait_for_copies counts groups.
+  __device__ __forceinline__ void start_copy(const Source& source, int number) {
     const int first = thread + (number * kVectors << threads_shift);
     if (first < source.vectors) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
         const int unit = first + (k << threads_shift);
         if (unit >= source.vectors) continue;
-        const int at = unit * kVectorSize<T>, slot = kSlotsOfVector * (number * kVectors + k);
-        __pipeline_memcpy_async(&slots[slot], source.logits + at, kVectorBytes);
+        const int at = unit * kVectorSize<T>, slot = number * kVectors + k;
+        __pipeline_memcpy_async(&slots.logits(slot), source.logits + at, kVectorBytes);
         if (kTarget == TargetKind::kProbabilities && source.probability)
-          __pipeline_memcpy_async(&slots[slot + 1], source.probability + at, kVectorBytes);
+          __pipeline_memcpy_async(&slots.probabilities(slot), source.probability + at, kVectorBytes);
       }
     }
     __pipeline_commit();
