@@ -240,7 +240,7 @@ struct ColumnTile {
   template <SpreadKind kKind>
   __device__ __forceinline__ AccumulateType<T> coefficient(const Rows& rows, int k, int i, AccumulateType<T> w) const {
     return is_of_probabilities(kKind) ? probability_coefficient(t[k][i], w, rows.o.smoothing)
-                                      : math::product(rows.o.smoothing.uniform, w);
+                                      : math::rounded_product(rows.o.smoothing.uniform, w);
   }
 };
 
@@ -299,7 +299,7 @@ __device__ __forceinline__ void raise_maximum(RowState<A>& state, A max) {
   if constexpr (kSpread) {
     state = rescale(state, max);
   } else {
-    state.sum *= state.max == max ? A(1) : math::exp(state.max - max);
+    state.sum *= state.max == max ? A(1) : math::exp_nonpositive(state.max - max);
     state.max = max;
   }
 }
@@ -319,7 +319,7 @@ __device__ __forceinline__ void absorb_columns_tile(RowState<A> (&state)[kWidth]
     for (int i = 0; i < kWidth; ++i) {
       // As shift; -inf is as far from any other number as from 0, and one instruction finds that.
       const A reference = is_spread(kTarget) ? shift(state[i].max) : math::max(state[i].max, kLowest<A>);
-      state[i].sum += math::exp(tile.x[k][i] - reference);
+      state[i].sum += math::exp_nonpositive(tile.x[k][i] - reference);
       if constexpr (is_spread(kTarget)) {
         const A q = tile.template coefficient<kKind>(rows, k, i, w);
         state[i].dot += q * (tile.x[k][i] - reference);
@@ -457,7 +457,7 @@ __device__ __forceinline__ void prepare_gradient(const ColumnMemory<T, kTarget, 
   if constexpr (is_spread(kTarget)) memory.at(set, 2, place) = grad_output;
   memory.y[place] = !counts ? kDoesNotCount : here ? row.y : kNotHere;
   if (row.y < 0 || !here) return;
-  const A e = math::exp(A(widen(x_y)) - max);
+  const A e = math::exp_nonpositive(A(widen(x_y)) - max);
   memory.of_target[place] = narrow<T>(logit_gradient(e, scale, row.coefficient(), grad_output));
 }
 
@@ -525,7 +525,7 @@ struct GradientOfOwn {
     maxima[i] = finished.max;
     factors[i] = !row.counts() ? A(0) : is_spread(kTarget) ? finished.scale : finished.scale * common_grad_output;
     targets[i] = row.counts() ? row.y : kDoesNotCount;
-    const A e = math::exp(A(widen(x_y)) - finished.max);
+    const A e = math::exp_nonpositive(A(widen(x_y)) - finished.max);
     of_targets[i] = narrow<T>(logit_gradient(e, finished.scale, row.coefficient(), common_grad_output));
   }
 };
@@ -554,7 +554,7 @@ __device__ __forceinline__ void write_columns(const Columns<T, kTarget, kWidth>&
         A values[kWidth];
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          const A e = math::exp(tile.x[k][i] - max[i]);
+          const A e = math::exp_nonpositive(tile.x[k][i] - max[i]);
           if constexpr (is_spread(kTarget)) {
             const A q = tile.template coefficient<decltype(spread)::value>(rows, k, i, w);
             values[i] = logit_gradient(e, factor[i], q, grad_output[i]);

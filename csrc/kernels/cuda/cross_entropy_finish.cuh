@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/cuda/cross_entropy_row.cuh"
-#include "kernels/cuda/elementary.cuh"
+#include "kernels/cuda/math.cuh"
 
 namespace fusedloss::cuda {
 
@@ -26,7 +26,7 @@ __device__ __forceinline__ FinishedRow<A> loss_of_row(const RowTarget<T, kTarget
   A loss = 0;
   if (row.counts()) {
     // At least 1, from the largest logit; 0 where all are -inf.
-    const A logsum = elementary::log_of_1_or_more(state.sum);
+    const A logsum = math::log_of_1_or_more(state.sum);
     // Of a class index, not rounded C times.
     if (is_spread(kTarget) && row.y >= 0) state.mass = index_mass(A(0), o.sum_of_weights(), o.smoothing);
     if (is_spread(kTarget)) loss = expected_negative_log_likelihood(state, logsum);

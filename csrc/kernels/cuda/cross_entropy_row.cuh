@@ -6,10 +6,11 @@
 
 #include "kernels/cuda/cross_entropy_plan.h"
 #include "kernels/cuda/cross_entropy_shifted.cuh"
-#include "kernels/cuda/elementary.cuh"
 #include "kernels/cuda/grad_output.cuh"
+#include "kernels/cuda/math.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vec.cuh"
+#include "kernels/formulas/cross_entropy-inl.h"
 
 namespace fusedloss::cuda {
 
@@ -83,8 +84,8 @@ struct RowTarget {
   __device__ __forceinline__ bool counts() const { return has_probabilities() || y >= 0; }
   // q of the target class.
   __device__ __forceinline__ A coefficient() const {
-    const A q = math::product(o.smoothing.kept, w_y);
-    return is_spread(kTarget) ? q + math::product(o.smoothing.uniform, w_y) : q;
+    const A q = math::rounded_product(o.smoothing.kept, w_y);
+    return is_spread(kTarget) ? q + math::rounded_product(o.smoothing.uniform, w_y) : q;
   }
 };
 
@@ -223,7 +224,7 @@ struct Tile {
   __device__ __forceinline__ AccumulateType<T> coefficient(const Row<T, kTarget>& row, int k, int j) const {
     const AccumulateType<T> w = is_weighted(kKind) ? row.o.weight_of(first(k) + j) : 1;
     return is_of_probabilities(kKind) ? probability_coefficient(t[k][j], w, row.o.smoothing)
-                                      : math::product(row.o.smoothing.uniform, w);
+                                      : math::rounded_product(row.o.smoothing.uniform, w);
   }
 };
 
@@ -264,7 +265,7 @@ __device__ __forceinline__ void absorb_tile(RowState<A>& state, const Row<T, kTa
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const A distance = tile.x[k][j] - reference;
-      e[j] = math::exp(distance);
+      e[j] = math::exp_nonpositive(distance);
       if constexpr (is_spread(kTarget)) {
         mass[j] = tile.template coefficient<kKind>(row, k, j);
         dot[j] = mass[j] * distance;
@@ -312,7 +313,7 @@ __device__ __forceinline__ A scale_of(const RowTarget<T, kTarget>& row, const Ro
   const A mass = row.has_probabilities() ? state.mass
                  : is_spread(kTarget)               ? index_mass(row.w_y, row.o.sum_of_weights(), row.o.smoothing)
                                          : row.w_y;
-  return elementary::divide_closely_by_moderate(mass, state.sum);
+  return math::divide_closely_by_moderate(mass, state.sum);
 }
 
 // What a row's loss is multiplied by: grad_output, which the mean divides. With probabilities each row weighs 1.
@@ -326,13 +327,13 @@ __device__ __forceinline__ A with_mean(const Problem<T>& o, A grad_output) {
 // grad_output: with the mean's division.
 template <typename T, typename A>
 __device__ __forceinline__ RowGradient<A> row_gradient(const Problem<T>& o, A max, A scale, A grad_output) {
-  return {max, scale, grad_output, scale * grad_output, math::product(o.smoothing.uniform, grad_output)};
+  return {max, scale, grad_output, scale * grad_output, math::rounded_product(o.smoothing.uniform, grad_output)};
 }
 
 // Grad_output times d loss/dx_c for a class of logit x.
 template <typename A>
 __device__ __forceinline__ A gradient_of(const RowGradient<A>& of_row, A x, A q) {
-  return logit_gradient(math::exp(x - of_row.max), of_row.scale, q, of_row.grad_output);
+  return logit_gradient(math::exp_nonpositive(x - of_row.max), of_row.scale, q, of_row.grad_output);
 }
 
 // One after another, where they are not aligned as a vector must be.
@@ -353,7 +354,7 @@ __device__ __forceinline__ void write_tile(const Row<T, kTarget>& row, const Row
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       if constexpr (kKind == SpreadKind::kNone || kKind == SpreadKind::kUniform) {
-        values[j] = math::exp(tile.x[k][j] - of_row.max) * of_row.scale_times_grad_output;
+        values[j] = math::exp_nonpositive(tile.x[k][j] - of_row.max) * of_row.scale_times_grad_output;
         if (kKind == SpreadKind::kUniform) values[j] -= of_row.uniform_times_grad_output;
       } else {
         values[j] = gradient_of(of_row, A(tile.x[k][j]), tile.template coefficient<kKind>(row, k, j));

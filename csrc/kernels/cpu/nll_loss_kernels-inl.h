@@ -1,15 +1,24 @@
-// The kernels of one instruction set. Included by cpu/instruction_sets.h, so without include guard.
+// The kernels of one instruction set.
 //
 // Both passes touch one element a row, in no order that a prefetcher knows. The forward pass asks for many before it
 // needs the first; the backward pass writes them into zeros that the cache still holds.
+#if defined(FUSEDLOSS_NLL_LOSS_KERNELS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_NLL_LOSS_KERNELS_INL
+#undef FUSEDLOSS_NLL_LOSS_KERNELS_INL
+#else
+#define FUSEDLOSS_NLL_LOSS_KERNELS_INL
+#endif
 
-namespace fusedloss::cpu::FUSEDLOSS_ISA {
-namespace {
+#include <cstring>
 
-#include "kernels/cpu/vec.h"
-#include "kernels/cpu/loss_values.h"
-#include "kernels/formulas/cross_entropy.h"
-#include "kernels/formulas/nll_loss.h"
+#include "kernels/cpu/chunks.h"
+#include "kernels/cpu/loss_values-inl.h"
+#include "kernels/cpu/nll_loss_cpu.h"
+#include "kernels/formulas/nll_loss-inl.h"
+#include "kernels/integers.h"
+#include "kernels/tiles.h"
+
+FUSEDLOSS_BEGIN_NAMESPACE
 
 // The log-probabilities, weights and targets of one call, typed. All is computed in double: a few operations a row.
 template <typename T>
@@ -38,8 +47,8 @@ void forward(const NLLLossOptions& o, int64_t begin, int64_t end) {
   const NLLProblem<T> p(o);
   for (int64_t k = begin; k < end; ++k) {
     ChunkResult chunk;
-    int64_t row = k * kForwardRows, outer = row / o.inner, inner = row % o.inner;
-    const int64_t last = smaller(row + kForwardRows, o.rows());
+    int64_t row = k * kNLLLossForwardRows, outer = row / o.inner, inner = row % o.inner;
+    const int64_t last = smaller(row + kNLLLossForwardRows, o.rows());
     while (row < last) {
       double loss_sum = 0, weight_sum = 0;
       for (const int64_t until = smaller(row + kTogether, last); row < until; ++row) {
@@ -71,7 +80,7 @@ void forward(const NLLLossOptions& o, int64_t begin, int64_t end) {
 template <typename T>
 int64_t finish(const NLLLossOptions& o) {
   ChunkResult all;
-  for (int64_t k = 0; k < divide_up(o.rows(), kForwardRows); ++k) {
+  for (int64_t k = 0; k < divide_up(o.rows(), kNLLLossForwardRows); ++k) {
     const ChunkResult& chunk = static_cast<const ChunkResult*>(o.scratch)[k];
     all.loss.add(chunk.loss);
     all.weight.add(chunk.weight);
@@ -88,7 +97,7 @@ int64_t finish(const NLLLossOptions& o) {
 template <typename T>
 void backward(const NLLLossOptions& o, int64_t begin, int64_t end) {
   const NLLProblem<T> p(o);
-  const Tiling tiling = tiling_of(o);
+  const Tiling tiling = nll_loss_tiling(o);
   T* const grad = static_cast<T*>(o.grad_input);
   const double one_upstream = o.grad_output_stride == 0 ? p.upstream(0) : 0;
   for (int64_t k = begin; k < end; ++k) {
@@ -109,5 +118,10 @@ void backward(const NLLLossOptions& o, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace
-}  // namespace fusedloss::cpu::FUSEDLOSS_ISA
+template <typename T>
+constexpr NLLLossKernels kKernelsOf = {forward<T>, finish<T>, backward<T>};
+constexpr NLLLossKernels kNLLLossKernels[] = FUSEDLOSS_FOR_EACH_DTYPE(kKernelsOf);
+
+FUSEDLOSS_END_NAMESPACE
+
+#endif  // include guard

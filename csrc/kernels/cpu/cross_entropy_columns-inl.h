@@ -1,6 +1,18 @@
 // Cross entropy where neighbouring rows lie side by side, as in (N, C, d1, …): a vector holds one class of
-// neighbouring rows, so that loads stay contiguous without a transposed copy. Included inside the namespace of each
-// instruction set, so without include guard.
+// neighbouring rows, so that loads stay contiguous without a transposed copy.
+#if defined(FUSEDLOSS_CROSS_ENTROPY_COLUMNS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_CROSS_ENTROPY_COLUMNS_INL
+#undef FUSEDLOSS_CROSS_ENTROPY_COLUMNS_INL
+#else
+#define FUSEDLOSS_CROSS_ENTROPY_COLUMNS_INL
+#endif
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels/cpu/cross_entropy_problem-inl.h"
+
+FUSEDLOSS_BEGIN_NAMESPACE
 
 // Classes that are swept twice while L1 still holds this many of each of a tile's rows; and classes that are added up
 // apart from the others: one sum over all of them in a row would round as often as there are classes.
@@ -62,7 +74,7 @@ FUSEDLOSS_INLINE RowState<typename Simd<AccumulateType<T>>::V> sweep_group(const
   const V relative_to = shift(s.max);
   for (int64_t c = begin; c < end; ++c) {
     const V d = load_lanes<kWhole>(tile.x + c * stride + i, tile.n - i) - relative_to;
-    s.sum += math::exp(d);
+    s.sum += math::exp_nonpositive(d);
     if constexpr (kSpread) {
       const V q = column_coefficients<kWhole, T, kSpread>(p, tile, c, i);
       s.dot += q * d;
@@ -169,11 +181,11 @@ FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V finish_group(const Problem<
     s.dot = target.y < 0 ? V{} : s.dot;
     s.mass = target.y < 0 ? V{} : s.mass;
   }
-  const V logsum = math::log(s.sum);
+  const V logsum = math::log_of_normal(s.sum);
   V mass = kSpread ? s.mass : target.w;
   if (kSpread && has_class<kSpread>(p))
     mass = index_mass(target.w, V{} + p.weight_sum, Smoothing<V>{V{} + p.smoothing.kept, V{} + p.smoothing.uniform});
-  const V scale = target.y < 0 ? V{} : rounded(mass * (1 / s.sum));
+  const V scale = target.y < 0 ? V{} : prevent_contraction(mass * (1 / s.sum));
   store_lanes<kWhole>(p.row_max + row, s.max, n);
   store_lanes<kWhole>(p.row_scale + row, scale, n);
 
@@ -240,7 +252,7 @@ FUSEDLOSS_INLINE RowState<typename Simd<AccumulateType<T>>::V> sweep_few(const P
   const V relative_to = shift(s.max);
   for (int c = 0; c < count; ++c) {
     const V d = kept[c] - relative_to;
-    kept[c] = math::exp(d);
+    kept[c] = math::exp_nonpositive(d);
     s.sum += kept[c];
     if constexpr (kSpread) {
       const V q = column_coefficients<kWhole, T, kSpread>(p, tile, c, i);
@@ -294,7 +306,7 @@ FUSEDLOSS_INLINE void backward_few(const Problem<T>& p, const Tile<T>& tile, con
     const V g = p.template upstreams<whole>(tile.row + i, n);
     for (int c = 0; c < p.o.classes; ++c) {
       const V x = load_lanes<whole>(tile.x + c * p.o.logits_strides.classes + i, n);
-      gradient.template write<whole>(p, tile, c, i, math::exp(x - max), scale, g, classes.group(i));
+      gradient.template write<whole>(p, tile, c, i, math::exp_nonpositive(x - max), scale, g, classes.group(i));
     }
   });
 }
@@ -347,7 +359,7 @@ FUSEDLOSS_INLINE void fill_group(const Problem<T>& p, const Tile<T>& tile, const
   if (!has_class<kSpread>(p)) return;
   const auto target = gather_target<T, kSpread>(p, tile, classes, i);
   const V q = index_mass(target.w, target.w, Smoothing<V>{V{} + p.smoothing.kept, V{} + p.smoothing.uniform});
-  store(rows.at_target + i, logit_gradient(math::exp(target.x - max), scale, q, g));
+  store(rows.at_target + i, logit_gradient(math::exp_nonpositive(target.x - max), scale, q, g));
 }
 
 template <bool kWhole, typename T, bool kSpread>
@@ -355,7 +367,7 @@ FUSEDLOSS_INLINE void gradient_group(const Problem<T>& p, const Tile<T>& tile, c
                                      const TileGradient<AccumulateType<T>>& rows, int64_t c, int i) {
   using V = typename Simd<AccumulateType<T>>::V;
   const V x = load_lanes<kWhole>(tile.x + c * p.o.logits_strides.classes + i, tile.n - i);
-  const V e = math::exp(x - load(rows.max + i));
+  const V e = math::exp_nonpositive(x - load(rows.max + i));
   V grad = V{};
   if constexpr (kSpread) {
     const V q = column_coefficients<kWhole, T, kSpread>(p, tile, c, i) * rows.unit;
@@ -414,3 +426,7 @@ void backward_columns(const Problem<T>& p, ChunkRange range) {
     backward_few<T, kSpread>(p, tile, classes);
   }
 }
+
+FUSEDLOSS_END_NAMESPACE
+
+#endif  // include guard

@@ -1,15 +1,17 @@
-// The kernels of one instruction set, and the choice among them. Included by cpu/instruction_sets.h, so without
-// include guard.
+// The kernels of one instruction set, and the choice among them.
+#if defined(FUSEDLOSS_CROSS_ENTROPY_KERNELS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_CROSS_ENTROPY_KERNELS_INL
+#undef FUSEDLOSS_CROSS_ENTROPY_KERNELS_INL
+#else
+#define FUSEDLOSS_CROSS_ENTROPY_KERNELS_INL
+#endif
 
-namespace fusedloss::cpu::FUSEDLOSS_ISA {
-namespace {
+#include "kernels/cpu/cross_entropy_columns-inl.h"
+#include "kernels/cpu/cross_entropy_cpu.h"
+#include "kernels/cpu/cross_entropy_rows-inl.h"
+#include "kernels/cpu/reduce_lanes-inl.h"
 
-#include "kernels/cpu/vec.h"
-#include "kernels/cpu/loss_values.h"
-#include "kernels/formulas/cross_entropy.h"
-#include "kernels/cpu/cross_entropy_problem.h"
-#include "kernels/cpu/cross_entropy_rows.h"
-#include "kernels/cpu/cross_entropy_columns.h"
+FUSEDLOSS_BEGIN_NAMESPACE
 
 template <typename T, bool kSpread>
 void backward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
@@ -112,7 +114,7 @@ void weight_sum(const CrossEntropyOptions& o) {
 
 // The weights that the mean divides by, known before the first row's gradient is written.
 template <typename T>
-void weigh(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
+void sum_target_weights(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   const Problem<T> p(o);
   for (int64_t k = begin; k < end; ++k) weigh_chunk(p, k);
 }
@@ -146,5 +148,11 @@ int64_t finish(const CrossEntropyOptions& o) {
   return bad_row;
 }
 
-}  // namespace
-}  // namespace fusedloss::cpu::FUSEDLOSS_ISA
+template <typename T>
+constexpr CrossEntropyKernels kKernelsOf = {weight_sum<AccumulateType<T>>, sum_target_weights<T>, total_weight<T>,
+                                            forward<T>,                    finish<T>,             backward<T>};
+constexpr CrossEntropyKernels kCrossEntropyKernels[] = FUSEDLOSS_FOR_EACH_DTYPE(kKernelsOf);
+
+FUSEDLOSS_END_NAMESPACE
+
+#endif  // include guard

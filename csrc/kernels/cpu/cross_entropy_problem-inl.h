@@ -1,5 +1,19 @@
-// What every row of one call shares, typed, and the end of a row: statistics in, loss out. Included inside the
-// namespace of each instruction set, so without include guard.
+// What every row of one call shares, typed, and the end of a row: statistics in, loss out.
+#if defined(FUSEDLOSS_CROSS_ENTROPY_PROBLEM_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_CROSS_ENTROPY_PROBLEM_INL
+#undef FUSEDLOSS_CROSS_ENTROPY_PROBLEM_INL
+#else
+#define FUSEDLOSS_CROSS_ENTROPY_PROBLEM_INL
+#endif
+
+#include <type_traits>
+
+#include "kernels/cpu/cross_entropy_chunks.h"
+#include "kernels/cpu/loss_values-inl.h"
+#include "kernels/formulas/cross_entropy-inl.h"
+#include "kernels/options.h"
+
+FUSEDLOSS_BEGIN_NAMESPACE
 
 // What a row's sums are joined and its loss computed in: more than the accumulate type, for a few numbers a row.
 template <typename A>
@@ -118,7 +132,11 @@ FUSEDLOSS_INLINE void finish_row(const Problem<T>& p, int64_t row, const T* x, R
   }
   const W loss = row_loss<kSpread>(p, state, logsum, x_y, w_y);
   p.row_max[row] = A(state.max);
-  p.row_scale[row] = rounded(mass * inverse_sum);
+  p.row_scale[row] = prevent_contraction(mass * inverse_sum);
   if (p.o.reduction == Reduction::kNone) write_loss<T>(p.o, row, A(loss));
   loss_sum += double(loss);
 }
+
+FUSEDLOSS_END_NAMESPACE
+
+#endif  // include guard

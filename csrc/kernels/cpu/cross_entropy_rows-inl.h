@@ -1,5 +1,20 @@
-// Cross entropy where a row's classes lie side by side: a vector holds neighbouring classes of one row. Included
-// inside the namespace of each instruction set, so without include guard.
+// Cross entropy where a row's classes lie side by side: a vector holds neighbouring classes of one row.
+#if defined(FUSEDLOSS_CROSS_ENTROPY_ROWS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_CROSS_ENTROPY_ROWS_INL
+#undef FUSEDLOSS_CROSS_ENTROPY_ROWS_INL
+#else
+#define FUSEDLOSS_CROSS_ENTROPY_ROWS_INL
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/cpu/cross_entropy_problem-inl.h"
+#include "kernels/cpu/reduce_lanes-inl.h"
+
+FUSEDLOSS_BEGIN_NAMESPACE
 
 // Classes that are swept twice, for the maximum and for the sums, while L1 still holds them: memory is read once. Their
 // exponentials are taken relative to the block's own maximum, in both passes, so that both have the same ones. Doubles
@@ -46,7 +61,7 @@ struct RowCoefficients {
       if (probability == nullptr) {
         q = w;
       } else {
-        q = rounded(probability_coefficient(load_lanes<kWhole>(probability + c, n), w, smoothing));
+        q = prevent_contraction(probability_coefficient(load_lanes<kWhole>(probability + c, n), w, smoothing));
       }
       if constexpr (!kWhole) q = lanes_from(n, A{}) ? V{} : q;
     }
@@ -97,7 +112,7 @@ FUSEDLOSS_INLINE void add_classes(RowState<typename Simd<AccumulateType<T>>::V>&
   using A = AccumulateType<T>;
   using V = typename Simd<A>::V;
   const V d = load_lanes<kWhole>(x, n) - relative_to;
-  V e = math::exp(d);
+  V e = math::exp_nonpositive(d);
   if constexpr (!kWhole) e = lanes_from(n, A{}) ? V{} : e;
   if (kept != nullptr) store_lanes<kWhole>(kept, e, n);
   s.sum += e;
@@ -177,21 +192,21 @@ struct RowGradient {
         g(p.upstream(row)) {
     if (has_class<kSpread>(p)) {
       y = p.o.target_index[row];
-      q_y = math::product(p.smoothing.kept, p.weight_of(y));
+      q_y = math::rounded_product(p.smoothing.kept, p.weight_of(y));
       unit = p.smoothing.uniform;
     }
   }
 
   // scale for exponentials relative to the maximum of a block.
   FUSEDLOSS_INLINE A scale_of_block(A block_max) const {
-    return block_max == max ? scale : scale * math::exp(block_max - max);
+    return block_max == max ? scale : scale * math::exp_nonpositive(block_max - max);
   }
 
   // Of classes [c, c + n), all as if none were the target class.
   template <bool kWhole>
   FUSEDLOSS_INLINE void write(int64_t c, int n, V e, A scale_of_e) const {
     if constexpr (kSpread) {
-      e = logit_gradient(e, scale_of_e, rounded(q.template at<kWhole>(c, n) * unit), g);
+      e = logit_gradient(e, scale_of_e, prevent_contraction(q.template at<kWhole>(c, n) * unit), g);
     } else {
       e *= scale_of_e * g;
     }
@@ -201,7 +216,7 @@ struct RowGradient {
   // Of the target class.
   FUSEDLOSS_INLINE void write_target(A e, A scale_of_e) const {
     A q_c = q_y;
-    if constexpr (kSpread) q_c += rounded((q.weight ? q.weight[y] : A(1)) * unit);
+    if constexpr (kSpread) q_c += prevent_contraction((q.weight ? q.weight[y] : A(1)) * unit);
     store_one(grad + y, logit_gradient(e, scale_of_e, q_c, g));
   }
 };
@@ -232,9 +247,9 @@ struct Anew {
   template <bool kWhole>
   FUSEDLOSS_INLINE V at(int i, int n) const {
     ahead.prefetch(i, n);
-    return math::exp(load_lanes<kWhole>(x + i, n) - relative_to);
+    return math::exp_nonpositive(load_lanes<kWhole>(x + i, n) - relative_to);
   }
-  FUSEDLOSS_INLINE A one(int i) const { return math::exp(V{} + load_one(x + i) - relative_to)[0]; }
+  FUSEDLOSS_INLINE A one(int i) const { return math::exp_nonpositive(V{} + load_one(x + i) - relative_to)[0]; }
 };
 
 // Of classes [begin, begin + n), from their exponentials.
@@ -317,7 +332,7 @@ FUSEDLOSS_INLINE void forward_short_rows(const Problem<T>& p, const int64_t* row
     state.dot = dot[0];
     state.mass = mass[0];
   }
-  const V logsum = math::log(state.sum), inverse_sum = 1 / state.sum;
+  const V logsum = math::log_of_normal(state.sum), inverse_sum = 1 / state.sum;
   double loss = 0;
   for (int i = 0; i < count; ++i) {
     const RowState<Wide<A>> row = {state.max[i], state.sum[i], state.dot[i], state.mass[i]};
@@ -429,3 +444,7 @@ void backward_rows(const Problem<T>& p, ChunkRange range) {
     }
   }
 }
+
+FUSEDLOSS_END_NAMESPACE
+
+#endif  // include guard
