@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from fusedloss.expression import CLAMP_HALVES, FUNCTIONS, check_names, parse, to_cpp, to_torch, to_torchscript
+from fusedloss.expression import CLAMP_AT_BOUND, FUNCTIONS, check_names, parse, to_cpp, to_torch, to_torchscript
 
 TENSORS = ("input", "target", "mask")
 PARAMETERS = ("delta", "gamma")
 ARGUMENTS = TENSORS + PARAMETERS
+SLOPE_AT_NUMBER = 1 if CLAMP_AT_BOUND[0] == "kX" else 0  # of clamp, where x lies on the bound
 
 
 def read(text):
@@ -127,10 +128,10 @@ def test_torch_function(text):
         ("max(input, 1)", 1, 0.5),
         ("min(1, input)", 1, 0.5),
         ("max(input, input)", 1, 1),
-        ("clamp(input, 0, 1)", 0, CLAMP_HALVES[0] / 2),
-        ("clamp(input, 0, 1)", 1, CLAMP_HALVES[0] / 2),
-        ("clamp(input, min=0)", 0, CLAMP_HALVES[0] / 2),
-        ("clamp(input, max=0)", 0, CLAMP_HALVES[0] / 2),
+        ("clamp(input, 0, 1)", 0, SLOPE_AT_NUMBER),
+        ("clamp(input, 0, 1)", 1, SLOPE_AT_NUMBER),
+        ("clamp(input, min=0)", 0, SLOPE_AT_NUMBER),
+        ("clamp(input, max=0)", 0, SLOPE_AT_NUMBER),
         ("clamp(input, 0, 1)", 1.5, 0),
         ("where(input < 1, input, 2 * input)", 1, 2),
         ("where(input, 3 * input, 2 * input)", 0, 2),
@@ -413,13 +414,13 @@ CPP = {
     "input ** delta": "pow(argument_input, argument_delta)",
     "max(input, 0) - min(1, input)": "(maximum(argument_input, c(0.0)) - minimum(c(1.0), argument_input))",
     "maximum(input, 0) - minimum(1, input)": "(maximum(argument_input, c(0.0)) - minimum(c(1.0), argument_input))",
-    "clamp(input, 0, delta)": f"clamp<{CLAMP_HALVES[0]}>(argument_input, c(0.0), argument_delta)",
-    "clamp(input, target, delta)": f"clamp<{CLAMP_HALVES[1]}>(argument_input, argument_target, argument_delta)",
-    "clamp(input, min=2 * target)": f"clamp_min<{CLAMP_HALVES[1]}>(argument_input, (c(2.0) * argument_target))",
-    "clamp(input, max=1, min=0)": f"clamp<{CLAMP_HALVES[0]}>(argument_input, c(0.0), c(1.0))",
-    "clamp(input, min=-1)": f"clamp_min<{CLAMP_HALVES[0]}>(argument_input, c(-1.0))",
-    "clamp(input, 2)": f"clamp_min<{CLAMP_HALVES[0]}>(argument_input, c(2.0))",
-    "clamp(input, max=1)": f"clamp_max<{CLAMP_HALVES[0]}>(argument_input, c(1.0))",
+    "clamp(input, 0, delta)": f"clamp<AtBound::{CLAMP_AT_BOUND[0]}>(argument_input, c(0.0), argument_delta)",
+    "clamp(input, target, delta)": f"clamp<AtBound::{CLAMP_AT_BOUND[1]}>(argument_input, argument_target, argument_delta)",
+    "clamp(input, min=2 * target)": f"clamp_min<AtBound::{CLAMP_AT_BOUND[1]}>(argument_input, (c(2.0) * argument_target))",
+    "clamp(input, max=1, min=0)": f"clamp<AtBound::{CLAMP_AT_BOUND[0]}>(argument_input, c(0.0), c(1.0))",
+    "clamp(input, min=-1)": f"clamp_min<AtBound::{CLAMP_AT_BOUND[0]}>(argument_input, c(-1.0))",
+    "clamp(input, 2)": f"clamp_min<AtBound::{CLAMP_AT_BOUND[0]}>(argument_input, c(2.0))",
+    "clamp(input, max=1)": f"clamp_max<AtBound::{CLAMP_AT_BOUND[0]}>(argument_input, c(1.0))",
     "xlogy(target, input)": "xlogy(argument_target, argument_input)",
     "where(mask, input, 0)": "where(is_nonzero(argument_mask), argument_input, c(0.0))",
     "where(0 <= input < 1, 1, 2)": "where(((c(0.0) <= argument_input) & (argument_input < c(1.0))), c(1.0), c(2.0))",
@@ -461,7 +462,7 @@ def test_functions():
         assert function.doc and name.isidentifier()
         arguments = ", ".join(["input", "target", "delta"][: function.arguments])
         cpp = to_cpp(read(f"{name}({arguments})"))
-        printed = {"where": "where(is_nonzero(", "clamp": f"clamp<{CLAMP_HALVES[1]}>("}
+        printed = {"where": "where(is_nonzero(", "clamp": f"clamp<AtBound::{CLAMP_AT_BOUND[1]}>("}
         assert cpp.startswith(printed.get(name, f"{function.cpp or name}("))
         result = torch_function(f"{name}({arguments})")(torch.rand(3), torch.rand(3), torch.rand(3), 1.0, 1.0)
         assert result.shape == (3,) and result.isfinite().all()

@@ -40,29 +40,40 @@ template <typename M, typename V>
 FUSEDLOSS_INLINE V slope_if(M condition, V) {
   return math::select(condition, math::constant<V>(1), math::constant<V>(0));
 }
-// At a bound, kHalves halves of the derivative are x's: 2 before torch 2.14; since then 0 where bounds are numbers and 1
-// where they are tensors, the other being the bound's.
-template <int kHalves, typename V, unsigned kX, unsigned kLow>
+// Whose the derivative of clamp is where x equals a bound: before torch 2.14 always x's; since then the bound's where bounds
+// are numbers, which have no derivative, and where they are tensors half is x's and half the bound's.
+enum class AtBound { kX, kBoth, kBound };
+
+template <AtBound kAtBound, typename V>
+FUSEDLOSS_INLINE V slope_of_x_at_bound() {
+  return math::constant<V>(kAtBound == AtBound::kX ? 1 : kAtBound == AtBound::kBoth ? 0.5 : 0);
+}
+template <AtBound kAtBound, typename V>
+FUSEDLOSS_INLINE V slope_of_bound_at_bound() {
+  return math::constant<V>(kAtBound == AtBound::kBoth ? 0.5 : 0);
+}
+
+template <AtBound kAtBound, typename V, unsigned kX, unsigned kLow>
 FUSEDLOSS_INLINE auto clamp_min(const Dual<V, kX>& x, const Dual<V, kLow>& low) {
-  const V of_x = math::constant<V>(0.5 * kHalves), of_low = math::constant<V>(kHalves == 1 ? 0.5 : 0);
+  const V of_x = slope_of_x_at_bound<kAtBound, V>(), of_low = slope_of_bound_at_bound<kAtBound, V>();
   const auto below = x.value < low.value, equal = x.value == low.value;
   const V value = math::select(below | (low.value != low.value), low.value, x.value);
   return chain(value, math::select(equal, of_x, slope_if(x.value > low.value, value)), x,
                math::select(equal, of_low, slope_if(below, value)), low);
 }
-template <int kHalves, typename V, unsigned kX, unsigned kHigh>
+template <AtBound kAtBound, typename V, unsigned kX, unsigned kHigh>
 FUSEDLOSS_INLINE auto clamp_max(const Dual<V, kX>& x, const Dual<V, kHigh>& high) {
-  return -clamp_min<kHalves>(-x, -high);
+  return -clamp_min<kAtBound>(-x, -high);
 }
-template <int kHalves, typename V, unsigned kX, unsigned kLow, unsigned kHigh>
+template <AtBound kAtBound, typename V, unsigned kX, unsigned kLow, unsigned kHigh>
 FUSEDLOSS_INLINE auto clamp(const Dual<V, kX>& x, const Dual<V, kLow>& low, const Dual<V, kHigh>& high) {
-  const V value = clamp_max<kHalves>(clamp_min<kHalves>(plain(x), plain(low)), plain(high)).value;
-  const V of_x = math::constant<V>(0.5 * kHalves), of_bound = math::constant<V>(kHalves == 1 ? 0.5 : 0);
+  const V value = clamp_max<kAtBound>(clamp_min<kAtBound>(plain(x), plain(low)), plain(high)).value;
+  const V of_x = slope_of_x_at_bound<kAtBound, V>(), of_bound = slope_of_bound_at_bound<kAtBound, V>();
   const auto apart = low.value < high.value;
   const auto at_low = apart & (x.value == low.value), at_high = apart & (x.value == high.value);
-  const auto inside = kHalves == 0 ? (x.value > low.value) & (x.value < high.value)
-                                   : (x.value >= low.value) & (x.value <= high.value);
-  const auto in_order = kHalves == 1 ? low.value <= high.value : apart;
+  const auto inside = kAtBound == AtBound::kBound ? (x.value > low.value) & (x.value < high.value)
+                                                  : (x.value >= low.value) & (x.value <= high.value);
+  const auto in_order = kAtBound == AtBound::kBoth ? low.value <= high.value : apart;
   const V by_x = math::select(at_low | at_high, of_x, slope_if(inside, value));
   const V by_low = math::select(at_low, of_bound, slope_if((x.value < low.value) & in_order, value));
   const V by_high = math::select(at_high, of_bound,
