@@ -2,8 +2,9 @@
 
     criterion = fusedloss.custom_loss("where(abs(input - target) < delta, square(input - target), 0)", delta=1.0)
 
-The expression is printed as a formula of C++ beside those of csrc/kernels/formulas/pointwise-inl.h, compiled once with the
-same kernels around it, and kept in the cache of `fusedloss.jit` by its content. Its derivatives come from the formula.
+The expression is printed as a formula of C++ beside those of csrc/kernels/formulas/pointwise-inl.h, compiled once with
+the same kernels around it, and kept in the cache of `fusedloss.jit` by its content. Its derivatives come from the
+formula.
 """
 
 import ctypes

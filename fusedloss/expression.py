@@ -506,7 +506,8 @@ def _torch_tree(node: ast.expr) -> ast.expr:
 def to_cpp(expression: Expression) -> str:
     """The formula as an expression of C++, where a tensor or parameter x is called argument_x.
 
-    Its functions and operators are those of csrc/kernels/formulas/dual_functions-inl.h; V is what the formula is computed on.
+    Its functions and operators are those of csrc/kernels/formulas/dual_functions-inl.h; V is what the formula is
+    computed on.
     """
     return _cpp(expression.tree)
 

@@ -18,7 +18,8 @@ from fusedloss.expression import CLAMP_AT_BOUND, FUNCTIONS, check_names, parse, 
 TENSORS = ("input", "target", "mask")
 PARAMETERS = ("delta", "gamma")
 ARGUMENTS = TENSORS + PARAMETERS
-SLOPE_AT_NUMBER = 1 if CLAMP_AT_BOUND[0] == "kX" else 0  # of clamp, where x lies on the bound
+NUMBER, TENSOR = (f"<AtBound::{who}>" for who in CLAMP_AT_BOUND)  # of clamp, by what the bound is
+SLOPE_AT_NUMBER = 1 if CLAMP_AT_BOUND[0] == "kX" else 0
 
 
 def read(text):
@@ -414,13 +415,13 @@ CPP = {
     "input ** delta": "pow(argument_input, argument_delta)",
     "max(input, 0) - min(1, input)": "(maximum(argument_input, c(0.0)) - minimum(c(1.0), argument_input))",
     "maximum(input, 0) - minimum(1, input)": "(maximum(argument_input, c(0.0)) - minimum(c(1.0), argument_input))",
-    "clamp(input, 0, delta)": f"clamp<AtBound::{CLAMP_AT_BOUND[0]}>(argument_input, c(0.0), argument_delta)",
-    "clamp(input, target, delta)": f"clamp<AtBound::{CLAMP_AT_BOUND[1]}>(argument_input, argument_target, argument_delta)",
-    "clamp(input, min=2 * target)": f"clamp_min<AtBound::{CLAMP_AT_BOUND[1]}>(argument_input, (c(2.0) * argument_target))",
-    "clamp(input, max=1, min=0)": f"clamp<AtBound::{CLAMP_AT_BOUND[0]}>(argument_input, c(0.0), c(1.0))",
-    "clamp(input, min=-1)": f"clamp_min<AtBound::{CLAMP_AT_BOUND[0]}>(argument_input, c(-1.0))",
-    "clamp(input, 2)": f"clamp_min<AtBound::{CLAMP_AT_BOUND[0]}>(argument_input, c(2.0))",
-    "clamp(input, max=1)": f"clamp_max<AtBound::{CLAMP_AT_BOUND[0]}>(argument_input, c(1.0))",
+    "clamp(input, 0, delta)": f"clamp{NUMBER}(argument_input, c(0.0), argument_delta)",
+    "clamp(input, target, delta)": f"clamp{TENSOR}(argument_input, argument_target, argument_delta)",
+    "clamp(input, min=2 * target)": f"clamp_min{TENSOR}(argument_input, (c(2.0) * argument_target))",
+    "clamp(input, max=1, min=0)": f"clamp{NUMBER}(argument_input, c(0.0), c(1.0))",
+    "clamp(input, min=-1)": f"clamp_min{NUMBER}(argument_input, c(-1.0))",
+    "clamp(input, 2)": f"clamp_min{NUMBER}(argument_input, c(2.0))",
+    "clamp(input, max=1)": f"clamp_max{NUMBER}(argument_input, c(1.0))",
     "xlogy(target, input)": "xlogy(argument_target, argument_input)",
     "where(mask, input, 0)": "where(is_nonzero(argument_mask), argument_input, c(0.0))",
     "where(0 <= input < 1, 1, 2)": "where(((c(0.0) <= argument_input) & (argument_input < c(1.0))), c(1.0), c(2.0))",
@@ -462,7 +463,7 @@ def test_functions():
         assert function.doc and name.isidentifier()
         arguments = ", ".join(["input", "target", "delta"][: function.arguments])
         cpp = to_cpp(read(f"{name}({arguments})"))
-        printed = {"where": "where(is_nonzero(", "clamp": f"clamp<AtBound::{CLAMP_AT_BOUND[1]}>("}
+        printed = {"where": "where(is_nonzero(", "clamp": f"clamp{TENSOR}("}
         assert cpp.startswith(printed.get(name, f"{function.cpp or name}("))
         result = torch_function(f"{name}({arguments})")(torch.rand(3), torch.rand(3), torch.rand(3), 1.0, 1.0)
         assert result.shape == (3,) and result.isfinite().all()
@@ -586,9 +587,10 @@ double relu(double x) { return std::fmax(x, 0); }
 double xlogy(double a, double b) { return a == 0 ? 0 : a * log(b); }
 double maximum(double a, double b) { return std::fmax(a, b); }
 double minimum(double a, double b) { return std::fmin(a, b); }
-template <int> double clamp_min(double x, double bound) { return std::fmax(x, bound); }
-template <int> double clamp_max(double x, double bound) { return std::fmin(x, bound); }
-template <int n> double clamp(double x, double low, double high) { return clamp_max<n>(clamp_min<n>(x, low), high); }
+enum class AtBound { kX, kBoth, kBound };
+template <AtBound> double clamp_min(double x, double bound) { return std::fmax(x, bound); }
+template <AtBound> double clamp_max(double x, double bound) { return std::fmin(x, bound); }
+template <AtBound a> double clamp(double x, double low, double high) { return clamp_max<a>(clamp_min<a>(x, low), high); }
 bool is_nonzero(double x) { return x != 0; }
 bool not_(bool c) { return !c; }
 double where(bool c, double a, double b) { return c ? a : b; }
