@@ -590,7 +590,7 @@ double minimum(double a, double b) { return std::fmin(a, b); }
 enum class AtBound { kX, kBoth, kBound };
 template <AtBound> double clamp_min(double x, double bound) { return std::fmax(x, bound); }
 template <AtBound> double clamp_max(double x, double bound) { return std::fmin(x, bound); }
-template <AtBound a> double clamp(double x, double low, double high) { return clamp_max<a>(clamp_min<a>(x, low), high); }
+template <AtBound w> double clamp(double x, double a, double b) { return clamp_max<w>(clamp_min<w>(x, a), b); }
 bool is_nonzero(double x) { return x != 0; }
 bool not_(bool c) { return !c; }
 double where(bool c, double a, double b) { return c ? a : b; }
