@@ -20,7 +20,7 @@ inline bool in_rows(const CrossEntropyOptions& o) {
 }
 
 // Rows of a chunk of columns: a kilobyte of each class, and statistics that stay in L1.
-constexpr int64_t kTile = 256;
+constexpr int64_t kColumnTile = 256;
 
 struct ChunkRange {
   int64_t outer;  // columns only
@@ -32,7 +32,7 @@ inline int64_t rows_per_chunk(const CrossEntropyOptions& o) {
 }
 
 inline int64_t tiles_per_outer(const CrossEntropyOptions& o) {
-  return divide_up(o.inner, kTile);
+  return divide_up(o.inner, kColumnTile);
 }
 
 inline int64_t chunk_count(const CrossEntropyOptions& o) {
@@ -45,13 +45,13 @@ inline ChunkRange chunk_range(const CrossEntropyOptions& o, int64_t chunk) {
     const int64_t begin = chunk * rows_per_chunk(o);
     return {0, begin, std::min(begin + rows_per_chunk(o), o.rows())};
   }
-  const int64_t tiles = tiles_per_outer(o), begin = chunk % tiles * kTile;
-  return {chunk / tiles, begin, std::min(begin + kTile, o.inner)};
+  const int64_t tiles = tiles_per_outer(o), begin = chunk % tiles * kColumnTile;
+  return {chunk / tiles, begin, std::min(begin + kColumnTile, o.inner)};
 }
 
 // Are the rows' weights added up as the forward pass reads the targets? Where it writes the gradient as well, their sum
 // must be known before.
-inline bool weighs_in_forward(const CrossEntropyOptions& o) {
+inline bool sums_target_weights_in_forward(const CrossEntropyOptions& o) {
   return o.total_weight != nullptr && o.grad_logits == nullptr;
 }
 

@@ -22,7 +22,7 @@ FUSEDLOSS_INLINE void write_loss(const Options& o, int64_t i, AccumulateType<T> 
 
 // Of neighbouring rows or elements, n of them.
 template <bool kWhole, typename T, typename Options>
-FUSEDLOSS_INLINE void write_losses(const Options& o, int64_t i, typename Simd<AccumulateType<T>>::V values, int n) {
+FUSEDLOSS_INLINE void write_losses(const Options& o, int64_t i, VectorOf<T> values, int n) {
   if (o.loss_dtype == o.dtype) {
     store_lanes<kWhole>(static_cast<T*>(o.loss) + i, values, n);
   } else {
@@ -40,7 +40,7 @@ FUSEDLOSS_INLINE AccumulateType<T> read_grad_output(const Options& o, int64_t i)
 
 // Of neighbouring rows or elements, n of them, each with one of its own.
 template <bool kWhole, typename T, typename Options>
-FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V read_grad_outputs(const Options& o, int64_t i, int n) {
+FUSEDLOSS_INLINE VectorOf<T> read_grad_outputs(const Options& o, int64_t i, int n) {
   return o.loss_dtype == o.dtype ? load_lanes<kWhole>(static_cast<const T*>(o.grad_output) + i, n)
                                  : load_lanes<kWhole>(static_cast<const AccumulateType<T>*>(o.grad_output) + i, n);
 }

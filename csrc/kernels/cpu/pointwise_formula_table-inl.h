@@ -18,12 +18,12 @@
 
 #include "kernels/cpu/math-inl.h"
 #include "kernels/cpu/pointwise_formula.h"
-#include "kernels/cpu/reduce_lanes-inl.h"
+#include "kernels/cpu/reduce-inl.h"
 #include FUSEDLOSS_FORMULAS
 
 FUSEDLOSS_BEGIN_NAMESPACE
 
-// How far ahead of the arithmetic memory is asked for: the processor's own prefetching stops at the end of a page.
+// How far prefetch of the arithmetic memory is asked for: the processor's own prefetching stops at the end of a page.
 constexpr int64_t kBytesAhead = 4096;
 
 // Where a block's arrays are, and the parameters: in registers, not in memory that a store could change.

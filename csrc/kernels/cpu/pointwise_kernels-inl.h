@@ -19,18 +19,16 @@ FUSEDLOSS_BEGIN_NAMESPACE
 
 template <typename T>
 void widen(const T* from, AccumulateType<T>* to, int n) {
-  constexpr int kLanes = kLanesOf<T>;
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-  if (i < n) store(to + i, load_first(from + i, n - i));  // whole vectors: the formula knows no others
+  for_each_vector<T>(0, n, [&](auto whole, int i) __attribute__((always_inline)) {
+    store(to + i, load_lanes<whole>(from + i, n - i));  // whole vectors: the formula knows no others
+  });
 }
 
 template <typename T>
 void narrow(const AccumulateType<T>* from, T* to, int n) {
-  constexpr int kLanes = kLanesOf<T>;
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-  if (i < n) store_first(to + i, load(from + i), n - i);
+  for_each_vector<T>(0, n, [&](auto whole, int i) __attribute__((always_inline)) {
+    store_lanes<whole>(to + i, load(from + i), n - i);
+  });
 }
 
 template <typename T>

@@ -1,5 +1,5 @@
 // Vectors of one instruction set, by the compilers' own vector extension: loads that widen to the accumulate type,
-// stores that round once, exp.
+// stores that round once.
 #if defined(FUSEDLOSS_VEC_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_VEC_INL
 #undef FUSEDLOSS_VEC_INL
@@ -44,9 +44,30 @@ using FloatH = Simd<float>::H;
 using DoubleV = Simd<double>::V;
 using DoubleI = Simd<double>::I;
 
-// How many T a vector of T's accumulate type holds.
+// The vector that T are computed in, and how many of them it holds.
+template <typename T>
+using VectorOf = typename Simd<AccumulateType<T>>::V;
 template <typename T>
 constexpr int kLanesOf = Simd<AccumulateType<T>>::kLanes;
+
+// body(is_whole, i) for each vector of the T in [begin, end), of which i is the first: is_whole is std::true_type, and
+// std::false_type for the elements at the end that fill no vector.
+template <typename T, typename Index, typename Body>
+FUSEDLOSS_INLINE void for_each_vector(Index begin, Index end, Body body) {
+  Index i = begin;
+  for (; i + kLanesOf<T> <= end; i += kLanesOf<T>) body(std::true_type{}, i);
+  if (i < end) body(std::false_type{}, i);
+}
+
+// The same for [0, n), with kUnroll neighbouring vectors at a time as long as there are as many: body(is_whole, i, k), where
+// k numbers those; it is 0 for the others.
+template <typename T, int kUnroll, typename Body>
+FUSEDLOSS_INLINE void for_each_vector_unrolled(int n, Body body) {
+  int i = 0;
+  for (; i + kUnroll * kLanesOf<T> <= n; i += kUnroll * kLanesOf<T>)
+    FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) body(std::true_type{}, i + k * kLanesOf<T>, k);
+  for_each_vector<T>(i, n, [&](auto whole, int rest) __attribute__((always_inline)) { body(whole, rest, 0); });
+}
 
 // ---- 16-bit floats to float and back, round to nearest even ----
 
@@ -130,6 +151,12 @@ FUSEDLOSS_INLINE FloatV load(const Half* p) {
   FloatH bits;
   __builtin_memcpy(&bits, p, sizeof bits);
   return widen(bits, Half{});
+}
+
+FUSEDLOSS_INLINE DoubleI load_indices(const int64_t* p) {
+  DoubleI v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
 }
 
 FUSEDLOSS_INLINE void store(float* p, FloatV v) {
@@ -223,7 +250,7 @@ FUSEDLOSS_INLINE void store_first_halves(void* p, FloatH v, int n) {
 
 // The first n < lanes elements, and no byte beyond them; the other lanes are 0.
 template <typename T>
-FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V load_first(const T* p, int n) {
+FUSEDLOSS_INLINE VectorOf<T> load_first(const T* p, int n) {
 #if FUSEDLOSS_VECTOR_BYTES == 64
   const __mmask16 mask = __mmask16((1u << n) - 1u);
   if constexpr (std::is_same_v<T, double>) {
@@ -249,7 +276,7 @@ FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V load_first(const T* p, int 
 }
 
 template <typename T>
-FUSEDLOSS_INLINE void store_first(T* p, typename Simd<AccumulateType<T>>::V v, int n) {
+FUSEDLOSS_INLINE void store_first(T* p, VectorOf<T> v, int n) {
 #if FUSEDLOSS_VECTOR_BYTES == 64
   const __mmask16 mask = __mmask16((1u << n) - 1u);
   if constexpr (std::is_same_v<T, double>) {
@@ -276,7 +303,7 @@ FUSEDLOSS_INLINE void store_first(T* p, typename Simd<AccumulateType<T>>::V v, i
 
 // kWhole: a vector's worth, n being ignored; else the first n.
 template <bool kWhole, typename T>
-FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V load_lanes(const T* p, int n) {
+FUSEDLOSS_INLINE VectorOf<T> load_lanes(const T* p, int n) {
   if constexpr (kWhole) {
     return load(p);
   } else {
@@ -284,7 +311,7 @@ FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V load_lanes(const T* p, int 
   }
 }
 template <bool kWhole, typename T>
-FUSEDLOSS_INLINE void store_lanes(T* p, typename Simd<AccumulateType<T>>::V v, int n) {
+FUSEDLOSS_INLINE void store_lanes(T* p, VectorOf<T> v, int n) {
   if constexpr (kWhole) {
     store(p, v);
   } else {
@@ -306,7 +333,7 @@ FUSEDLOSS_INLINE void store_one(T* p, AccumulateType<T> value) {
   if constexpr (std::is_same_v<T, AccumulateType<T>>) {
     *p = value;
   } else {
-    store_first(p, typename Simd<AccumulateType<T>>::V{} + value, 1);
+    store_first(p, VectorOf<T>{} + value, 1);
   }
 }
 
@@ -347,14 +374,6 @@ FUSEDLOSS_INLINE void store_double_part(A* p, DoubleV v, int part) {
   const Part narrow = __builtin_convertvector(v, Part);
   __builtin_memcpy(p + part * Simd<double>::kLanes, &narrow, sizeof narrow);
 }
-
-// The second where one is NaN.
-struct Larger {
-  template <typename V>
-  static FUSEDLOSS_INLINE V of(V a, V b) {
-    return a > b ? a : b;
-  }
-};
 
 FUSEDLOSS_END_NAMESPACE
 

@@ -1,13 +1,15 @@
-// Sums and maxima over the lanes of a vector, always in the same order: halves are folded until one lane is left.
-#if defined(FUSEDLOSS_REDUCE_LANES_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
-#ifdef FUSEDLOSS_REDUCE_LANES_INL
-#undef FUSEDLOSS_REDUCE_LANES_INL
+// Sums and maxima over the lanes of a vector, always in the same order: halves are folded until one lane is left. And sums
+// that keep what each addition rounds off.
+#if defined(FUSEDLOSS_REDUCE_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_REDUCE_INL
+#undef FUSEDLOSS_REDUCE_INL
 #else
-#define FUSEDLOSS_REDUCE_LANES_INL
+#define FUSEDLOSS_REDUCE_INL
 #endif
 
 #include <utility>
 
+#include "kernels/cpu/chunks.h"
 #include "kernels/cpu/vec-inl.h"
 
 FUSEDLOSS_BEGIN_NAMESPACE
@@ -16,6 +18,14 @@ struct Add {
   template <typename V>
   static FUSEDLOSS_INLINE V of(V a, V b) {
     return a + b;
+  }
+};
+
+// The second where one is NaN.
+struct Larger {
+  template <typename V>
+  static FUSEDLOSS_INLINE V of(V a, V b) {
+    return a > b ? a : b;
   }
 };
 
@@ -96,6 +106,26 @@ FUSEDLOSS_INLINE void fold_pairs(typename Simd<A>::V* v) {
 template <typename Op, typename A>
 FUSEDLOSS_NOINLINE void fold_each(typename Simd<A>::V* v) {
   fold_pairs<Op, A, Simd<A>::kLanes / 2>(v);
+}
+
+// ---- sums that keep what each addition rounds off (Knuth, "The Art of Computer Programming", 4.2.2)
+
+template <typename V>
+FUSEDLOSS_INLINE void add(CompensatedSum<V>& sum, V x) {
+  const V value = sum.value + x, taken = value - sum.value;
+  sum.lost += (sum.value - (value - taken)) + (x - taken);
+  sum.value = value;
+}
+FUSEDLOSS_INLINE void add(CompensatedSum<double>& sum, const CompensatedSum<double>& other) {
+  add(sum, other.value);
+  sum.lost += other.lost;
+}
+FUSEDLOSS_INLINE void add_lanes(CompensatedSum<double>& sum, const CompensatedSum<DoubleV>& lanes) {
+  for (int lane = 0; lane < Simd<double>::kLanes; ++lane)
+    add(sum, CompensatedSum<double>{lanes.value[lane], lanes.lost[lane]});
+}
+FUSEDLOSS_INLINE double total(const CompensatedSum<double>& sum) {
+  return sum.lost - sum.lost == 0 ? sum.value + sum.lost : sum.value;  // infinity has lost NaN
 }
 
 FUSEDLOSS_END_NAMESPACE
