@@ -5,6 +5,8 @@
 // reasonably use stands here; a kernel that uses something else does not compile, and it is added then.
 #pragma once
 
+#define FUSEDLOSS_CUDA_ON_CPU  // a formula takes the GPU's functions: see kernels/device_math-inl.h
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

@@ -53,7 +53,7 @@ __device__ __forceinline__ void store_gradient_factors(const ColumnSharedMemory<
   if constexpr (is_spread(kTarget)) memory.at(set, 2, place) = grad_output;
   memory.y[place] = !contributes ? kNoContribution : is_here ? row.y : kNoTargetHere;
   if (row.y < 0 || !is_here) return;
-  const A e = math::exp(A(widen(x_y)) - max);
+  const A e = math::exp_nonpositive(A(widen(x_y)) - max);
   memory.of_target[place] = narrow<T>(logit_gradient(e, scale, row.coefficient(), grad_output));
 }
 
@@ -119,7 +119,7 @@ struct FactorsInRegisters {
     maxima[i] = finished.max;
     factors[i] = !row.contributes() ? A(0) : is_spread(kTarget) ? finished.scale : finished.scale * common_grad_output;
     targets[i] = row.contributes() ? row.y : kNoContribution;
-    const A e = math::exp(A(widen(x_y)) - finished.max);
+    const A e = math::exp_nonpositive(A(widen(x_y)) - finished.max);
     of_targets[i] = narrow<T>(logit_gradient(e, finished.scale, row.coefficient(), common_grad_output));
   }
 };
@@ -148,7 +148,7 @@ __device__ __forceinline__ void write_columns(const ThreadColumns<T, kTarget, kW
         A values[kWidth];
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          const A e = math::exp(tile.x[k][i] - max[i]);
+          const A e = math::exp_nonpositive(tile.x[k][i] - max[i]);
           if constexpr (is_spread(kTarget)) {
             const A q = tile.template coefficient<decltype(spread)::value>(rows, k, i, w);
             values[i] = logit_gradient(e, factor[i], q, grad_output[i]);

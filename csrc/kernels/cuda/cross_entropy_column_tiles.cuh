@@ -147,7 +147,7 @@ struct ColumnTile {
   template <SpreadKind kKind>
   __device__ __forceinline__ AccumulateType<T> coefficient(const Rows& rows, int k, int i, AccumulateType<T> w) const {
     return is_of_probabilities(kKind) ? probability_coefficient(t[k][i], w, rows.o.smoothing)
-                                      : math::product(rows.o.smoothing.uniform, w);
+                                      : math::rounded_product(rows.o.smoothing.uniform, w);
   }
 };
 
@@ -205,7 +205,7 @@ __device__ __forceinline__ void raise_maximum(RowState<A>& state, A max) {
   if constexpr (kSpread) {
     state = rescale(state, max);
   } else {
-    state.sum *= state.max == max ? A(1) : math::exp(state.max - max);
+    state.sum *= state.max == max ? A(1) : math::exp_nonpositive(state.max - max);
     state.max = max;
   }
 }
@@ -225,7 +225,7 @@ __device__ __forceinline__ void accumulate_column_tile(RowState<A> (&state)[kWid
     for (int i = 0; i < kWidth; ++i) {
       // As shift; -inf is as far from any other number as from 0, and one instruction finds that.
       const A reference = is_spread(kTarget) ? shift(state[i].max) : math::max(state[i].max, kLowest<A>);
-      state[i].sum += math::exp(tile.x[k][i] - reference);
+      state[i].sum += math::exp_nonpositive(tile.x[k][i] - reference);
       if constexpr (is_spread(kTarget)) {
         const A q = tile.template coefficient<kKind>(rows, k, i, w);
         state[i].dot += q * (tile.x[k][i] - reference);

@@ -1,7 +1,7 @@
 // Cross entropy on the GPU: how rows of logits become a loss, and a gradient. Start here.
 //
 // The threads that share a row read its classes, a tile of several 16-byte vectors each at a time, and keep statistics of
-// what they have read: the maximum, and the sum of exponentials relative to it (online softmax, formulas/cross_entropy.h).
+// what they have read: the maximum, and the sum of exponentials relative to it (online softmax, formulas/cross_entropy-inl.h).
 // They merge their statistics, and one of them computes the row's loss. If the gradient is wanted in the forward pass, they
 // keep what they have read in registers or in shared memory, if there is room, and write the gradient from there. So the
 // logits are read from memory once, the gradient is written once, and nothing else is of that size. A backward pass reads

@@ -124,7 +124,7 @@ struct RowInRegisters {
     const A w = is_weighted(kKind) ? o.weight_of(c) : A(1);
     return is_of_probabilities(kKind)
                ? probability_coefficient(A(widen(probability[c * o.target_strides.classes])), w, o.smoothing)
-               : math::product(o.smoothing.uniform, w);
+               : math::rounded_product(o.smoothing.uniform, w);
   }
 
   __device__ __forceinline__ T logit_of_target() const { return row.y < 0 ? T() : staged[row.y]; }
@@ -135,7 +135,7 @@ struct RowInRegisters {
     const A reference = shift(state.max);
     for_each_class([&](int c) {
       const A distance = x[c] - reference;
-      x[c] = math::exp(distance);
+      x[c] = math::exp_nonpositive(distance);
       state.sum += x[c];
       if constexpr (is_spread(kTarget)) {
         const A q = coefficient(c);
@@ -149,7 +149,7 @@ struct RowInRegisters {
   // For the backward pass, which knows the statistics.
   __device__ __forceinline__ void take_exponentials(A max) {
     const A reference = shift(max);
-    for_each_class([&](int c) { x[c] = math::exp(x[c] - reference); });
+    for_each_class([&](int c) { x[c] = math::exp_nonpositive(x[c] - reference); });
   }
 
   // From exponentials. As in other rows, the target class comes after the others. x_y: its logit.
@@ -161,7 +161,7 @@ struct RowInRegisters {
       staged[c] = contributes ? narrow<T>(grad) : T();
     });
     if (row.y < 0) return;
-    const A e = math::exp(A(widen(x_y)) - max);
+    const A e = math::exp_nonpositive(A(widen(x_y)) - max);
     staged[row.y] = narrow<T>(logit_gradient(e, scale, row.coefficient(), grad_output));
   }
 };

@@ -8,9 +8,9 @@
 
 #include "kernels/cuda/cross_entropy_plan.h"
 #include "kernels/cuda/cross_entropy_target.h"
-#include "kernels/cuda/elementary.cuh"
-#include "kernels/cuda/formulas.cuh"
+#include "kernels/cuda/math.cuh"
 #include "kernels/dtypes.h"
+#include "kernels/formulas/cross_entropy-inl.h"
 #include "kernels/options.h"
 
 namespace fusedloss::cuda {
@@ -78,15 +78,15 @@ struct RowTarget {
   __device__ __forceinline__ bool contributes() const { return has_probabilities() || y >= 0; }
   // q of the target class.
   __device__ __forceinline__ A coefficient() const {
-    const A q = math::product(o.smoothing.kept, w_y);
-    return is_spread(kTarget) ? q + math::product(o.smoothing.uniform, w_y) : q;
+    const A q = math::rounded_product(o.smoothing.kept, w_y);
+    return is_spread(kTarget) ? q + math::rounded_product(o.smoothing.uniform, w_y) : q;
   }
   // row_scale: sum(q) / sum(exp(x - max)).
   __device__ __forceinline__ A scale_of(const RowState<A>& state) const {
     const A mass = has_probabilities()  ? state.mass
                    : is_spread(kTarget) ? index_mass(w_y, o.weight_sum(), o.smoothing)
                                         : w_y;
-    return elementary::divide_closely_by_moderate(mass, state.sum);
+    return math::divide_closely_by_moderate(mass, state.sum);
   }
 };
 

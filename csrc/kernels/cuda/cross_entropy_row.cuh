@@ -122,7 +122,7 @@ struct RowTile {
   __device__ __forceinline__ AccumulateType<T> coefficient(const Row<T, kTarget>& row, int k, int j) const {
     const AccumulateType<T> w = is_weighted(kKind) ? row.o.weight_of(first(k) + j) : 1;
     return is_of_probabilities(kKind) ? probability_coefficient(t[k][j], w, row.o.smoothing)
-                                      : math::product(row.o.smoothing.uniform, w);
+                                      : math::rounded_product(row.o.smoothing.uniform, w);
   }
 };
 
@@ -163,7 +163,7 @@ __device__ __forceinline__ void accumulate_tile(RowState<A>& state, const Row<T,
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const A distance = tile.x[k][j] - reference;
-      e[j] = math::exp(distance);
+      e[j] = math::exp_nonpositive(distance);
       if constexpr (is_spread(kTarget)) {
         mass[j] = tile.template coefficient<kKind>(row, k, j);
         dot[j] = mass[j] * distance;

@@ -24,13 +24,13 @@ struct GradientFactors {
 // grad_output: scaled, see TypedOptions::scaled_grad_output.
 template <typename T, typename A>
 __device__ __forceinline__ GradientFactors<A> gradient_factors(const TypedOptions<T>& o, A max, A scale, A grad_output) {
-  return {max, scale, grad_output, scale * grad_output, math::product(o.smoothing.uniform, grad_output)};
+  return {max, scale, grad_output, scale * grad_output, math::rounded_product(o.smoothing.uniform, grad_output)};
 }
 
 // grad_output times d loss/dx_c for a class of logit x.
 template <typename A>
 __device__ __forceinline__ A gradient_of(const GradientFactors<A>& factors, A x, A q) {
-  return logit_gradient(math::exp(x - factors.max), factors.scale, q, factors.grad_output);
+  return logit_gradient(math::exp_nonpositive(x - factors.max), factors.scale, q, factors.grad_output);
 }
 
 // Stores a vector's elements one after another, where they are not aligned as a vector must be.
@@ -51,7 +51,7 @@ __device__ __forceinline__ void write_tile(const Row<T, kTarget>& row, const Gra
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       if constexpr (kKind == SpreadKind::kNone || kKind == SpreadKind::kUniform) {
-        values[j] = math::exp(tile.x[k][j] - factors.max) * factors.scale_times_grad_output;
+        values[j] = math::exp_nonpositive(tile.x[k][j] - factors.max) * factors.scale_times_grad_output;
         if (kKind == SpreadKind::kUniform) values[j] -= factors.uniform_times_grad_output;
       } else {
         values[j] = gradient_of(factors, A(tile.x[k][j]), tile.template coefficient<kKind>(row, k, j));

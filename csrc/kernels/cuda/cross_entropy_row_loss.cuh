@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/cuda/cross_entropy_options.cuh"
-#include "kernels/cuda/elementary.cuh"
+#include "kernels/cuda/math.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vec.cuh"
 
@@ -28,7 +28,7 @@ __device__ __forceinline__ RowResult<A> loss_of_row(const RowTarget<T, kTarget>&
   A loss = 0;
   if (row.contributes()) {
     // The sum is at least 1, which the largest logit adds; it is 0 where all are -inf.
-    const A logsum = elementary::log_of_1_or_more(state.sum);
+    const A logsum = math::log_of_1_or_more(state.sum);
     // Of a class index, the mass is known, and so is not rounded C times.
     if (is_spread(kTarget) && row.y >= 0) state.mass = index_mass(A(0), o.weight_sum(), o.smoothing);
     if (is_spread(kTarget)) loss = expected_negative_log_likelihood(state, logsum);

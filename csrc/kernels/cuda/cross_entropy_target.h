@@ -1,4 +1,4 @@
-// The kinds of target distributions, q in formulas/cross_entropy.h, which kernels are compiled for.
+// The kinds of target distributions, q in formulas/cross_entropy-inl.h, which kernels are compiled for.
 #pragma once
 
 #include <type_traits>

@@ -8,6 +8,7 @@
 #include "kernels/cuda/grad_output.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vec.cuh"
+#include "kernels/formulas/nll_loss-inl.h"
 #include "kernels/tiles.h"
 
 namespace fusedloss::cuda {

@@ -1,16 +1,16 @@
-// The kernels of pointwise losses on the GPU, as templates on the formula: of one element of each operand. A source that
-// includes this defines its formulas in namespace fusedloss::cuda, as formulas/pointwise.h does, and then takes
-// kPointwise<Formula>.
+// The kernels of pointwise losses on the GPU, as templates on the formula: of one element of each operand. A source
+// includes this and its formulas, such as formulas/pointwise-inl.h, and takes kPointwise<Formula>.
 //
 // Most formulas do so little arithmetic that memory bandwidth decides: 16-byte accesses, several in flight in each
 // thread, and every tensor is read or written once.
 #pragma once
 
-#include "kernels/cuda/elementary.cuh"
 #include "kernels/cuda/grad_output.cuh"
+#include "kernels/cuda/math.cuh"
 #include "kernels/cuda/pointwise_formula.h"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vec.cuh"
+#include "kernels/formulas/dual-inl.h"
 
 namespace fusedloss::cuda {
 namespace {  // a library of each source: none may take the kernels of another
@@ -126,7 +126,7 @@ __device__ __forceinline__ void take_losses(const PointwiseOptions& o, int64_t i
     store_loss<T>(o.loss, o.loss_dtype != o.dtype, i, plain);
   } else {
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) sum = math::sum(sum, losses[j].value);
+    for (int j = 0; j < kWidth; ++j) sum = math::rounded_sum(sum, losses[j].value);
   }
 }
 

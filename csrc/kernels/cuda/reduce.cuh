@@ -5,7 +5,8 @@
 #include <cstring>
 
 #include "kernels/cuda/cluster.cuh"
-#include "kernels/cuda/formulas.cuh"
+#include "kernels/cuda/math.cuh"
+#include "kernels/formulas/cross_entropy-inl.h"
 
 namespace fusedloss::cuda {
 

@@ -1,8 +1,29 @@
-// A formula over one block of elements: what the kernels of pointwise losses, which know no formula, call for each block.
-// Included inside the namespace of each instruction set after vec.h, elementary.h and the formulas, so without include
-// guard.
+// The formulas of one file, for one instruction set: what the kernels of pointwise losses, which know no formula, call for
+// each block of elements. FUSEDLOSS_FORMULAS names the file: that of fusedloss's own losses, or one made from a user's
+// expression.
+#if defined(FUSEDLOSS_POINTWISE_FORMULA_TABLE_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_POINTWISE_FORMULA_TABLE_INL
+#undef FUSEDLOSS_POINTWISE_FORMULA_TABLE_INL
+#else
+#define FUSEDLOSS_POINTWISE_FORMULA_TABLE_INL
+#endif
 
-// How far ahead of the arithmetic memory is asked for: the processor's own prefetching stops at the end of a page.
+#ifndef FUSEDLOSS_FORMULAS
+#define FUSEDLOSS_FORMULAS "kernels/formulas/pointwise-inl.h"
+#endif
+
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+
+#include "kernels/cpu/math-inl.h"
+#include "kernels/cpu/pointwise_formula.h"
+#include "kernels/cpu/reduce-inl.h"
+#include FUSEDLOSS_FORMULAS
+
+FUSEDLOSS_BEGIN_NAMESPACE
+
+// How far prefetch of the arithmetic memory is asked for: the processor's own prefetching stops at the end of a page.
 constexpr int64_t kBytesAhead = 4096;
 
 // Where a block's arrays are, and the parameters: in registers, not in memory that a store could change.
@@ -36,7 +57,7 @@ FUSEDLOSS_INLINE auto evaluate(const BlockArrays<F, A>& b, int64_t i, int64_t gr
         }(),
         ...);
   }
-  return rounded(loss.value);  // by itself, whether it is stored or added up
+  return prevent_contraction(loss.value);  // by itself, whether it is stored or added up
 }
 
 template <typename F, typename A, unsigned kWrt>
@@ -76,3 +97,19 @@ double on_block(const PointwiseBlock& b) {
   if (b.wrt == 0) return evaluate_block<F, A, 0>(b);
   return b.wrt == kFirst ? evaluate_block<F, A, kFirst>(b) : evaluate_block<F, A, kAll>(b);
 }
+
+template <typename A>
+struct Blocks {
+#define FUSEDLOSS_BLOCK(name, Formula) static constexpr PointwiseFunction* name = &on_block<Formula, A>;
+  FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_BLOCK)
+#undef FUSEDLOSS_BLOCK
+};
+
+FUSEDLOSS_END_NAMESPACE
+
+// The formula of this name, compiled for every instruction set.
+#undef FUSEDLOSS_FORMULA_TABLE
+#define FUSEDLOSS_FORMULA_TABLE(name) \
+  {FUSEDLOSS_FOR_EACH_INSTRUCTION_SET(Blocks<float>::name), FUSEDLOSS_FOR_EACH_INSTRUCTION_SET(Blocks<double>::name)}
+
+#endif  // include guard

@@ -10,10 +10,19 @@
 // probabilities t have q_c = w_c ((1 - e) t_c + e / C).
 //
 // m and sum stay apart: m + logsum in float32 would lose three digits at logits of 1e4.
-//
-// This file has no include guard and includes nothing: the CPU build compiles it once in the namespace of each
-// instruction set. The includer defines FUSEDLOSS_INLINE and provides exp, log and product in `math`; a product is rounded
-// before something is added to it, so that terms that should cancel do.
+#if defined(FUSEDLOSS_CROSS_ENTROPY_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_CROSS_ENTROPY_INL
+#undef FUSEDLOSS_CROSS_ENTROPY_INL
+#else
+#define FUSEDLOSS_CROSS_ENTROPY_INL
+#endif
+
+#include <cmath>
+#include <cstdint>
+
+#include "kernels/device_math-inl.h"
+
+FUSEDLOSS_BEGIN_NAMESPACE
 
 // What a sweep over some of a row's classes knows; `dot` and `mass` are used only where q is not a single class.
 // V is a scalar, or a vector whose lanes are rows of their own; hence conditions are masks, joined by |.
@@ -40,7 +49,7 @@ FUSEDLOSS_INLINE V shift(V max) {
 template <typename V>
 FUSEDLOSS_INLINE RowState<V> rescale(RowState<V> s, V max) {
   // A sum whose classes are all -inf is 0, or NaN where a NaN was among them; it needs no factor.
-  const V factor = ((s.max == V{} - INFINITY) | (s.max == max)) ? V{} + 1 : math::exp(s.max - max);
+  const V factor = ((s.max == V{} - INFINITY) | (s.max == max)) ? V{} + 1 : math::exp_nonpositive(s.max - max);
   // NaN would come of 0 * inf, were the shift of an empty state taken, or an infinite mass moved by 0.
   const V moved = ((s.mass == V{}) | (s.max == max)) ? V{} : s.mass * (shift(s.max) - shift(max));
   return {max, s.sum * factor, s.dot + moved, s.mass};
@@ -90,7 +99,7 @@ FUSEDLOSS_INLINE V probability_coefficient(V t, V w, Smoothing<A> s) {
 // sum(q) of a class-index target whose class has weight w_y.
 template <typename A>
 FUSEDLOSS_INLINE A index_mass(A w_y, A weight_sum, Smoothing<A> s) {
-  return math::product(s.kept, w_y) + math::product(s.uniform, weight_sum);
+  return math::rounded_product(s.kept, w_y) + math::rounded_product(s.uniform, weight_sum);
 }
 
 // grad_output * d loss/dx_c, with e = exp(x_c - m) and scale = mass / sum.
@@ -105,3 +114,7 @@ template <typename A>
 FUSEDLOSS_INLINE A divide_by_total_weight(A value, A total_weight) {
   return total_weight == A(0) ? A(NAN) : value / total_weight;
 }
+
+FUSEDLOSS_END_NAMESPACE
+
+#endif  // include guard

@@ -3,8 +3,19 @@
 // which are one number for a call.
 //
 // A new loss is a struct here, its name in the list at the end, and its function and module in fusedloss/.
-//
-// Without include guard, as formulas/cross_entropy.h, and for the same reason.
+#if defined(FUSEDLOSS_POINTWISE_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_POINTWISE_INL
+#undef FUSEDLOSS_POINTWISE_INL
+#else
+#define FUSEDLOSS_POINTWISE_INL
+#endif
+
+#include <cmath>
+
+#include "kernels/formulas/dual_functions-inl.h"
+
+FUSEDLOSS_BEGIN_NAMESPACE
+namespace {
 
 // (input - target)^2, with half of its slope: the kernels double the product with grad_output, which the mean has divided.
 // 2 (input - target) would be infinite where that product is not.
@@ -152,6 +163,9 @@ struct SoftMarginLoss {
   }
 };
 
+}  // namespace
+FUSEDLOSS_END_NAMESPACE
+
 // All of them, by the names that fusedloss/ knows them by.
 #define FUSEDLOSS_POINTWISE_LOSSES(X)                                        \
   X(mse_loss, MSELoss)                                                       \
@@ -168,3 +182,5 @@ struct SoftMarginLoss {
   X(poisson_nll_loss_of_rate_full, PoissonNLLRateFullLoss)                   \
   X(gaussian_nll_loss, GaussianNLLLoss)                                      \
   X(soft_margin_loss, SoftMarginLoss)
+
+#endif  // include guard

@@ -1,5 +1,15 @@
-// Values of loss and grad_output, which are of dtype T or of the accumulate type, of any loss's options. Included
-// inside the namespace of each instruction set after cpu/vec.h, so without include guard.
+// Values of loss and grad_output, which are of dtype T or of the accumulate type, of any loss's options.
+#if defined(FUSEDLOSS_LOSS_VALUES_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_LOSS_VALUES_INL
+#undef FUSEDLOSS_LOSS_VALUES_INL
+#else
+#define FUSEDLOSS_LOSS_VALUES_INL
+#endif
+
+#include "kernels/cpu/vec-inl.h"
+#include "kernels/options.h"
+
+FUSEDLOSS_BEGIN_NAMESPACE
 
 template <typename T, typename Options>
 FUSEDLOSS_INLINE void write_loss(const Options& o, int64_t i, AccumulateType<T> value) {
@@ -12,7 +22,7 @@ FUSEDLOSS_INLINE void write_loss(const Options& o, int64_t i, AccumulateType<T> 
 
 // Of neighbouring rows or elements, n of them.
 template <bool kWhole, typename T, typename Options>
-FUSEDLOSS_INLINE void write_losses(const Options& o, int64_t i, typename Simd<AccumulateType<T>>::V values, int n) {
+FUSEDLOSS_INLINE void write_losses(const Options& o, int64_t i, VectorOf<T> values, int n) {
   if (o.loss_dtype == o.dtype) {
     store_lanes<kWhole>(static_cast<T*>(o.loss) + i, values, n);
   } else {
@@ -30,7 +40,11 @@ FUSEDLOSS_INLINE AccumulateType<T> read_grad_output(const Options& o, int64_t i)
 
 // Of neighbouring rows or elements, n of them, each with one of its own.
 template <bool kWhole, typename T, typename Options>
-FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V read_grad_outputs(const Options& o, int64_t i, int n) {
+FUSEDLOSS_INLINE VectorOf<T> read_grad_outputs(const Options& o, int64_t i, int n) {
   return o.loss_dtype == o.dtype ? load_lanes<kWhole>(static_cast<const T*>(o.grad_output) + i, n)
                                  : load_lanes<kWhole>(static_cast<const AccumulateType<T>*>(o.grad_output) + i, n);
 }
+
+FUSEDLOSS_END_NAMESPACE
+
+#endif  // include guard

@@ -1,27 +1,34 @@
 // Losses of one element of each operand, for one instruction set: whatever is not the formula. It is called for blocks of
 // elements, where they lie in memory; buffers serve what repeats itself, the end that fills no vector, and losses and
-// grad_output of 16 bit. Included by cpu/instruction_sets.h, so without include guard.
+// grad_output of 16 bit.
+#if defined(FUSEDLOSS_POINTWISE_KERNELS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_POINTWISE_KERNELS_INL
+#undef FUSEDLOSS_POINTWISE_KERNELS_INL
+#else
+#define FUSEDLOSS_POINTWISE_KERNELS_INL
+#endif
 
-namespace fusedloss::cpu::FUSEDLOSS_ISA {
-namespace {
+#include <algorithm>
+#include <numeric>
+#include <type_traits>
 
-#include "kernels/cpu/vec.h"
-#include "kernels/cpu/loss_values.h"
+#include "kernels/cpu/loss_values-inl.h"
+#include "kernels/cpu/pointwise_cpu.h"
+
+FUSEDLOSS_BEGIN_NAMESPACE
 
 template <typename T>
 void widen(const T* from, AccumulateType<T>* to, int n) {
-  constexpr int kLanes = kLanesOf<T>;
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-  if (i < n) store(to + i, load_first(from + i, n - i));  // whole vectors: the formula knows no others
+  for_each_vector<T>(0, n, [&](auto whole, int i) __attribute__((always_inline)) {
+    store(to + i, load_lanes<whole>(from + i, n - i));  // whole vectors: the formula knows no others
+  });
 }
 
 template <typename T>
 void narrow(const AccumulateType<T>* from, T* to, int n) {
-  constexpr int kLanes = kLanesOf<T>;
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-  if (i < n) store_first(to + i, load(from + i), n - i);
+  for_each_vector<T>(0, n, [&](auto whole, int i) __attribute__((always_inline)) {
+    store_lanes<whole>(to + i, load(from + i), n - i);
+  });
 }
 
 template <typename T>
@@ -171,5 +178,10 @@ void finish(const PointwiseOptions& o) {
   write_loss<T>(o, 0, AccumulateType<T>(o.reduction == Reduction::kMean ? sum / o.divisor : sum));
 }
 
-}  // namespace
-}  // namespace fusedloss::cpu::FUSEDLOSS_ISA
+template <typename T>
+constexpr PointwiseKernels kKernelsOf = {evaluate<T>, finish<T>};
+constexpr PointwiseKernels kPointwiseKernels[] = FUSEDLOSS_FOR_EACH_DTYPE(kKernelsOf);
+
+FUSEDLOSS_END_NAMESPACE
+
+#endif  // include guard

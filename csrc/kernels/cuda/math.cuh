@@ -1,20 +1,22 @@
-// Dual numbers on the GPU, and the elementary functions of a scalar that they need: CUDA's accurate ones, over their
-// whole domain, where those are short (expf takes 7 instructions) or seldom, and others in float where CUDA's are long
-// or branch. Instructions, not memory, bound a loss that has more than some forty of them for an element of 16 bits, and
-// a branch for each element keeps the compiler from interleaving the elements. Small results count: what cross entropy
-// takes (formulas.cuh) gives 0 below 2^-126. The errors that are stated for log, log1p and expm1 were found by running
+// The functions of a number that the formulas take on the GPU: CUDA's accurate ones, over their whole domain, where those
+// are short (expf takes 7 instructions) or seldom, and others in float where CUDA's are long or branch. Instructions, not
+// memory, bound a loss that has more than some forty of them for an element of 16 bits, and a branch for each element
+// keeps the compiler from interleaving the elements. Small results count in the pointwise losses; exp_nonpositive, which
+// is for cross entropy, gives 0 below 2^-126. The errors that are stated for log, log1p and expm1 were found by running
 // the same arithmetic on a CPU for tens of millions of floats; those of quotients follow from the error of 1 ulp that the
 // hardware's inverse is said to have. The emulator has the C library's functions in their place.
 #pragma once
 
 #include <cmath>
-#include <utility>
+#include <cstdint>
 
-#include "kernels/cuda/formulas.cuh"
+#include "kernels/cuda/launch.cuh"
 
-namespace fusedloss::cuda {
+#define FUSEDLOSS_INLINE __host__ __device__ __forceinline__
+#define FUSEDLOSS_BEGIN_NAMESPACE namespace fusedloss::cuda {
+#define FUSEDLOSS_END_NAMESPACE }
 
-namespace elementary {
+namespace fusedloss::cuda::math {
 
 FUSEDLOSS_INLINE float element(float v) { return v; }
 FUSEDLOSS_INLINE double element(double v) { return v; }
@@ -41,6 +43,45 @@ FUSEDLOSS_INLINE float lost_by_squaring(float x, float squared) { return ::fmaf(
 FUSEDLOSS_INLINE double lost_by_squaring(double x, double squared) { return ::fma(x, x, -squared); }
 FUSEDLOSS_INLINE float pow(float x, float y) { return ::powf(x, y); }
 FUSEDLOSS_INLINE double pow(double x, double y) { return ::pow(x, y); }
+
+// The other argument where one is NaN.
+FUSEDLOSS_INLINE float max(float a, float b) { return ::fmaxf(a, b); }
+FUSEDLOSS_INLINE double max(double a, double b) { return ::fmax(a, b); }
+
+// The hardware's 2^x, instead of the eight instructions of expf: 2 ulp around 0, where the large terms of a softmax
+// lie, and below it no worse than what rounding the argument to float32 does anyway. Under 2^-126 it gives 0.
+FUSEDLOSS_INLINE float exp_nonpositive(float x) {
+#if FUSEDLOSS_CUDA_ARCH
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.4426950408889634f));
+  return power;
+#else
+  return ::expf(x);
+#endif
+}
+FUSEDLOSS_INLINE double exp_nonpositive(double x) { return ::exp(x); }
+
+// A product and a sum that are rounded by themselves, where the compiler might fuse a product with the sum that it is
+// part of: in one kernel it does so and in another not, and their results would differ in the last place.
+template <typename A>
+FUSEDLOSS_INLINE A rounded_product(A a, A b) {
+#if FUSEDLOSS_CUDA_ARCH
+  if constexpr (sizeof(A) == 8) return __dmul_rn(a, b);
+  else return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+template <typename A>
+FUSEDLOSS_INLINE A rounded_sum(A a, A b) {
+#if FUSEDLOSS_CUDA_ARCH
+  if constexpr (sizeof(A) == 8) return __dadd_rn(a, b);
+  else return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
 
 // ---- division: IEEE's takes 10 instructions and a branch for each quotient. A quotient is a rounded product here:
 // fused with a sum in one kernel and not in another, it would give them different bits.
@@ -74,7 +115,7 @@ FUSEDLOSS_INLINE float scale_for_inverse(float x) {
 // result is subnormal.
 FUSEDLOSS_INLINE float inverse(float x) {
   const float scale = scale_for_inverse(x);
-  return math::product(inverse_of_moderate(x * scale), scale);
+  return math::rounded_product(inverse_of_moderate(x * scale), scale);
 }
 FUSEDLOSS_INLINE double inverse(double x) { return 1 / x; }
 
@@ -84,7 +125,7 @@ FUSEDLOSS_INLINE double inverse(double x) { return 1 / x; }
 FUSEDLOSS_INLINE float divide(float a, float b) {
 #if FUSEDLOSS_CUDA_ARCH
   const float scale = scale_for_inverse(b);
-  return math::product(a * scale, inverse_of_moderate(b * scale));
+  return math::rounded_product(a * scale, inverse_of_moderate(b * scale));
 #else
   return a / b;
 #endif
@@ -94,7 +135,7 @@ FUSEDLOSS_INLINE double divide(double a, double b) { return a / b; }
 // The same for 2^-126 <= |b| <= 2^126 or NaN.
 FUSEDLOSS_INLINE float divide_by_moderate(float a, float b) {
 #if FUSEDLOSS_CUDA_ARCH
-  return math::product(a, inverse_of_moderate(b));
+  return math::rounded_product(a, inverse_of_moderate(b));
 #else
   return a / b;
 #endif
@@ -106,7 +147,7 @@ FUSEDLOSS_INLINE double divide_by_moderate(double a, double b) { return a / b; }
 // five instructions, and a branch.
 FUSEDLOSS_INLINE float divide_closely_by_moderate(float a, float b) {
 #if FUSEDLOSS_CUDA_ARCH
-  const float inverse = inverse_of_moderate(b), quotient = math::product(a, inverse);
+  const float inverse = inverse_of_moderate(b), quotient = math::rounded_product(a, inverse);
   return ::fmaf(math::max(::fmaf(-quotient, b, a), -0x1p127f), inverse, quotient);
 #else
   return a / b;
@@ -235,8 +276,4 @@ FUSEDLOSS_ELEMENTARY(atan)
 FUSEDLOSS_ELEMENTARY(erf)
 #undef FUSEDLOSS_ELEMENTARY
 
-}  // namespace elementary
-
-#include "kernels/formulas/dual.h"
-
-}  // namespace fusedloss::cuda
+}  // namespace fusedloss::cuda::math

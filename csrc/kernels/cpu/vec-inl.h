@@ -1,5 +1,22 @@
 // Vectors of one instruction set, by the compilers' own vector extension: loads that widen to the accumulate type,
-// stores that round once, exp. Included inside the namespace of each instruction set, so without include guard.
+// stores that round once.
+#if defined(FUSEDLOSS_VEC_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_VEC_INL
+#undef FUSEDLOSS_VEC_INL
+#else
+#define FUSEDLOSS_VEC_INL
+#endif
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "kernels/cpu/instruction_set.h"
+#include "kernels/cpu/instruction_set_macros.h"
+#include "kernels/dtypes.h"
+
+FUSEDLOSS_BEGIN_NAMESPACE
 
 template <typename A>
 struct Simd;
@@ -27,9 +44,30 @@ using FloatH = Simd<float>::H;
 using DoubleV = Simd<double>::V;
 using DoubleI = Simd<double>::I;
 
-// How many T a vector of T's accumulate type holds.
+// The vector that T are computed in, and how many of them it holds.
+template <typename T>
+using VectorOf = typename Simd<AccumulateType<T>>::V;
 template <typename T>
 constexpr int kLanesOf = Simd<AccumulateType<T>>::kLanes;
+
+// body(is_whole, i) for each vector of the T in [begin, end), of which i is the first: is_whole is std::true_type, and
+// std::false_type for the elements at the end that fill no vector.
+template <typename T, typename Index, typename Body>
+FUSEDLOSS_INLINE void for_each_vector(Index begin, Index end, Body body) {
+  Index i = begin;
+  for (; i + kLanesOf<T> <= end; i += kLanesOf<T>) body(std::true_type{}, i);
+  if (i < end) body(std::false_type{}, i);
+}
+
+// The same for [0, n), with kUnroll neighbouring vectors at a time as long as there are as many: body(is_whole, i, k), where
+// k numbers those; it is 0 for the others.
+template <typename T, int kUnroll, typename Body>
+FUSEDLOSS_INLINE void for_each_vector_unrolled(int n, Body body) {
+  int i = 0;
+  for (; i + kUnroll * kLanesOf<T> <= n; i += kUnroll * kLanesOf<T>)
+    FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) body(std::true_type{}, i + k * kLanesOf<T>, k);
+  for_each_vector<T>(i, n, [&](auto whole, int rest) __attribute__((always_inline)) { body(whole, rest, 0); });
+}
 
 // ---- 16-bit floats to float and back, round to nearest even ----
 
@@ -113,6 +151,12 @@ FUSEDLOSS_INLINE FloatV load(const Half* p) {
   FloatH bits;
   __builtin_memcpy(&bits, p, sizeof bits);
   return widen(bits, Half{});
+}
+
+FUSEDLOSS_INLINE DoubleI load_indices(const int64_t* p) {
+  DoubleI v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
 }
 
 FUSEDLOSS_INLINE void store(float* p, FloatV v) {
@@ -206,7 +250,7 @@ FUSEDLOSS_INLINE void store_first_halves(void* p, FloatH v, int n) {
 
 // The first n < lanes elements, and no byte beyond them; the other lanes are 0.
 template <typename T>
-FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V load_first(const T* p, int n) {
+FUSEDLOSS_INLINE VectorOf<T> load_first(const T* p, int n) {
 #if FUSEDLOSS_VECTOR_BYTES == 64
   const __mmask16 mask = __mmask16((1u << n) - 1u);
   if constexpr (std::is_same_v<T, double>) {
@@ -232,7 +276,7 @@ FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V load_first(const T* p, int 
 }
 
 template <typename T>
-FUSEDLOSS_INLINE void store_first(T* p, typename Simd<AccumulateType<T>>::V v, int n) {
+FUSEDLOSS_INLINE void store_first(T* p, VectorOf<T> v, int n) {
 #if FUSEDLOSS_VECTOR_BYTES == 64
   const __mmask16 mask = __mmask16((1u << n) - 1u);
   if constexpr (std::is_same_v<T, double>) {
@@ -259,7 +303,7 @@ FUSEDLOSS_INLINE void store_first(T* p, typename Simd<AccumulateType<T>>::V v, i
 
 // kWhole: a vector's worth, n being ignored; else the first n.
 template <bool kWhole, typename T>
-FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V load_lanes(const T* p, int n) {
+FUSEDLOSS_INLINE VectorOf<T> load_lanes(const T* p, int n) {
   if constexpr (kWhole) {
     return load(p);
   } else {
@@ -267,7 +311,7 @@ FUSEDLOSS_INLINE typename Simd<AccumulateType<T>>::V load_lanes(const T* p, int 
   }
 }
 template <bool kWhole, typename T>
-FUSEDLOSS_INLINE void store_lanes(T* p, typename Simd<AccumulateType<T>>::V v, int n) {
+FUSEDLOSS_INLINE void store_lanes(T* p, VectorOf<T> v, int n) {
   if constexpr (kWhole) {
     store(p, v);
   } else {
@@ -289,14 +333,14 @@ FUSEDLOSS_INLINE void store_one(T* p, AccumulateType<T> value) {
   if constexpr (std::is_same_v<T, AccumulateType<T>>) {
     *p = value;
   } else {
-    store_first(p, typename Simd<AccumulateType<T>>::V{} + value, 1);
+    store_first(p, VectorOf<T>{} + value, 1);
   }
 }
 
 // v, which the compiler may not join with a later addition into one operation: where the same product is computed in two
 // places, both then round it.
 template <typename V>
-FUSEDLOSS_INLINE V rounded(V v) {
+FUSEDLOSS_INLINE V prevent_contraction(V v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));
 #elif defined(__aarch64__)
@@ -331,240 +375,6 @@ FUSEDLOSS_INLINE void store_double_part(A* p, DoubleV v, int part) {
   __builtin_memcpy(p + part * Simd<double>::kLanes, &narrow, sizeof narrow);
 }
 
-// ---- sums and maxima over the lanes, always in the same order: halves are folded until one lane is left ----
+FUSEDLOSS_END_NAMESPACE
 
-struct Add {
-  template <typename V>
-  static FUSEDLOSS_INLINE V of(V a, V b) {
-    return a + b;
-  }
-};
-
-// The second where one is NaN.
-struct Larger {
-  template <typename V>
-  static FUSEDLOSS_INLINE V of(V a, V b) {
-    return a > b ? a : b;
-  }
-};
-
-template <typename A, int kLanes>
-struct Lanes {
-  typedef A V __attribute__((vector_size(kLanes * sizeof(A))));
-};
-
-template <typename Op, typename A, int kLanes>
-FUSEDLOSS_INLINE A fold(typename Lanes<A, kLanes>::V v) {
-  if constexpr (kLanes == 2) {
-    return Op::of(A(v[0]), A(v[1]));
-  } else {
-    typename Lanes<A, kLanes / 2>::V low, high;
-    __builtin_memcpy(&low, &v, sizeof low);
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    return fold<Op, A, kLanes / 2>(Op::of(low, high));
-  }
-}
-
-template <typename A>
-FUSEDLOSS_INLINE A sum_of_lanes(typename Simd<A>::V v) {
-  return fold<Add, A, Simd<A>::kLanes>(v);
-}
-
-template <typename A>
-FUSEDLOSS_INLINE A max_of_lanes(typename Simd<A>::V v) {
-  return fold<Larger, A, Simd<A>::kLanes>(v);
-}
-
-// Of many vectors, in double.
-template <typename A>
-class SumOfVectors {
- public:
-  FUSEDLOSS_INLINE void add(typename Simd<A>::V v) {
-    Part part[kParts];
-    __builtin_memcpy(part, &v, sizeof v);
-    FUSEDLOSS_UNROLL for (int k = 0; k < kParts; ++k) sum_[k] += __builtin_convertvector(part[k], DoubleV);
-  }
-  FUSEDLOSS_INLINE double value() const {
-    return sum_of_lanes<double>(kParts == 1 ? sum_[0] : sum_[0] + sum_[kParts - 1]);
-  }
-
- private:
-  static constexpr int kParts = Simd<A>::kLanes / Simd<double>::kLanes;
-  typedef A Part __attribute__((vector_size(Simd<double>::kLanes * sizeof(A))));
-  DoubleV sum_[kParts] = {};
-};
-
-// Lanes of a, and of b where the index is kLanes or more.
-template <typename A, int... kIndex>
-FUSEDLOSS_INLINE typename Simd<A>::V shuffle(typename Simd<A>::V a, typename Simd<A>::V b,
-                                             std::integer_sequence<int, kIndex...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, kIndex...);
-#else
-  return __builtin_shuffle(a, b, typename Simd<A>::I{kIndex...});
-#endif
-}
-
-template <typename Op, typename A, int kBit, int... kLane>
-FUSEDLOSS_INLINE typename Simd<A>::V fold_pair(typename Simd<A>::V a, typename Simd<A>::V b,
-                                               std::integer_sequence<int, kLane...>) {
-  constexpr int kLanes = Simd<A>::kLanes;
-  using Near = std::integer_sequence<int, (kLane & kBit ? kLanes + kLane - kBit : kLane)...>;
-  using Far = std::integer_sequence<int, (kLane & kBit ? kLanes + kLane : kLane + kBit)...>;
-  return Op::of(shuffle<A>(a, b, Near{}), shuffle<A>(a, b, Far{}));
-}
-
-// The folds of as many vectors as there are lanes, that of v[i] in lane i, each in the order above. It takes about as
-// many steps as two single ones. They are left in v[0].
-template <typename Op, typename A, int kBit>
-FUSEDLOSS_INLINE void fold_pairs(typename Simd<A>::V* v) {
-  FUSEDLOSS_UNROLL for (int i = 0; i < kBit; ++i)
-      v[i] = fold_pair<Op, A, kBit>(v[i], v[i + kBit], std::make_integer_sequence<int, Simd<A>::kLanes>{});
-  if constexpr (kBit > 1) fold_pairs<Op, A, kBit / 2>(v);
-}
-template <typename Op, typename A>
-FUSEDLOSS_NOINLINE void fold_each(typename Simd<A>::V* v) {
-  fold_pairs<Op, A, Simd<A>::kLanes / 2>(v);
-}
-
-// ---- exp, for arguments up to a little above 0 ----
-//
-// exp(x) = 2^n exp(r) with n = round(x / ln 2), |r| <= ln 2 / 2; exp(r) = 1 + r + r^2 q(r), q fitted at Chebyshev
-// nodes to a relative error of exp of 8e-9 (float) and 1.3e-17 (double). Below kLowest the result is 0, as it is
-// for -inf; NaN stays NaN.
-
-namespace math {
-
-FUSEDLOSS_INLINE float exp(float x) {
-  return std::exp(x);
-}
-FUSEDLOSS_INLINE double exp(double x) {
-  return std::exp(x);
-}
-FUSEDLOSS_INLINE long double exp(long double x) {
-  return std::exp(x);
-}
-template <typename A>
-FUSEDLOSS_INLINE A product(A a, A b) {
-  return rounded(a * b);
-}
-
-// Adding it leaves the nearest integer in the low bits of the sum.
-template <typename A>
-constexpr A kRound = sizeof(A) == 8 ? A(0x1.8p52) : A(0x1.8p23);
-
-// x = n ln 2 + r, and n is also the difference of the bits of `shifted` and of kRound. exp(r) is 1 + r + r^2 q in float,
-// and 1 + r q in double.
-template <typename A>
-struct ReducedExp {
-  using V = typename Simd<A>::V;
-  using I = typename Simd<A>::I;
-  V shifted, n, r, q;
-
-  FUSEDLOSS_INLINE I exponent() const { return (I)shifted - (I)(V{} + kRound<A>); }
-};
-FUSEDLOSS_INLINE ReducedExp<float> reduce_exp(FloatV x) {
-  const FloatV shifted = x * 1.44269504f + kRound<float>;
-  const FloatV n = shifted - kRound<float>;
-  const FloatV r = (x - n * 0.693145752f) - n * 1.42860682e-6f;
-  FloatV q = FloatV{} + 1.39263256e-3f;
-  q = q * r + 8.36329275e-3f;
-  q = q * r + 4.16665538e-2f;
-  q = q * r + 1.66665763e-1f;
-  q = q * r + 0.5f;
-  return {shifted, n, r, q};
-}
-
-FUSEDLOSS_INLINE FloatV exp(FloatV x) {
-  constexpr float kLowest = -110.f;
-  const auto e = reduce_exp(Larger::of(FloatV{} + kLowest, x));
-  const FloatV exp_r = (e.q * e.r + 1.f) * e.r + 1.f;
-#if FUSEDLOSS_VECTOR_BYTES == 64
-  return (FloatV)_mm512_maskz_scalef_ps(0xffff, (__m512)exp_r, (__m512)e.n);
-#else
-  // 2^n in two factors: a subnormal result has no single one.
-  const FloatI exponent = e.exponent();
-  const FloatI half = exponent >> 1;
-  return exp_r * (FloatV)((half + 127) << 23) * (FloatV)((exponent - half + 127) << 23);
-#endif
-}
-
-FUSEDLOSS_INLINE ReducedExp<double> reduce_exp(DoubleV x) {
-  const DoubleV shifted = x * 1.4426950408889634 + kRound<double>;
-  const DoubleV n = shifted - kRound<double>;
-  const DoubleV r = (x - n * 0x1.62e42feep-1) - n * 1.9082149292705877e-10;
-  DoubleV q = DoubleV{} + 2.5100395159429243e-08;
-  q = q * r + 2.7620101012097998e-07;
-  q = q * r + 2.7557268439678002e-06;
-  q = q * r + 2.4801521269532122e-05;
-  q = q * r + 1.9841269863066696e-04;
-  q = q * r + 1.3888888917230724e-03;
-  q = q * r + 8.3333333333300598e-03;
-  q = q * r + 4.1666666666624094e-02;
-  q = q * r + 1.6666666666666669e-01;
-  q = q * r + 5.0000000000000011e-01;
-  q = q * r + 1.;
-  return {shifted, n, r, q};
-}
-
-FUSEDLOSS_INLINE DoubleV exp(DoubleV x) {
-  constexpr double kLowest = -760.;
-  const auto e = reduce_exp(Larger::of(DoubleV{} + kLowest, x));
-  const DoubleV exp_r = e.q * e.r + 1.;
-#if FUSEDLOSS_VECTOR_BYTES == 64
-  return (DoubleV)_mm512_maskz_scalef_pd(0xff, (__m512d)exp_r, (__m512d)e.n);
-#else
-  const DoubleI exponent = e.exponent();
-  const DoubleI half = exponent >> 1;
-  return exp_r * (DoubleV)((half + 1023) << 52) * (DoubleV)((exponent - half + 1023) << 52);
-#endif
-}
-
-// ---- log, of 0, of normal numbers above it, of infinity and NaN ----
-//
-// log(x) = e ln 2 + log(1 + f) with x = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) = f - f^2 / 2 +
-// f^3 q(f), q fitted to a relative error of the result of 6e-9.
-
-FUSEDLOSS_INLINE FloatV log(FloatV x) {
-  constexpr int32_t kSqrtHalf = 0x3f3504f3;
-  const FloatI exponent = ((FloatI)x - kSqrtHalf) >> 23;
-  const FloatV e = __builtin_convertvector(exponent, FloatV);
-  const FloatV f = (FloatV)((FloatI)x - (exponent << 23)) - 1.f;
-  FloatV q = FloatV{} - 0.0763447136f;
-  q = q * f + 0.127615571f;
-  q = q * f - 0.131601810f;
-  q = q * f + 0.142017603f;
-  q = q * f - 0.166233584f;
-  q = q * f + 0.200012267f;
-  q = q * f - 0.250008196f;
-  q = q * f + 0.333333313f;
-  const FloatV square = f * f;
-  const FloatV small = e * 1.42860682e-6f + square * (f * q - 0.5f);
-  const FloatV log = e * 0.693145752f + (f + small);
-  const FloatV special = x == 0.f ? FloatV{} - INFINITY : x;
-  return (x > 0.f) & (x < INFINITY) ? log : special;
-}
-
-// In double: with s = f / (2 + f), log(1 + f) = 2 s + s R = f - (f^2 / 2 - s (f^2 / 2 + R)); R = s^2 p(s^2), the rest of
-// the series of 2 atanh(s), p fitted to a relative error of the result of 5e-18.
-FUSEDLOSS_INLINE DoubleV log(DoubleV x) {
-  constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
-  const DoubleI exponent = ((DoubleI)x - kSqrtHalf) >> 52;
-  const DoubleV round = DoubleV{} + kRound<double>;
-  const DoubleV e = (DoubleV)(exponent + (DoubleI)round) - round;
-  const DoubleV f = (DoubleV)((DoubleI)x - (exponent << 52)) - 1.;
-  const DoubleV s = f / (f + 2.), square = s * s, half_square = 0.5 * f * f;
-  DoubleV p = DoubleV{} + 0.1461793403127802;
-  p = p * square + 0.15331601446484086;
-  p = p * square + 0.1818289274199408;
-  p = p * square + 0.22222211085127702;
-  p = p * square + 0.2857142862627991;
-  p = p * square + 0.39999999999898833;
-  p = p * square + 0.666666666666667;
-  const DoubleV small = s * (half_square + square * p) + e * 1.9082149292705877e-10;
-  const DoubleV log = e * 0x1.62e42feep-1 + (f - (half_square - small));
-  const DoubleV special = x == 0. ? DoubleV{} - INFINITY : x;
-  return (x > 0.) & (x < INFINITY) ? log : special;
-}
-
-}  // namespace math
+#endif  // include guard

@@ -1,11 +1,11 @@
-// The losses of formulas/pointwise.h on the CPU, by name.
-
-#include "kernels/cpu/pointwise_losses.h"
+// The losses of formulas/pointwise-inl.h on the CPU, by name.
 
 #include <cstring>
 
-#define FUSEDLOSS_KERNELS "kernels/cpu/pointwise_formulas.h"
-#include "kernels/cpu/instruction_sets.h"
+#include "kernels/cpu/pointwise_cpu.h"
+
+#define FUSEDLOSS_KERNELS "kernels/cpu/pointwise_formula_table-inl.h"
+#include "kernels/cpu/foreach_instruction_set.h"
 
 namespace fusedloss::cpu {
 
