@@ -516,7 +516,8 @@ def test_the_sweep_names_the_settings_that_gain(
     printed = capsys.readouterr().out
     assert re.fullmatch(
         r"cross_entropy 3x40 bf16: defaults 4000\.0us warp_bytes=2048 \+300\.0%"
-        r"; max_blocks=2: wrong loss: off by .*; target_weight_rows=1: ValueError: no such tuning: target_weight_rows\n",
+        r"; max_blocks=2: wrong loss: off by .*"
+        r"; target_weight_rows=1: ValueError: no such tuning: target_weight_rows\n",
         printed,
     )
     (record,) = map(json.loads, path.read_text().splitlines())

@@ -113,6 +113,15 @@ class Emulator:
         assert self.library.offset_of_weight_sum() == CrossEntropyOptions.weight_sum.offset
         self._memory: list[Tensor] = []
 
+    @contextlib.contextmanager
+    def without_clusters(self) -> Iterator[None]:
+        """Meanwhile the device holds no cluster, as a part of a GPU that is too small for it."""
+        self.library.emulator_set_clusters(False)
+        try:
+            yield
+        finally:
+            self.library.emulator_set_clusters(True)
+
     def reset(self, seed: int = 0, preempt_every: int = 0, planted_bug: int = 0) -> None:
         """Forget memory and complaints. The seed chooses the schedule; `preempt_every` how many accesses, about, a
         thread does before another goes on (0 is until it waits)."""

@@ -1,4 +1,5 @@
-// What the threads of a block exchange about their columns by way of shared memory: statistics, and what the gradient needs.
+// What the threads of a block exchange about their columns by way of shared memory: statistics, and what the gradient
+// needs.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_options.cuh"
@@ -24,8 +25,8 @@ struct ColumnSharedMemory {
         y(reinterpret_cast<int*>(values + p.sets * kStateArrays<is_spread(kTarget)> * places)),
         of_target(reinterpret_cast<T*>(y + places)) {}
 
-  // The place of a row: the row-th one of the threads that are the thread-th side by side. It is padded so that neither a
-  // warp of threads, each at its first row, nor a warp of neighbouring rows meet in the same bank.
+  // The place of a row: the row-th one of the threads that are the thread-th side by side. It is padded so that neither
+  // a warp of threads, each at its first row, nor a warp of neighbouring rows meet in the same bank.
   __device__ __forceinline__ int place(int thread, int row) const {
     return row * column_stride(int(blockDim.x), kWidth) + thread;
   }
@@ -52,8 +53,8 @@ struct ColumnSharedMemory {
 
 // ---- The merge of the threads' statistics
 
-// Merges statistics over the lanes of a warp that have the same rows: those whose numbers differ by a multiple of blockDim.x,
-// where fewer threads than a warp has are side by side.
+// Merges statistics over the lanes of a warp that have the same rows: those whose numbers differ by a multiple of
+// blockDim.x, where fewer threads than a warp has are side by side.
 template <TargetKind kTarget, int kWidth, typename A>
 __device__ __forceinline__ void merge_strided_lanes(RowState<A> (&state)[kWidth]) {
 #pragma unroll
@@ -91,10 +92,11 @@ __device__ __forceinline__ void store_states(const ColumnSharedMemory<T, kTarget
   __syncthreads();
 }
 
-// Calls f(row of the block, its place, its state, the lane's number among those that have it) for all rows of the block,
-// with what the 1 << shift sets have of the row, merged by as many lanes. All threads take part.
+// Calls f(row of the block, its place, its state, the lane's number among those that have it) for all rows of the
+// block, with what the 1 << shift sets have of the row, merged by as many lanes. All threads take part.
 template <typename T, TargetKind kTarget, int kWidth, typename F>
-__device__ __forceinline__ void for_each_merged_row(const ColumnSharedMemory<T, kTarget, kWidth>& memory, int shift, F f) {
+__device__ __forceinline__ void for_each_merged_row(const ColumnSharedMemory<T, kTarget, kWidth>& memory, int shift,
+                                                    F f) {
   using A = AccumulateType<T>;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, part = thread & ((1 << shift) - 1);
   const unsigned rows = blockDim.x * kWidth, rows_at_once = blockDim.x * blockDim.y >> shift;

@@ -1,5 +1,5 @@
-// The gradient of columns: what it needs to know of each row, in shared memory or in the registers of the row's own thread,
-// and how a thread writes it.
+// The gradient of columns: what it needs to know of each row, in shared memory or in the registers of the row's own
+// thread, and how a thread writes it.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_column_exchange.cuh"
@@ -19,7 +19,8 @@ __device__ __forceinline__ int thread_of_class(const TypedOptions<T>& o, int c) 
   return c & ((1 << o.plan.threads_shift) - 1);
 }
 
-// The target class's logit, where this block has that class: from the slots of the thread that has it, if there are slots.
+// The target class's logit, where this block has that class: from the slots of the thread that has it, if there are
+// slots.
 template <int kWidth, bool kMayBeStaged, typename T, TargetKind kTarget>
 __device__ __forceinline__ T logit_of_target(const RowTarget<T, kTarget>& row, unsigned row_of_block) {
   const TypedOptions<T>& o = row.o;
@@ -44,9 +45,9 @@ __device__ __forceinline__ void prefetch_to_l2(const int64_t* p) {
 
 // Stores in shared memory what the gradient needs of a row; is_here: this block has the target class.
 template <typename T, TargetKind kTarget, int kWidth, typename A>
-__device__ __forceinline__ void store_gradient_factors(const ColumnSharedMemory<T, kTarget, kWidth>& memory, int set, int place,
-                                                 const RowTarget<T, kTarget>& row, A max, A scale, A grad_output,
-                                                 bool is_here, T x_y) {
+__device__ __forceinline__ void store_gradient_factors(const ColumnSharedMemory<T, kTarget, kWidth>& memory, int set,
+                                                       int place, const RowTarget<T, kTarget>& row, A max, A scale,
+                                                       A grad_output, bool is_here, T x_y) {
   const bool contributes = row.contributes();
   memory.at(set, 0, place) = contributes ? max : A(0);
   memory.at(set, 1, place) = !contributes ? A(0) : is_spread(kTarget) ? scale : scale * grad_output;

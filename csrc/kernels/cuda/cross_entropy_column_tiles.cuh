@@ -1,5 +1,5 @@
-// Columns as one thread sees them: kWidth neighbouring rows side by side, the tiles that it takes of their classes, and their
-// statistics, which are accumulated tile by tile.
+// Columns as one thread sees them: kWidth neighbouring rows side by side, the tiles that it takes of their classes, and
+// their statistics, which are accumulated tile by tile.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -116,7 +116,8 @@ struct ColumnTile {
   }
 
   // What is not there is 0: a register that is left as it was would have to be kept from the round before.
-  __device__ __forceinline__ void load_all(const T* p, int64_t stride, const Rows& rows, Vector<T, kWidth> (&vectors)[kVectors]) {
+  __device__ __forceinline__ void load_all(const T* p, int64_t stride, const Rows& rows,
+                                           Vector<T, kWidth> (&vectors)[kVectors]) {
     p += first * stride;
     const int64_t step = stride << rows.shift;
 #pragma unroll
@@ -151,9 +152,11 @@ struct ColumnTile {
   }
 };
 
-// Calls wait(number), then f(tile, its number) for all tiles of a thread, from the last to the first if kReverse: what has
-// no slots is then read again while the cache may still hold it. `whole` tiles are whole for every thread of the rows.
-template <int kVectors, bool kReverse, bool kFromSlots, typename T, TargetKind kTarget, int kWidth, typename Wait, typename F>
+// Calls wait(number), then f(tile, its number) for all tiles of a thread, from the last to the first if kReverse: what
+// has no slots is then read again while the cache may still hold it. `whole` tiles are whole for every thread of the
+// rows.
+template <int kVectors, bool kReverse, bool kFromSlots, typename T, TargetKind kTarget, int kWidth, typename Wait,
+          typename F>
 __device__ __forceinline__ void for_each_tile(const ThreadColumns<T, kTarget, kWidth>& rows, Wait wait, F f) {
   const int whole = (rows.classes >> rows.shift) / kVectors;
   const int all = whole + (rows.first + (whole * kVectors << rows.shift) < rows.end);
@@ -172,8 +175,8 @@ __device__ __forceinline__ void for_each_tile(const ThreadColumns<T, kTarget, kW
   if (!kReverse) last();
 }
 
-// Starts to copy a thread's classes to its slots, so that all of them are under way at once. Those of a tile are one group,
-// which is waited for together.
+// Starts to copy a thread's classes to its slots, so that all of them are under way at once. Those of a tile are one
+// group, which is waited for together.
 template <int kGroup, typename T, TargetKind kTarget, int kWidth>
 __device__ __forceinline__ void start_copies(const ThreadColumns<T, kTarget, kWidth>& rows) {
   const Slots<T, kTarget> slots(rows.o);
@@ -210,10 +213,11 @@ __device__ __forceinline__ void raise_maximum(RowState<A>& state, A max) {
   }
 }
 
-template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kVectors, bool kFromSlots, bool kWhole, typename A>
-__device__ __forceinline__ void accumulate_column_tile(RowState<A> (&state)[kWidth],
-                                                    const ThreadColumns<T, kTarget, kWidth>& rows,
-                                                    const ColumnTile<T, kTarget, kWidth, kVectors, kFromSlots, kWhole>& tile) {
+template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kVectors, bool kFromSlots, bool kWhole,
+          typename A>
+__device__ __forceinline__ void accumulate_column_tile(
+    RowState<A> (&state)[kWidth], const ThreadColumns<T, kTarget, kWidth>& rows,
+    const ColumnTile<T, kTarget, kWidth, kVectors, kFromSlots, kWhole>& tile) {
   auto largest = splat<kWidth>(narrow<T>(A(-INFINITY)));
   tile.for_each_vector([&](int k) { largest = elementwise_max(largest, tile.x[k]); });
   // Not only where a maximum grows: a warp has so many rows that mostly one of them does, and there is no branch so.
@@ -239,7 +243,8 @@ __device__ __forceinline__ void accumulate_column_tile(RowState<A> (&state)[kWid
 enum class Staging { kNever, kIfSlots, kAlways };
 
 template <Staging kStaging, typename T, TargetKind kTarget, int kWidth, typename A>
-__device__ __forceinline__ void accumulate_columns(RowState<A> (&state)[kWidth], const ThreadColumns<T, kTarget, kWidth>& rows) {
+__device__ __forceinline__ void accumulate_columns(RowState<A> (&state)[kWidth],
+                                                   const ThreadColumns<T, kTarget, kWidth>& rows) {
   constexpr int kVectors = kColumnTileVectors<is_spread(kTarget)>;
   if constexpr (kStaging != Staging::kNever) {
     if (kStaging == Staging::kAlways || rows.o.plan.slots > 0) {

@@ -1,17 +1,18 @@
-// Columns: rows that are neighbours in memory, as in (N, C, d1, …), and rows of so few classes that a thread takes one, if
-// cross_entropy_few.cuh cannot take them.
+// Columns: rows that are neighbours in memory, as in (N, C, d1, …), and rows of so few classes that a thread takes one,
+// if cross_entropy_few.cuh cannot take them.
 //
 // A thread takes kWidth neighbouring rows side by side: one 16-byte load brings one class of all of them. Where
-// alignment does not allow that, kWidth is 1. A block is (threads side by side, threads along the classes), and keeps all
-// classes of its rows in shared memory. Where it cannot, several blocks share the same rows ("split"), and the logits are
-// read twice (cross_entropy_columns_plan.h decides).
+// alignment does not allow that, kWidth is 1. A block is (threads side by side, threads along the classes), and keeps
+// all classes of its rows in shared memory. Where it cannot, several blocks share the same rows ("split"), and the
+// logits are read twice (cross_entropy_columns_plan.h decides).
 //
 // A block goes from the threads' view to the rows' view and back, by way of shared memory:
 //   1. each thread sweeps its classes, and has the statistics of kWidth rows;
 //   2. they are merged: in a warp by shuffles, then in shared memory;
 //   3. one thread for each row, or some lanes, makes the row's loss, and what the gradient needs to know of the row;
 //   4. each thread reads that of its kWidth rows, and sweeps its classes again to write the gradient.
-// Split rows go through 1 and 2, and what their blocks have found through finish_split_rows; the backward pass begins with 3.
+// Split rows go through 1 and 2, and what their blocks have found through finish_split_rows; the backward pass begins
+// with 3.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_column_exchange.cuh"
@@ -88,15 +89,11 @@ __global__ void __launch_bounds__((max_threads<T, kTarget>(kColumnsBounds)), (mi
   store_block_sum_of_threads(o, sum);
 }
 
-template <typename T, TargetKind kTarget, bool kWithGradient>
-constexpr int kThreadColumnsMinBlocks =
-    min_blocks<T, kTarget>(kWithGradient ? kThreadColumnsBounds : kThreadColumnsLossOnlyBounds);
-
 // A thread has all classes of its rows: nothing is exchanged, and what a row costs besides its classes is done for the
-// thread's rows side by side. kWithGradient: the gradient is wanted. Without it registers suffice for more threads, if the
-// targets are fetched to the cache only, where eight of them take none.
+// thread's rows side by side. kWithGradient: the gradient is wanted. Without it registers suffice for more threads, if
+// the targets are fetched to the cache only, where eight of them take none.
 template <typename T, TargetKind kTarget, int kWidth, bool kWithGradient>
-__global__ void __launch_bounds__(kColumnThreadsAcross, (kThreadColumnsMinBlocks<T, kTarget, kWithGradient>))
+__global__ void __launch_bounds__(kColumnThreadsAcross, (min_blocks<T, kTarget>(kThreadColumnsBounds<kWithGradient>)))
     forward_columns_of_thread(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   constexpr bool kStages = kWithGradient && kWidth > 1;

@@ -1,11 +1,12 @@
 // Cross entropy on the GPU: how rows of logits become a loss, and a gradient. Start here.
 //
-// The threads that share a row read its classes, a tile of several 16-byte vectors each at a time, and keep statistics of
-// what they have read: the maximum, and the sum of exponentials relative to it (online softmax, formulas/cross_entropy-inl.h).
-// They merge their statistics, and one of them computes the row's loss. If the gradient is wanted in the forward pass, they
-// keep what they have read in registers or in shared memory, if there is room, and write the gradient from there. So the
-// logits are read from memory once, the gradient is written once, and nothing else is of that size. A backward pass reads
-// the logits once more, and takes the statistics that the forward pass has stored. Row for row, it is
+// The threads that share a row read its classes, a tile of several 16-byte vectors each at a time, and keep statistics
+// of what they have read: the maximum, and the sum of exponentials relative to it (online softmax,
+// formulas/cross_entropy-inl.h). They merge their statistics, and one of them computes the row's loss. If the gradient
+// is wanted in the forward pass, they keep what they have read in registers or in shared memory, if there is room, and
+// write the gradient from there. So the logits are read from memory once, the gradient is written once, and nothing
+// else is of that size. A backward pass reads the logits once more, and takes the statistics that the forward pass has
+// stored. Row for row, it is
 //   cross_entropy_row.cuh            a thread's tiles, and the statistics
 //   cross_entropy_row_loss.cuh       from the statistics to the loss
 //   cross_entropy_row_gradient.cuh   and to the gradient; cross_entropy_shifted_stores.cuh: where it is aligned otherwise
@@ -26,9 +27,9 @@
 // The backward pass has backward_few_classes, backward_rows and backward_columns. After split rows, the forward pass
 // launches it for the gradient.
 //
-// Launches: before the rows, the sum of their target classes' weights, if the mean's gradient needs it; the rows, and of
-// split rows their statistics and their gradient; the sum of the blocks' losses (cross_entropy_sums.cuh). Every sum is taken
-// in a fixed order, and no launch waits for the host.
+// Launches: before the rows, the sum of their target classes' weights, if the mean's gradient needs it; the rows, and
+// of split rows their statistics and their gradient; the sum of the blocks' losses (cross_entropy_sums.cuh). Every sum
+// is taken in a fixed order, and no launch waits for the host.
 //
 // Each type of the logits has a .cu file that includes this one, so that the types compile side by side.
 #pragma once
@@ -141,7 +142,7 @@ cudaError_t launch_finish_loss(const CrossEntropyOptions& o, int blocks, bool ha
 
 template <typename T>
 cudaError_t launch_backward(CrossEntropyOptions o, cudaStream_t stream) {
-  if (o.grad_ready) o.tuning.max_blocks = smaller(o.tuning.max_blocks, kHandOverBlocks);
+  if (o.grad_ready) o.tuning.max_blocks = smaller(o.tuning.max_blocks, kReadyGradientBlocks);
   RowPlan plan = make_plan(o, Pass::kBackward);
   return launch_rows<T>(o, plan, /*overlaps=*/true, stream);
 }

@@ -1,9 +1,9 @@
 // Rows of a few classes, one behind another in memory: a thread takes a row, and keeps its exponentials in registers.
 //
-// If each thread read and wrote its row in memory, a warp's accesses would lie a row apart: each would move 32 bytes for 2 or
-// 4 that it wants. So a block copies the logits of all its rows to shared memory as one piece, by 16-byte accesses. Its
-// threads put the gradient in their place, and the block copies that to memory as one piece. Class probabilities are read
-// where they are.
+// If each thread read and wrote its row in memory, a warp's accesses would lie a row apart: each would move 32 bytes
+// for 2 or 4 that it wants. So a block copies the logits of all its rows to shared memory as one piece, by 16-byte
+// accesses. Its threads put the gradient in their place, and the block copies that to memory as one piece. Class
+// probabilities are read where they are.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -172,17 +172,12 @@ __global__ void __launch_bounds__(kFewClassesThreads, (min_blocks<T, kTarget>(kF
   using A = AccumulateType<T>;
   let_next_launch_start();
   LossAccumulator sum = {};
-  A grad_output = 0;
-  bool is_first_turn = true;
   for (int64_t first = int64_t(blockIdx.x) * kFewClassesThreads; first < o.plan.rows; first += o.plan.step) {
     const StagedRows<T> block_rows(o, first);
     const int64_t number = first + threadIdx.x, target = o.target_at(number);
     block_rows.load();
-    if (o.grad_logits != nullptr && is_first_turn) {
-      wait_for_launch_before();  // for total_weight
-      grad_output = o.scaled_grad_output(A(1));
-    }
-    is_first_turn = false;
+    wait_for_launch_before();  // for total_weight
+    const A grad_output = o.grad_logits != nullptr ? o.scaled_grad_output(A(1)) : A(0);  // there is none yet
     if (block_rows.has_row()) {
       const RowTarget<T, kTarget> row(o, number, o.class_of(target));
       on_spread<kTarget>(o, [&](auto spread) {

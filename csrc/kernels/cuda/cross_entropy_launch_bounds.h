@@ -1,6 +1,6 @@
-// The launch bounds of the cross entropy kernels, in one table: threads of a block, at most, and blocks of so many that a
-// multiprocessor must hold at once. The second number is given since the compiler, left to choose, spills registers to
-// make room for a few more blocks.
+// The launch bounds of the cross entropy kernels, in one table: threads of a block, at most, and blocks of so many that
+// a multiprocessor must hold at once. The second number is given since the compiler, left to choose, spills registers
+// to make room for a few more blocks.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_target.h"
@@ -30,22 +30,20 @@ constexpr int kRowThreads = 256;          // of a block that takes one row, at m
 constexpr int kColumnThreadsAcross = 64;  // side by side, of a block that takes columns, at most
 constexpr int kSplitColumnThreads = 256;  // of a block that shares its columns with others, at most
 
-//                                                     float64    index      smoothed   probabilities
-constexpr LaunchBoundsByTarget kFewClassesBounds =    {{128, 2},  {128, 6},  {128, 4},  {128, 4}};
-constexpr LaunchBoundsByTarget kRowsBounds =          {{256, 1},  {256, 3},  {256, 3},  {256, 2}};
-constexpr LaunchBoundsByTarget kShiftedRowsBounds =   {{256, 1},  {256, 3},  {256, 2},  {256, 2}};
-constexpr LaunchBoundsByTarget kLossOnlyBounds =      {{256, 1},  {256, 4},  {256, 3},  {256, 3}};
-constexpr LaunchBoundsByTarget kColumnsBounds =       {{256, 1},  {512, 1},  {256, 2},  {256, 2}};
-constexpr LaunchBoundsByTarget kThreadColumnsBounds = {{64, 4},   {64, 8},   {64, 8},   {64, 6}};
-constexpr LaunchBoundsByTarget kThreadColumnsLossOnlyBounds =
-                                                      {{64, 4},   {64, 12},  {64, 8},   {64, 6}};
-constexpr LaunchBoundsByTarget kSplitColumnsBounds =  {{256, 1},  {256, 3},  {256, 2},  {256, 2}};
-constexpr LaunchBoundsByTarget kShiftedRegisterRowsBounds =
-                                                      {{128, 2},  {128, 5},  {128, 5},  {128, 4}};
+//                                                float64    index      smoothed   probabilities
+constexpr LaunchBoundsByTarget kFewClassesBounds = {{128, 2},  {128, 6},  {128, 4},  {128, 4}};
+constexpr LaunchBoundsByTarget kLossOnlyBounds =   {{256, 1},  {256, 4},  {256, 3},  {256, 3}};
+constexpr LaunchBoundsByTarget kColumnsBounds =    {{256, 1},  {512, 1},  {256, 2},  {256, 2}};
+constexpr LaunchBoundsByTarget kSplitColumnsBounds = {{256, 1}, {256, 3}, {256, 2},  {256, 2}};
+template <bool kShifted>
+constexpr LaunchBoundsByTarget kRowsBounds =       {{256, 1},  {256, 3},  {256, kShifted ? 2 : 3},  {256, 2}};
+template <bool kWithGradient>
+constexpr LaunchBoundsByTarget kThreadColumnsBounds =
+                                                   {{64, 4},   {64, kWithGradient ? 8 : 12},  {64, 8},  {64, 6}};
 // For six blocks, smoothing would spill registers in float32, and on GPUs before Hopper.
-template <typename T>
+template <typename T, bool kShifted>
 constexpr LaunchBoundsByTarget kRegisterRowsBounds =
-    {{128, 2},  {128, 6},  {128, sizeof(T) == 4 || FUSEDLOSS_CUDA_ARCH < 900 ? 5 : 6},  {128, 4}};
+    {{128, 2},  {128, kShifted ? 5 : 6},  {128, kShifted || sizeof(T) == 4 || FUSEDLOSS_CUDA_ARCH < 900 ? 5 : 6},  {128, 4}};
 
 // What __launch_bounds__ takes, for logits of type T.
 template <typename T, TargetKind kTarget>

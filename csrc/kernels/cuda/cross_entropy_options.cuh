@@ -42,7 +42,8 @@ struct TypedOptions : CrossEntropyOptions {
   // What a row's loss is multiplied by: grad_output, which the mean divides. With probabilities each row weighs 1.
   __device__ __forceinline__ A scaled_grad_output(A grad_output) const {
     if (reduction != Reduction::kMean) return grad_output;
-    return divide_by_total_weight(grad_output, target_probability ? A(plan.rows) : *static_cast<const A*>(total_weight));
+    return divide_by_total_weight(grad_output,
+                                  target_probability ? A(plan.rows) : *static_cast<const A*>(total_weight));
   }
 };
 
@@ -112,8 +113,8 @@ class Slots {
   uint4* own;
 };
 
-// Waits for this thread's copies, but for the last `groups` groups of them. The toolkit's function alone does not keep the
-// compiler from moving reads to before it.
+// Waits for this thread's copies, but for the last `groups` groups of them. The toolkit's function alone does not keep
+// the compiler from moving reads to before it.
 __device__ __forceinline__ void wait_for_copies(int groups) {
   __pipeline_wait_prior(size_t(groups));
 #if FUSEDLOSS_CUDA_ARCH

@@ -58,7 +58,7 @@ struct RowPlan {
   // Of kRowsInSharedMemory, see cross_entropy_row_pipeline.cuh; columns have slots, too.
   int tiles = 0;               // of a thread, in a row
   int depth = 0;               // so many tiles of a thread have slots in shared memory
-  int slots = 0;               // of a thread, each for a vector of logits; fewer than `depth` tiles where a row ends sooner
+  int slots = 0;               // of a thread, each for a vector; fewer than `depth` tiles of them where a row ends sooner
   ColumnPlan columns;
   int64_t shared_bytes = 0;    // of a block
 
@@ -73,11 +73,11 @@ struct RowPlan {
     return kernel == RowKernel::kRowsInSharedMemory || kernel == RowKernel::kRowsLossOnly;
   }
 
-  // There are no more blocks than the device holds at once, some times over, and each takes several rows in turn; but not
-  // where a gradient of class indices or of float32 is written, which was up to 8 % slower so on an H200, as if blocks
-  // that never end stayed in step with one another, and read and wrote at the same times. Only of rows so long that a
-  // multiprocessor holds no more than two blocks, a block takes two, and copies the second while it still works on the
-  // first: 2 to 3 % faster with 16-bit elements.
+  // There are no more blocks than the device holds at once, some times over, and each takes several rows in turn; but
+  // not where a gradient of class indices or of float32 is written, which was up to 8 % slower so on an H200, as if
+  // blocks that never end stayed in step with one another, and read and wrote at the same times. Only of rows so long
+  // that a multiprocessor holds no more than two blocks, a block takes two, and copies the second while it still works
+  // on the first: 2 to 3 % faster with 16-bit elements.
   void limit_grid(const CrossEntropyOptions& o, int64_t resident_blocks) {
     const bool is_16_bit = bytes_of(o.dtype) == 2;
     if (kernel == RowKernel::kRowsLossOnly || (o.target_probability != nullptr && is_16_bit)) {
@@ -110,9 +110,9 @@ inline unsigned grid_size(const CrossEntropyOptions& o, int64_t rows_of_block, i
 
 constexpr int kFullDeviceBlocks = 8;  // of a multiprocessor: so many blocks fill the device, and fewer rows are few
 
-// How many vectors of logits a thread holds at a time, and as many of probabilities: bytes in flight against registers. In
-// columns, where a vector is one class. The loop that writes the gradient takes half of them: half of its traffic is its
-// stores.
+// How many vectors of logits a thread holds at a time, and as many of probabilities: bytes in flight against registers.
+// In columns, where a vector is one class. The loop that writes the gradient takes half of them: half of its traffic is
+// its stores.
 FUSEDLOSS_ANYWHERE constexpr int tile_vectors(TargetKind kind) { return kind == TargetKind::kProbabilities ? 2 : 4; }
 template <TargetKind kTarget>
 constexpr int kTileVectors = tile_vectors(kTarget);

@@ -65,9 +65,9 @@ inline void plan_column_memory(const CrossEntropyOptions& o, RowPlan& plan) {
   c.exchange_bytes = divide_up(all, kVectorBytes) * kVectorBytes;
 }
 
-// Plans a block for all classes of its rows, if it can keep them in shared memory; false where they do not fit. Rows that
-// are not taken side by side are never kept, but a block takes all classes of as many of them as it could keep: the cache
-// may hold them until they are read again.
+// Plans a block for all classes of its rows, if it can keep them in shared memory; false where they do not fit. Rows
+// that are not taken side by side are never kept, but a block takes all classes of as many of them as it could keep:
+// the cache may hold them until they are read again.
 inline bool plan_whole_columns(const CrossEntropyOptions& o, RowPlan& plan) {
   const CudaTuning& t = o.tuning;
   ColumnPlan& c = plan.columns;
@@ -103,8 +103,8 @@ inline bool plan_whole_columns(const CrossEntropyOptions& o, RowPlan& plan) {
   return true;
 }
 
-// The threads of a block that shares its rows with others. Of a class, it reads 256 bytes side by side: on an H200 more or
-// less of them took longer, and with more threads along the classes, fewer blocks leave statistics to be merged.
+// The threads of a block that shares its rows with others. Of a class, it reads 256 bytes side by side: on an H200 more
+// or less of them took longer, and with more threads along the classes, fewer blocks leave statistics to be merged.
 inline dim3 split_column_threads(const CrossEntropyOptions& o, const ColumnPlan& c) {
   unsigned x = kColumnThreadsAcross, y = 1;
   const auto has_tiles_for = [&](int64_t threads, int64_t tiles) {
@@ -118,9 +118,9 @@ inline dim3 split_column_threads(const CrossEntropyOptions& o, const ColumnPlan&
   return dim3(x, y);
 }
 
-// Plans several blocks for the same rows: nothing is kept, and no thread waits for another block. Each block has a range
-// of classes that is a whole number of tiles, so that the blocks can be as many as fill the device to the end: a few times
-// over, for they do not all take the same time, if their threads have classes enough.
+// Plans several blocks for the same rows: nothing is kept, and no thread waits for another block. Each block has a
+// range of classes that is a whole number of tiles, so that the blocks can be as many as fill the device to the end: a
+// few times over, for they do not all take the same time, if their threads have classes enough.
 inline void plan_split_columns(const CrossEntropyOptions& o, RowPlan& plan) {
   ColumnPlan& c = plan.columns;
   plan.kernel = RowKernel::kSplitColumns;

@@ -1,5 +1,5 @@
-// The plans for rows whose classes are neighbours in memory: those taken by a thread, by some lanes of a warp, by a block
-// or a cluster of blocks, and split rows.
+// The plans for rows whose classes are neighbours in memory: those taken by a thread, by some lanes of a warp, by a
+// block or a cluster of blocks, and split rows.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_launch_bounds.h"
@@ -11,8 +11,8 @@ namespace fusedloss::cuda {
 
 constexpr int kFewClasses = 16;  // a thread keeps a row of up to so many in registers
 
-// Rows of a few classes that lie one behind another from a 16-byte boundary: then a block's rows are one piece of memory,
-// which 16-byte accesses can take.
+// Rows of a few classes that lie one behind another from a 16-byte boundary: then a block's rows are one piece of
+// memory, which 16-byte accesses can take.
 inline bool have_few_classes(const CrossEntropyOptions& o) {
   const auto fits = [&](const void* p, const Strides& strides) {
     return p == nullptr || (reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0 && strides.classes == 1 &&
@@ -33,8 +33,8 @@ inline RowPlan plan_few_classes(const CrossEntropyOptions& o, Pass pass) {
   plan.block = dim3(kFewClassesThreads);
   plan.grid = grid_size(o, kFewClassesThreads);
   plan.step = int64_t(plan.grid) * kFewClassesThreads;
-  // Rows of whole vectors lie a word further apart: a warp would else read its rows from every fourth bank or fewer. Other
-  // rows meet in every second one at worst, and could not be copied by 16 bytes if they lay apart.
+  // Rows of whole vectors lie a word further apart: a warp would else read its rows from every fourth bank or fewer.
+  // Other rows meet in every second one at worst, and could not be copied by 16 bytes if they lay apart.
   plan.row_pitch = int(row % kVectorBytes == 0 ? row + row_gap_bytes(bytes) : row);
   plan.shared_bytes = int64_t(plan.row_pitch) * kFewClassesThreads;
   return plan;
@@ -42,12 +42,12 @@ inline RowPlan plan_few_classes(const CrossEntropyOptions& o, Pass pass) {
 
 // ---- Longer rows
 
-constexpr int64_t kManyRows = 16;          // of each multiprocessor: rows enough that few threads may take each
-constexpr int64_t kFewRowsLaneDivisor = 4; // where rows are not many, lanes take rows of tuning.warp_bytes / so many
-constexpr int64_t kNoGradientFactor = 2;   // without a gradient, lanes take rows, and each lane a part, so many times as long
-constexpr int64_t kFewLanes = 8;           // rows for which so many lanes suffice do not get that factor for each lane
-constexpr int kMinBlockThreads = 128;      // of a block that takes a row
-constexpr int64_t kTilesForTwice = 6;      // tiles of a thread, at least, for twice as many threads to take the row
+constexpr int64_t kManyRows = 16;           // of each multiprocessor: rows enough that few threads may take each
+constexpr int64_t kFewRowsLaneDivisor = 4;  // where rows are not many, lanes take rows of tuning.warp_bytes / so many
+constexpr int64_t kNoGradientFactor = 2;    // without a gradient, lanes take rows so many times as long, and a lane as much
+constexpr int64_t kFewLanes = 8;            // rows for which so many lanes suffice do not get that factor for each lane
+constexpr int kMinBlockThreads = 128;       // of a block that takes a row
+constexpr int64_t kTilesForTwice = 6;       // tiles of a thread, at least, for twice as many threads to take the row
 
 // What a plan of rows is made from.
 struct RowSizes {

@@ -42,9 +42,9 @@ __device__ __forceinline__ T prefetch_target_logit(const Row<T, kTarget>& row) {
   return row.y < 0 ? T() : row.logits[row.y * row.o.logits_strides.classes];
 }
 
-// A thread's part of the classes of a row that several threads share; thread: its number among them. The vectors are those
-// of the logits. Where the gradient is aligned otherwise, as that of a slice of a padded vocabulary, only its stores
-// differ: see cross_entropy_shifted_stores.cuh.
+// A thread's part of the classes of a row that several threads share; thread: its number among them. The vectors are
+// those of the logits. Where the gradient is aligned otherwise, as that of a slice of a padded vocabulary, only its
+// stores differ: see cross_entropy_shifted_stores.cuh.
 template <typename T, TargetKind kTarget>
 __device__ __forceinline__ ThreadRange<T> range_of_thread(const Row<T, kTarget>& row, int thread) {
   const auto elements = vectorized_range(int(row.o.classes), row.logits, row.probability);
@@ -57,8 +57,8 @@ __device__ __forceinline__ int rank_of_block(const RowPlan& plan) {
 }
 __device__ __forceinline__ int64_t group_of_block(const RowPlan& plan) { return blockIdx.x >> plan.blocks_shift; }
 
-// What a thread holds of a row at a time: kVectors vectors of kWidth neighbouring classes. kWhole: all of them lie in the
-// row, so that nothing stands between one vector's instructions and the next one's.
+// What a thread holds of a row at a time: kVectors vectors of kWidth neighbouring classes. kWhole: all of them lie in
+// the row, so that nothing stands between one vector's instructions and the next one's.
 template <typename T, TargetKind kTarget, int kWidth, int kVectors, bool kWhole>
 struct RowTile {
   Vector<T, kWidth> x[kVectors];
@@ -86,12 +86,13 @@ struct RowTile {
                                      const Slots<T, kTarget>& slots)
       : range(range) {
     find(number);
+    const int place = number * kVectors;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       x[k] = Vector<T, kWidth>();
       if (!is_there(k)) continue;
-      x[k].from_uint4(slots.logits(number * kVectors + k));
-      if (row.has_probabilities()) t[k].from_uint4(slots.probabilities(number * kVectors + k));
+      x[k].from_uint4(slots.logits(place + k));
+      if (row.has_probabilities()) t[k].from_uint4(slots.probabilities(place + k));
     }
   }
 
@@ -126,9 +127,9 @@ struct RowTile {
   }
 };
 
-// A thread's tiles: first `whole` ones, as many for every thread of the row. If any thread of the warp has classes left,
-// all threads of the warp have one more tile, which ends behind the row: its stores may take shuffles. The threads that
-// share a row are a power of two.
+// A thread's tiles: first `whole` ones, as many for every thread of the row. If any thread of the warp has classes
+// left, all threads of the warp have one more tile, which ends behind the row: its stores may take shuffles. The
+// threads that share a row are a power of two.
 struct RowTileCount {
   int whole, all;
 
@@ -179,8 +180,8 @@ __device__ __forceinline__ void accumulate_tile(RowState<A>& state, const Row<T,
 
 // Adds the tiles of a thread's range to its statistics, from number `first` on, each as it is loaded from memory.
 template <int kWidth, int kVectors, typename T, TargetKind kTarget, typename A>
-__device__ __forceinline__ void accumulate_tiles(RowState<A>& state, const Row<T, kTarget>& row, const ThreadRange<T>& range,
-                                       int first = 0) {
+__device__ __forceinline__ void accumulate_tiles(RowState<A>& state, const Row<T, kTarget>& row,
+                                                 const ThreadRange<T>& range, int first = 0) {
   const auto tiles = RowTileCount::of<kWidth, kVectors>(range);
   on_spread<kTarget>(row.o, [&](auto spread) {
     constexpr SpreadKind kKind = decltype(spread)::value;

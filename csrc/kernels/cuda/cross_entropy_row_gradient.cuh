@@ -23,7 +23,8 @@ struct GradientFactors {
 
 // grad_output: scaled, see TypedOptions::scaled_grad_output.
 template <typename T, typename A>
-__device__ __forceinline__ GradientFactors<A> gradient_factors(const TypedOptions<T>& o, A max, A scale, A grad_output) {
+__device__ __forceinline__ GradientFactors<A> gradient_factors(const TypedOptions<T>& o, A max, A scale,
+                                                               A grad_output) {
   return {max, scale, grad_output, scale * grad_output, math::rounded_product(o.smoothing.uniform, grad_output)};
 }
 
@@ -40,12 +41,13 @@ __device__ __forceinline__ void store_elements(T* p, const Vector<T, kWidth>& ve
   for (int j = 0; j < kWidth; ++j) p[j] = narrow<T>(vector[j]);
 }
 
-// Writes the gradient of a tile as if none of its classes were the target class. There is one branch between both kinds of
-// stores for the whole tile: of a branch for a few stores the compiler would make predicates, and issue both.
-template <SpreadKind kKind, bool kShifted, typename T, TargetKind kTarget, int kWidth, int kVectors, bool kWhole, typename A>
+// Writes the gradient of a tile as if none of its classes were the target class. There is one branch between both kinds
+// of stores for the whole tile: of a branch for a few stores the compiler would make predicates, and issue both.
+template <SpreadKind kKind, bool kShifted, typename T, TargetKind kTarget, int kWidth, int kVectors, bool kWhole,
+          typename A>
 __device__ __forceinline__ void write_tile(const Row<T, kTarget>& row, const GradientFactors<A>& factors,
-                                           const RowTile<T, kTarget, kWidth, kVectors, kWhole>& tile,
-                                           const ThreadRange<T>& range, int number) {
+                                           const RowTile<T, kTarget, kWidth, kVectors, kWhole>& tile, int number) {
+  const ThreadRange<T>& range = tile.range;
   const auto vector_of = [&](int k) {
     A values[kWidth];
 #pragma unroll
@@ -80,8 +82,8 @@ __device__ __forceinline__ void write_tile(const Row<T, kTarget>& row, const Gra
   }
 }
 
-// Writes the gradient of the tiles of a thread's range, from the last one to number `first`. They are loaded from memory
-// once more, and the cache may still hold the last ones.
+// Writes the gradient of the tiles of a thread's range, from the last one to number `first`. They are loaded from
+// memory once more, and the cache may still hold the last ones.
 template <bool kShifted, int kWidth, int kVectors, typename T, TargetKind kTarget, typename A>
 __device__ __forceinline__ void write_tiles(const Row<T, kTarget>& row, const GradientFactors<A>& factors,
                                             const ThreadRange<T>& range, int first = 0) {
@@ -91,10 +93,10 @@ __device__ __forceinline__ void write_tiles(const Row<T, kTarget>& row, const Gr
     int number = tiles.all - 1;
 #pragma unroll 1
     for (; number >= tiles.whole && number >= first; --number)
-      write_tile<kKind, kShifted>(row, factors, RowTile<T, kTarget, kWidth, kVectors, false>(row, range, number), range, number);
+      write_tile<kKind, kShifted>(row, factors, RowTile<T, kTarget, kWidth, kVectors, false>(row, range, number), number);
 #pragma unroll 1
     for (; number >= first; --number)
-      write_tile<kKind, kShifted>(row, factors, RowTile<T, kTarget, kWidth, kVectors, true>(row, range, number), range, number);
+      write_tile<kKind, kShifted>(row, factors, RowTile<T, kTarget, kWidth, kVectors, true>(row, range, number), number);
   });
 }
 
@@ -110,8 +112,8 @@ __device__ __forceinline__ bool has_target(const Row<T, kTarget>& row, const Thr
 }
 
 // Writes a thread's range of the gradient, of which write_vectors writes the vectors. The target class is written after
-// the others: to look for it in every vector costs more. Its value is computed first, so that a thread holds one number for
-// it. x_y is its logit, which must have been read before, as the gradient may be written over it.
+// the others: to look for it in every vector costs more. Its value is computed first, so that a thread holds one number
+// for it. x_y is its logit, which must have been read before, as the gradient may be written over it.
 template <typename T, TargetKind kTarget, typename A, typename F>
 __device__ __forceinline__ void write_gradient(const Row<T, kTarget>& row, const GradientFactors<A>& factors,
                                                const ThreadRange<T>& range, T x_y, F write_vectors) {
@@ -131,8 +133,8 @@ __device__ __forceinline__ void write_zeros(const Row<T, kTarget>& row, const Th
   }
 }
 
-// Writes zeros for a row that does not contribute, even where its logits are NaN. Nothing is read, so the vectors are those
-// of the gradient.
+// Writes zeros for a row that does not contribute, even where its logits are NaN. Nothing is read, so the vectors are
+// those of the gradient.
 template <typename T, TargetKind kTarget>
 __device__ __forceinline__ void write_row_of_zeros(const Row<T, kTarget>& row, const ThreadRange<T>& range) {
   const ThreadRange<T> of_gradient = {vectorized_range(int(row.o.classes), row.grad), range.thread, range.step_shift};

@@ -44,8 +44,8 @@ __device__ __forceinline__ RowResult<A> loss_of_row(const RowTarget<T, kTarget>&
 
 // Stores the row's statistics and, without a reduction, its loss. Called by one thread of the row.
 template <typename T, TargetKind kTarget, typename A>
-__device__ __forceinline__ void store_row_result(const RowTarget<T, kTarget>& row, const RowState<A>& state, A scale, T x_y,
-                                           LossAccumulator& accumulator) {
+__device__ __forceinline__ void store_row_result(const RowTarget<T, kTarget>& row, const RowState<A>& state, A scale,
+                                                 T x_y, LossAccumulator& accumulator) {
   const TypedOptions<T>& o = row.o;
   const RowResult<A> result = loss_of_row(row, state, scale, x_y, accumulator);
   const A loss[1] = {result.loss};
@@ -61,7 +61,9 @@ __device__ __forceinline__ LossSum checked(const LossAccumulator& accumulator) {
 }
 
 // Called by all threads of the block.
-__device__ __forceinline__ LossSum block_sum_of_threads(const LossAccumulator& of_thread) { return block_sum(checked(of_thread)); }
+__device__ __forceinline__ LossSum block_sum_of_threads(const LossAccumulator& of_thread) {
+  return block_sum(checked(of_thread));
+}
 
 // One thread of the block stores the block's sum; a later kernel adds up the sums of all blocks.
 __device__ __forceinline__ void store_block_sum(const CrossEntropyOptions& o, const LossSum& sum) {
@@ -69,7 +71,8 @@ __device__ __forceinline__ void store_block_sum(const CrossEntropyOptions& o, co
 }
 
 // Called by all threads of the block, at its end.
-__device__ __forceinline__ void store_block_sum_of_threads(const CrossEntropyOptions& o, const LossAccumulator& of_thread) {
+__device__ __forceinline__ void store_block_sum_of_threads(const CrossEntropyOptions& o,
+                                                           const LossAccumulator& of_thread) {
   wait_for_launch_before();  // which may still read its own sums in scratch
   const LossSum sum = block_sum_of_threads(of_thread);
   if (threadIdx.x + threadIdx.y == 0) store_block_sum(o, sum);

@@ -1,11 +1,12 @@
 // The software pipeline by which a block's rows, one after another, come into shared memory.
 //
-// Each thread copies its own vectors asynchronously (cp.async) into slots of its own. A block starts the copies of a row
-// while it still works on the row before, so that memory is never idle while threads compute, or wait for one another.
+// Each thread copies its own vectors asynchronously (cp.async) into slots of its own. A block starts the copies of a
+// row while it still works on the row before, so that memory is never idle while threads compute, or wait for one
+// another.
 //
-// The slots hold a whole row, if there is room. Its statistics are accumulated from the slots. After they are merged, the
-// gradient of each tile is computed from the slots again, and the copy of the next row's tile into the same slots is
-// started. What is beyond the slots is read from memory both times.
+// The slots hold a whole row, if there is room. Its statistics are accumulated from the slots. After they are merged,
+// the gradient of each tile is computed from the slots again, and the copy of the next row's tile into the same slots
+// is started. What is beyond the slots is read from memory both times.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -49,7 +50,8 @@ class RowPipeline {
   }
 
   // Adds what a thread has of a row to the statistics.
-  __device__ __forceinline__ void accumulate_row(RowState<A>& state, const Row<T, kTarget>& row, const ThreadRange<T>& range) {
+  __device__ __forceinline__ void accumulate_row(RowState<A>& state, const Row<T, kTarget>& row,
+                                                 const ThreadRange<T>& range) {
     on_spread<kTarget>(row.o, [&](auto spread) {
       for_each_tile(depth, range, [&](auto is_whole, int number) {
         wait_for_copies(depth - 1 - number);
@@ -70,8 +72,7 @@ class RowPipeline {
       for_each_tile(depth, range, [&](auto is_whole, int number) {
         write_tile<decltype(spread)::value, kShifted>(
             row, factors,
-            RowTile<T, kTarget, kVectorSize<T>, kVectors, decltype(is_whole)::value>(row, range, number, slots), range,
-            number);
+            RowTile<T, kTarget, kVectorSize<T>, kVectors, decltype(is_whole)::value>(row, range, number, slots), number);
         start_copy(next, number);
       });
     });

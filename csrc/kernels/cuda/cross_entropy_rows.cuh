@@ -14,9 +14,10 @@ namespace {
 constexpr int kMaxRowsOfBlock = kLaneBlockThreads;  // where each is taken by one lane
 
 template <typename T, TargetKind kTarget, bool kShifted>
-constexpr int kRowsMinBlocks = min_blocks<T, kTarget>(kShifted ? kShiftedRowsBounds : kRowsBounds);
+constexpr int kRowsMinBlocks = min_blocks<T, kTarget>(kRowsBounds<kShifted>);
 
-// A row's loss and its gradient: lanes of a warp, a block or a cluster of blocks take the row, and keep it in shared memory.
+// A row's loss and its gradient: lanes of a warp, a block or a cluster of blocks take the row, and keep it in shared
+// memory.
 template <typename T, TargetKind kTarget, bool kShifted>
 __global__ void __launch_bounds__(kRowThreads, (kRowsMinBlocks<T, kTarget, kShifted>))
     forward_rows(const TypedOptions<T> o) {
@@ -43,8 +44,8 @@ __global__ void __launch_bounds__(kRowThreads, (kRowsMinBlocks<T, kTarget, kShif
     // Loaded here and used after this row: nobody waits for it.
     const int64_t later_target = o.target_at(next_number + plan.step);
     const auto next = source_of(next_number, next_y);
-    // All lanes of a warp take part when statistics are merged, also those behind the last row. Their row does not exist:
-    // its addresses are computed, and never accessed.
+    // All lanes of a warp take part when statistics are merged, also those behind the last row. Their row does not
+    // exist: its addresses are computed, and never accessed.
     const Row<T, kTarget> row(o, number, y);
     const bool contributes = is_row && row.contributes();
     const auto range = range_of_thread(row, thread);
@@ -75,8 +76,8 @@ __global__ void __launch_bounds__(kRowThreads, (kRowsMinBlocks<T, kTarget, kShif
   store_block_sum_of_rows(o, sums);
 }
 
-// The same where no gradient is written: every class is read once, and nothing is kept, which leaves registers and shared
-// memory for more threads. Of split rows, each block has a part, and stores its statistics.
+// The same where no gradient is written: every class is read once, and nothing is kept, which leaves registers and
+// shared memory for more threads. Of split rows, each block has a part, and stores its statistics.
 template <typename T, TargetKind kTarget>
 __global__ void __launch_bounds__(kRowThreads, (min_blocks<T, kTarget>(kLossOnlyBounds)))
     forward_rows_loss_only(const TypedOptions<T> o) {
@@ -109,21 +110,20 @@ __global__ void __launch_bounds__(kRowThreads, (min_blocks<T, kTarget>(kLossOnly
   if (plan.kernel != RowKernel::kSplitRows) store_block_sum_of_rows(o, sums);
 }
 
-// Short rows whose gradient is wanted: some lanes of a warp take one, and each keeps its part of it in registers, so that the
-// row is read once.
+// Short rows whose gradient is wanted: some lanes of a warp take one, and each keeps its part of it in registers, so
+// that the row is read once.
 template <typename T, TargetKind kTarget, bool kShifted>
 __global__ void __launch_bounds__(kLaneBlockThreads,
-                                  (min_blocks<T, kTarget>(kShifted ? kShiftedRegisterRowsBounds : kRegisterRowsBounds<T>)))
+                                  (min_blocks<T, kTarget>(kRegisterRowsBounds<T, kShifted>)))
     forward_rows_in_registers(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   __shared__ LossAccumulator sums[kMaxRowsOfBlock];  // a row's first lane has one for itself
   if (threadIdx.x == 0) sums[threadIdx.y] = {};
   let_next_launch_start();
-  A grad_output = 0;
-  bool is_first_turn = true;
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < o.plan.rows; first += o.plan.step) {
     const int64_t number = first + threadIdx.y;
-    // All lanes of a warp take part when statistics are merged; those behind the last row take the block's first one again.
+    // All lanes of a warp take part when statistics are merged; those behind the last row take the block's first one
+    // again.
     const bool is_row = number < o.plan.rows;
     const Row<T, kTarget> row(o, is_row ? number : first);
     const auto range = range_of_thread(row, int(threadIdx.x));
@@ -136,19 +136,15 @@ __global__ void __launch_bounds__(kLaneBlockThreads,
     state = lanes_merge<is_spread(kTarget)>(state, int(blockDim.x));
     const A scale = row.scale_of(state);
     if (is_row && threadIdx.x == 0) store_row_result(row, state, scale, x_y, sums[threadIdx.y]);
-    if (is_first_turn) {
-      wait_for_launch_before();  // for total_weight
-      grad_output = o.scaled_grad_output(A(1));
-    }
-    is_first_turn = false;
+    wait_for_launch_before();  // for total_weight
     if (!is_row) continue;
     if (!row.contributes()) {
       write_row_of_zeros(row, range);
       continue;
     }
-    write_gradient(row, gradient_factors(o, state.max, scale, grad_output), range, x_y, [&](const GradientFactors<A>& factors) {
-      on_spread<kTarget>(
-          o, [&](auto spread) { write_tile<decltype(spread)::value, kShifted>(row, factors, tile, range, 0); });
+    const A g = o.scaled_grad_output(A(1));  // there is no grad_output yet
+    write_gradient(row, gradient_factors(o, state.max, scale, g), range, x_y, [&](const GradientFactors<A>& factors) {
+      on_spread<kTarget>(o, [&](auto spread) { write_tile<decltype(spread)::value, kShifted>(row, factors, tile, 0); });
     });
   }
   store_block_sum_of_rows(o, sums);

@@ -1,10 +1,11 @@
-// Stores of 16 bytes where the gradient's rows are aligned otherwise than those of the logits, as they are for a slice of
-// a padded vocabulary.
+// Stores of 16 bytes where the gradient's rows are aligned otherwise than those of the logits, as they are for a slice
+// of a padded vocabulary.
 //
-// The vectors of a warp's lanes are neighbours, but each begins behind a boundary of 16 bytes. So a lane stores the vector
-// that ends in its vector, with what the lane before has of it. The first lane's vector has two parts that lie apart: its end
-// is the beginning of the warp's vectors, and its beginning, which comes from the last lane, is their end. These elements are
-// stored by themselves, those of all vectors of a tile at once: the lanes find them in shared memory.
+// The vectors of a warp's lanes are neighbours, but each begins behind a boundary of 16 bytes. So a lane stores the
+// vector that ends in its vector, with what the lane before has of it. The first lane's vector has two parts that lie
+// apart: its end is the beginning of the warp's vectors, and its beginning, which comes from the last lane, is their
+// end. These elements are stored by themselves, those of all vectors of a tile at once: the lanes find them in shared
+// memory.
 #pragma once
 
 #include "kernels/cuda/reduce.cuh"
@@ -20,8 +21,8 @@ __device__ __forceinline__ uint4 (&edges_of_warps())[kMaxRowWarps][kMaxTileVecto
   return edges;
 }
 
-// A value that the compiler knows nothing of. What it could tell of a thread's number it would tell before the loop over the
-// rows, and keep in registers that are missed elsewhere.
+// A value that the compiler knows nothing of. What it could tell of a thread's number it would tell before the loop
+// over the rows, and keep in registers that are missed elsewhere.
 __device__ __forceinline__ int opaque(int value) {
 #if FUSEDLOSS_CUDA_ARCH
   asm volatile("" : "+r"(value));
@@ -50,8 +51,8 @@ struct ShiftedVectors {
   __device__ __forceinline__ void store(int k, const Vector<T, kVectorSize<T>>& vector) const {
     constexpr bool kHalves = sizeof(T) == 2;  // words may come from two
     const int lanes_here = lanes<kWhole>(k), before = lane == 0 ? lanes_here - 1 : lane - 1;
-    // The words of a lane move to their places in a vector, and round from its end to its beginning: there they belong to
-    // the next lane.
+    // The words of a lane move to their places in a vector, and round from its end to its beginning: there they belong
+    // to the next lane.
     const bool by_one = sizeof(T) < 8 && (bytes & 4), by_two = bytes & 8;
     uint32_t moved[4], words[4];
 #pragma unroll

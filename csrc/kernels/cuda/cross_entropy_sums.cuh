@@ -1,5 +1,5 @@
-// The kernels that add up what blocks have stored in scratch memory: the loss, the weights that the mean divides by, and the
-// statistics of split rows. Every sum is taken in a fixed order.
+// The kernels that add up what blocks have stored in scratch memory: the loss, the weights that the mean divides by,
+// and the statistics of split rows. Every sum is taken in a fixed order.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_options.cuh"
@@ -47,8 +47,8 @@ FUSEDLOSS_ANYWHERE int lanes_of_split(int blocks) {
   return lanes;
 }
 
-// Some lanes of a warp merge the statistics that a row's blocks have stored, and one of them stores the row's loss. If there
-// is only one block, it stores the loss of all rows, too; else it stores its sum for finish_loss.
+// Some lanes of a warp merge the statistics that a row's blocks have stored, and one of them stores the row's loss. If
+// there is only one block, it stores the loss of all rows, too; else it stores its sum for finish_loss.
 template <typename T, TargetKind kTarget>
 __global__ void __launch_bounds__(kSplitThreads) finish_split_rows(const TypedOptions<T> o, LossSum* sums) {
   using A = AccumulateType<T>;

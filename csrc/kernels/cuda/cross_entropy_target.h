@@ -8,8 +8,8 @@
 
 namespace fusedloss::cuda {
 
-// What the target distribution of a row is made of. The kernels are compiled for each: probabilities take registers that
-// other targets can do without.
+// What the target distribution of a row is made of. The kernels are compiled for each: probabilities take registers
+// that other targets can do without.
 enum class TargetKind { kIndex, kSmoothedIndex, kProbabilities };
 
 // The target distribution is not 0 outside of the target class.

@@ -1,10 +1,11 @@
-// The functions of a number that the formulas take on the GPU: CUDA's accurate ones, over their whole domain, where those
-// are short (expf takes 7 instructions) or seldom, and others in float where CUDA's are long or branch. Instructions, not
-// memory, bound a loss that has more than some forty of them for an element of 16 bits, and a branch for each element
-// keeps the compiler from interleaving the elements. Small results count in the pointwise losses; exp_nonpositive, which
-// is for cross entropy, gives 0 below 2^-126. The errors that are stated for log, log1p and expm1 were found by running
-// the same arithmetic on a CPU for tens of millions of floats; those of quotients follow from the error of 1 ulp that the
-// hardware's inverse is said to have. The emulator has the C library's functions in their place.
+// The functions of a number that the formulas take on the GPU: CUDA's accurate ones, over their whole domain, where
+// those are short (expf takes 7 instructions) or seldom, and others in float where CUDA's are long or branch.
+// Instructions, not memory, bound a loss that has more than some forty of them for an element of 16 bits, and a branch
+// for each element keeps the compiler from interleaving the elements. Small results count in the pointwise losses;
+// exp_nonpositive, which is for cross entropy, gives 0 below 2^-126. The errors that are stated for log, log1p and
+// expm1 were found by running the same arithmetic on a CPU for tens of millions of floats; those of quotients follow
+// from the error of 1 ulp that the hardware's inverse is said to have. The emulator has the C library's functions in
+// their place.
 #pragma once
 
 #include <cmath>
@@ -119,8 +120,8 @@ FUSEDLOSS_INLINE float inverse(float x) {
 }
 FUSEDLOSS_INLINE double inverse(double x) { return 1 / x; }
 
-// a/b over its whole domain, with an error below 3 ulp (below 2 where the hardware's inverse is the nearest float), also
-// where the result is subnormal. a is scaled first: that product cannot overflow before the quotient does. Beside
+// a/b over its whole domain, with an error below 3 ulp (below 2 where the hardware's inverse is the nearest float),
+// also where the result is subnormal. a is scaled first: that product cannot overflow before the quotient does. Beside
 // inverse(b) it takes two instructions more.
 FUSEDLOSS_INLINE float divide(float a, float b) {
 #if FUSEDLOSS_CUDA_ARCH
@@ -142,9 +143,9 @@ FUSEDLOSS_INLINE float divide_by_moderate(float a, float b) {
 }
 FUSEDLOSS_INLINE double divide_by_moderate(double a, double b) { return a / b; }
 
-// The same with an error below 0.51 ulp, for |a| >= 2^-100: what the quotient leaves of a is divided as well. That is NaN
-// for an infinite a, and then taken for some finite number, so that the quotient stays infinite. IEEE's takes twice the
-// five instructions, and a branch.
+// The same with an error below 0.51 ulp, for |a| >= 2^-100: what the quotient leaves of a is divided as well. That is
+// NaN for an infinite a, and then taken for some finite number, so that the quotient stays infinite. IEEE's takes twice
+// the five instructions, and a branch.
 FUSEDLOSS_INLINE float divide_closely_by_moderate(float a, float b) {
 #if FUSEDLOSS_CUDA_ARCH
   const float inverse = inverse_of_moderate(b), quotient = math::rounded_product(a, inverse);
@@ -248,8 +249,8 @@ FUSEDLOSS_INLINE float expm1(float given) {
 }
 FUSEDLOSS_INLINE double expm1(double x) { return ::expm1(x); }
 
-// log(1 + x) for 0 <= x <= 1 or NaN, with an error below 1.6 ulp: x + x^2 q(x), where q is fitted to a relative error of
-// the result of 3.3e-8. log1pf takes twice as many instructions, and a branch.
+// log(1 + x) for 0 <= x <= 1 or NaN, with an error below 1.6 ulp: x + x^2 q(x), where q is fitted to a relative error
+// of the result of 3.3e-8. log1pf takes twice as many instructions, and a branch.
 FUSEDLOSS_INLINE float log1p_up_to_1(float x) {
   float q = 0.00536542246f;
   q = ::fmaf(q, x, -0.0300683007f);

@@ -1,8 +1,8 @@
 // The negative log likelihood of class indices, on the GPU.
 //
 // The forward pass reads one element a row, from all over the input: what counts is how many loads are under way. The
-// backward pass is as fast as memory takes zeros: a block fills a tile with them, 16 bytes at a time, and then writes the
-// rows' elements into it while the tile is in the cache.
+// backward pass is as fast as memory takes zeros: a block fills a tile with them, 16 bytes at a time, and then writes
+// the rows' elements into it while the tile is in the cache.
 #include "kernels/cuda/nll_loss_cuda.h"
 
 #include "kernels/cuda/grad_output.cuh"
@@ -157,7 +157,8 @@ cudaError_t nll_loss_backward(const NLLLossOptions& o, cudaStream_t stream) {
   if (o.rows() == 0 || o.classes == 0) return cudaSuccess;
   const Tiling tiling = make_tiling(o.outer, o.classes, o.inner, o.grad_strides, kTileElements);
   unsigned along = 1;  // threads of a run
-  while (along < kThreads && along * (kVectorBytes / bytes_of(o.dtype)) < tiling.runs_of(tiling.tile).length) along *= 2;
+  const int64_t vector_size = kVectorBytes / bytes_of(o.dtype);
+  while (along < kThreads && along * vector_size < tiling.runs_of(tiling.tile).length) along *= 2;
   const dim3 block(along, kThreads / along);
   const unsigned grid = unsigned(smaller(tiling.count, o.tuning.max_blocks));
   return on_dtype(o.dtype, [&](auto zero) {

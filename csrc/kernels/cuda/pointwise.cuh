@@ -17,9 +17,9 @@ namespace {  // a library of each source: none may take the kernels of another
 
 constexpr int kThreads = 256;
 
-// Vectors of each operand that a thread loads before it computes: four altogether at least, and two of each, unless there
-// are many. More of them would take registers that other threads need, and each vector moves up through the places of
-// those before it.
+// Vectors of each operand that a thread loads before it computes: four altogether at least, and two of each, unless
+// there are many. More of them would take registers that other threads need, and each vector moves up through the
+// places of those before it.
 FUSEDLOSS_INLINE constexpr int vectors_in_flight(int operands) {
   return operands == 1 ? 4 : operands <= 4 ? 2 : 1;
 }
@@ -40,7 +40,8 @@ __device__ __forceinline__ bool is_one_value(const PointwiseOptions& o, int k) {
   return k > 0 && o.operand_period[k] == 1;
 }
 
-// Or a row of values serves all rows, such as a weight for each class. Formulas of few operands are not compiled for it.
+// Or a row of values serves all rows, such as a weight for each class. Formulas of few operands are not compiled for
+// it.
 template <typename F>
 __device__ __forceinline__ bool is_repeated(const PointwiseOptions& o, int k) {
   return F::kOperands >= kFewestOfRepeated && k > 0 && o.operand_period[k] > 1;
@@ -53,13 +54,14 @@ __device__ __forceinline__ const T* elements_of(const PointwiseOptions& o, int k
 
 // Which elements to take 16 bytes at a time: `losses` (loss or grad_output) matters where it has an element for each.
 template <typename F, typename T, int... kOperand>
-__device__ __forceinline__ VectorizedRange<T, int64_t> vectorized_elements(const PointwiseOptions& o, const void* losses,
-                                                            std::integer_sequence<int, kOperand...>) {
+__device__ __forceinline__ VectorizedRange<T, int64_t> vectorized_elements(
+    const PointwiseOptions& o, const void* losses, std::integer_sequence<int, kOperand...>) {
   const bool wide = o.loss_dtype != o.dtype;
   const auto has_all = [&](int k) { return !is_one_value(o, k) && !is_repeated<F>(o, k); };
-  return vectorized_range(o.numel, elements_of<T>(o, 0), (has_all(kOperand) ? elements_of<T>(o, kOperand) : nullptr)...,
-               static_cast<const T*>(o.grad[kOperand])..., static_cast<const T*>(wide ? nullptr : losses),
-               static_cast<const AccumulateType<T>*>(wide ? losses : nullptr));
+  return vectorized_range(o.numel, elements_of<T>(o, 0),
+                          (has_all(kOperand) ? elements_of<T>(o, kOperand) : nullptr)...,
+                          static_cast<const T*>(o.grad[kOperand])..., static_cast<const T*>(wide ? nullptr : losses),
+                          static_cast<const AccumulateType<T>*>(wide ? losses : nullptr));
 }
 
 // Elements from number i on of a row of `period` that repeats itself: by 16 bytes where they lie so, else one by one.
@@ -102,7 +104,8 @@ struct Values {
 
 // Their losses, with the derivatives by the operands of kWrt.
 template <typename F, unsigned kWrt, typename A, int kWidth>
-__device__ __forceinline__ auto losses_of(const Values<F, A, kWidth>& values, const A (&parameter)[F::kParameters + 1]) {
+__device__ __forceinline__ auto losses_of(const Values<F, A, kWidth>& values,
+                                          const A (&parameter)[F::kParameters + 1]) {
   using Parameters = std::make_integer_sequence<int, F::kParameters>;
   using Loss = decltype(loss_of<F, kWrt>(values.of[0], parameter, OperandsOf<F>{}, Parameters{}));
   struct {
@@ -114,8 +117,8 @@ __device__ __forceinline__ auto losses_of(const Values<F, A, kWidth>& values, co
   return losses;
 }
 
-// Adds the losses to sum, or writes them. The sum's additions are not fused with what the formula ends in: so it has the
-// same bits with and without gradients.
+// Adds the losses to sum, or writes them. The sum's additions are not fused with what the formula ends in: so it has
+// the same bits with and without gradients.
 template <typename T, int kWidth, typename Loss>
 __device__ __forceinline__ void take_losses(const PointwiseOptions& o, int64_t i, const Loss (&losses)[kWidth],
                                             AccumulateType<T>& sum) {
@@ -140,8 +143,8 @@ __device__ __forceinline__ void write_gradient(const PointwiseOptions& o, int64_
   store_values(static_cast<T*>(o.grad[kOperand]) + i, grad);
 }
 
-// One vector of each operand. With gradients, what their losses take besides is computed only if those are wanted, and so
-// is what the gradients by other operands than the first take: those are wanted seldom.
+// One vector of each operand. With gradients, what their losses take besides is computed only if those are wanted, and
+// so is what the gradients by other operands than the first take: those are wanted seldom.
 template <typename F, bool kGradients, typename T, int kWidth, int... kOperand>
 __device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common<F, T>& common, int64_t i,
                                          const Vector<T, kWidth> (&vectors)[F::kOperands], AccumulateType<T>& sum,
@@ -171,14 +174,16 @@ __device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common
 
 // A thread's units of kWidth elements -> the sum of their losses, where it is wanted.
 template <int kWidth, typename F, bool kGradients, typename T>
-__device__ __forceinline__ AccumulateType<T> evaluate_units(const PointwiseOptions& o, const VectorizedRange<T, int64_t>& elements) {
+__device__ __forceinline__ AccumulateType<T> evaluate_units(const PointwiseOptions& o,
+                                                            const VectorizedRange<T, int64_t>& elements) {
   constexpr int kVectors = vectors_in_flight(F::kOperands);
   Common<F, T> common = {};
 #pragma unroll
   for (int k = 0; k < F::kParameters; ++k) common.parameter[k] = AccumulateType<T>(o.parameter[k]);
   if constexpr (kGradients) common.grad_output = common_grad_output<T>(o);
 
-  // An operand of one value has it in all vectors from here on: nothing is loaded there, and it stays as vectors move up.
+  // An operand of one value has it in all vectors from here on: nothing is loaded there, and it stays as vectors move
+  // up.
   Vector<T, kWidth> vectors[kVectors][F::kOperands] = {};
 #pragma unroll
   for (int k = 0; k < F::kOperands; ++k)
@@ -197,8 +202,10 @@ __device__ __forceinline__ AccumulateType<T> evaluate_units(const PointwiseOptio
       const int64_t first = elements.template first<kWidth>(unit + p * step);
 #pragma unroll
       for (int k = 0; k < F::kOperands; ++k)
-        if (is_repeated<F>(o, k)) vectors[p][k] = load_repeated<kWidth>(elements_of<T>(o, k), o.operand_period[k], first);
-        else if (!is_one_value(o, k)) vectors[p][k] = load<kWidth>(elements_of<T>(o, k) + first);
+        if (is_repeated<F>(o, k))
+          vectors[p][k] = load_repeated<kWidth>(elements_of<T>(o, k), o.operand_period[k], first);
+        else if (!is_one_value(o, k))
+          vectors[p][k] = load<kWidth>(elements_of<T>(o, k) + first);
     }
     // One text for all vectors, however long the formula is: the next one moves to the first one's place.
 #pragma unroll 1
@@ -235,8 +242,8 @@ __global__ void FUSEDLOSS_BOUNDS losses(const PointwiseOptions o) {
   evaluate_all<F, false, T>(o);
 }
 
-// In both passes, so that the gradient which one has left has the bits of the other's. The forward pass wants the losses
-// too.
+// In both passes, so that the gradient which one has left has the bits of the other's. The forward pass wants the
+// losses too.
 template <typename F, typename T>
 __global__ void FUSEDLOSS_BOUNDS gradients(const PointwiseOptions o) {
   if (o.loss == nullptr) wait_for_launch_before();
@@ -257,7 +264,8 @@ __global__ void __launch_bounds__(kSumThreads) finish_loss(const PointwiseOption
 }
 
 inline unsigned grid_of(const PointwiseOptions& o) {
-  const int64_t blocks = divide_up(o.numel, kThreads * vectors_in_flight(o.operands) * (kVectorBytes / bytes_of(o.dtype)));
+  const int64_t of_thread = vectors_in_flight(o.operands) * (kVectorBytes / bytes_of(o.dtype));
+  const int64_t blocks = divide_up(o.numel, kThreads * of_thread);
   return unsigned(smaller(blocks, o.tuning.max_blocks));
 }
 
@@ -286,7 +294,7 @@ cudaError_t launch_backward(const PointwiseOptions& given, cudaStream_t stream) 
   if (o.numel == 0) return cudaSuccess;
   const cudaError_t error = complete(o.tuning, reinterpret_cast<const void*>(&finish_loss<float>));
   if (error != cudaSuccess) return error;
-  if (o.grad_ready) o.tuning.max_blocks = smaller(o.tuning.max_blocks, kHandOverBlocks);
+  if (o.grad_ready) o.tuning.max_blocks = smaller(o.tuning.max_blocks, kReadyGradientBlocks);
   return on_dtype(o.dtype, [&](auto zero) {
     return launch(gradients<F, decltype(zero)>, after_launch(o, grid_of(o), kThreads), stream, o);
   });

@@ -99,8 +99,8 @@ __device__ __forceinline__ V sum_of_blocks(const void* stored, int blocks) {
 }
 
 // Over the threads of a row within a block: threadIdx.x in [0, blockDim.x), some lanes of a warp or the whole block.
-// `turn` counts the calls: the warps meet in one of two places in turn, so that one barrier is enough. A warp that writes
-// to a place again has passed the barrier of the call in between, as have all that read it.
+// `turn` counts the calls: the warps meet in one of two places in turn, so that one barrier is enough. A warp that
+// writes to a place again has passed the barrier of the call in between, as have all that read it.
 template <bool kSpread, typename A>
 __device__ __forceinline__ RowState<A> row_merge(RowState<A> state, int turn) {
   state = lanes_merge<kSpread>(state, int(blockDim.x));

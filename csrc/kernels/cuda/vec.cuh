@@ -34,8 +34,8 @@ __device__ __forceinline__ T narrow(A x) {
 template <typename T>
 constexpr int kVectorSize = kVectorBytes / sizeof(T);
 
-// Neighbouring elements as loaded: kVectorSize<T> of them, or one. They stay in 32-bit words until they are computed with:
-// halves that were taken apart sooner would wait for their load before the next load is issued.
+// Neighbouring elements as loaded: kVectorSize<T> of them, or one. They stay in 32-bit words until they are computed
+// with: halves that were taken apart sooner would wait for their load before the next load is issued.
 template <typename T, int kWidth>
 struct Vector {
   static_assert(kWidth == kVectorSize<T>);
@@ -210,7 +210,8 @@ __device__ __forceinline__ void store_values(T* p, const A (&values)[kWidth]) {
 
 // The same for loss and grad_output, which hold T or, if wide, its accumulate type.
 template <typename T, int kWidth>
-__device__ __forceinline__ void load_loss(const void* losses, bool wide, int64_t i, AccumulateType<T> (&values)[kWidth]) {
+__device__ __forceinline__ void load_loss(const void* losses, bool wide, int64_t i,
+                                          AccumulateType<T> (&values)[kWidth]) {
   if (wide) load_values(static_cast<const AccumulateType<T>*>(losses) + i, values);
   else load_values(static_cast<const T*>(losses) + i, values);
 }
