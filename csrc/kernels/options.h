@@ -29,7 +29,7 @@ struct CudaTuning {
   int64_t target_weight_rows = 16384;  // of a block that adds up the weights of the rows' target classes
   int64_t max_blocks = 8192;           // of a grid; where the problem is larger, a block takes several parts in turn
   int64_t waves = 2;                   // at most, of blocks that take rows in turn; the device holds one at once
-  int64_t overlap = 1;                 // 1: a kernel may start while the one before it runs, if the device can; 0: never
+  int64_t overlap = 1;                 // 1: a kernel may start while the one before runs, if the device can; 0: never
 
   // 0: as the current device has them.
   int64_t multiprocessors = 0;

@@ -1,17 +1,18 @@
-// Columns: rows that are neighbours in memory, as in (N, C, d1, …), and rows of so few classes that a thread takes one,
-// if cross_entropy_few.cuh cannot take them.
+// The kernels for columns: rows that are neighbours in memory, as in (N, C, d1, …), and rows of a few classes that
+// cross_entropy_few_classes.cuh cannot take.
 //
 // A thread takes kWidth neighbouring rows side by side: one 16-byte load brings one class of all of them. Where
 // alignment does not allow that, kWidth is 1. A block is (threads side by side, threads along the classes), and keeps
 // all classes of its rows in shared memory. Where it cannot, several blocks share the same rows ("split"), and the
-// logits are read twice (cross_entropy_columns_plan.h decides).
+// logits are read twice (cross_entropy_plan_columns.h decides).
 //
 // A block goes from the threads' view to the rows' view and back, by way of shared memory:
-//   1. each thread sweeps its classes, and has the statistics of kWidth rows;
-//   2. they are merged: in a warp by shuffles, then in shared memory;
-//   3. one thread for each row, or some lanes, makes the row's loss, and what the gradient needs to know of the row;
-//   4. each thread reads that of its kWidth rows, and sweeps its classes again to write the gradient.
-// Split rows go through 1 and 2, and what their blocks have found through finish_split_rows; the backward pass begins
+//   1. each thread reads its classes, and has the statistics of kWidth rows (cross_entropy_column_tiles.cuh);
+//   2. the statistics are merged: in a warp by shuffles, then in shared memory (cross_entropy_column_exchange.cuh);
+//   3. one thread for each row computes the row's loss, and stores what the gradient needs to know of the row;
+//   4. each thread takes that of its kWidth rows, and reads its classes again to write the gradient
+//      (cross_entropy_column_gradient.cuh).
+// Split rows go through 1 and 2; finish_split_rows merges the statistics of their blocks. The backward pass begins
 // with 3.
 #pragma once
 
@@ -41,7 +42,7 @@ struct ColumnBlock {
   }
 };
 
-// A block has all classes of its rows.
+// A block takes all classes of its rows.
 template <typename T, TargetKind kTarget, int kWidth>
 __global__ void __launch_bounds__((max_threads<T, kTarget>(kColumnsBounds)), (min_blocks<T, kTarget>(kColumnsBounds)))
     forward_columns(const TypedOptions<T> o) {
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__((max_threads<T, kTarget>(kColumnsBounds)), (mi
       accumulate_columns<kStages ? Staging::kIfSlots : Staging::kNever>(
           state, ThreadColumns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y)));
     const int threads = int(blockDim.x * blockDim.y), in_block = threadIdx.y * blockDim.x + threadIdx.x;
-    // The target of this thread's next row in step 3.
+    // The target of this thread's next row in step 3 is loaded ahead.
     int64_t next_target = o.target_at(first * kWidth + (in_block >> columns.sets_shift));
     store_states(memory, state);
     wait_for_launch_before();  // for total_weight
@@ -89,9 +90,9 @@ __global__ void __launch_bounds__((max_threads<T, kTarget>(kColumnsBounds)), (mi
   store_block_sum_of_threads(o, sum);
 }
 
-// A thread has all classes of its rows: nothing is exchanged, and what a row costs besides its classes is done for the
-// thread's rows side by side. kWithGradient: the gradient is wanted. Without it registers suffice for more threads, if
-// the targets are fetched to the cache only, where eight of them take none.
+// A thread takes all classes of its rows: nothing is exchanged, and what a row costs besides its classes is done for
+// the thread's rows side by side. Without a gradient, registers suffice for more threads, if the targets, which would
+// take registers, are only prefetched to the cache before the classes are read.
 template <typename T, TargetKind kTarget, int kWidth, bool kWithGradient>
 __global__ void __launch_bounds__(kColumnThreadsAcross, (min_blocks<T, kTarget>(kThreadColumnsBounds<kWithGradient>)))
     forward_columns_of_thread(const TypedOptions<T> o) {
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, (min_blocks<T, kTarget>(
   store_block_sum_of_threads(o, sum);
 }
 
-// A block has a part of the classes of its rows, and leaves what it knows of each row to finish_split_rows.
+// A block takes a part of the classes of its rows, and stores the statistics of each row for finish_split_rows.
 template <typename T, TargetKind kTarget, int kWidth>
 __global__ void __launch_bounds__(kSplitColumnThreads, (min_blocks<T, kTarget>(kSplitColumnsBounds)))
     forward_columns_split(const TypedOptions<T> o) {
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(kSplitColumnThreads, (min_blocks<T, kTarget>(k
   }
 }
 
-// No thread waits for another block: the rows' statistics are known.
+// The backward pass: no thread waits for another block, since the rows' statistics are known.
 template <typename T, TargetKind kTarget, int kWidth>
 __global__ void __launch_bounds__(kSplitColumnThreads, (min_blocks<T, kTarget>(kSplitColumnsBounds)))
     backward_columns(const TypedOptions<T> o) {

@@ -6,24 +6,25 @@
 // is wanted in the forward pass, they keep what they have read in registers or in shared memory, if there is room, and
 // write the gradient from there. So the logits are read from memory once, the gradient is written once, and nothing
 // else is of that size. A backward pass reads the logits once more, and takes the statistics that the forward pass has
-// stored. Row for row, it is
+// stored. The steps of a row are in
 //   cross_entropy_row.cuh            a thread's tiles, and the statistics
 //   cross_entropy_row_loss.cuh       from the statistics to the loss
-//   cross_entropy_row_gradient.cuh   and to the gradient; cross_entropy_shifted_stores.cuh: where it is aligned otherwise
+//   cross_entropy_row_gradient.cuh   from the statistics to the gradient; with cross_entropy_shifted_stores.cuh, where
+//                                    it is aligned otherwise than the logits
 //
 // Which kernel takes a row is decided in make_plan, below, by its length, its layout, and how many rows there are:
 //   forward_few_classes        a thread takes a row of up to 16 classes, where the rows lie one behind another
 //                              (cross_entropy_few_classes.cuh)
 //   forward_rows_in_registers  some lanes of a warp take a row of up to 4 KB, whose gradient is wanted
 //                              (this one and the next two: cross_entropy_rows.cuh)
-//   forward_rows               some lanes, a block, or a cluster of blocks takes a longer row whose gradient is wanted; it
-//                              comes through a pipeline in shared memory (cross_entropy_row_pipeline.cuh)
-//   forward_rows_loss_only     some lanes or a block takes a row whose gradient is not wanted; or several blocks share one
-//                              of few, long rows ("split rows"), and a second kernel merges their statistics
-//   forward_columns_of_thread  a thread takes all classes of some rows that are neighbours in memory, as in (N, C, d1, …):
-//                              "columns" (this one and the next two: cross_entropy_columns.cuh)
-//   forward_columns            the threads of a block share such rows, where a thread could not keep all of their classes
-//   forward_columns_split      several blocks share such rows, where a block could not
+//   forward_rows               some lanes, a block, or a cluster of blocks takes a longer row whose gradient is wanted;
+//                              the row comes by a pipeline in shared memory (cross_entropy_row_pipeline.cuh)
+//   forward_rows_loss_only     some lanes or a block takes a row whose gradient is not wanted; or several blocks share
+//                              one of few, long rows ("split rows"), and a second kernel merges their statistics
+//   forward_columns_of_thread  a thread takes all classes of some rows that are neighbours in memory, as in
+//                              (N, C, d1, …): "columns" (this one and the next two: cross_entropy_columns.cuh)
+//   forward_columns            the threads of a block share columns, where one thread could not keep all their classes
+//   forward_columns_split      several blocks share columns, where one block could not keep all their classes
 // The backward pass has backward_few_classes, backward_rows and backward_columns. After split rows, the forward pass
 // launches it for the gradient.
 //

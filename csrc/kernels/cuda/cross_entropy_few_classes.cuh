@@ -1,4 +1,5 @@
-// Rows of a few classes, one behind another in memory: a thread takes a row, and keeps its exponentials in registers.
+// The kernels for rows of a few classes that lie one behind another in memory: a thread takes a row, and keeps its
+// exponentials in registers.
 //
 // If each thread read and wrote its row in memory, a warp's accesses would lie a row apart: each would move 32 bytes
 // for 2 or 4 that it wants. So a block copies the logits of all its rows to shared memory as one piece, by 16-byte
@@ -70,7 +71,8 @@ class StagedRows {
     return int(smaller(o.plan.rows - first, int64_t(kFewClassesThreads)) * o.classes);
   }
 
-  // Calls f(number of its first element, its place, bytes that can be copied at a time) for each vector of the piece.
+  // Calls f(its first element's number, its place in shared memory, bytes that can be copied at a time) for each vector
+  // of the block's rows.
   template <typename F>
   __device__ __forceinline__ void for_each_vector(F f) const {
     const int vectors = elements() / kVectorSize<T>;
@@ -84,7 +86,8 @@ class StagedRows {
           std::integral_constant<int, row_gap_bytes(sizeof(T))>());
     }
   }
-  // For what is less than a vector, at the end of the last block: there are no gaps between rows then.
+  // Calls f(number, place) for the elements behind the last vector, in the last block. There are no gaps between rows
+  // then.
   template <typename F>
   __device__ __forceinline__ void for_each_element_behind(F f) const {
     const int i = elements() / kVectorSize<T> * kVectorSize<T> + int(threadIdx.x);
@@ -147,12 +150,12 @@ struct RowInRegisters {
   }
 
   // For the backward pass, which knows the statistics.
-  __device__ __forceinline__ void take_exponentials(A max) {
+  __device__ __forceinline__ void compute_exponentials(A max) {
     const A reference = shift(max);
     for_each_class([&](int c) { x[c] = math::exp_nonpositive(x[c] - reference); });
   }
 
-  // From exponentials. As in other rows, the target class comes after the others. x_y: its logit.
+  // From the exponentials. As in other rows, the target class is written after the others. x_y: its logit.
   __device__ __forceinline__ void write_gradient(A max, A scale, A grad_output, T x_y) const {
     const bool contributes = row.contributes();
     const A factor = scale * grad_output;
@@ -210,7 +213,7 @@ __global__ void __launch_bounds__(kFewClassesThreads, (min_blocks<T, kTarget>(kF
       on_spread<kTarget>(o, [&](auto spread) {
         RowInRegisters<T, kTarget, decltype(spread)::value> classes(row, block_rows.row());
         const T x_y = classes.logit_of_target();
-        classes.take_exponentials(max);
+        classes.compute_exponentials(max);
         classes.write_gradient(max, scale, o.scaled_grad_output(grad_output_at<T>(o, number)), x_y);
       });
     }

@@ -58,7 +58,7 @@ struct RowPlan {
   // Of kRowsInSharedMemory, see cross_entropy_row_pipeline.cuh; columns have slots, too.
   int tiles = 0;               // of a thread, in a row
   int depth = 0;               // so many tiles of a thread have slots in shared memory
-  int slots = 0;               // of a thread, each for a vector; fewer than `depth` tiles of them where a row ends sooner
+  int slots = 0;               // of a thread, each for a vector; fewer than `depth` tiles take where a row ends
   ColumnPlan columns;
   int64_t shared_bytes = 0;    // of a block
 

@@ -44,7 +44,7 @@ inline RowPlan plan_few_classes(const CrossEntropyOptions& o, Pass pass) {
 
 constexpr int64_t kManyRows = 16;           // of each multiprocessor: rows enough that few threads may take each
 constexpr int64_t kFewRowsLaneDivisor = 4;  // where rows are not many, lanes take rows of tuning.warp_bytes / so many
-constexpr int64_t kNoGradientFactor = 2;    // without a gradient, lanes take rows so many times as long, and a lane as much
+constexpr int64_t kNoGradientFactor = 2;    // without a gradient, lanes take rows so many times as long
 constexpr int64_t kFewLanes = 8;            // rows for which so many lanes suffice do not get that factor for each lane
 constexpr int kMinBlockThreads = 128;       // of a block that takes a row
 constexpr int64_t kTilesForTwice = 6;       // tiles of a thread, at least, for twice as many threads to take the row

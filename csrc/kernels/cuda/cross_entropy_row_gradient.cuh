@@ -93,10 +93,12 @@ __device__ __forceinline__ void write_tiles(const Row<T, kTarget>& row, const Gr
     int number = tiles.all - 1;
 #pragma unroll 1
     for (; number >= tiles.whole && number >= first; --number)
-      write_tile<kKind, kShifted>(row, factors, RowTile<T, kTarget, kWidth, kVectors, false>(row, range, number), number);
+      write_tile<kKind, kShifted>(row, factors, RowTile<T, kTarget, kWidth, kVectors, false>(row, range, number),
+                                  number);
 #pragma unroll 1
     for (; number >= first; --number)
-      write_tile<kKind, kShifted>(row, factors, RowTile<T, kTarget, kWidth, kVectors, true>(row, range, number), number);
+      write_tile<kKind, kShifted>(row, factors, RowTile<T, kTarget, kWidth, kVectors, true>(row, range, number),
+                                  number);
   });
 }
 

@@ -72,7 +72,8 @@ class RowPipeline {
       for_each_tile(depth, range, [&](auto is_whole, int number) {
         write_tile<decltype(spread)::value, kShifted>(
             row, factors,
-            RowTile<T, kTarget, kVectorSize<T>, kVectors, decltype(is_whole)::value>(row, range, number, slots), number);
+            RowTile<T, kTarget, kVectorSize<T>, kVectors, decltype(is_whole)::value>(row, range, number, slots),
+            number);
         start_copy(next, number);
       });
     });

@@ -1,11 +1,11 @@
 // Stores of 16 bytes where the gradient's rows are aligned otherwise than those of the logits, as they are for a slice
 // of a padded vocabulary.
 //
-// The vectors of a warp's lanes are neighbours, but each begins behind a boundary of 16 bytes. So a lane stores the
-// vector that ends in its vector, with what the lane before has of it. The first lane's vector has two parts that lie
-// apart: its end is the beginning of the warp's vectors, and its beginning, which comes from the last lane, is their
-// end. These elements are stored by themselves, those of all vectors of a tile at once: the lanes find them in shared
-// memory.
+// The vectors that the lanes of a warp have computed are neighbours in the gradient, but each begins behind a 16-byte
+// boundary. So each lane stores the aligned vector that ends within its computed one; the beginning of it comes from
+// the lane before. The first lane's aligned vector has two parts that lie apart: its end is the beginning of what the
+// warp stores, and its beginning, which comes from the last lane, is the end of that. The elements of these vectors are
+// stored one by one, for all vectors of a tile at once: the lanes find them in shared memory.
 #pragma once
 
 #include "kernels/cuda/reduce.cuh"
@@ -13,16 +13,16 @@
 
 namespace fusedloss::cuda {
 
-constexpr int kMaxTileVectors = 8;  // of a tile
+constexpr int kMaxTileVectors = 8;  // that a thread has of a tile
 
-// The first lane's vectors, for each warp of a block.
+// The aligned vectors of the first lane, for each warp of a block.
 __device__ __forceinline__ uint4 (&edges_of_warps())[kMaxRowWarps][kMaxTileVectors] {
   __shared__ uint4 edges[kMaxRowWarps][kMaxTileVectors];
   return edges;
 }
 
-// A value that the compiler knows nothing of. What it could tell of a thread's number it would tell before the loop
-// over the rows, and keep in registers that are missed elsewhere.
+// Hides from the compiler where the value comes from. It would else compute what follows from a thread's number before
+// the loop over the rows, and keep that in registers that are needed elsewhere.
 __device__ __forceinline__ int opaque(int value) {
 #if FUSEDLOSS_CUDA_ARCH
   asm volatile("" : "+r"(value));
