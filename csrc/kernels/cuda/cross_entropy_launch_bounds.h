@@ -43,7 +43,10 @@ constexpr LaunchBoundsByTarget kThreadColumnsBounds =
 // For six blocks, smoothing would spill registers in float32, and on GPUs before Hopper.
 template <typename T, bool kShifted>
 constexpr LaunchBoundsByTarget kRegisterRowsBounds =
-    {{128, 2}, {128, kShifted ? 5 : 6}, {128, kShifted || sizeof(T) == 4 || FUSEDLOSS_CUDA_ARCH < 900 ? 5 : 6}, {128, 4}};
+    {{128, 2},
+     {128, kShifted ? 5 : 6},
+     {128, kShifted || sizeof(T) == 4 || FUSEDLOSS_CUDA_ARCH < 900 ? 5 : 6},
+     {128, 4}};
 
 // What __launch_bounds__ takes, for logits of type T.
 template <typename T, TargetKind kTarget>
