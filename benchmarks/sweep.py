@@ -27,12 +27,12 @@ VALUES: dict[str, tuple[int, ...]] = {
     "kept_bytes": (49152, 73728),
     "cluster_blocks": (1, 2, 4),
     "warp_bytes": (4096, 16384),
-    "lane_packs": (4, 16),
-    "least_lanes": (1, 4),
+    "lane_vectors": (4, 16),
+    "min_lanes": (1, 4),
     "thread_classes": (8,),
     "max_blocks": (1056, 2112, 65536),
     "waves": (4,),
-    "weigh_rows": (4096,),
+    "target_weight_rows": (4096,),
     "overlap": (0,),
 }
 EFFORT = Effort(min_rounds=7, max_rounds=7, seconds=0, batch_seconds=5e-4)

@@ -2,8 +2,9 @@
 
     criterion = fusedloss.custom_loss("where(abs(input - target) < delta, square(input - target), 0)", delta=1.0)
 
-The expression is printed as a formula of C++ beside those of csrc/kernels/formulas/pointwise.h, compiled once with the
-same kernels around it, and kept in the cache of `fusedloss.jit` by its content. Its derivatives come from the formula.
+The expression is printed as a formula of C++ beside those of csrc/kernels/formulas/pointwise-inl.h, compiled once with
+the same kernels around it, and kept in the cache of `fusedloss.jit` by its content. Its derivatives come from the
+formula.
 """
 
 import ctypes
@@ -263,11 +264,11 @@ class _Formula:
         return scriptable_class(self.name, self.expression, self.operands, self.parameters, bool(self.slopes))
 
     def cpp(self) -> str:
-        """The header that the pointwise kernels of csrc/kernels/ include in the place of formulas/pointwise.h."""
+        """As C++, for a header in the place of csrc/kernels/formulas/pointwise-inl.h."""
         names = [*self.operands, *self.parameters]
         types = ", ".join(f"typename T{i}" for i in range(len(names)))
         arguments = ", ".join(f"T{i} argument_{name}" for i, name in enumerate(names))
-        return _HEADER.format(
+        return _FORMULA.format(
             operands=len(self.operands),
             parameters=len(self.parameters),
             types=types,
@@ -368,7 +369,7 @@ class _GivenDerivative(torch.autograd.Function):
 
 # ---- from a formula to a library
 
-_HEADER = """\
+_FORMULA = """\
 struct CustomLoss {{
   static constexpr int kOperands = {operands}, kParameters = {parameters};
   template <typename V, {types}>
@@ -379,11 +380,19 @@ struct CustomLoss {{
 #define FUSEDLOSS_POINTWISE_LOSSES(X) X(custom_loss, CustomLoss)
 """
 
+_HEADER = """\
+#include "kernels/formulas/dual_functions-inl.h"
+
+FUSEDLOSS_BEGIN_NAMESPACE
+namespace {{
+{formula}}}
+FUSEDLOSS_END_NAMESPACE
+"""
+
 _CPU_SOURCE = """\
-#include "kernels/cpu/pointwise_formula.h"
-#define FUSEDLOSS_FORMULAS "formula.h"
-#define FUSEDLOSS_KERNELS "kernels/cpu/pointwise_formulas.h"
-#include "kernels/cpu/instruction_sets.h"
+#define FUSEDLOSS_FORMULAS "formula-inl.h"
+#define FUSEDLOSS_KERNELS "kernels/cpu/pointwise_formula_table-inl.h"
+#include "kernels/cpu/foreach_instruction_set.h"
 
 namespace fusedloss::cpu {{
 extern "C" __attribute__((visibility("default"))) const PointwiseFormula {symbol};
@@ -392,12 +401,10 @@ extern "C" const PointwiseFormula {symbol} = FUSEDLOSS_FORMULA_TABLE(custom_loss
 """
 
 _CUDA_SOURCE = """\
+#include "formula-inl.h"
 #include "kernels/cuda/pointwise.cuh"
 
 namespace fusedloss::cuda {{
-namespace {{
-#include "formula.h"
-}}
 extern "C" __attribute__((visibility("default"))) const PointwiseFormula {symbol};
 extern "C" const PointwiseFormula {symbol} = kPointwise<CustomLoss>;
 }}
@@ -407,11 +414,11 @@ _libraries: dict[str, tuple[int, int]] = {}
 
 
 def _load(formula: _Formula, plan: Plan) -> tuple[int, int]:
-    header = formula.cpp()
-    key = jit.cache_key(plan, {"formula.h": header})
+    header = _HEADER.format(formula=formula.cpp())
+    key = jit.cache_key(plan, {"formula-inl.h": header})
     if key not in _libraries:
         symbols = [f"fusedloss_on_{device}_{key}" for device in ("cpu", "cuda")]
-        generated = {"formula.h": header, "on_cpu.cpp": _CPU_SOURCE.format(symbol=symbols[0])}
+        generated = {"formula-inl.h": header, "on_cpu.cpp": _CPU_SOURCE.format(symbol=symbols[0])}
         if plan.toolkit:
             generated["on_cuda.cu"] = _CUDA_SOURCE.format(symbol=symbols[1])
         text = formula.expression.text.strip()

@@ -73,14 +73,14 @@ FUNCTIONS = _Functions(
         "max": Function(2, torch.maximum, "maximum", cpp="maximum"),
         "minimum": Function(2, torch.minimum, "the smaller one; where both are equal, each has half the derivative"),
         "min": Function(2, torch.minimum, "minimum", cpp="minimum"),
-        "clamp": Function(3, torch.clamp, "clamp(x, min, max), also with only min=... or max=...; see CLAMP_HALVES"),
+        "clamp": Function(3, torch.clamp, "clamp(x, min, max), also with only min=... or max=...; see CLAMP_AT_BOUND"),
         "where": Function(3, torch.where, "where(condition, a, b): a where the condition holds, otherwise b"),
     }
 )
 
-# How many halves of clamp's derivative are x's at a bound that is a number, and at one that is a tensor, which has the
-# other half: torch changed it with 2.14.
-CLAMP_HALVES = (2, 2) if torch.__version__ < (2, 14) else (0, 1)
+# Whose clamp's derivative is at a bound that is a number, and at one that is a tensor, by the names that AtBound has in
+# csrc/kernels/formulas/dual_functions-inl.h: torch changed it with 2.14.
+CLAMP_AT_BOUND = ("kX", "kX") if torch.__version__ < (2, 14) else ("kBound", "kBoth")
 
 
 # TorchScript compiles what follows too: no lambdas, and every type written out.
@@ -94,7 +94,7 @@ def _clamp_exclusive(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tens
     return torch.where(inside, x, torch.clamp(x.detach(), low, high))
 
 
-def _clamps(prefix: str, clamp: Callable[..., Tensor], halves: int) -> dict[str, Function]:
+def _clamps(prefix: str, clamp: Callable[..., Tensor], at_bound: str) -> dict[str, Function]:
     """What a call of clamp becomes, by the bounds it is given."""
 
     def clamp_min(x: Tensor, low: Tensor) -> Tensor:
@@ -104,9 +104,9 @@ def _clamps(prefix: str, clamp: Callable[..., Tensor], halves: int) -> dict[str,
         return clamp(x, None, high)
 
     return {
-        f"{prefix}clamp_both": Function(3, clamp, "clamp(x, min, max)", f"clamp<{halves}>"),
-        f"{prefix}clamp_min": Function(2, clamp_min, "clamp(x, min)", f"clamp_min<{halves}>"),
-        f"{prefix}clamp_max": Function(2, clamp_max, "clamp(x, max=high)", f"clamp_max<{halves}>"),
+        f"{prefix}clamp_both": Function(3, clamp, "clamp(x, min, max)", f"clamp<AtBound::{at_bound}>"),
+        f"{prefix}clamp_min": Function(2, clamp_min, "clamp(x, min)", f"clamp_min<AtBound::{at_bound}>"),
+        f"{prefix}clamp_max": Function(2, clamp_max, "clamp(x, max=high)", f"clamp_max<AtBound::{at_bound}>"),
     }
 
 
@@ -116,8 +116,8 @@ def _is_nonzero(x: Tensor) -> Tensor:
 
 # What a call can become; the text cannot call these. Bounds that are numbers are tensors here too.
 _FORMS = {
-    **_clamps("", torch.clamp if CLAMP_HALVES[0] == 2 else _clamp_exclusive, CLAMP_HALVES[0]),
-    **_clamps("tensor_", torch.clamp, CLAMP_HALVES[1]),
+    **_clamps("", torch.clamp if CLAMP_AT_BOUND[0] == "kX" else _clamp_exclusive, CLAMP_AT_BOUND[0]),
+    **_clamps("tensor_", torch.clamp, CLAMP_AT_BOUND[1]),
     "is_nonzero": Function(1, _is_nonzero, "the condition that a number stands for"),
 }
 _CALLABLE = FUNCTIONS | _FORMS
@@ -506,7 +506,8 @@ def _torch_tree(node: ast.expr) -> ast.expr:
 def to_cpp(expression: Expression) -> str:
     """The formula as an expression of C++, where a tensor or parameter x is called argument_x.
 
-    Its functions and operators are those of csrc/kernels/formulas/dual.h; V is what the formula is computed on.
+    Its functions and operators are those of csrc/kernels/formulas/dual_functions-inl.h; V is what the formula is
+    computed on.
     """
     return _cpp(expression.tree)
 

@@ -1,4 +1,4 @@
-"""The pointwise losses by name: those of csrc/kernels/formulas/pointwise.h, and those of a user's expression.
+"""The pointwise losses by name: those of csrc/kernels/formulas/pointwise-inl.h, and those of a user's expression.
 
 A name is what graphs hold. The extension knows a loss by a number, which it is given at its first use.
 """

@@ -19,11 +19,11 @@ TOOLKIT = _build.find_toolkit()
 LOADS, STORES = "LDG", "STG"
 KERNELS = {
     "finish*": [],  # a number or two for each row or block, not for each class
-    "weigh*": [],
+    "sum_target_weights": [],
     "*columns*": [],  # of one row a thread; of several, see below
-    "*_few": ["LDGSTS", STORES],
-    "forward_lanes": [LOADS, STORES],
-    "forward_alone": [LOADS],
+    "*_few_classes": ["LDGSTS", STORES],
+    "forward_rows_in_registers": [LOADS, STORES],
+    "forward_rows_loss_only": [LOADS],
     "gather": [],  # one element a row
     "scatter": [STORES],
     "forward_rows": [LOADS, STORES],

@@ -106,7 +106,7 @@ def test_pointwise(name, emulator, rng):
 
 
 def test_every_pointwise_formula_is_tested():
-    text = (CSRC / "formulas" / "pointwise.h").read_text()
+    text = (CSRC / "kernels" / "formulas" / "pointwise-inl.h").read_text()
     assert re.findall(r"^ *X\((\w+), \w+\)", text, flags=re.MULTILINE) == list(FORMULAS)
 
 
@@ -209,6 +209,16 @@ def test_the_launch_of_the_rows(tuning, emulator, rng):
     problem.schedules = [(1, 0)]
     problem.check(emulator)
     assert SHAPES[tuning](emulator.launches()[0])
+
+
+@pytest.mark.parametrize("tuning", ["clusters", "clusters that keep"])
+def test_a_device_that_holds_no_cluster(tuning, emulator, rng):
+    """A block then takes each row, without a cluster; before scratch is allocated, that is known."""
+    problem = CrossEntropy(rng, torch.float32, 4099, reduction="sum", layout="contiguous", rows=5)
+    problem.tuning, problem.grad_in_forward, problem.in_place = tuning, True, False
+    with emulator.without_clusters():
+        problem.check(emulator)
+    assert (emulator.launches()[0].grid, emulator.launches()[0].cluster) == (5, 1)
 
 
 @pytest.mark.parametrize(("classes", "with_grad", "alone"), [(17, 2, 2), (64, 2, 2), (100, 4, 4), (512, 16, 8)])
@@ -433,7 +443,7 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
             shapes += [("inner", 300, 12, 16), ("inner", 21, 3, 200)]
             if file.startswith("cross_entropy_few"):  # more than the blocks take at once, and the last one is not full
                 shapes = [("contiguous", 10, 270, 1), ("contiguous", 15, 259, 1), ("contiguous", 16, 67, 1)]
-            if file.startswith("cross_entropy_columns") and tuning == "loops":
+            if file.startswith(("cross_entropy_column", "cross_entropy_plan_columns")) and tuning == "loops":
                 shapes += [("inner", 2100, 3, 32)] * 2  # blocks take them in several turns
             for layout, classes, rows, inner in shapes:
                 problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), "mean", layout, rows, inner)
@@ -441,7 +451,7 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
                 problems.append(problem)
     if file.startswith("cross_entropy_shifted"):
         problems = [slice_of_padded(rng, dtype, classes, "warps", rows=5) for classes in (1543, 1551, 4101)]
-    if file.startswith("cross_entropy_columns"):
+    if file.startswith(("cross_entropy_column", "cross_entropy_plan_columns")):
         for _ in range(3):  # kept, if the rows are aligned
             # Of the fewer classes, a thread has all. Of 65 to 68, eight threads have eight or nine each, which fit.
             for classes in (68, 9):

@@ -49,7 +49,8 @@ def emulator(emulator_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     texts = [f"namespace {name} {{\n{formula.cpp()}}}" for name, formula in FORMULAS.items()]
     names = " ".join(f"X({name}, {name}::CustomLoss)" for name in FORMULAS)
     listed = f"#undef FUSEDLOSS_POINTWISE_LOSSES\n#define FUSEDLOSS_POINTWISE_LOSSES(X) {names}\n"
-    (copy / "formulas" / "pointwise.h").write_text("\n".join(texts) + "\n" + listed)
+    header = custom._HEADER.format(formula="\n".join([*texts, listed]))
+    (copy / "kernels" / "formulas" / "pointwise-inl.h").write_text(header)
     return Emulator(build.build(copy, emulator_folder))
 
 
@@ -99,7 +100,7 @@ def test_bounds_that_are_met(name, emulator):
 def test_nvcc_compiles_what_custom_loss_generates(tmp_path):
     """As a library of its own, with the symbol that is looked for in it."""
     formula = formula_of("masked")
-    (tmp_path / "formula.h").write_text(formula.cpp())
+    (tmp_path / "formula-inl.h").write_text(custom._HEADER.format(formula=formula.cpp()))
     (tmp_path / "on_cuda.cu").write_text(custom._CUDA_SOURCE.format(symbol="fusedloss_on_cuda_test"))
     nvcc = _build.find_toolkit().nvcc
     command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--shared"]

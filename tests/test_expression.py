@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from fusedloss.expression import CLAMP_HALVES, FUNCTIONS, check_names, parse, to_cpp, to_torch, to_torchscript
+from fusedloss.expression import CLAMP_AT_BOUND, FUNCTIONS, check_names, parse, to_cpp, to_torch, to_torchscript
 
 TENSORS = ("input", "target", "mask")
 PARAMETERS = ("delta", "gamma")
 ARGUMENTS = TENSORS + PARAMETERS
+NUMBER, TENSOR = (f"<AtBound::{who}>" for who in CLAMP_AT_BOUND)  # of clamp, by what the bound is
+SLOPE_AT_NUMBER = 1 if CLAMP_AT_BOUND[0] == "kX" else 0
 
 
 def read(text):
@@ -127,10 +129,10 @@ def test_torch_function(text):
         ("max(input, 1)", 1, 0.5),
         ("min(1, input)", 1, 0.5),
         ("max(input, input)", 1, 1),
-        ("clamp(input, 0, 1)", 0, CLAMP_HALVES[0] / 2),
-        ("clamp(input, 0, 1)", 1, CLAMP_HALVES[0] / 2),
-        ("clamp(input, min=0)", 0, CLAMP_HALVES[0] / 2),
-        ("clamp(input, max=0)", 0, CLAMP_HALVES[0] / 2),
+        ("clamp(input, 0, 1)", 0, SLOPE_AT_NUMBER),
+        ("clamp(input, 0, 1)", 1, SLOPE_AT_NUMBER),
+        ("clamp(input, min=0)", 0, SLOPE_AT_NUMBER),
+        ("clamp(input, max=0)", 0, SLOPE_AT_NUMBER),
         ("clamp(input, 0, 1)", 1.5, 0),
         ("where(input < 1, input, 2 * input)", 1, 2),
         ("where(input, 3 * input, 2 * input)", 0, 2),
@@ -413,13 +415,13 @@ CPP = {
     "input ** delta": "pow(argument_input, argument_delta)",
     "max(input, 0) - min(1, input)": "(maximum(argument_input, c(0.0)) - minimum(c(1.0), argument_input))",
     "maximum(input, 0) - minimum(1, input)": "(maximum(argument_input, c(0.0)) - minimum(c(1.0), argument_input))",
-    "clamp(input, 0, delta)": f"clamp<{CLAMP_HALVES[0]}>(argument_input, c(0.0), argument_delta)",
-    "clamp(input, target, delta)": f"clamp<{CLAMP_HALVES[1]}>(argument_input, argument_target, argument_delta)",
-    "clamp(input, min=2 * target)": f"clamp_min<{CLAMP_HALVES[1]}>(argument_input, (c(2.0) * argument_target))",
-    "clamp(input, max=1, min=0)": f"clamp<{CLAMP_HALVES[0]}>(argument_input, c(0.0), c(1.0))",
-    "clamp(input, min=-1)": f"clamp_min<{CLAMP_HALVES[0]}>(argument_input, c(-1.0))",
-    "clamp(input, 2)": f"clamp_min<{CLAMP_HALVES[0]}>(argument_input, c(2.0))",
-    "clamp(input, max=1)": f"clamp_max<{CLAMP_HALVES[0]}>(argument_input, c(1.0))",
+    "clamp(input, 0, delta)": f"clamp{NUMBER}(argument_input, c(0.0), argument_delta)",
+    "clamp(input, target, delta)": f"clamp{TENSOR}(argument_input, argument_target, argument_delta)",
+    "clamp(input, min=2 * target)": f"clamp_min{TENSOR}(argument_input, (c(2.0) * argument_target))",
+    "clamp(input, max=1, min=0)": f"clamp{NUMBER}(argument_input, c(0.0), c(1.0))",
+    "clamp(input, min=-1)": f"clamp_min{NUMBER}(argument_input, c(-1.0))",
+    "clamp(input, 2)": f"clamp_min{NUMBER}(argument_input, c(2.0))",
+    "clamp(input, max=1)": f"clamp_max{NUMBER}(argument_input, c(1.0))",
     "xlogy(target, input)": "xlogy(argument_target, argument_input)",
     "where(mask, input, 0)": "where(is_nonzero(argument_mask), argument_input, c(0.0))",
     "where(0 <= input < 1, 1, 2)": "where(((c(0.0) <= argument_input) & (argument_input < c(1.0))), c(1.0), c(2.0))",
@@ -461,7 +463,7 @@ def test_functions():
         assert function.doc and name.isidentifier()
         arguments = ", ".join(["input", "target", "delta"][: function.arguments])
         cpp = to_cpp(read(f"{name}({arguments})"))
-        printed = {"where": "where(is_nonzero(", "clamp": f"clamp<{CLAMP_HALVES[1]}>("}
+        printed = {"where": "where(is_nonzero(", "clamp": f"clamp{TENSOR}("}
         assert cpp.startswith(printed.get(name, f"{function.cpp or name}("))
         result = torch_function(f"{name}({arguments})")(torch.rand(3), torch.rand(3), torch.rand(3), 1.0, 1.0)
         assert result.shape == (3,) and result.isfinite().all()
@@ -585,9 +587,10 @@ double relu(double x) { return std::fmax(x, 0); }
 double xlogy(double a, double b) { return a == 0 ? 0 : a * log(b); }
 double maximum(double a, double b) { return std::fmax(a, b); }
 double minimum(double a, double b) { return std::fmin(a, b); }
-template <int> double clamp_min(double x, double bound) { return std::fmax(x, bound); }
-template <int> double clamp_max(double x, double bound) { return std::fmin(x, bound); }
-template <int n> double clamp(double x, double low, double high) { return clamp_max<n>(clamp_min<n>(x, low), high); }
+enum class AtBound { kX, kBoth, kBound };
+template <AtBound> double clamp_min(double x, double bound) { return std::fmax(x, bound); }
+template <AtBound> double clamp_max(double x, double bound) { return std::fmin(x, bound); }
+template <AtBound w> double clamp(double x, double a, double b) { return clamp_max<w>(clamp_min<w>(x, a), b); }
 bool is_nonzero(double x) { return x != 0; }
 bool not_(bool c) { return !c; }
 double where(bool c, double a, double b) { return c ? a : b; }

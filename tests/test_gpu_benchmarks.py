@@ -492,8 +492,8 @@ def test_the_sweep_names_the_settings_that_gain(
 
     def set_tuning(name: str, value: int) -> None:
         asked.append((name, value))
-        if name == "weigh_rows":
-            raise ValueError("no such tuning: weigh_rows")
+        if name == "target_weight_rows":
+            raise ValueError("no such tuning: target_weight_rows")
         tuning.clear()
         tuning.update({} if name == "defaults" else {name: value})
 
@@ -508,7 +508,7 @@ def test_the_sweep_names_the_settings_that_gain(
     monkeypatch.setattr(sweep, "fused", fused)
     monkeypatch.setattr(sweep, "CONTENDERS", {})
     monkeypatch.setattr(measure, "loss_of", lambda name, case: sweep.CONTENDERS[name](case))
-    monkeypatch.setattr(sweep, "VALUES", {"warp_bytes": (2048,), "max_blocks": (1, 2), "weigh_rows": (1,)})
+    monkeypatch.setattr(sweep, "VALUES", {"warp_bytes": (2048,), "max_blocks": (1, 2), "target_weight_rows": (1,)})
     monkeypatch.setattr(sweep, "EFFORT", replace(BRIEF, min_rounds=1, max_rounds=1))  # the defaults are not last
     monkeypatch.setattr(sweep, "cases", lambda: [suites.on_cuda(8192, 32000)])
     path = tmp_path / "sweep.jsonl"
@@ -516,11 +516,12 @@ def test_the_sweep_names_the_settings_that_gain(
     printed = capsys.readouterr().out
     assert re.fullmatch(
         r"cross_entropy 3x40 bf16: defaults 4000\.0us warp_bytes=2048 \+300\.0%"
-        r"; max_blocks=2: wrong loss: off by .*; weigh_rows=1: ValueError: no such tuning: weigh_rows\n",
+        r"; max_blocks=2: wrong loss: off by .*"
+        r"; target_weight_rows=1: ValueError: no such tuning: target_weight_rows\n",
         printed,
     )
     (record,) = map(json.loads, path.read_text().splitlines())
-    names = ["defaults", "warp_bytes=2048", "max_blocks=1", "max_blocks=2", "weigh_rows=1"]
+    names = ["defaults", "warp_bytes=2048", "max_blocks=1", "max_blocks=2", "target_weight_rows=1"]
     assert [figure["contender"] for figure in record["figures"]] == names
     assert asked[-1] == ("defaults", 0) and tuning == {}
 

@@ -16,24 +16,24 @@ struct Strides {
   int64_t outer, classes, inner;
 };
 
-// Where one CUDA kernel ends and the next begins. The defaults are for a large GPU; smaller numbers bring small problems
-// to every kernel, which is how the tests reach them.
+// The thresholds by which the CUDA kernels divide the work (kernels/cuda/cross_entropy_plan.h). The defaults are for a
+// large GPU; smaller numbers bring small problems to every kernel, which is how the tests reach them.
 struct CudaTuning {
-  int64_t thread_classes = 16;   // up to so many neighbouring classes, a thread takes a row
-  int64_t warp_bytes = 8192;     // up to so many bytes of a row, a warp or a part of one does, if it keeps the row
-  int64_t lane_packs = 8;        // of a row for each lane, at most, where rows are many; twice that without a gradient
-  int64_t least_lanes = 2;       // of a warp that take a row, where the row has as many packs
-  int64_t block_threads = 256;   // at most, of a block that takes a row of class indices and writes its gradient
-  int64_t other_threads = 128;   // at most, of other blocks, unless rows are few; there are never fewer than 128
-  int64_t split_classes = 8192;  // where rows are few, several blocks share one, with so many classes each at least
-  int64_t weigh_rows = 16384;    // of a block that adds up the rows' weights
-  int64_t max_blocks = 8192;     // a grid is as large as its problem up to here; then its blocks take several shares
-  int64_t waves = 2;             // of blocks that take rows in turn: so many times what the device holds at once, at most
-  int64_t overlap = 1;           // 1: a kernel may start while the one before it still runs, if the device can; 0: never
+  int64_t thread_classes = 16;         // up to so many neighbouring classes, a thread takes a row
+  int64_t warp_bytes = 8192;           // up to so many bytes, a warp or a part of one takes a row, and keeps it
+  int64_t lane_vectors = 8;            // of a row for each lane, at most; twice that if rows are not kept
+  int64_t min_lanes = 2;               // of a warp that take a row, where the row has as many vectors
+  int64_t block_threads = 256;         // at most, of a block that takes a row of class indices and writes its gradient
+  int64_t other_threads = 128;         // at most, of other blocks, unless rows are few; never fewer than 128
+  int64_t split_classes = 8192;        // for each block, at least, where rows are few and several blocks share one
+  int64_t target_weight_rows = 16384;  // of a block that adds up the weights of the rows' target classes
+  int64_t max_blocks = 8192;           // of a grid; where the problem is larger, a block takes several parts in turn
+  int64_t waves = 2;                   // at most, of blocks that take rows in turn; the device holds one at once
+  int64_t overlap = 1;                 // 1: a kernel may start while the one before runs, if the device can; 0: never
 
   // 0: as the current device has them.
   int64_t multiprocessors = 0;
-  int64_t kept_bytes = 0;      // of shared memory that a block may keep its part of a row in; of columns, up to twice that
+  int64_t kept_bytes = 0;      // of shared memory, in which a block may keep its rows; its columns, in twice that
   int64_t cluster_blocks = 0;  // at most, in one cluster; 1: there are no clusters
 };
 
@@ -58,7 +58,7 @@ struct CrossEntropyOptions {
   // Written by the forward pass, read by the backward pass; all of the accumulate type. Where the number of rows is a
   // multiple of so many elements as 16 bytes hold, row_max, row_scale and the loss of each row are 16-byte aligned.
   void* row_max;       // [rows]
-  void* row_scale;     // [rows]  sum(q) / sum(exp(logit - row_max)), q as in formulas/cross_entropy.h
+  void* row_scale;     // [rows]  sum(q) / sum(exp(logit - row_max)), q as in formulas/cross_entropy-inl.h
   void* total_weight;  // [1]     what the mean divides by; null for the other reductions
   void* weight_sum;    // [1]     the sum of weight, before the first launch; null where it is not needed
 
@@ -77,7 +77,7 @@ struct CrossEntropyOptions {
   CudaTuning tuning;
 
   int64_t rows() const { return outer * inner; }
-  // Has the target distribution q of a row more than one class? See formulas/cross_entropy.h.
+  // Has the target distribution q of a row more than one class? See formulas/cross_entropy-inl.h.
   bool is_spread() const { return target_probability != nullptr || label_smoothing > 0; }
 };
 

@@ -126,7 +126,8 @@ void forward_on_cpu(Arguments& a) {
   o.scratch = scratch.data();
   if (o.weight_sum != nullptr) cpu::cross_entropy_weight_sum(o);
   if (o.total_weight != nullptr && o.grad_logits != nullptr) {
-    run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_weigh(o, begin, end); });
+    run_on_cpu(work.chunks, work.grain,
+               [&](int64_t begin, int64_t end) { cpu::cross_entropy_sum_target_weights(o, begin, end); });
     cpu::cross_entropy_total_weight(o);
   }
   run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_forward(o, begin, end); });

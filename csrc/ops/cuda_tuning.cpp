@@ -12,15 +12,19 @@ struct Field {
   int64_t CudaTuning::*member;
 };
 constexpr Field kFields[] = {
-    {"thread_classes", &CudaTuning::thread_classes}, {"warp_bytes", &CudaTuning::warp_bytes},
-    {"lane_packs", &CudaTuning::lane_packs},
-    {"least_lanes", &CudaTuning::least_lanes},
+    {"thread_classes", &CudaTuning::thread_classes},
+    {"warp_bytes", &CudaTuning::warp_bytes},
+    {"lane_vectors", &CudaTuning::lane_vectors},
+    {"min_lanes", &CudaTuning::min_lanes},
     {"block_threads", &CudaTuning::block_threads},
     {"other_threads", &CudaTuning::other_threads},
+    {"split_classes", &CudaTuning::split_classes},
+    {"target_weight_rows", &CudaTuning::target_weight_rows},
+    {"max_blocks", &CudaTuning::max_blocks},
     {"waves", &CudaTuning::waves},
-    {"split_classes", &CudaTuning::split_classes},   {"weigh_rows", &CudaTuning::weigh_rows},
-    {"max_blocks", &CudaTuning::max_blocks},         {"overlap", &CudaTuning::overlap},
-    {"multiprocessors", &CudaTuning::multiprocessors}, {"kept_bytes", &CudaTuning::kept_bytes},
+    {"overlap", &CudaTuning::overlap},
+    {"multiprocessors", &CudaTuning::multiprocessors},
+    {"kept_bytes", &CudaTuning::kept_bytes},
     {"cluster_blocks", &CudaTuning::cluster_blocks},
 };
 

@@ -7,7 +7,7 @@
 #include <shared_mutex>
 #include <utility>
 
-#include "kernels/cpu/pointwise_losses.h"
+#include "kernels/cpu/pointwise_cpu.h"
 #include "kernels/options.h"
 #ifdef FUSEDLOSS_WITH_CUDA
 #include "kernels/cuda/pointwise_cuda.h"

@@ -5,6 +5,8 @@
 // reasonably use stands here; a kernel that uses something else does not compile, and it is added then.
 #pragma once
 
+#define FUSEDLOSS_CUDA_ON_CPU  // a formula takes the GPU's functions: see kernels/device_math-inl.h
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -76,7 +78,8 @@ void emulator_commit_copies();
 // The oldest copy that has not been done, unless it belongs to the last `groups` groups; -> its bytes, or 0.
 size_t emulator_next_copy(size_t groups, void** to, const void** from);
 void emulator_before_atomic(void* p, int size);
-void emulator_prepare(const void* kernel, size_t shared_bytes);  // from now on it may be launched with so many
+// From now on the kernel may be launched with so many; -> how many blocks the device holds at once.
+int64_t emulator_prepare(const void* kernel, size_t shared_bytes, unsigned cluster);
 cudaError_t emulator_launch(const void* kernel, dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
                             void (*thread)(void*), void* arguments, size_t size);
 }
@@ -99,7 +102,7 @@ EMULATOR_UNCHECKED cudaError_t launch_on_cpu(void (*kernel)(Parameters...), dim3
                          sizeof call);
 }
 #define FUSEDLOSS_PREPARE(kernel, shape) \
-  emulator_prepare(reinterpret_cast<const void*>(kernel), size_t((shape).shared_bytes))
+  emulator_prepare(reinterpret_cast<const void*>(kernel), size_t((shape).shared_bytes), unsigned((shape).cluster))
 #define FUSEDLOSS_LAUNCH(kernel, shape, ...) \
   launch_on_cpu(kernel, (shape).grid, (shape).block, unsigned((shape).cluster), size_t((shape).shared_bytes), __VA_ARGS__)
 

@@ -24,9 +24,9 @@ class Strides(ctypes.Structure):
 
 class CudaTuning(ctypes.Structure):
     _fields_ = [
-        *[("thread_classes", LONG), ("warp_bytes", LONG), ("lane_packs", LONG), ("least_lanes", LONG)],
+        *[("thread_classes", LONG), ("warp_bytes", LONG), ("lane_vectors", LONG), ("min_lanes", LONG)],
         *[("block_threads", LONG), ("other_threads", LONG)],
-        *[("split_classes", LONG), ("weigh_rows", LONG)],
+        *[("split_classes", LONG), ("target_weight_rows", LONG)],
         *[("max_blocks", LONG), ("waves", LONG), ("overlap", LONG)],
         *[("multiprocessors", LONG), ("kept_bytes", LONG), ("cluster_blocks", LONG)],
     ]
@@ -36,12 +36,12 @@ class CudaTuning(ctypes.Structure):
         defaults = {
             "thread_classes": 16,
             "warp_bytes": 4096,
-            "lane_packs": 8,
-            "least_lanes": 2,
+            "lane_vectors": 8,
+            "min_lanes": 2,
             "block_threads": 256,
             "other_threads": 128,
             "split_classes": 8192,
-            "weigh_rows": 8192,
+            "target_weight_rows": 8192,
             "max_blocks": 8192,
             "waves": 1,
             "overlap": 0,
@@ -112,6 +112,15 @@ class Emulator:
         assert self.library.offset_of_parameter() == PointwiseOptions.parameter.offset
         assert self.library.offset_of_weight_sum() == CrossEntropyOptions.weight_sum.offset
         self._memory: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def without_clusters(self) -> Iterator[None]:
+        """Meanwhile the device holds no cluster, as a part of a GPU that is too small for it."""
+        self.library.emulator_set_clusters(False)
+        try:
+            yield
+        finally:
+            self.library.emulator_set_clusters(True)
 
     def reset(self, seed: int = 0, preempt_every: int = 0, planted_bug: int = 0) -> None:
         """Forget memory and complaints. The seed chooses the schedule; `preempt_every` how many accesses, about, a

@@ -29,7 +29,7 @@ GAPS = [0, 0, 1, 2, 3, 5, 8]  # elements behind each row
 TUNINGS = {
     "default": {},
     "nothing kept": {"kept_bytes": 1},
-    "warps": {"weigh_rows": 2, "thread_classes": 0, "warp_bytes": 1 << 20},
+    "warps": {"target_weight_rows": 2, "thread_classes": 0, "warp_bytes": 1 << 20},
     "blocks": {"thread_classes": 0, "warp_bytes": 0},
     "clusters": {"thread_classes": 0, "warp_bytes": 0, "kept_bytes": 64, "cluster_blocks": 8},
     "clusters that keep": {"warp_bytes": 0, "kept_bytes": 8192, "cluster_blocks": 4},
@@ -37,7 +37,7 @@ TUNINGS = {
     "split in two": {"warp_bytes": 0, "split_classes": 2000, "multiprocessors": 20},
     "columns that keep": {"kept_bytes": 1 << 15},
     "many multiprocessors": {"multiprocessors": 1000, "max_blocks": 2, "thread_classes": 300},
-    "loops": {"max_blocks": 2, "weigh_rows": 1, "cluster_blocks": 2, "kept_bytes": 2048},
+    "loops": {"max_blocks": 2, "target_weight_rows": 1, "cluster_blocks": 2, "kept_bytes": 2048},
 }
 
 

@@ -377,8 +377,13 @@ extern "C" uint64_t emulator_warp_op(WarpOp op, unsigned mask, uint64_t value, i
 std::map<const void*, size_t> prepared;
 constexpr size_t kUnasked = 256;
 
-extern "C" void emulator_prepare(const void* kernel, size_t shared_bytes) {
+bool holds_clusters = true;
+EMULATOR_EXPORT void emulator_set_clusters(bool held) { holds_clusters = held; }
+
+extern "C" int64_t emulator_prepare(const void* kernel, size_t shared_bytes, unsigned cluster) {
   prepared[kernel] = std::max(prepared[kernel], shared_bytes);
+  if (cluster > 1 && !holds_clusters) return 0;
+  return 2 * int64_t(cluster);  // few, so that small problems have blocks with several rows
 }
 
 extern "C" cudaError_t emulator_launch(const void* kernel, dim3 grid, dim3 block, unsigned cluster_size,

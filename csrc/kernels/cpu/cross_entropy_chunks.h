@@ -1,8 +1,9 @@
-// How cross entropy is cut for threads, and what each chunk leaves for the reduction.
+// How cross entropy is cut for threads.
 #pragma once
 
 #include <algorithm>
 
+#include "kernels/cpu/chunks.h"
 #include "kernels/integers.h"
 #include "kernels/options.h"
 
@@ -18,10 +19,8 @@ inline bool in_rows(const CrossEntropyOptions& o) {
          (o.grad_logits != nullptr && o.grad_strides.inner != 1);
 }
 
-// Elements of a chunk, roughly: what a thread should have to do before it is worth waking.
-constexpr int64_t kChunkElements = 32768;
 // Rows of a chunk of columns: a kilobyte of each class, and statistics that stay in L1.
-constexpr int64_t kTile = 256;
+constexpr int64_t kColumnTile = 256;
 
 struct ChunkRange {
   int64_t outer;  // columns only
@@ -33,7 +32,7 @@ inline int64_t rows_per_chunk(const CrossEntropyOptions& o) {
 }
 
 inline int64_t tiles_per_outer(const CrossEntropyOptions& o) {
-  return divide_up(o.inner, kTile);
+  return divide_up(o.inner, kColumnTile);
 }
 
 inline int64_t chunk_count(const CrossEntropyOptions& o) {
@@ -46,41 +45,14 @@ inline ChunkRange chunk_range(const CrossEntropyOptions& o, int64_t chunk) {
     const int64_t begin = chunk * rows_per_chunk(o);
     return {0, begin, std::min(begin + rows_per_chunk(o), o.rows())};
   }
-  const int64_t tiles = tiles_per_outer(o), begin = chunk % tiles * kTile;
-  return {chunk / tiles, begin, std::min(begin + kTile, o.inner)};
+  const int64_t tiles = tiles_per_outer(o), begin = chunk % tiles * kColumnTile;
+  return {chunk / tiles, begin, std::min(begin + kColumnTile, o.inner)};
 }
 
 // Are the rows' weights added up as the forward pass reads the targets? Where it writes the gradient as well, their sum
 // must be known before.
-inline bool weighs_in_forward(const CrossEntropyOptions& o) {
+inline bool sums_target_weights_in_forward(const CrossEntropyOptions& o) {
   return o.total_weight != nullptr && o.grad_logits == nullptr;
 }
-
-// A sum in double that keeps what each addition rounds off (Knuth, "The Art of Computer Programming", 4.2.2): for
-// float64 a plain sum over thousands of rows would lose a digit.
-class CompensatedSum {
- public:
-  CompensatedSum() = default;
-  CompensatedSum(double value, double lost) : value_(value), lost_(lost) {}
-
-  void add(double x) {
-    const double sum = value_ + x, taken = sum - value_;
-    lost_ += (value_ - (sum - taken)) + (x - taken);
-    value_ = sum;
-  }
-  void add(const CompensatedSum& other) {
-    add(other.value_);
-    lost_ += other.lost_;
-  }
-  double value() const { return lost_ - lost_ == 0 ? value_ + lost_ : value_; }  // infinity has lost NaN
-
- private:
-  double value_ = 0, lost_ = 0;
-};
-
-struct ChunkResult {
-  CompensatedSum loss, weight;
-  int64_t bad_row = -1;  // the first row whose target is out of range, or -1
-};
 
 }  // namespace fusedloss::cpu

@@ -28,19 +28,3 @@ inline const bool has_bfloat16_instructions = [] {
 }();
 
 }  // namespace fusedloss::cpu
-
-// Calls `portable::call`, `avx2::call` or `avx512::call`; `call` holds the arguments.
-#if defined(__x86_64__)
-#define FUSEDLOSS_ON_THIS_MACHINE(...)                           \
-  switch (::fusedloss::cpu::instruction_set()) {                 \
-    case ::fusedloss::cpu::InstructionSet::kAvx512:              \
-      return avx512::__VA_ARGS__;                                \
-    case ::fusedloss::cpu::InstructionSet::kAvx2:                \
-      return avx2::__VA_ARGS__;                                  \
-    case ::fusedloss::cpu::InstructionSet::kPortable:            \
-      break;                                                     \
-  }                                                              \
-  return portable::__VA_ARGS__
-#else
-#define FUSEDLOSS_ON_THIS_MACHINE(...) return portable::__VA_ARGS__
-#endif

@@ -1,53 +1,45 @@
-// The negative log likelihood on the CPU: cpu/nll_loss_kernels.h, compiled for each instruction set, for the sake of its
-// 16-bit loads and stores.
+// The negative log likelihood on the CPU: cpu/nll_loss_kernels-inl.h, compiled for each instruction set, for the sake of
+// its 16-bit loads and stores.
 
 #include "kernels/cpu/nll_loss_cpu.h"
 
-#include "kernels/cpu/cross_entropy_chunks.h"
-#include "kernels/cpu/dispatch_dtype.h"
-#include "kernels/tiles.h"
+#include "kernels/cpu/chunks.h"
+#include "kernels/integers.h"
+
+#define FUSEDLOSS_KERNELS "kernels/cpu/nll_loss_kernels-inl.h"
+#include "kernels/cpu/foreach_instruction_set.h"
 
 namespace fusedloss::cpu {
 namespace {
 
-// Rows of a chunk of the forward pass: each is a cache miss or two, of which a core has some ten under way.
-constexpr int64_t kForwardRows = 2048;
-
-Tiling tiling_of(const NLLLossOptions& o) {
-  return make_tiling(o.outer, o.classes, o.inner, o.grad_strides, kChunkElements);
+const NLLLossKernels& kernels(const NLLLossOptions& o) {
+  static constexpr const NLLLossKernels* kTable[] = FUSEDLOSS_FOR_EACH_INSTRUCTION_SET(kNLLLossKernels);
+  return kTable[int(instruction_set())][int(o.dtype)];
 }
 
 }  // namespace
-}  // namespace fusedloss::cpu
 
-#define FUSEDLOSS_KERNELS "kernels/cpu/nll_loss_kernels.h"
-#include "kernels/cpu/instruction_sets.h"
+Tiling nll_loss_tiling(const NLLLossOptions& o) {
+  return make_tiling(o.outer, o.classes, o.inner, o.grad_strides, kChunkElements);
+}
 
-namespace fusedloss::cpu {
-
-NLLLossWork nll_loss_forward_work(const NLLLossOptions& o) { return {divide_up(o.rows(), kForwardRows), 1}; }
+NLLLossWork nll_loss_forward_work(const NLLLossOptions& o) { return {divide_up(o.rows(), kNLLLossForwardRows), 1}; }
 
 int64_t nll_loss_scratch_bytes(const NLLLossOptions& o) {
   return nll_loss_forward_work(o).chunks * int64_t(sizeof(ChunkResult));
 }
 
-void nll_loss_forward(const NLLLossOptions& o, int64_t begin, int64_t end) {
-  FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(forward<T>(o, begin, end)));
-}
+void nll_loss_forward(const NLLLossOptions& o, int64_t begin, int64_t end) { kernels(o).forward(o, begin, end); }
 
-int64_t nll_loss_finish(const NLLLossOptions& o) {
-  FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(finish<T>(o)));
-}
+int64_t nll_loss_finish(const NLLLossOptions& o) { return kernels(o).finish(o); }
 
 NLLLossWork nll_loss_backward_work(const NLLLossOptions& o) {
   if (o.rows() == 0 || o.classes == 0) return {0, 1};
-  const Tiling tiling = tiling_of(o);
+  const Tiling tiling = nll_loss_tiling(o);
   const int64_t elements = tiling.tile.outer * tiling.tile.classes * tiling.tile.inner;
   return {tiling.count, larger(1, kChunkElements / elements)};
 }
 
-void nll_loss_backward(const NLLLossOptions& o, int64_t begin, int64_t end) {
-  FUSEDLOSS_ON_DTYPE(o.dtype, T, FUSEDLOSS_ON_THIS_MACHINE(backward<T>(o, begin, end)));
-}
+void nll_loss_backward(const NLLLossOptions& o, int64_t begin, int64_t end) { kernels(o).backward(o, begin, end); }
 
 }  // namespace fusedloss::cpu

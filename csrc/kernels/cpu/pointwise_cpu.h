@@ -24,4 +24,13 @@ void pointwise(const PointwiseFormula& formula, const PointwiseOptions& options,
                int64_t end_chunk);
 void pointwise_finish(const PointwiseOptions& options);
 
+// The functions above that are compiled for each instruction set and stored type.
+struct PointwiseKernels {
+  void (*evaluate)(const PointwiseFormula&, const PointwiseOptions&, int64_t begin_chunk, int64_t end_chunk);
+  void (*finish)(const PointwiseOptions&);
+};
+
+// The formula of a loss of formulas/pointwise-inl.h, or null where there is none of this name.
+const PointwiseFormula* find_pointwise_loss(const char* name);
+
 }  // namespace fusedloss::cpu

@@ -28,6 +28,10 @@
 
 namespace fusedloss::cuda {
 
+constexpr int kWarp = 32;  // threads
+constexpr int kWarpShift = 5;
+constexpr int kVectorBytes = 16;  // that one instruction loads or stores, at most
+
 // The shared memory that a launch asks for.
 extern __shared__ uint4 dynamic_shared_memory[];
 
@@ -38,12 +42,12 @@ struct LaunchShape {
   bool overlaps = false;     // the kernel may start before the launch before it has ended: see wait_for_launch_before
 };
 
-// Programmatic dependent launch. The blocks of a kernel that is launched with `overlaps` may start as soon as all blocks
-// of the launch before have called let_next_launch_start, or have ended. In wait_for_launch_before a kernel waits until
-// that launch has ended and what it wrote can be read. Each block of each such kernel calls it, so that an earlier
-// launch's end means that all before it have ended, too. Before, a kernel may only touch what the launch before neither
-// writes nor reads; what launches before that one wrote can be read, if that one itself has been launched without
-// `overlaps`: so rows read logits and targets while their weights are summed.
+// Programmatic dependent launch. The blocks of a kernel that is launched with `overlaps` may start as soon as all
+// blocks of the launch before have called let_next_launch_start, or have ended. In wait_for_launch_before a kernel
+// waits until that launch has ended and what it wrote can be read. Each block of each such kernel calls it, so that an
+// earlier launch's end means that all before it have ended, too. Before, a kernel may only touch what the launch before
+// neither writes nor reads; what launches before that one wrote can be read, if that one itself has been launched
+// without `overlaps`: so rows read logits and targets while their weights are summed.
 __device__ __forceinline__ void let_next_launch_start() {
 #if FUSEDLOSS_CUDA_ARCH >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -139,11 +143,12 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
 
 template <typename... Parameters>
 cudaError_t resident_blocks(void (*kernel)(Parameters...), const LaunchShape& shape, int64_t& answer) {
-  FUSEDLOSS_PREPARE(kernel, shape);
-  answer = 2 * shape.cluster;  // few, so that small problems have blocks with several rows
+  answer = FUSEDLOSS_PREPARE(kernel, shape);
   return cudaSuccess;
 }
 #endif
+
+constexpr int64_t kReservedSharedBytes = 7 * 1024;  // of a block
 
 // kernel: any of this build.
 inline cudaError_t ask_device(int device, const void* kernel, CudaTuning& answer) {
@@ -154,10 +159,10 @@ inline cudaError_t ask_device(int device, const void* kernel, CudaTuning& answer
     return int64_t(value);
   };
   answer.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
-  // Room for two blocks, so that one loads while the other stores; 7 KB of each are the system's and the kernel's own.
+  // Room for two blocks, so that one loads while the other stores; some of each is the system's and the kernel's own.
   const int64_t half = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2;
   const int64_t most = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  answer.kept_bytes = (half < most ? half : most) - 7 * 1024;
+  answer.kept_bytes = (half < most ? half : most) - kReservedSharedBytes;
   // The driver may have compiled the kernels from PTX for an older GPU, without the code for clusters and overlap.
   cudaFuncAttributes compiled = {};
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, kernel);
@@ -198,9 +203,9 @@ LaunchShape after_launch(const Options& o, unsigned grid, dim3 block) {
 
 inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// The most blocks for a backward pass whose gradient is ready: mostly there is nothing left to do, and many blocks would
-// take long to find that out.
-constexpr int64_t kHandOverBlocks = 264;
+// The most blocks for a backward pass whose gradient is ready: mostly there is nothing left to do, and many blocks
+// would take long to find that out.
+constexpr int64_t kReadyGradientBlocks = 264;
 
 template <DType kDType>
 using TypeOf = std::conditional_t<kDType == DType::kFloat64, double,

@@ -1,13 +1,14 @@
 // The negative log likelihood of class indices, on the GPU.
 //
 // The forward pass reads one element a row, from all over the input: what counts is how many loads are under way. The
-// backward pass is as fast as memory takes zeros: a block fills a tile with them, 16 bytes at a time, and then writes the
-// rows' elements into it while the tile is in the cache.
+// backward pass is as fast as memory takes zeros: a block fills a tile with them, 16 bytes at a time, and then writes
+// the rows' elements into it while the tile is in the cache.
 #include "kernels/cuda/nll_loss_cuda.h"
 
 #include "kernels/cuda/grad_output.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vec.cuh"
+#include "kernels/formulas/nll_loss-inl.h"
 #include "kernels/tiles.h"
 
 namespace fusedloss::cuda {
@@ -18,7 +19,7 @@ constexpr int kRowsAtOnce = 4;           // of a thread, whose loads are under w
 constexpr int64_t kTileElements = 8192;  // of a block
 
 template <typename T>
-struct Problem : NLLLossOptions {
+struct TypedOptions : NLLLossOptions {
   using A = AccumulateType<T>;
 
   // The target class of a row, or -1 for a row that adds nothing.
@@ -28,19 +29,19 @@ struct Problem : NLLLossOptions {
   }
   __device__ __forceinline__ A weight_of(int64_t y) const { return weight ? static_cast<const A*>(weight)[y] : A(1); }
 
-  __device__ __forceinline__ void conclude(const LossSum& sum) const {
+  __device__ __forceinline__ void store_reduced_loss(const LossSum& sum) const {
     const bool mean = reduction == Reduction::kMean;
-    const double of_all[1] = {mean ? divide_by_total_weight(sum.loss, sum.weight) : sum.loss};
+    const double of_all[1] = {mean ? divide_by_total_weight(sum.loss, sum.total_weight) : sum.loss};
     store_loss<T>(loss, loss_dtype != dtype, 0, of_all);
-    if (mean) *static_cast<A*>(total_weight) = A(sum.weight);
+    if (mean) *static_cast<A*>(total_weight) = A(sum.total_weight);
   }
 };
 
 // One block is enough for ptxas, which else spills a register on sm_100 to make room for a few more.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) gather(const Problem<T> o) {
+__global__ void __launch_bounds__(kThreads, 1) gather(const TypedOptions<T> o) {
   const int64_t rows = o.outer * o.inner, step = int64_t(gridDim.x) * blockDim.x;
-  double loss_sum = 0, weight_sum = 0;
+  double loss_sum = 0, total_weight = 0;
   let_next_launch_start();
   bool bad_target = false;
   for (int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; first < rows; first += kRowsAtOnce * step) {
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1) gather(const Problem<T> o) {
         const double w = o.weight_of(y[k]);
         loss[0] = nll_loss_value(double(widen(x[k])), w);
         loss_sum += loss[0];
-        weight_sum += w;
+        total_weight += w;
       } else if (o.target[row] != o.ignore_index) {
         bad_target = true;
       }
@@ -76,22 +77,22 @@ __global__ void __launch_bounds__(kThreads, 1) gather(const Problem<T> o) {
   }
   assert(!bad_target && "nll_loss: a target is neither a class index nor ignore_index");
   if (o.reduction == Reduction::kNone) return;
-  const LossSum sum = block_sum(LossSum{loss_sum, weight_sum});
+  const LossSum sum = block_sum(LossSum{loss_sum, total_weight});
   if (threadIdx.x != 0) return;
-  if (gridDim.x == 1) o.conclude(sum);
+  if (gridDim.x == 1) o.store_reduced_loss(sum);
   else static_cast<LossSum*>(o.scratch)[blockIdx.x] = sum;
 }
 
 // One block: the blocks' sums in a fixed order.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads) finish_gather(const Problem<T> o, int blocks) {
+__global__ void __launch_bounds__(kSumThreads) finish_loss(const TypedOptions<T> o, int blocks) {
   wait_for_launch_before();
   const LossSum sum = sum_of_blocks<LossSum>(o.scratch, blocks);
-  if (threadIdx.x == 0) o.conclude(sum);
+  if (threadIdx.x == 0) o.store_reduced_loss(sum);
 }
 
 template <int kWidth, typename T>
-__device__ __forceinline__ void fill_zeros(T* p, const Split<T, int>& elements) {
+__device__ __forceinline__ void fill_zeros(T* p, const VectorizedRange<T, int>& elements) {
   const AccumulateType<T> zeros[kWidth] = {};
   for (int unit = threadIdx.x; unit < elements.template units<kWidth>(); unit += blockDim.x)
     store_values(p + elements.template first<kWidth>(unit), zeros);
@@ -99,7 +100,7 @@ __device__ __forceinline__ void fill_zeros(T* p, const Split<T, int>& elements) 
 
 // threadIdx.x: along a run of neighbours; threadIdx.y: the run.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) scatter(const Problem<T> o, const Tiling tiling) {
+__global__ void __launch_bounds__(kThreads) scatter(const TypedOptions<T> o, const Tiling tiling) {
   using A = AccumulateType<T>;
   T* const grad = static_cast<T*>(o.grad_input);
   const A total_weight = o.reduction == Reduction::kMean ? *static_cast<const A*>(o.total_weight) : A(1);
@@ -109,8 +110,8 @@ __global__ void __launch_bounds__(kThreads) scatter(const Problem<T> o, const Ti
     for (int run = threadIdx.y; run < int(runs.count[0] * runs.count[1]); run += blockDim.y) {
       const int64_t i = run % int(runs.count[0]), j = run / int(runs.count[0]);
       T* const p = grad + runs.start + i * runs.step[0] + j * runs.step[1];
-      const auto elements = split(int(runs.length), p);
-      fill_zeros<kVector<T>>(p, elements);
+      const auto elements = vectorized_range(int(runs.length), p);
+      fill_zeros<kVectorSize<T>>(p, elements);
       fill_zeros<1>(p, elements);
     }
     __syncthreads();
@@ -146,9 +147,9 @@ cudaError_t nll_loss_forward(const NLLLossOptions& given, cudaStream_t stream) {
   const unsigned grid = grid_of(o);
   return on_dtype(o.dtype, [&](auto zero) {
     using T = decltype(zero);
-    error = launch(gather<T>, {grid, kThreads}, stream, Problem<T>{o});
+    error = launch(gather<T>, {grid, kThreads}, stream, TypedOptions<T>{o});
     if (error != cudaSuccess || per_row || grid == 1) return error;
-    return launch(finish_gather<T>, after_launch(o, 1, kSumThreads), stream, Problem<T>{o}, int(grid));
+    return launch(finish_loss<T>, after_launch(o, 1, kSumThreads), stream, TypedOptions<T>{o}, int(grid));
   });
 }
 
@@ -156,12 +157,13 @@ cudaError_t nll_loss_backward(const NLLLossOptions& o, cudaStream_t stream) {
   if (o.rows() == 0 || o.classes == 0) return cudaSuccess;
   const Tiling tiling = make_tiling(o.outer, o.classes, o.inner, o.grad_strides, kTileElements);
   unsigned along = 1;  // threads of a run
-  while (along < kThreads && along * (16 / bytes_of(o.dtype)) < tiling.runs_of(tiling.tile).length) along *= 2;
+  const int64_t vector_size = kVectorBytes / bytes_of(o.dtype);
+  while (along < kThreads && along * vector_size < tiling.runs_of(tiling.tile).length) along *= 2;
   const dim3 block(along, kThreads / along);
   const unsigned grid = unsigned(smaller(tiling.count, o.tuning.max_blocks));
   return on_dtype(o.dtype, [&](auto zero) {
     using T = decltype(zero);
-    return launch(scatter<T>, {grid, block}, stream, Problem<T>{o}, tiling);
+    return launch(scatter<T>, {grid, block}, stream, TypedOptions<T>{o}, tiling);
   });
 }
 

@@ -1,26 +1,26 @@
-// The kernels of pointwise losses on the GPU, as templates on the formula: of one element of each operand. A source that
-// includes this defines its formulas in namespace fusedloss::cuda, as formulas/pointwise.h does, and then takes
-// kPointwise<Formula>.
+// The kernels of pointwise losses on the GPU, as templates on the formula: of one element of each operand. A source
+// includes this and its formulas, such as formulas/pointwise-inl.h, and takes kPointwise<Formula>.
 //
 // Most formulas do so little arithmetic that memory bandwidth decides: 16-byte accesses, several in flight in each
 // thread, and every tensor is read or written once.
 #pragma once
 
-#include "kernels/cuda/elementary.cuh"
 #include "kernels/cuda/grad_output.cuh"
+#include "kernels/cuda/math.cuh"
 #include "kernels/cuda/pointwise_formula.h"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vec.cuh"
+#include "kernels/formulas/dual-inl.h"
 
 namespace fusedloss::cuda {
 namespace {  // a library of each source: none may take the kernels of another
 
 constexpr int kThreads = 256;
 
-// Packs of each operand that a thread loads before it computes: four altogether at least, and two of each, unless there
-// are many. More of them would take registers that other threads need, and each pack moves up through the places of
-// those before it.
-FUSEDLOSS_INLINE constexpr int packs_in_flight(int operands) {
+// Vectors of each operand that a thread loads before it computes: four altogether at least, and two of each, unless
+// there are many. More of them would take registers that other threads need, and each vector moves up through the
+// places of those before it.
+FUSEDLOSS_INLINE constexpr int vectors_in_flight(int operands) {
   return operands == 1 ? 4 : operands <= 4 ? 2 : 1;
 }
 
@@ -40,7 +40,8 @@ __device__ __forceinline__ bool is_one_value(const PointwiseOptions& o, int k) {
   return k > 0 && o.operand_period[k] == 1;
 }
 
-// Or a row of values serves all rows, such as a weight for each class. Formulas of few operands are not compiled for it.
+// Or a row of values serves all rows, such as a weight for each class. Formulas of few operands are not compiled for
+// it.
 template <typename F>
 __device__ __forceinline__ bool is_repeated(const PointwiseOptions& o, int k) {
   return F::kOperands >= kFewestOfRepeated && k > 0 && o.operand_period[k] > 1;
@@ -53,20 +54,20 @@ __device__ __forceinline__ const T* elements_of(const PointwiseOptions& o, int k
 
 // Which elements to take 16 bytes at a time: `losses` (loss or grad_output) matters where it has an element for each.
 template <typename F, typename T, int... kOperand>
-__device__ __forceinline__ Split<T, int64_t> split_elements(const PointwiseOptions& o, const void* losses,
-                                                            std::integer_sequence<int, kOperand...>) {
+__device__ __forceinline__ VectorizedRange<T, int64_t> vectorized_elements(
+    const PointwiseOptions& o, const void* losses, std::integer_sequence<int, kOperand...>) {
   const bool wide = o.loss_dtype != o.dtype;
   const auto has_all = [&](int k) { return !is_one_value(o, k) && !is_repeated<F>(o, k); };
-  return split(o.numel, elements_of<T>(o, 0), (has_all(kOperand) ? elements_of<T>(o, kOperand) : nullptr)...,
-               static_cast<const T*>(o.grad[kOperand])..., static_cast<const T*>(wide ? nullptr : losses),
-               static_cast<const AccumulateType<T>*>(wide ? losses : nullptr));
+  return vectorized_range(o.numel, elements_of<T>(o, 0),
+                          (has_all(kOperand) ? elements_of<T>(o, kOperand) : nullptr)...,
+                          static_cast<const T*>(o.grad[kOperand])..., static_cast<const T*>(wide ? nullptr : losses),
+                          static_cast<const AccumulateType<T>*>(wide ? losses : nullptr));
 }
 
 // Elements from number i on of a row of `period` that repeats itself: by 16 bytes where they lie so, else one by one.
 template <int kWidth, typename T>
-__device__ __forceinline__ Pack<T, kWidth> load_repeated(const T* row, int64_t period, int64_t i) {
-  // In 32 bits, where they suffice, a division takes a third of the time.
-  int64_t place = (i | period) >> 32 == 0 ? int64_t(uint32_t(i) % uint32_t(period)) : i % period;
+__device__ __forceinline__ Vector<T, kWidth> load_repeated(const T* row, int64_t period, int64_t i) {
+  int64_t place = cuda::remainder(i, period);
   if constexpr (kWidth == 1) {
     return load<1>(row + place);
   } else {
@@ -103,7 +104,8 @@ struct Values {
 
 // Their losses, with the derivatives by the operands of kWrt.
 template <typename F, unsigned kWrt, typename A, int kWidth>
-__device__ __forceinline__ auto losses_of(const Values<F, A, kWidth>& values, const A (&parameter)[F::kParameters + 1]) {
+__device__ __forceinline__ auto losses_of(const Values<F, A, kWidth>& values,
+                                          const A (&parameter)[F::kParameters + 1]) {
   using Parameters = std::make_integer_sequence<int, F::kParameters>;
   using Loss = decltype(loss_of<F, kWrt>(values.of[0], parameter, OperandsOf<F>{}, Parameters{}));
   struct {
@@ -115,8 +117,8 @@ __device__ __forceinline__ auto losses_of(const Values<F, A, kWidth>& values, co
   return losses;
 }
 
-// Adds the losses to sum, or writes them. The sum's additions are not fused with what the formula ends in: so it has the
-// same bits with and without gradients.
+// Adds the losses to sum, or writes them. The sum's additions are not fused with what the formula ends in: so it has
+// the same bits with and without gradients.
 template <typename T, int kWidth, typename Loss>
 __device__ __forceinline__ void take_losses(const PointwiseOptions& o, int64_t i, const Loss (&losses)[kWidth],
                                             AccumulateType<T>& sum) {
@@ -127,7 +129,7 @@ __device__ __forceinline__ void take_losses(const PointwiseOptions& o, int64_t i
     store_loss<T>(o.loss, o.loss_dtype != o.dtype, i, plain);
   } else {
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) sum = math::sum(sum, losses[j].value);
+    for (int j = 0; j < kWidth; ++j) sum = math::rounded_sum(sum, losses[j].value);
   }
 }
 
@@ -141,17 +143,17 @@ __device__ __forceinline__ void write_gradient(const PointwiseOptions& o, int64_
   store_values(static_cast<T*>(o.grad[kOperand]) + i, grad);
 }
 
-// One pack of each operand. With gradients, what their losses take besides is computed only if those are wanted, and so
-// is what the gradients by other operands than the first take: those are wanted seldom.
+// One vector of each operand. With gradients, what their losses take besides is computed only if those are wanted, and
+// so is what the gradients by other operands than the first take: those are wanted seldom.
 template <typename F, bool kGradients, typename T, int kWidth, int... kOperand>
 __device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common<F, T>& common, int64_t i,
-                                         const Pack<T, kWidth> (&packs)[F::kOperands], AccumulateType<T>& sum,
+                                         const Vector<T, kWidth> (&vectors)[F::kOperands], AccumulateType<T>& sum,
                                          std::integer_sequence<int, kOperand...>) {
   using A = AccumulateType<T>;
   Values<F, A, kWidth> values;
 #pragma unroll
   for (int j = 0; j < kWidth; ++j)
-    ((values.of[j][kOperand] = packs[kOperand][j]), ...);
+    ((values.of[j][kOperand] = vectors[kOperand][j]), ...);
   if constexpr (kGradients) {
     constexpr unsigned kFirst = 1, kOthers = (1u << F::kOperands) - 2;
     const auto by_first = losses_of<F, kFirst>(values, common.parameter);
@@ -172,43 +174,47 @@ __device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common
 
 // A thread's units of kWidth elements -> the sum of their losses, where it is wanted.
 template <int kWidth, typename F, bool kGradients, typename T>
-__device__ __forceinline__ AccumulateType<T> share(const PointwiseOptions& o, const Split<T, int64_t>& elements) {
-  constexpr int kPacks = packs_in_flight(F::kOperands);
+__device__ __forceinline__ AccumulateType<T> evaluate_units(const PointwiseOptions& o,
+                                                            const VectorizedRange<T, int64_t>& elements) {
+  constexpr int kVectors = vectors_in_flight(F::kOperands);
   Common<F, T> common = {};
 #pragma unroll
   for (int k = 0; k < F::kParameters; ++k) common.parameter[k] = AccumulateType<T>(o.parameter[k]);
   if constexpr (kGradients) common.grad_output = common_grad_output<T>(o);
 
-  // An operand of one value has it in all packs from here on: nothing is loaded there, and it stays as packs move up.
-  Pack<T, kWidth> packs[kPacks][F::kOperands] = {};
+  // An operand of one value has it in all vectors from here on: nothing is loaded there, and it stays as vectors move
+  // up.
+  Vector<T, kWidth> vectors[kVectors][F::kOperands] = {};
 #pragma unroll
   for (int k = 0; k < F::kOperands; ++k)
     if (is_one_value(o, k)) {
       const auto one = splat<kWidth>(*elements_of<T>(o, k));
 #pragma unroll
-      for (int p = 0; p < kPacks; ++p) packs[p][k] = one;
+      for (int p = 0; p < kVectors; ++p) vectors[p][k] = one;
     }
 
   AccumulateType<T> sum = 0;
   const int64_t units = elements.template units<kWidth>(), step = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < units; unit += kPacks * step) {
+  for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < units; unit += kVectors * step) {
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
+    for (int p = 0; p < kVectors; ++p) {
       if (unit + p * step >= units) continue;
       const int64_t first = elements.template first<kWidth>(unit + p * step);
 #pragma unroll
       for (int k = 0; k < F::kOperands; ++k)
-        if (is_repeated<F>(o, k)) packs[p][k] = load_repeated<kWidth>(elements_of<T>(o, k), o.operand_period[k], first);
-        else if (!is_one_value(o, k)) packs[p][k] = load<kWidth>(elements_of<T>(o, k) + first);
+        if (is_repeated<F>(o, k))
+          vectors[p][k] = load_repeated<kWidth>(elements_of<T>(o, k), o.operand_period[k], first);
+        else if (!is_one_value(o, k))
+          vectors[p][k] = load<kWidth>(elements_of<T>(o, k) + first);
     }
-    // One text for all packs, however long the formula is: the next one moves to the first one's place.
+    // One text for all vectors, however long the formula is: the next one moves to the first one's place.
 #pragma unroll 1
-    for (int64_t now = unit; now < units && now < unit + kPacks * step; now += step) {
-      evaluate<F, kGradients>(o, common, elements.template first<kWidth>(now), packs[0], sum, OperandsOf<F>{});
+    for (int64_t now = unit; now < units && now < unit + kVectors * step; now += step) {
+      evaluate<F, kGradients>(o, common, elements.template first<kWidth>(now), vectors[0], sum, OperandsOf<F>{});
 #pragma unroll
-      for (int p = 1; p < kPacks; ++p)
+      for (int p = 1; p < kVectors; ++p)
 #pragma unroll
-        for (int k = 0; k < F::kOperands; ++k) packs[p - 1][k] = packs[p][k];
+        for (int k = 0; k < F::kOperands; ++k) vectors[p - 1][k] = vectors[p][k];
     }
   }
   return sum;
@@ -219,9 +225,9 @@ __device__ __forceinline__ void evaluate_all(const PointwiseOptions& o) {
   let_next_launch_start();
   const void* losses = o.loss == nullptr ? o.grad_output : o.loss;
   const bool one = o.loss == nullptr ? o.grad_output_stride == 0 : o.reduction != Reduction::kNone;
-  const auto elements = split_elements<F, T>(o, one ? nullptr : losses, OperandsOf<F>{});
-  AccumulateType<T> sum = share<kVector<T>, F, kGradients>(o, elements);
-  sum += share<1, F, kGradients>(o, elements);
+  const auto elements = vectorized_elements<F, T>(o, one ? nullptr : losses, OperandsOf<F>{});
+  AccumulateType<T> sum = evaluate_units<kVectorSize<T>, F, kGradients>(o, elements);
+  sum += evaluate_units<1, F, kGradients>(o, elements);
   if (o.loss == nullptr || o.reduction == Reduction::kNone) return;
   const double of_block = block_sum(double(sum));
   if (threadIdx.x == 0) static_cast<double*>(o.scratch)[blockIdx.x] = of_block;
@@ -236,8 +242,8 @@ __global__ void FUSEDLOSS_BOUNDS losses(const PointwiseOptions o) {
   evaluate_all<F, false, T>(o);
 }
 
-// In both passes, so that the gradient which one has left has the bits of the other's. The forward pass wants the losses
-// too.
+// In both passes, so that the gradient which one has left has the bits of the other's. The forward pass wants the
+// losses too.
 template <typename F, typename T>
 __global__ void FUSEDLOSS_BOUNDS gradients(const PointwiseOptions o) {
   if (o.loss == nullptr) wait_for_launch_before();
@@ -249,7 +255,7 @@ __global__ void FUSEDLOSS_BOUNDS gradients(const PointwiseOptions o) {
 
 // One block: the blocks' sums in a fixed order, and the mean's division.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads) finish(const PointwiseOptions o, int blocks) {
+__global__ void __launch_bounds__(kSumThreads) finish_loss(const PointwiseOptions o, int blocks) {
   wait_for_launch_before();
   const double sum = sum_of_blocks<double>(o.scratch, blocks);
   if (threadIdx.x != 0) return;
@@ -258,14 +264,15 @@ __global__ void __launch_bounds__(kSumThreads) finish(const PointwiseOptions o, 
 }
 
 inline unsigned grid_of(const PointwiseOptions& o) {
-  const int64_t blocks = divide_up(o.numel, kThreads * packs_in_flight(o.operands) * (16 / bytes_of(o.dtype)));
+  const int64_t of_thread = vectors_in_flight(o.operands) * (kVectorBytes / bytes_of(o.dtype));
+  const int64_t blocks = divide_up(o.numel, kThreads * of_thread);
   return unsigned(smaller(blocks, o.tuning.max_blocks));
 }
 
 template <typename F>
 cudaError_t launch_forward(const PointwiseOptions& given, cudaStream_t stream) {
   PointwiseOptions o = given;
-  cudaError_t error = complete(o.tuning, reinterpret_cast<const void*>(&finish<float>));
+  cudaError_t error = complete(o.tuning, reinterpret_cast<const void*>(&finish_loss<float>));
   if (error != cudaSuccess) return error;
   bool with_gradients = false;
   for (int k = 0; k < F::kOperands; ++k) with_gradients = with_gradients || o.grad[k] != nullptr;
@@ -277,7 +284,7 @@ cudaError_t launch_forward(const PointwiseOptions& given, cudaStream_t stream) {
       if (error != cudaSuccess) return error;
     }
     if (o.reduction == Reduction::kNone) return cudaSuccess;
-    return launch(finish<T>, after_launch(o, 1, kSumThreads), stream, o, int(grid_of(o)));
+    return launch(finish_loss<T>, after_launch(o, 1, kSumThreads), stream, o, int(grid_of(o)));
   });
 }
 
@@ -285,9 +292,9 @@ template <typename F>
 cudaError_t launch_backward(const PointwiseOptions& given, cudaStream_t stream) {
   PointwiseOptions o = given;
   if (o.numel == 0) return cudaSuccess;
-  const cudaError_t error = complete(o.tuning, reinterpret_cast<const void*>(&finish<float>));
+  const cudaError_t error = complete(o.tuning, reinterpret_cast<const void*>(&finish_loss<float>));
   if (error != cudaSuccess) return error;
-  if (o.grad_ready) o.tuning.max_blocks = smaller(o.tuning.max_blocks, kHandOverBlocks);
+  if (o.grad_ready) o.tuning.max_blocks = smaller(o.tuning.max_blocks, kReadyGradientBlocks);
   return on_dtype(o.dtype, [&](auto zero) {
     return launch(gradients<F, decltype(zero)>, after_launch(o, grid_of(o), kThreads), stream, o);
   });

@@ -1,15 +1,12 @@
-// The losses of formulas/pointwise.h on the GPU, by name.
+// The losses of formulas/pointwise-inl.h on the GPU, by name.
 #include "kernels/cuda/pointwise_cuda.h"
 
 #include <cstring>
 
 #include "kernels/cuda/pointwise.cuh"
+#include "kernels/formulas/pointwise-inl.h"
 
 namespace fusedloss::cuda {
-
-namespace {
-#include "kernels/formulas/pointwise.h"
-}
 
 int64_t pointwise_scratch_bytes(const PointwiseOptions& o) {
   return o.reduction == Reduction::kNone ? 0 : int64_t(grid_of(o)) * int64_t(sizeof(double));

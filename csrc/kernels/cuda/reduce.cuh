@@ -5,12 +5,11 @@
 #include <cstring>
 
 #include "kernels/cuda/cluster.cuh"
-#include "kernels/cuda/formulas.cuh"
+#include "kernels/cuda/math.cuh"
+#include "kernels/formulas/cross_entropy-inl.h"
 
 namespace fusedloss::cuda {
 
-constexpr int kWarp = 32;
-constexpr int kWarpShift = 5;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kMaxRowWarps = 8;  // of a block that takes one row
 
@@ -59,39 +58,39 @@ __device__ __forceinline__ double block_sum(double value) {
   return lanes_sum(exchange_between_warps(lanes_sum(value), 0.0));
 }
 
-// Sums over rows. A block leaves one in scratch memory.
+// Sums over rows: of their losses, and of the weights of their target classes. Each block stores one in scratch memory.
 struct alignas(16) LossSum {
-  double loss, weight;
+  double loss, total_weight;
 
   __device__ __forceinline__ LossSum& operator+=(const LossSum& other) {
     loss += other.loss;
-    weight += other.weight;
+    total_weight += other.total_weight;
     return *this;
   }
 };
 
 __device__ __forceinline__ LossSum lanes_sum(const LossSum& of_lane) {
-  return {lanes_sum(of_lane.loss), lanes_sum(of_lane.weight)};
+  return {lanes_sum(of_lane.loss), lanes_sum(of_lane.total_weight)};
 }
 
-// Both meet at the same barriers.
+// Both sums are exchanged at the same barriers.
 __device__ __forceinline__ LossSum block_sum(const LossSum& of_thread) {
   return lanes_sum(exchange_between_warps(lanes_sum(of_thread), LossSum{}));
 }
 
-constexpr int kSumThreads = 1024;  // of a block that adds up what other blocks have left
+constexpr int kSumThreads = 1024;  // of a block that adds up what other blocks have stored
 constexpr int kLoadsAtOnce = 8;    // of a thread of such a block: it waits for memory once for all of them
 
-// The sum of what the blocks of an earlier launch have left, V[blocks], by the threads of one block.
+// The sum of what the blocks of an earlier launch have stored, V[blocks], by the threads of one block.
 template <typename V>
-__device__ __forceinline__ V sum_of_blocks(const void* left, int blocks) {
+__device__ __forceinline__ V sum_of_blocks(const void* stored, int blocks) {
   V sum = {};
   for (int first = int(threadIdx.x); first < blocks; first += kLoadsAtOnce * int(blockDim.x)) {
     V values[kLoadsAtOnce];
 #pragma unroll
     for (int k = 0; k < kLoadsAtOnce; ++k) {
       const int i = first + k * int(blockDim.x);
-      values[k] = i < blocks ? static_cast<const V*>(left)[i] : V{};
+      values[k] = i < blocks ? static_cast<const V*>(stored)[i] : V{};
     }
 #pragma unroll
     for (int k = 0; k < kLoadsAtOnce; ++k) sum += values[k];
@@ -100,8 +99,8 @@ __device__ __forceinline__ V sum_of_blocks(const void* left, int blocks) {
 }
 
 // Over the threads of a row within a block: threadIdx.x in [0, blockDim.x), some lanes of a warp or the whole block.
-// `turn` counts the calls: the warps meet in one of two places in turn, so that one barrier is enough. A warp that writes
-// to a place again has passed the barrier of the call in between, as have all that read it.
+// `turn` counts the calls: the warps meet in one of two places in turn, so that one barrier is enough. A warp that
+// writes to a place again has passed the barrier of the call in between, as have all that read it.
 template <bool kSpread, typename A>
 __device__ __forceinline__ RowState<A> row_merge(RowState<A> state, int turn) {
   state = lanes_merge<kSpread>(state, int(blockDim.x));

@@ -32,17 +32,17 @@ __device__ __forceinline__ T narrow(A x) {
 
 // How many T one instruction loads.
 template <typename T>
-constexpr int kVector = 16 / sizeof(T);
+constexpr int kVectorSize = kVectorBytes / sizeof(T);
 
-// Neighbouring elements as loaded: kVector<T> of them, or one. They stay in 32-bit words until they are computed with:
-// halves that were taken apart sooner would wait for their load before the next load is issued.
+// Neighbouring elements as loaded: kVectorSize<T> of them, or one. They stay in 32-bit words until they are computed
+// with: halves that were taken apart sooner would wait for their load before the next load is issued.
 template <typename T, int kWidth>
-struct Pack {
-  static_assert(kWidth == kVector<T>);
+struct Vector {
+  static_assert(kWidth == kVectorSize<T>);
   uint32_t words[4];
 
-  __device__ __forceinline__ uint4 as_vector() const { return {words[0], words[1], words[2], words[3]}; }
-  __device__ __forceinline__ void from_vector(uint4 v) {
+  __device__ __forceinline__ uint4 as_uint4() const { return {words[0], words[1], words[2], words[3]}; }
+  __device__ __forceinline__ void from_uint4(uint4 v) {
     words[0] = v.x;
     words[1] = v.y;
     words[2] = v.z;
@@ -82,7 +82,7 @@ struct Pack {
 };
 
 template <typename T>
-struct Pack<T, 1> {
+struct Vector<T, 1> {
   T element;
 
   __device__ __forceinline__ AccumulateType<T> max() const { return widen(element); }
@@ -90,29 +90,29 @@ struct Pack<T, 1> {
 };
 
 template <int kWidth, typename T>
-__device__ __forceinline__ Pack<T, kWidth> load(const T* p) {
-  Pack<T, kWidth> pack;
+__device__ __forceinline__ Vector<T, kWidth> load(const T* p) {
+  Vector<T, kWidth> vector;
   if constexpr (kWidth == 1) {
-    pack.element = *p;
+    vector.element = *p;
   } else {
-    pack.from_vector(*reinterpret_cast<const uint4*>(p));
+    vector.from_uint4(*reinterpret_cast<const uint4*>(p));
   }
-  return pack;
+  return vector;
 }
 
 // One element in all places.
 template <int kWidth, typename T>
-__device__ __forceinline__ Pack<T, kWidth> splat(T value) {
-  Pack<T, kWidth> pack;
+__device__ __forceinline__ Vector<T, kWidth> splat(T value) {
+  Vector<T, kWidth> vector;
   if constexpr (kWidth == 1) {
-    pack.element = value;
+    vector.element = value;
   } else {
     alignas(16) T values[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) values[j] = value;
-    pack.from_vector(*reinterpret_cast<const uint4*>(values));
+    vector.from_uint4(*reinterpret_cast<const uint4*>(values));
   }
-  return pack;
+  return vector;
 }
 
 // In plain C++ the compiler stores some vectors in four pieces.
@@ -128,58 +128,67 @@ __device__ __forceinline__ void store_vector(void* p, uint4 v) {
 }
 
 // [size] contiguous elements as single ones up to the first 16-byte boundary, then vectors, then single ones again.
-// Loops take them in units of kWidth: all vectors with kWidth = kVector<T>, all single elements with kWidth = 1.
+// Loops take them in units of kWidth: all vectors with kWidth = kVectorSize<T>, all single elements with kWidth = 1.
 // Index is int32_t where sizes allow: in 64 bits, addresses cost a sweep as much as its arithmetic.
 template <typename T, typename Index>
-struct Split {
+struct VectorizedRange {
   Index size, head, vectors;
 
   template <int kWidth>
   __device__ __forceinline__ Index units() const {
-    return kWidth == 1 ? size - vectors * kVector<T> : vectors;
+    return kWidth == 1 ? size - vectors * kVectorSize<T> : vectors;
   }
   // The first element of a unit.
   template <int kWidth>
   __device__ __forceinline__ Index first(Index unit) const {
-    if constexpr (kWidth == 1) return unit < head ? unit : unit + vectors * kVector<T>;
+    if constexpr (kWidth == 1) return unit < head ? unit : unit + vectors * kVectorSize<T>;
     else return head + unit * kWidth;
   }
 };
 
 template <typename T, typename Index>
-__device__ __forceinline__ Split<T, Index> only_single(Index size) {
+__device__ __forceinline__ VectorizedRange<T, Index> scalar_range(Index size) {
   return {size, 0, 0};
 }
 
 // Vectors must be aligned in `p` and in `others` too, which have as many elements (or are null); else there are none.
 template <typename T, typename Index, typename... Others>
-__device__ __forceinline__ Split<T, Index> split(Index size, const T* p, const Others*... others) {
+__device__ __forceinline__ VectorizedRange<T, Index> vectorized_range(Index size, const T* p, const Others*... others) {
   const Index to_boundary = Index(-reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
   const Index head = to_boundary < size ? to_boundary : size;
   const bool aligned = ((others == nullptr || reinterpret_cast<uintptr_t>(others + head) % 16 == 0) && ...);
-  return aligned ? Split<T, Index>{size, head, (size - head) / kVector<T>} : only_single<T>(size);
+  return aligned ? VectorizedRange<T, Index>{size, head, (size - head) / kVectorSize<T>} : scalar_range<T>(size);
 }
 
 // One thread's part of a row that several threads share: the units thread, thread + 2^step_shift, …
 template <typename T>
-struct Share : Split<T, int> {
+struct ThreadRange : VectorizedRange<T, int> {
   int thread, step_shift;
 };
+
+// Of numbers that are not negative. In 32 bits, where they suffice, a division takes a third of the time.
+__device__ __forceinline__ bool fit_32_bits(int64_t a, int64_t b) { return (a | b) >> 32 == 0; }
+__device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
+  return fit_32_bits(a, b) ? int64_t(uint32_t(a) / uint32_t(b)) : a / b;
+}
+__device__ __forceinline__ int64_t remainder(int64_t a, int64_t b) {
+  return fit_32_bits(a, b) ? int64_t(uint32_t(a) % uint32_t(b)) : a % b;
+}
 
 // Computed values of kWidth elements from p on: one, or one or two vectors.
 template <int kWidth, typename T, typename A>
 __device__ __forceinline__ void load_values(const T* p, A (&values)[kWidth]) {
-  constexpr int kPiece = kWidth == 1 ? 1 : kVector<T>;
+  constexpr int kPiece = kWidth == 1 ? 1 : kVectorSize<T>;
 #pragma unroll
   for (int i = 0; i < kWidth; i += kPiece) {
-    const auto pack = load<kPiece>(p + i);
+    const auto vector = load<kPiece>(p + i);
 #pragma unroll
-    for (int j = 0; j < kPiece; ++j) values[i + j] = pack[j];
+    for (int j = 0; j < kPiece; ++j) values[i + j] = vector[j];
   }
 }
 
 template <typename T, int kWidth, typename A>
-__device__ __forceinline__ Pack<T, kWidth> narrow_pack(const A* values) {
+__device__ __forceinline__ Vector<T, kWidth> narrow_vector(const A* values) {
   alignas(16) T narrowed[kWidth];
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) narrowed[j] = narrow<T>(values[j]);
@@ -187,21 +196,22 @@ __device__ __forceinline__ Pack<T, kWidth> narrow_pack(const A* values) {
 }
 
 template <typename T, int kWidth>
-__device__ __forceinline__ void store(T* p, const Pack<T, kWidth>& pack) {
-  if constexpr (kWidth == 1) *p = pack.element;
-  else store_vector(p, pack.as_vector());
+__device__ __forceinline__ void store(T* p, const Vector<T, kWidth>& vector) {
+  if constexpr (kWidth == 1) *p = vector.element;
+  else store_vector(p, vector.as_uint4());
 }
 
 template <int kWidth, typename T, typename A>
 __device__ __forceinline__ void store_values(T* p, const A (&values)[kWidth]) {
-  constexpr int kPiece = kWidth == 1 ? 1 : kVector<T>;
+  constexpr int kPiece = kWidth == 1 ? 1 : kVectorSize<T>;
 #pragma unroll
-  for (int i = 0; i < kWidth; i += kPiece) store(p + i, narrow_pack<T, kPiece>(values + i));
+  for (int i = 0; i < kWidth; i += kPiece) store(p + i, narrow_vector<T, kPiece>(values + i));
 }
 
 // The same for loss and grad_output, which hold T or, if wide, its accumulate type.
 template <typename T, int kWidth>
-__device__ __forceinline__ void load_loss(const void* losses, bool wide, int64_t i, AccumulateType<T> (&values)[kWidth]) {
+__device__ __forceinline__ void load_loss(const void* losses, bool wide, int64_t i,
+                                          AccumulateType<T> (&values)[kWidth]) {
   if (wide) load_values(static_cast<const AccumulateType<T>*>(losses) + i, values);
   else load_values(static_cast<const T*>(losses) + i, values);
 }

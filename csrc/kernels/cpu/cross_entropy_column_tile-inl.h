@@ -1,0 +1,162 @@
+// A tile of neighbouring rows that lie side by side: what it knows of its target classes, and the end of its rows. A vector
+// holds one class of a group of neighbouring rows.
+#if defined(FUSEDLOSS_CROSS_ENTROPY_COLUMN_TILE_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_CROSS_ENTROPY_COLUMN_TILE_INL
+#undef FUSEDLOSS_CROSS_ENTROPY_COLUMN_TILE_INL
+#else
+#define FUSEDLOSS_CROSS_ENTROPY_COLUMN_TILE_INL
+#endif
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels/cpu/cross_entropy_options-inl.h"
+#include "kernels/cpu/reduce-inl.h"
+
+FUSEDLOSS_BEGIN_NAMESPACE
+
+// Up to kColumnTile neighbouring rows, and within them groups of as many as a vector holds.
+template <typename T>
+struct ColumnTile {
+  int64_t row;    // the first one's number
+  int n;          // how many
+  const T* x;     // [classes, n], classes logits_strides.classes apart
+  const T* t;     // [classes, n], classes target_strides.classes apart; probabilities only
+  T* grad;        // [classes, n], classes grad_strides.classes apart; backward only
+
+  ColumnTile(const TypedOptions<T>& p, ChunkRange range)
+      : row(range.outer * p.o.inner + range.begin),
+        n(int(range.end - range.begin)),
+        x(p.logits + range.outer * p.o.logits_strides.outer + range.begin),
+        t(p.probability ? p.probability + range.outer * p.o.target_strides.outer + range.begin : nullptr),
+        grad(p.o.grad_logits
+                 ? static_cast<T*>(p.o.grad_logits) + range.outer * p.o.grad_strides.outer + range.begin
+                 : nullptr) {}
+};
+
+// q of class c for the group that starts at column i, without the target class's own part; of a smoothed target in
+// units of smoothing.uniform.
+template <bool kWhole, typename T, bool kSpread>
+FUSEDLOSS_INLINE VectorOf<T> column_coefficients(const TypedOptions<T>& p, const ColumnTile<T>& tile, int64_t c, int i) {
+  using V = VectorOf<T>;
+  if constexpr (!kSpread) return V{};
+  const V w = V{} + p.weight_of(c);
+  if (has_class<kSpread>(p)) return w;
+  return probability_coefficient(load_lanes<kWhole>(tile.t + c * p.o.target_strides.classes + i, tile.n - i), w,
+                                 p.smoothing);
+}
+
+// ---- target classes
+
+// The target class of each of a tile's rows, and -1 for what adds nothing: rows that are ignored or whose class does
+// not exist, and what follows the last row in its group. 0 for a row whose target is probabilities.
+template <typename T>
+struct TargetClasses {
+  using A = AccumulateType<T>;
+  using Index = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
+
+  typedef Index Narrow __attribute__((vector_size(Simd<double>::kLanes * sizeof(Index))));  // as many as a DoubleI holds
+
+  alignas(64) Index y[kColumnTile];
+  bool all_count = true;
+
+  FUSEDLOSS_INLINE typename Simd<A>::I group(int i) const {
+    typename Simd<A>::I v;
+    __builtin_memcpy(&v, y + i, sizeof v);
+    return v;
+  }
+};
+
+template <typename T, bool kSpread>
+FUSEDLOSS_INLINE void read_target_classes(const TypedOptions<T>& p, const ColumnTile<T>& tile,
+                                          TargetClasses<T>& classes) {
+  using Index = typename TargetClasses<T>::Index;
+  using Narrow = typename TargetClasses<T>::Narrow;
+  for (int i = tile.n; i % kLanesOf<T> != 0; ++i) classes.y[i] = -1;
+  if (!has_class<kSpread>(p)) {
+    std::fill_n(classes.y, tile.n, Index(0));
+    return;
+  }
+  DoubleI some = {};  // negative where a row does not count
+  for_each_vector<double>(0, tile.n, [&](auto whole, int begin) __attribute__((always_inline)) {
+    if constexpr (whole) {
+      const DoubleI y = p.target_classes(tile.row + begin);
+      __builtin_prefetch(p.o.target_index + tile.row + begin + kColumnTile);
+      const Narrow narrow = __builtin_convertvector(y, Narrow);
+      __builtin_memcpy(classes.y + begin, &narrow, sizeof narrow);
+      some |= y;
+    } else {
+      for (int i = begin; i < tile.n; ++i) {
+        classes.y[i] = p.row_counts(tile.row + i) ? Index(p.o.target_index[tile.row + i]) : Index(-1);
+        classes.all_count &= classes.y[i] >= 0;
+      }
+    }
+  });
+  for (int lane = 0; lane < Simd<double>::kLanes; ++lane) classes.all_count &= some[lane] >= 0;
+}
+
+// What a group's losses need of its target classes; 0 where there is none.
+template <typename T>
+struct GroupTarget {
+  typename Simd<AccumulateType<T>>::I y;  // as of TargetClasses
+  VectorOf<T> x = {}, w = {};
+};
+
+template <typename T, bool kSpread>
+FUSEDLOSS_INLINE GroupTarget<T> gather_target(const TypedOptions<T>& p, const ColumnTile<T>& tile,
+                                              const TargetClasses<T>& classes, int i) {
+  using A = AccumulateType<T>;
+  alignas(64) A x[kLanesOf<T>] = {}, w[kLanesOf<T>] = {};
+  for (int lane = 0; has_class<kSpread>(p) && lane < kLanesOf<T>; ++lane) {
+    const int64_t y = classes.y[i + lane];
+    if (y < 0) continue;
+    x[lane] = load_one(tile.x + i + lane + y * p.o.logits_strides.classes);
+    w[lane] = p.weight_of(y);
+  }
+  return {classes.group(i), load(x), load(w)};
+}
+
+// ---- what comes after the classes
+
+// From the sums over all classes to the losses and statistics of a group of rows. Returns what is the rows' row_scale.
+template <bool kWhole, typename T, bool kSpread>
+FUSEDLOSS_INLINE VectorOf<T> finish_group(const TypedOptions<T>& p, const ColumnTile<T>& tile, int i,
+                                          RowState<VectorOf<T>> s, const GroupTarget<T>& target,
+                                          CompensatedSum<DoubleV>& loss_sum) {
+  using A = AccumulateType<T>;
+  using V = typename Simd<A>::V;
+  const int n = tile.n - i;
+  const int64_t row = tile.row + i;
+  // What adds nothing has a loss of 0, whatever its logits are.
+  s.max = target.y < 0 ? V{} : s.max;
+  s.sum = target.y < 0 ? V{} + 1 : s.sum;
+  if constexpr (kSpread) {
+    s.dot = target.y < 0 ? V{} : s.dot;
+    s.mass = target.y < 0 ? V{} : s.mass;
+  }
+  const V logsum = math::log_of_normal(s.sum);
+  V mass = kSpread ? s.mass : target.w;
+  if (kSpread && has_class<kSpread>(p))
+    mass = index_mass(target.w, V{} + p.weight_sum, Smoothing<V>{V{} + p.smoothing.kept, V{} + p.smoothing.uniform});
+  const V scale = target.y < 0 ? V{} : prevent_contraction(mass * (1 / s.sum));
+  store_lanes<kWhole>(p.row_max + row, s.max, n);
+  store_lanes<kWhole>(p.row_scale + row, scale, n);
+
+  alignas(64) A losses[kLanesOf<T>];
+  DoubleV sum = {};
+  FUSEDLOSS_UNROLL for (int part = 0; part < kDoubleParts<A>; ++part) {
+    const RowState<DoubleV> wide = {double_part(s.max, part), double_part(s.sum, part), double_part(s.dot, part),
+                                    double_part(s.mass, part)};
+    const DoubleV loss = row_loss<kSpread>(p, wide, double_part(logsum, part), double_part(target.x, part),
+                                           double_part(target.w, part));
+    if (p.o.reduction == Reduction::kNone) store_double_part(losses, loss, part);
+    sum += loss;
+  }
+  if (p.o.reduction == Reduction::kNone) write_losses<kWhole, T>(p.o, row, load(losses), n);
+  add(loss_sum, sum);
+  return scale;
+}
+
+FUSEDLOSS_END_NAMESPACE
+
+#endif  // include guard

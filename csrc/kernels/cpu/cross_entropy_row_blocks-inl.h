@@ -1,0 +1,252 @@
+// A block of a row's classes, which lie side by side: its maximum, its sums, and its gradient. A vector holds neighbouring
+// classes.
+#if defined(FUSEDLOSS_CROSS_ENTROPY_ROW_BLOCKS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_CROSS_ENTROPY_ROW_BLOCKS_INL
+#undef FUSEDLOSS_CROSS_ENTROPY_ROW_BLOCKS_INL
+#else
+#define FUSEDLOSS_CROSS_ENTROPY_ROW_BLOCKS_INL
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "kernels/cpu/cross_entropy_options-inl.h"
+#include "kernels/cpu/reduce-inl.h"
+
+FUSEDLOSS_BEGIN_NAMESPACE
+
+// Classes that are swept twice, for the maximum and for the sums, while L1 still holds them: memory is read once. Their
+// exponentials are taken relative to the block's own maximum, in both passes, so that both have the same ones. Doubles
+// fill L1 sooner.
+template <typename A>
+constexpr int64_t kRowBlock = std::is_same_v<A, double> ? 512 : 2048;
+// Exponentials that the forward pass keeps for the gradient, where it writes that too, to spare the second exp. Those of
+// short rows, of one block each, lie on the stack: half of L1, the rest is for the logits.
+template <typename A>
+constexpr int64_t kExponentialsOnStack = 16384 / sizeof(A);
+// Those of a longer row lie where its gradient will be, as long as L2 holds them.
+template <typename A>
+constexpr int64_t kExponentialsInGradient = 524288 / sizeof(A);
+// Independent accumulators, to hide the latency of an addition and of exp.
+constexpr int kUnroll = 4;
+
+template <typename T>
+FUSEDLOSS_INLINE bool is_short_row(int64_t classes) {
+  return classes <= kRowBlock<AccumulateType<T>>;
+}
+
+// q of neighbouring classes, without the target class's own part; of a smoothed target in units of smoothing.uniform, in
+// which the sums of equal weights are exact.
+template <typename T, bool kSpread>
+struct RowCoefficients {
+  using A = AccumulateType<T>;
+  using V = VectorOf<T>;
+
+  const T* probability;  // [classes] of this row; null for class indices
+  const A* weight;       // [classes]
+  Smoothing<A> smoothing;
+
+  RowCoefficients(const TypedOptions<T>& p, int64_t row)
+      : probability(has_class<kSpread>(p) ? nullptr : p.probability + p.offset(p.o.target_strides, row)),
+        weight(p.weight),
+        smoothing(p.smoothing) {}
+
+  // Lanes n and up are 0.
+  template <bool kWhole>
+  FUSEDLOSS_INLINE V at(int64_t c, int n) const {
+    V q = V{};
+    if constexpr (kSpread) {
+      const V w = weight ? load_lanes<kWhole>(weight + c, n) : V{} + 1;
+      if (probability == nullptr) {
+        q = w;
+      } else {
+        q = prevent_contraction(probability_coefficient(load_lanes<kWhole>(probability + c, n), w, smoothing));
+      }
+      if constexpr (!kWhole) q = lanes_from(n, A{}) ? V{} : q;
+    }
+    return q;
+  }
+};
+
+// Writes the largest of every kLanes-th of n classes to max, of lanes without a class -inf. Returns the classes in the
+// accumulate type: x itself, or widened ([n]), which they are written to for all that comes after.
+template <typename T>
+FUSEDLOSS_NOINLINE const AccumulateType<T>* max_of_block(const T* x, int n, AccumulateType<T>* widened,
+                                                         VectorOf<T>* max) {
+  using A = AccumulateType<T>;
+  using V = VectorOf<T>;
+  V largest[kUnroll];
+  FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) largest[k] = V{} - INFINITY;
+  for_each_vector_unrolled<T, kUnroll>(n, [&](auto whole, int i, int k) __attribute__((always_inline)) {
+    V v = load_lanes<whole>(x + i, n - i);
+    if constexpr (!std::is_same_v<T, A>) store_lanes<whole>(widened + i, v, n - i);
+    if constexpr (!whole) v = lanes_from(n - i, A{}) ? V{} - INFINITY : v;
+    largest[k] = Larger::of(v, largest[k]);
+  });
+  FUSEDLOSS_UNROLL for (int k = 1; k < kUnroll; ++k) largest[0] = Larger::of(largest[k], largest[0]);
+  *max = largest[0];
+  if constexpr (std::is_same_v<T, A>) {
+    return x;
+  } else {
+    return widened;
+  }
+}
+
+template <bool kWhole, typename T, bool kSpread>
+FUSEDLOSS_INLINE void add_classes(RowState<VectorOf<T>>& s, const AccumulateType<T>* x,
+                                  const RowCoefficients<T, kSpread>& q, int64_t c, int n, AccumulateType<T> relative_to,
+                                  AccumulateType<T>* exponentials) {
+  using A = AccumulateType<T>;
+  using V = typename Simd<A>::V;
+  const V d = load_lanes<kWhole>(x, n) - relative_to;
+  V e = math::exp_nonpositive(d);
+  if constexpr (!kWhole) e = lanes_from(n, A{}) ? V{} : e;
+  if (exponentials != nullptr) store_lanes<kWhole>(exponentials, e, n);
+  s.sum += e;
+  if constexpr (kSpread) {
+    const V q_c = q.template at<kWhole>(c, n);
+    s.dot += q_c * d;
+    s.mass += q_c;
+  }
+}
+
+// What is read, and written, soon after a sweep, is prefetched while the arithmetic goes on.
+template <typename T>
+struct Prefetch {
+  static constexpr int kVectorsOfLine = std::max(1, 64 / int(sizeof(T)) / kLanesOf<T>);  // of a cache line
+
+  const T *read, *write;
+
+  FUSEDLOSS_INLINE void line_at(int i) const {
+    __builtin_prefetch(read + i);
+    __builtin_prefetch(write + i, /*to write=*/1);
+  }
+};
+
+// The sums over classes [begin, begin + n), of every kLanes-th one; without their maximum. x: [n]; exponentials: [n], where
+// they are to be kept, or null; it may be x.
+template <typename T, bool kSpread>
+FUSEDLOSS_INLINE RowState<VectorOf<T>> sweep_block(const AccumulateType<T>* x, const RowCoefficients<T, kSpread>& q,
+                                                   int64_t begin, int n, AccumulateType<T> relative_to,
+                                                   AccumulateType<T>* exponentials, Prefetch<T> prefetch) {
+  using V = VectorOf<T>;
+  RowState<V> s[kUnroll];
+  FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) s[k] = empty_row_state<V>();
+  for_each_vector_unrolled<T, kUnroll>(n, [&](auto whole, int i, int k) __attribute__((always_inline)) {
+    if (k % Prefetch<T>::kVectorsOfLine == 0) prefetch.line_at(i);
+    add_classes<whole>(s[k], x + i, q, begin + i, n - i, relative_to,
+                       exponentials == nullptr ? nullptr : exponentials + i);
+  });
+  FUSEDLOSS_UNROLL for (int k = 1; k < kUnroll; ++k) {
+    s[0].sum += s[k].sum;
+    s[0].dot += s[k].dot;
+    s[0].mass += s[k].mass;
+  }
+  return s[0];
+}
+
+// ---- the gradient of a row, from its exponentials
+
+template <typename T, bool kSpread>
+struct RowGradient {
+  using A = AccumulateType<T>;
+  using V = typename Simd<A>::V;
+
+  const RowCoefficients<T, kSpread>& q;
+  T* grad;         // [classes]
+  A max;           // of the row
+  A scale;         // sum(q) / sum(exp(x - max))
+  A g;             // grad_output
+  A unit = 1;      // of q: smoothing.uniform for a smoothed target
+  int64_t y = -1;  // the target class
+  A q_y = 0;       // what q has at y above the others
+
+  // The row's statistics are known.
+  RowGradient(const TypedOptions<T>& p, int64_t row, const RowCoefficients<T, kSpread>& coefficients)
+      : q(coefficients),
+        grad(p.grad_of(row)),
+        max(p.row_max[row]),
+        scale(p.row_scale[row]),
+        g(p.scaled_grad_output(row)) {
+    if (has_class<kSpread>(p)) {
+      y = p.o.target_index[row];
+      q_y = math::rounded_product(p.smoothing.kept, p.weight_of(y));
+      unit = p.smoothing.uniform;
+    }
+  }
+
+  // scale for exponentials relative to the maximum of a block.
+  FUSEDLOSS_INLINE A scale_of_block(A block_max) const {
+    return block_max == max ? scale : scale * math::exp_nonpositive(block_max - max);
+  }
+
+  // Of classes [c, c + n), all as if none were the target class.
+  template <bool kWhole>
+  FUSEDLOSS_INLINE void write(int64_t c, int n, V e, A scale_of_e) const {
+    if constexpr (kSpread) {
+      e = logit_gradient(e, scale_of_e, prevent_contraction(q.template at<kWhole>(c, n) * unit), g);
+    } else {
+      e *= scale_of_e * g;
+    }
+    store_lanes<kWhole>(grad + c, e, n);
+  }
+
+  // Of the target class.
+  FUSEDLOSS_INLINE void write_target(A e, A scale_of_e) const {
+    A q_c = q_y;
+    if constexpr (kSpread) q_c += prevent_contraction((q.weight ? q.weight[y] : A(1)) * unit);
+    store_one(grad + y, logit_gradient(e, scale_of_e, q_c, g));
+  }
+};
+
+// Exponentials of a block that were kept; they may lie where the gradient will.
+template <typename A>
+struct KeptExponentials {
+  const A* e;  // [n]
+
+  template <bool kWhole>
+  FUSEDLOSS_INLINE typename Simd<A>::V at(int i, int n) const {
+    return load_lanes<kWhole>(e + i, n);
+  }
+  FUSEDLOSS_INLINE A one(int i) const { return e[i]; }
+};
+
+// Exponentials of a block that are computed again. x: [n], of T or of the accumulate type; the gradient may be written
+// over it.
+template <typename X, typename T>
+struct RecomputedExponentials {
+  using A = AccumulateType<X>;
+  using V = typename Simd<A>::V;
+
+  const X* x;
+  A relative_to;
+  Prefetch<T> prefetch;
+
+  template <bool kWhole>
+  FUSEDLOSS_INLINE V at(int i, int n) const {
+    prefetch.line_at(i);
+    return math::exp_nonpositive(load_lanes<kWhole>(x + i, n) - relative_to);
+  }
+  FUSEDLOSS_INLINE A one(int i) const { return math::exp_nonpositive(V{} + load_one(x + i) - relative_to)[0]; }
+};
+
+// Of classes [begin, begin + n), from their exponentials.
+template <typename T, bool kSpread, typename Exponentials>
+FUSEDLOSS_INLINE void write_block(const RowGradient<T, kSpread>& gradient, int64_t begin, int n,
+                                  AccumulateType<T> block_max, const Exponentials& e) {
+  const auto scale = gradient.scale_of_block(block_max);
+  // The target class is put right afterwards: looking out for it costs more.
+  const int64_t y = gradient.y - begin;
+  const bool has_target = uint64_t(y) < uint64_t(n);
+  const auto e_y = has_target ? e.one(int(y)) : 0;
+  for_each_vector<T>(0, n, [&](auto whole, int i) __attribute__((always_inline)) {
+    const int lanes = whole ? kLanesOf<T> : n - i;
+    gradient.template write<whole>(begin + i, lanes, e.template at<whole>(i, lanes), scale);
+  });
+  if (has_target) gradient.write_target(e_y, scale);
+}
+
+FUSEDLOSS_END_NAMESPACE
+
+#endif  // include guard

@@ -1,0 +1,50 @@
+// Values of loss and grad_output, which are of dtype T or of the accumulate type, of any loss's options.
+#if defined(FUSEDLOSS_LOSS_VALUES_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_LOSS_VALUES_INL
+#undef FUSEDLOSS_LOSS_VALUES_INL
+#else
+#define FUSEDLOSS_LOSS_VALUES_INL
+#endif
+
+#include "kernels/cpu/vec-inl.h"
+#include "kernels/options.h"
+
+FUSEDLOSS_BEGIN_NAMESPACE
+
+template <typename T, typename Options>
+FUSEDLOSS_INLINE void write_loss(const Options& o, int64_t i, AccumulateType<T> value) {
+  if (o.loss_dtype == o.dtype) {
+    store_one(static_cast<T*>(o.loss) + i, value);
+  } else {
+    static_cast<AccumulateType<T>*>(o.loss)[i] = value;
+  }
+}
+
+// Of neighbouring rows or elements, n of them.
+template <bool kWhole, typename T, typename Options>
+FUSEDLOSS_INLINE void write_losses(const Options& o, int64_t i, VectorOf<T> values, int n) {
+  if (o.loss_dtype == o.dtype) {
+    store_lanes<kWhole>(static_cast<T*>(o.loss) + i, values, n);
+  } else {
+    store_lanes<kWhole>(static_cast<AccumulateType<T>*>(o.loss) + i, values, n);
+  }
+}
+
+// 1 where there is none.
+template <typename T, typename Options>
+FUSEDLOSS_INLINE AccumulateType<T> read_grad_output(const Options& o, int64_t i) {
+  if (o.grad_output == nullptr) return 1;
+  return o.loss_dtype == o.dtype ? load_one(static_cast<const T*>(o.grad_output) + i)
+                                 : static_cast<const AccumulateType<T>*>(o.grad_output)[i];
+}
+
+// Of neighbouring rows or elements, n of them, each with one of its own.
+template <bool kWhole, typename T, typename Options>
+FUSEDLOSS_INLINE VectorOf<T> read_grad_outputs(const Options& o, int64_t i, int n) {
+  return o.loss_dtype == o.dtype ? load_lanes<kWhole>(static_cast<const T*>(o.grad_output) + i, n)
+                                 : load_lanes<kWhole>(static_cast<const AccumulateType<T>*>(o.grad_output) + i, n);
+}
+
+FUSEDLOSS_END_NAMESPACE
+
+#endif  // include guard

@@ -1,0 +1,117 @@
+// The software pipeline by which a block's rows, one after another, come into shared memory.
+//
+// Each thread copies its own vectors asynchronously (cp.async) into slots of its own. A block starts the copies of a
+// row while it still works on the row before, so that memory is never idle while threads compute, or wait for one
+// another.
+//
+// The slots hold a whole row, if there is room. Its statistics are accumulated from the slots. After they are merged,
+// the gradient of each tile is computed from the slots again, and the copy of the next row's tile into the same slots
+// is started. What is beyond the slots is read from memory both times.
+#pragma once
+
+#include <cuda_pipeline_primitives.h>
+
+#include <type_traits>
+
+#include "kernels/cuda/cross_entropy_row.cuh"
+#include "kernels/cuda/cross_entropy_row_gradient.cuh"
+
+namespace fusedloss::cuda {
+
+template <typename T, TargetKind kTarget>
+class RowPipeline {
+ public:
+  using A = AccumulateType<T>;
+  static constexpr int kVectors = kTileVectors<kTarget>;
+
+  __device__ __forceinline__ RowPipeline(const TypedOptions<T>& o, int thread)
+      : tiles(o.plan.tiles),
+        depth(o.plan.depth),
+        thread(thread),
+        threads_shift(o.plan.threads_shift),
+        slots(o) {}
+
+  // The vectors of a row, as many as have to be read.
+  struct Source {
+    const T* logits = nullptr;
+    const T* probability = nullptr;
+    int vectors = 0;
+  };
+  static __device__ __forceinline__ Source source_of(const Row<T, kTarget>& row) {
+    const auto elements = vectorized_range(int(row.o.classes), row.logits, row.probability);
+    return {row.logits + elements.head, row.has_probabilities() ? row.probability + elements.head : nullptr,
+            row.contributes() ? elements.vectors : 0};
+  }
+
+  // Starts to copy the first tiles of the first row.
+  __device__ __forceinline__ void start(const Source& first) {
+#pragma unroll 1
+    for (int number = 0; number < depth; ++number) start_copy(first, number);
+  }
+
+  // Adds what a thread has of a row to the statistics.
+  __device__ __forceinline__ void accumulate_row(RowState<A>& state, const Row<T, kTarget>& row,
+                                                 const ThreadRange<T>& range) {
+    on_spread<kTarget>(row.o, [&](auto spread) {
+      for_each_tile(depth, range, [&](auto is_whole, int number) {
+        wait_for_copies(depth - 1 - number);
+        accumulate_tile<decltype(spread)::value>(
+            state, row,
+            RowTile<T, kTarget, kVectorSize<T>, kVectors, decltype(is_whole)::value>(row, range, number, slots));
+      });
+    });
+    if (depth < tiles) accumulate_tiles<kVectorSize<T>, kVectors>(state, row, range, depth);
+  }
+
+  // Writes the gradient of a row's vectors, and starts to copy the next row into the slots that become free.
+  template <bool kShifted>
+  __device__ __forceinline__ void write_row_vectors(const Row<T, kTarget>& row, const GradientFactors<A>& factors,
+                                                    const ThreadRange<T>& range, const Source& next) {
+    if (depth < tiles) write_tiles<kShifted, kVectorSize<T>, kVectors>(row, factors, range, depth);
+    on_spread<kTarget>(row.o, [&](auto spread) {
+      for_each_tile(depth, range, [&](auto is_whole, int number) {
+        write_tile<decltype(spread)::value, kShifted>(
+            row, factors,
+            RowTile<T, kTarget, kVectorSize<T>, kVectors, decltype(is_whole)::value>(row, range, number, slots),
+            number);
+        start_copy(next, number);
+      });
+    });
+  }
+
+ private:
+  const int tiles, depth;  // of a row; that have slots
+  const int thread, threads_shift;
+  const Slots<T, kTarget> slots;
+
+  // Calls f(is it whole, its number) for the first `count` tiles of a row.
+  template <typename F>
+  __device__ __forceinline__ void for_each_tile(int count, const ThreadRange<T>& range, F f) {
+    const int whole = RowTileCount::of<kVectorSize<T>, kVectors>(range).whole;
+    int number = 0;
+#pragma unroll 1
+    for (; number < count && number < whole; ++number) f(std::true_type(), number);
+#pragma unroll 1
+    for (; number < count; ++number) f(std::false_type(), number);
+  }
+
+  // Starts to copy a tile to its slots, but nothing of a source without vectors, such as that of a row which does not
+  // exist. It commits a group all the same, because wait_for_copies counts groups.
+  __device__ __forceinline__ void start_copy(const Source& source, int number) {
+    const int first = thread + (number * kVectors << threads_shift);
+    if (first < source.vectors) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        const int unit = first + (k << threads_shift);
+        if (unit >= source.vectors) continue;
+        const int at = unit * kVectorSize<T>, slot = number * kVectors + k;
+        __pipeline_memcpy_async(&slots.logits(slot), source.logits + at, kVectorBytes);
+        if (kTarget == TargetKind::kProbabilities && source.probability)
+          __pipeline_memcpy_async(&slots.probabilities(slot), source.probability + at, kVectorBytes);
+      }
+    }
+    __pipeline_commit();
+  }
+};
+
+}  // namespace fusedloss::cuda

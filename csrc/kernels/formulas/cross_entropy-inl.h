@@ -1,0 +1,120 @@
+// Cross entropy as arithmetic on scalars, for both devices.
+//
+// With logits x, m = max(x), sum = sum(exp(x - m)), logsum = log(sum), softmax p = exp(x - m) / sum, and a target
+// distribution q over the classes (weights and smoothing folded in):
+//
+//   loss       = sum_c q_c * (logsum - (x_c - m)) = mass * logsum - dot
+//   d loss/dx_c = mass * p_c - q_c                   where mass = sum(q), dot = sum(q * (x - m))
+//
+// A class-index target y with weights w and smoothing e has q_c = (1 - e) w_y [c = y] + (e / C) w_c; class
+// probabilities t have q_c = w_c ((1 - e) t_c + e / C).
+//
+// m and sum stay apart: m + logsum in float32 would lose three digits at logits of 1e4.
+#if defined(FUSEDLOSS_CROSS_ENTROPY_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_CROSS_ENTROPY_INL
+#undef FUSEDLOSS_CROSS_ENTROPY_INL
+#else
+#define FUSEDLOSS_CROSS_ENTROPY_INL
+#endif
+
+#include <cmath>
+#include <cstdint>
+
+#include "kernels/device_math-inl.h"
+
+FUSEDLOSS_BEGIN_NAMESPACE
+
+// What a sweep over some of a row's classes knows; `dot` and `mass` are used only where q is not a single class.
+// V is a scalar, or a vector whose lanes are rows of their own; hence conditions are masks, joined by |.
+template <typename V>
+struct RowState {
+  V max;   // -inf before the first class, or where all classes are masked
+  V sum;   // sum(exp(x - shift(max)))
+  V dot;   // sum(q * (x - shift(max)))
+  V mass;  // sum(q)
+};
+
+template <typename V>
+FUSEDLOSS_INLINE RowState<V> empty_row_state() {
+  return {V{} - INFINITY, V{}, V{}, V{}};
+}
+
+// Exponents are taken relative to the maximum, or to 0 while every class seen is -inf: -inf - -inf is NaN.
+template <typename V>
+FUSEDLOSS_INLINE V shift(V max) {
+  return max == V{} - INFINITY ? V{} : max;
+}
+
+// The same sums relative to a maximum that is at least as large.
+template <typename V>
+FUSEDLOSS_INLINE RowState<V> rescale(RowState<V> s, V max) {
+  // A sum whose classes are all -inf is 0, or NaN where a NaN was among them; it needs no factor.
+  const V factor = ((s.max == V{} - INFINITY) | (s.max == max)) ? V{} + 1 : math::exp_nonpositive(s.max - max);
+  // NaN would come of 0 * inf, were the shift of an empty state taken, or an infinite mass moved by 0.
+  const V moved = ((s.mass == V{}) | (s.max == max)) ? V{} : s.mass * (shift(s.max) - shift(max));
+  return {max, s.sum * factor, s.dot + moved, s.mass};
+}
+
+template <typename V>
+FUSEDLOSS_INLINE RowState<V> merge(RowState<V> a, RowState<V> b) {
+  const V max = a.max > b.max ? a.max : b.max;
+  a = rescale(a, max);
+  b = rescale(b, max);
+  return {max, a.sum + b.sum, a.dot + b.dot, a.mass + b.mass};
+}
+
+// What each row of one call shares.
+template <typename A>
+struct Smoothing {
+  A kept;     // 1 - e: how much of the target stays
+  A uniform;  // e / C: what every class receives
+};
+
+template <typename A>
+FUSEDLOSS_INLINE Smoothing<A> make_smoothing(double label_smoothing, int64_t classes) {
+  return {A(1.0 - label_smoothing), A(label_smoothing / double(classes))};
+}
+
+// -log p_y for the class with logit x.
+template <typename A>
+FUSEDLOSS_INLINE A negative_log_likelihood(A x, A max, A logsum) {
+  return logsum - (x - max);
+}
+
+// sum_c q_c (-log p_c) from a finished sweep. Of an infinite weight it is as infinite, but the difference is NaN: so is
+// dot already where that weight's class has the maximum, 0 away from it, and its -log p is not 0 unless logsum is.
+template <typename V>
+FUSEDLOSS_INLINE V expected_negative_log_likelihood(RowState<V> s, V logsum) {
+  const auto is_infinite = ((s.mass == V{} + INFINITY) | (s.mass == V{} - INFINITY)) &
+                           ((logsum > V{}) | (s.dot == -s.mass));
+  return is_infinite ? s.mass : s.mass * logsum - s.dot;
+}
+
+// q_c of a probability target; V is a scalar or a vector of A.
+template <typename V, typename A>
+FUSEDLOSS_INLINE V probability_coefficient(V t, V w, Smoothing<A> s) {
+  return w * (s.kept * t + s.uniform);
+}
+
+// sum(q) of a class-index target whose class has weight w_y.
+template <typename A>
+FUSEDLOSS_INLINE A index_mass(A w_y, A weight_sum, Smoothing<A> s) {
+  return math::rounded_product(s.kept, w_y) + math::rounded_product(s.uniform, weight_sum);
+}
+
+// grad_output * d loss/dx_c, with e = exp(x_c - m) and scale = mass / sum.
+template <typename V, typename A>
+FUSEDLOSS_INLINE V logit_gradient(V e, A scale, V q, A grad_output) {
+  return (e * scale - q) * grad_output;
+}
+
+// What the mean makes of a sum or of a grad_output. Divided by 0 it is NaN, not infinity: torch divides the part of the
+// target classes, 0 where none has a weight, by itself.
+template <typename A>
+FUSEDLOSS_INLINE A divide_by_total_weight(A value, A total_weight) {
+  return total_weight == A(0) ? A(NAN) : value / total_weight;
+}
+
+FUSEDLOSS_END_NAMESPACE
+
+#endif  // include guard
