@@ -153,7 +153,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--suite",
         choices=["cpu", "pointwise", *CUDA_SUITES, "scaling"],
-        help="a fixed set of cases instead of --sizes, --dtype and --loss: 'cpu', what docs/kernels.md quotes, also "
+        help="a fixed set of cases instead of --sizes, --dtype and --loss: 'cpu', what docs/experiments.md quotes, also "
         "against eager with huge pages and against the machine's copy (about 10 min); 'pointwise', so too, but of each "
         "pointwise loss, and of custom ones, with 10,000,000 elements (about 6 min); 'goals', on a GPU, the shapes of "
         "models, also against the GPU's copy, and liger-kernel and quack-kernels where installed (about 90 s); 'cuda', "

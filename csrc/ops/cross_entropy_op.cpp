@@ -121,16 +121,15 @@ struct Arguments {
 
 void forward_on_cpu(Arguments& a) {
   CrossEntropyOptions& o = a.o;
-  const cpu::CrossEntropyWork work = cpu::cross_entropy_work(o);
+  const cpu::Work work = cpu::cross_entropy_work(o);
   const HostScratch scratch(cpu::cross_entropy_scratch_bytes(o));
   o.scratch = scratch.data();
   if (o.weight_sum != nullptr) cpu::cross_entropy_weight_sum(o);
   if (o.total_weight != nullptr && o.grad_logits != nullptr) {
-    run_on_cpu(work.chunks, work.grain,
-               [&](int64_t begin, int64_t end) { cpu::cross_entropy_sum_target_weights(o, begin, end); });
+    run_on_cpu(work, [&](int64_t begin, int64_t end) { cpu::cross_entropy_sum_target_weights(o, begin, end); });
     cpu::cross_entropy_total_weight(o);
   }
-  run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_forward(o, begin, end); });
+  run_on_cpu(work, [&](int64_t begin, int64_t end) { cpu::cross_entropy_forward(o, begin, end); });
   const int64_t bad = cpu::cross_entropy_finish(o);
   if (bad >= 0) refuse_class_index(kOp, o, a.target, bad, o.target_index[bad]);
 }
@@ -143,10 +142,9 @@ void forward_on_cuda(Arguments& a) {
     at::sum_out(weight_sum, a.weight, at::IntArrayRef{0}, /*keepdim=*/true);
   }
   run_on_cuda(kOp, a.input, [&](cudaStream_t stream) {
-    int64_t bytes = 0;
-    const cudaError_t error = cuda::cross_entropy_scratch_bytes(o, bytes);
+    const cudaError_t error = cuda::cross_entropy_prepare_forward(o);
     if (error != cudaSuccess) return error;
-    const auto scratch = a.input.new_empty({bytes}, at::kByte);
+    const auto scratch = a.input.new_empty({cuda::cross_entropy_scratch_bytes(o)}, at::kByte);
     o.scratch = scratch.data_ptr();
     return cuda::cross_entropy_forward(o, stream);
   });
@@ -166,8 +164,8 @@ void run_backward(const Arguments& a) {
   if (on_cuda(a.input))
     return run_on_cuda(kOp, a.input, [&](cudaStream_t stream) { return cuda::cross_entropy_backward(o, stream); });
 #endif
-  const cpu::CrossEntropyWork work = cpu::cross_entropy_work(o);
-  run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::cross_entropy_backward(o, begin, end); });
+  const cpu::Work work = cpu::cross_entropy_work(o);
+  run_on_cpu(work, [&](int64_t begin, int64_t end) { cpu::cross_entropy_backward(o, begin, end); });
 }
 
 // Uninitialised, laid out like input, as the fake kernel in fusedloss/ops.py promises.

@@ -50,10 +50,10 @@ struct Arguments {
 
 void forward_on_cpu(Arguments& a) {
   NLLLossOptions& o = a.o;
-  const cpu::NLLLossWork work = cpu::nll_loss_forward_work(o);
+  const cpu::Work work = cpu::nll_loss_forward_work(o);
   const HostScratch scratch(cpu::nll_loss_scratch_bytes(o));
   o.scratch = scratch.data();
-  run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::nll_loss_forward(o, begin, end); });
+  run_on_cpu(work, [&](int64_t begin, int64_t end) { cpu::nll_loss_forward(o, begin, end); });
   const int64_t bad = cpu::nll_loss_finish(o);
   if (bad >= 0) refuse_class_index(kOp, o, a.target, bad, o.target[bad]);
 }
@@ -80,8 +80,8 @@ void run_backward(const Arguments& a) {
   if (on_cuda(a.target))
     return run_on_cuda(kOp, a.target, [&](cudaStream_t stream) { return cuda::nll_loss_backward(o, stream); });
 #endif
-  const cpu::NLLLossWork work = cpu::nll_loss_backward_work(o);
-  run_on_cpu(work.chunks, work.grain, [&](int64_t begin, int64_t end) { cpu::nll_loss_backward(o, begin, end); });
+  const cpu::Work work = cpu::nll_loss_backward_work(o);
+  run_on_cpu(work, [&](int64_t begin, int64_t end) { cpu::nll_loss_backward(o, begin, end); });
 }
 
 // Where the mean's denominator is, of the type that sums are computed in.

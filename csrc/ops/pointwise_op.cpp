@@ -107,7 +107,7 @@ struct Gradients {
 
 void run_chunks_on_cpu(const Arguments& a) {
   const PointwiseOptions& o = a.o;
-  run_on_cpu(cpu::pointwise_chunks(o), cpu::kPointwiseGrain,
+  run_on_cpu(cpu::pointwise_work(o),
              [&](int64_t begin, int64_t end) { cpu::pointwise(*a.loss.on_cpu, o, begin, end); });
 }
 

@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <memory>
 
+#include "kernels/cpu/chunks.h"
+
 // FUSEDLOSS_EMULATED_CUDA: a build for the tests, in which the CUDA kernels are executed on the CPU, for its tensors.
 #if defined(FUSEDLOSS_EMULATED_CUDA)
 #include <driver_types.h>
@@ -34,12 +36,12 @@ class HostScratch {
 
 // kernel(begin_chunk, end_chunk), over all chunks.
 template <typename Kernel>
-void run_on_cpu(int64_t chunks, int64_t grain, Kernel kernel) {
-  if (chunks == 0) return;
-  if (chunks <= grain) {
-    kernel(0, chunks);  // not worth a second thread, nor the cost of asking for one
+void run_on_cpu(const cpu::Work& work, Kernel kernel) {
+  if (work.chunks == 0) return;
+  if (work.chunks <= work.grain) {
+    kernel(0, work.chunks);  // not worth a second thread, nor the cost of asking for one
   } else {
-    at::parallel_for(0, chunks, grain, kernel);
+    at::parallel_for(0, work.chunks, work.grain, kernel);
   }
 }
 

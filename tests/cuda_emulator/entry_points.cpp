@@ -9,9 +9,7 @@
 using namespace fusedloss;
 
 EMULATOR_EXPORT int64_t cross_entropy_scratch(CrossEntropyOptions* o) {
-  int64_t bytes = -1;
-  cuda::cross_entropy_scratch_bytes(*o, bytes);
-  return bytes;
+  return cuda::cross_entropy_prepare_forward(*o) == cudaSuccess ? cuda::cross_entropy_scratch_bytes(*o) : -1;
 }
 EMULATOR_EXPORT int cross_entropy_forward(const CrossEntropyOptions* o) {
   return cuda::cross_entropy_forward(*o, nullptr);

@@ -20,7 +20,7 @@ const CrossEntropyKernels& kernels(const CrossEntropyOptions& o) {
 
 }  // namespace
 
-CrossEntropyWork cross_entropy_work(const CrossEntropyOptions& o) {
+Work cross_entropy_work(const CrossEntropyOptions& o) {
   const int64_t chunks = chunk_count(o);
   const int64_t elements = chunks == 0 ? 1 : std::max<int64_t>(1, o.rows() * o.classes / chunks);
   return {chunks, std::max<int64_t>(1, kChunkElements / elements)};

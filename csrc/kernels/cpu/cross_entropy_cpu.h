@@ -1,17 +1,12 @@
 #pragma once
 
+#include "kernels/cpu/chunks.h"
 #include "kernels/options.h"
 
 namespace fusedloss::cpu {
 
-// The rows are cut into chunks whose bounds depend on the sizes alone, so that results do not depend on how many
-// threads share them.
-struct CrossEntropyWork {
-  int64_t chunks;
-  int64_t grain;  // chunks that are worth a thread
-};
-
-CrossEntropyWork cross_entropy_work(const CrossEntropyOptions& options);
+// Of either pass.
+Work cross_entropy_work(const CrossEntropyOptions& options);
 
 // Bytes that options.scratch must have for the forward pass.
 int64_t cross_entropy_scratch_bytes(const CrossEntropyOptions& options);

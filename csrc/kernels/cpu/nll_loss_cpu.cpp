@@ -23,7 +23,7 @@ Tiling nll_loss_tiling(const NLLLossOptions& o) {
   return make_tiling(o.outer, o.classes, o.inner, o.grad_strides, kChunkElements);
 }
 
-NLLLossWork nll_loss_forward_work(const NLLLossOptions& o) { return {divide_up(o.rows(), kNLLLossForwardRows), 1}; }
+Work nll_loss_forward_work(const NLLLossOptions& o) { return {divide_up(o.rows(), kNLLLossForwardRows), 1}; }
 
 int64_t nll_loss_scratch_bytes(const NLLLossOptions& o) {
   return nll_loss_forward_work(o).chunks * int64_t(sizeof(ChunkResult));
@@ -33,7 +33,7 @@ void nll_loss_forward(const NLLLossOptions& o, int64_t begin, int64_t end) { ker
 
 int64_t nll_loss_finish(const NLLLossOptions& o) { return kernels(o).finish(o); }
 
-NLLLossWork nll_loss_backward_work(const NLLLossOptions& o) {
+Work nll_loss_backward_work(const NLLLossOptions& o) {
   if (o.rows() == 0 || o.classes == 0) return {0, 1};
   const Tiling tiling = nll_loss_tiling(o);
   const int64_t elements = tiling.tile.outer * tiling.tile.classes * tiling.tile.inner;

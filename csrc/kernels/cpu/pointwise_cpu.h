@@ -1,5 +1,6 @@
 #pragma once
 
+#include "kernels/cpu/chunks.h"
 #include "kernels/cpu/pointwise_formula.h"
 #include "kernels/options.h"
 
@@ -7,13 +8,11 @@ namespace fusedloss::cpu {
 
 // Elements of a block for which something goes by way of a buffer: all that it touches stays in the first cache.
 constexpr int64_t kPointwiseBlock = 512;
-// Elements of a chunk, which is one block where nothing does. The cut depends on the size alone, so that results do not
-// depend on how many threads share the chunks.
+// Elements of a chunk, which is one block where nothing does.
 constexpr int64_t kPointwiseChunk = 16 * kPointwiseBlock;
-// Chunks that a thread should have before it is worth waking.
-constexpr int64_t kPointwiseGrain = 4;
 
-int64_t pointwise_chunks(const PointwiseOptions& options);
+// Of either pass.
+Work pointwise_work(const PointwiseOptions& options);
 
 // Bytes that options.scratch must have for the forward pass.
 int64_t pointwise_scratch_bytes(const PointwiseOptions& options);

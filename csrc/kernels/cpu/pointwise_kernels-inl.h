@@ -174,7 +174,7 @@ template <typename T>
 void finish(const PointwiseOptions& o) {
   if (o.reduction == Reduction::kNone) return;
   double sum = 0;
-  for (int64_t k = 0; k < pointwise_chunks(o); ++k) sum += static_cast<const double*>(o.scratch)[k];
+  for (int64_t k = 0; k < pointwise_work(o).chunks; ++k) sum += static_cast<const double*>(o.scratch)[k];
   write_loss<T>(o, 0, AccumulateType<T>(o.reduction == Reduction::kMean ? sum / o.divisor : sum));
 }
 

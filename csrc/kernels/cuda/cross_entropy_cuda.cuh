@@ -210,18 +210,18 @@ cudaError_t limit_clusters(CrossEntropyOptions& o) {
 }  // namespace
 
 template <DType kDType>
-cudaError_t CrossEntropyOf<kDType>::scratch_bytes(CrossEntropyOptions& o, int64_t& bytes) {
+cudaError_t CrossEntropyOf<kDType>::prepare_forward(CrossEntropyOptions& o) {
   using T = TypeOf<kDType>;
-  cudaError_t error = complete_tuning<T>(o.tuning);
-  bytes = 0;
-  if (o.rows() == 0) return error;
-  if (error == cudaSuccess) error = limit_clusters<T>(o);
+  const cudaError_t error = complete_tuning<T>(o.tuning);
+  return error != cudaSuccess || o.rows() == 0 ? error : limit_clusters<T>(o);
+}
+
+template <DType kDType>
+int64_t CrossEntropyOf<kDType>::scratch_bytes(const CrossEntropyOptions& o) {
+  if (o.rows() == 0) return 0;
   const RowPlan plan = make_plan(o, Pass::kForward);
-  const int64_t block_sums = plan.grid * int64_t(sizeof(LossSum));
-  const int64_t target_weights = target_weights_grid(o, plan) * int64_t(sizeof(double));
-  bytes = plan.is_split() ? split_states_bytes(o, plan) + split_grid(plan) * int64_t(sizeof(LossSum))
-                          : larger(block_sums, target_weights);
-  return error;
+  if (plan.is_split()) return split_states_bytes(o, plan) + split_grid(plan) * int64_t(sizeof(LossSum));
+  return larger(plan.grid * int64_t(sizeof(LossSum)), target_weights_grid(o, plan) * int64_t(sizeof(double)));
 }
 
 template <DType kDType>
