@@ -58,7 +58,7 @@ struct CrossEntropyOptions {
   // Written by the forward pass, read by the backward pass; all of the accumulate type. Where the number of rows is a
   // multiple of so many elements as 16 bytes hold, row_max, row_scale and the loss of each row are 16-byte aligned.
   void* row_max;       // [rows]
-  void* row_scale;     // [rows]  sum(q) / sum(exp(logit - row_max)), q as in formulas/cross_entropy.h
+  void* row_scale;     // [rows]  sum(q) / sum(exp(logit - row_max)), q as in formulas/cross_entropy-inl.h
   void* total_weight;  // [1]     what the mean divides by; null for the other reductions
   void* weight_sum;    // [1]     the sum of weight, before the first launch; null where it is not needed
 
@@ -77,7 +77,7 @@ struct CrossEntropyOptions {
   CudaTuning tuning;
 
   int64_t rows() const { return outer * inner; }
-  // Has the target distribution q of a row more than one class? See formulas/cross_entropy.h.
+  // Has the target distribution q of a row more than one class? See formulas/cross_entropy-inl.h.
   bool is_spread() const { return target_probability != nullptr || label_smoothing > 0; }
 };
 

@@ -1,6 +1,6 @@
-// The formulas of one file, for one instruction set: what the kernels of pointwise losses, which know no formula, call for
-// each block of elements. FUSEDLOSS_FORMULAS names the file: that of fusedloss's own losses, or one made from a user's
-// expression.
+// The formulas of one file, for one instruction set: what the kernels of pointwise losses, which know no formula, call
+// for each block of elements. FUSEDLOSS_FORMULAS names the file: that of fusedloss's own losses, or one made from a
+// user's expression.
 #if defined(FUSEDLOSS_POINTWISE_FORMULA_TABLE_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_POINTWISE_FORMULA_TABLE_INL
 #undef FUSEDLOSS_POINTWISE_FORMULA_TABLE_INL
@@ -37,9 +37,9 @@ struct BlockArrays {
   A parameter[F::kParameters + 1];
 };
 
-// The vector of elements at i: its losses, which are returned, and its gradients by the operands of kWrt. Both are computed
-// in either pass, so that its gradients have the same bits: the compiler joins other operations to one where it has less
-// to compute.
+// The vector of elements at i: its losses, which are returned, and its gradients by the operands of kWrt. Both are
+// computed in either pass, so that its gradients have the same bits: the compiler joins other operations to one where
+// it has less to compute.
 template <typename F, typename A, unsigned kWrt, int... kOperand, int... kParameter>
 FUSEDLOSS_INLINE auto evaluate(const BlockArrays<F, A>& b, int64_t i, int64_t grad_output_at,
                                std::integer_sequence<int, kOperand...>, std::integer_sequence<int, kParameter...>) {
