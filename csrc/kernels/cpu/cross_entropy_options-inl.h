@@ -24,8 +24,8 @@ struct TypedOptions {
   const A* weight;       // [classes]
   A weight_sum;
   Smoothing<A> smoothing;
-  A* row_max;      // [rows]
-  A* row_scale;    // [rows]
+  A* row_max;            // [rows]
+  A* row_scale;          // [rows]
   A common_grad_output;  // what every row's gradient is multiplied by, where one value serves all
 
   explicit TypedOptions(const CrossEntropyOptions& options)

@@ -33,7 +33,7 @@
   }                             \
   FUSEDLOSS_POP_TARGET
 
-// FUSEDLOSS_TARGET: what the compiler calls the instruction set; not defined for the one that is compiled for anyway.
+// target_name: what the compiler calls the instruction set.
 #if defined(__clang__)
 #define FUSEDLOSS_PUSH_TARGET_OF(target_name) \
   FUSEDLOSS_PRAGMA(clang attribute push(__attribute__((target(target_name))), apply_to = function))

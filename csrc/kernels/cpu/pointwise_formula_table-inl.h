@@ -23,8 +23,9 @@
 
 FUSEDLOSS_BEGIN_NAMESPACE
 
-// How far prefetch of the arithmetic memory is asked for: the processor's own prefetching stops at the end of a page.
-constexpr int64_t kBytesAhead = 4096;
+// Operands are prefetched so many bytes ahead of the arithmetic: the processor's own prefetching stops at the end of a
+// page.
+constexpr int64_t kPrefetchDistance = 4096;
 
 // Where a block's arrays are, and the parameters: in registers, not in memory that a store could change.
 template <typename F, typename A>
@@ -44,7 +45,7 @@ template <typename F, typename A, unsigned kWrt, int... kOperand, int... kParame
 FUSEDLOSS_INLINE auto evaluate(const BlockArrays<F, A>& b, int64_t i, int64_t grad_output_at,
                                std::integer_sequence<int, kOperand...>, std::integer_sequence<int, kParameter...>) {
   using V = typename Simd<A>::V;
-  (__builtin_prefetch(static_cast<const char*>(b.operand[kOperand]) + i * b.element_bytes + kBytesAhead), ...);
+  (__builtin_prefetch(static_cast<const char*>(b.operand[kOperand]) + i * b.element_bytes + kPrefetchDistance), ...);
   const auto loss = F::template loss<V>(operand<kOperand, kWrt>(load_stored<A>(b.operand[kOperand], i, b.dtype))...,
                                         Dual<V, 0>{V{} + b.parameter[kParameter]}...);
   if constexpr (kWrt != 0) {
