@@ -14,7 +14,7 @@ PYTHON, AUTOGRAD, TENSORS = ("pybind11/", "torch/csrc/utils/pybind"), ("torch/",
 # Of each layer, the longest path counts: the folders of csrc/ that it includes, and the parts of torch.
 LAYERS = {
     "bindings.cpp": (["autograd", "ops", "kernels"], [*PYTHON, *AUTOGRAD, *TENSORS]),
-    "autograd": (["autograd", "ops"], ["torch/csrc/autograd/", *TENSORS]),
+    "autograd": (["autograd", "ops", "kernels/*"], ["torch/csrc/autograd/", *TENSORS]),
     "ops": (["ops", "kernels"], TENSORS),
     "kernels": (["kernels/*"], []),
     "kernels/device_math-inl.h": (["kernels/cpu", "kernels/cuda"], []),

@@ -17,10 +17,11 @@ struct float16 {
 };
 
 // What a template on the stored type is for each DType, in its order.
-#define FUSEDLOSS_FOR_EACH_DTYPE(name) {name<float>, name<double>, name<::fusedloss::bfloat16>, name<::fusedloss::float16>}
+#define FUSEDLOSS_FOR_EACH_DTYPE(name) \
+  {name<float>, name<double>, name<::fusedloss::bfloat16>, name<::fusedloss::float16>}
 
-// The accumulate type of a stored type T: every sum, maximum and exponential is computed in it. It is double for double,
-// and float for the others.
+// The accumulate type of a stored type T: every sum, maximum and exponential is computed in it. It is double for
+// double, and float for the others.
 template <typename T>
 using AccumulateType = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

@@ -1,4 +1,4 @@
-// The pointwise losses that there are: those of formulas/pointwise.h, and those that were compiled from a user's
+// The pointwise losses that there are: those of formulas/pointwise-inl.h, and those that were compiled from a user's
 // expression.
 #pragma once
 

@@ -90,12 +90,12 @@ cudaError_t emulator_launch(const void* kernel, dim3 grid, dim3 block, unsigned 
 template <typename... Parameters, typename... Arguments>
 EMULATOR_UNCHECKED cudaError_t launch_on_cpu(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster,
                                              size_t shared_bytes, const Arguments&... values) {
-  struct Call {
+  struct KernelCall {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
   } call = {kernel, std::tuple<Parameters...>(values...)};
   const auto thread = [](void* p) EMULATOR_UNCHECKED {
-    const Call* call = static_cast<Call*>(p);
+    const KernelCall* call = static_cast<KernelCall*>(p);
     std::apply(call->kernel, call->arguments);
   };
   return emulator_launch(reinterpret_cast<const void*>(kernel), grid, block, cluster, shared_bytes, thread, &call,

@@ -15,8 +15,8 @@ struct Work {
 // Elements of a chunk, roughly: what a thread should have to do before it is worth waking.
 constexpr int64_t kChunkElements = 32768;
 
-// A sum in double, in each lane of a V, with what its additions rounded off: for float64 a plain sum over thousands of rows
-// would lose a digit. cpu/reduce-inl.h adds to it.
+// A sum in double, in each lane of a V, with what its additions rounded off: for float64 a plain sum over thousands of
+// rows would lose a digit. cpu/reduce-inl.h adds to it.
 template <typename V>
 struct CompensatedSum {
   V value, lost;

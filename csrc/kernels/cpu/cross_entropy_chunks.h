@@ -9,8 +9,8 @@
 
 namespace fusedloss::cpu {
 
-// Either a row's classes lie side by side ("rows"), or the rows themselves do ("columns"): [outer, classes, inner]
-// with inner stride 1, as in (N, C, d1, …). One class lies beside itself whatever the layout is: its rows are columns if
+// Either a row's classes lie side by side ("rows"), or the rows themselves do ("columns"): [outer, classes, inner] with
+// inner stride 1, as in (N, C, d1, …). One class lies beside itself whatever the layout is: its rows are columns if
 // they can be.
 inline bool in_rows(const CrossEntropyOptions& o) {
   if (o.logits_strides.classes != 1) return false;

@@ -1,5 +1,5 @@
-// A tile of neighbouring rows that lie side by side: what it knows of its target classes, and the end of its rows. A vector
-// holds one class of a group of neighbouring rows.
+// A tile of neighbouring rows that lie side by side: what it knows of its target classes, and the end of its rows. A
+// vector holds one class of a group of neighbouring rows.
 #if defined(FUSEDLOSS_CROSS_ENTROPY_COLUMN_TILE_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_CROSS_ENTROPY_COLUMN_TILE_INL
 #undef FUSEDLOSS_CROSS_ENTROPY_COLUMN_TILE_INL
@@ -37,7 +37,8 @@ struct ColumnTile {
 // q of class c for the group that starts at column i, without the target class's own part; of a smoothed target in
 // units of smoothing.uniform.
 template <bool kWhole, typename T, bool kSpread>
-FUSEDLOSS_INLINE VectorOf<T> column_coefficients(const TypedOptions<T>& p, const ColumnTile<T>& tile, int64_t c, int i) {
+FUSEDLOSS_INLINE VectorOf<T> column_coefficients(const TypedOptions<T>& p, const ColumnTile<T>& tile, int64_t c,
+                                                 int i) {
   using V = VectorOf<T>;
   if constexpr (!kSpread) return V{};
   const V w = V{} + p.weight_of(c);
@@ -55,7 +56,7 @@ struct TargetClasses {
   using A = AccumulateType<T>;
   using Index = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
 
-  typedef Index Narrow __attribute__((vector_size(Simd<double>::kLanes * sizeof(Index))));  // as many as a DoubleI holds
+  typedef Index Narrow __attribute__((vector_size(Simd<double>::kLanes * sizeof(Index))));  // as many as in a DoubleI
 
   alignas(64) Index y[kColumnTile];
   bool all_count = true;

@@ -104,8 +104,9 @@ FUSEDLOSS_INLINE void forward_few_classes(const TypedOptions<T>& p, const Column
     if (tile.grad == nullptr) continue;
     for_each_vector<T>(first, end, [&](auto whole, int i) __attribute__((always_inline)) {
       const int g = (i - first) / kLanes;
+      const V grad_output = V{} + p.common_grad_output;
       for (int c = 0; c < p.o.classes; ++c)
-        gradient.template write<whole>(p, tile, c, i, exponentials[g][c], scale[g], V{} + p.common_grad_output, target[g].y);
+        gradient.template write<whole>(p, tile, c, i, exponentials[g][c], scale[g], grad_output, target[g].y);
     });
   }
 }

@@ -1,5 +1,5 @@
-// How a row becomes a loss on the CPU: cpu/cross_entropy_rows-inl.h, or cpu/cross_entropy_columns-inl.h where neighbouring
-// rows lie side by side. This file compiles them for each instruction set and picks one.
+// How a row becomes a loss on the CPU: cpu/cross_entropy_rows-inl.h, or cpu/cross_entropy_columns-inl.h where
+// neighbouring rows lie side by side. This file compiles them for each instruction set and picks one.
 
 #include "kernels/cpu/cross_entropy_cpu.h"
 

@@ -24,8 +24,8 @@ struct TypedOptions {
   const A* weight;       // [classes]
   A weight_sum;
   Smoothing<A> smoothing;
-  A* row_max;      // [rows]
-  A* row_scale;    // [rows]
+  A* row_max;            // [rows]
+  A* row_scale;          // [rows]
   A common_grad_output;  // what every row's gradient is multiplied by, where one value serves all
 
   explicit TypedOptions(const CrossEntropyOptions& options)
@@ -47,13 +47,16 @@ struct TypedOptions {
   }
   FUSEDLOSS_INLINE A weight_of(int64_t c) const { return weight ? weight[c] : A(1); }
 
-  // Does a row with the target class y, or do those with the classes of a vector, have a loss? Not if they are ignored, nor
-  // if the class does not exist.
+  // Does a row with the target class y have a loss, or which rows with those of a vector do? Not if they are ignored,
+  // nor if the class does not exist.
   template <typename Y>
   FUSEDLOSS_INLINE auto counts(Y y) const {
     return (y >= 0) & (y < o.classes) & (y != o.ignore_index);
   }
-  FUSEDLOSS_INLINE bool row_counts(int64_t row) const { return counts(o.target_index[row]); }
+  FUSEDLOSS_INLINE bool row_counts(int64_t row) const {
+    const int64_t y = o.target_index[row];
+    return y != o.ignore_index && y >= 0 && y < o.classes;
+  }
 
   // The target classes of as many rows as a vector of them holds; -1 for a row that does not count.
   FUSEDLOSS_INLINE DoubleI target_classes(int64_t row) const {
@@ -79,8 +82,8 @@ struct TypedOptions {
   }
 };
 
-// Are targets class indices? kSpread says that their distribution is spread over all classes: probabilities, or smoothed
-// class indices; else it is known at compile time that q is 0 but for one class.
+// Are targets class indices? kSpread says that their distribution is spread over all classes: probabilities, or
+// smoothed class indices; else it is known at compile time that q is 0 but for one class.
 template <bool kSpread, typename T>
 FUSEDLOSS_INLINE bool has_class(const TypedOptions<T>& p) {
   return !kSpread || p.o.target_index != nullptr;

@@ -1,5 +1,5 @@
-// A block of a row's classes, which lie side by side: its maximum, its sums, and its gradient. A vector holds neighbouring
-// classes.
+// A block of a row's classes, which lie side by side: its maximum, its sums, and its gradient. A vector holds
+// neighbouring classes.
 #if defined(FUSEDLOSS_CROSS_ENTROPY_ROW_BLOCKS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_CROSS_ENTROPY_ROW_BLOCKS_INL
 #undef FUSEDLOSS_CROSS_ENTROPY_ROW_BLOCKS_INL
@@ -21,8 +21,8 @@ FUSEDLOSS_BEGIN_NAMESPACE
 // fill L1 sooner.
 template <typename A>
 constexpr int64_t kRowBlock = std::is_same_v<A, double> ? 512 : 2048;
-// Exponentials that the forward pass keeps for the gradient, where it writes that too, to spare the second exp. Those of
-// short rows, of one block each, lie on the stack: half of L1, the rest is for the logits.
+// Exponentials that the forward pass keeps for the gradient, where it writes that too, to spare the second exp. Those
+// of short rows, of one block each, lie on the stack: half of L1, the rest is for the logits.
 template <typename A>
 constexpr int64_t kExponentialsOnStack = 16384 / sizeof(A);
 // Those of a longer row lie where its gradient will be, as long as L2 holds them.
@@ -36,8 +36,8 @@ FUSEDLOSS_INLINE bool is_short_row(int64_t classes) {
   return classes <= kRowBlock<AccumulateType<T>>;
 }
 
-// q of neighbouring classes, without the target class's own part; of a smoothed target in units of smoothing.uniform, in
-// which the sums of equal weights are exact.
+// q of neighbouring classes, without the target class's own part; of a smoothed target in units of smoothing.uniform,
+// in which the sums of equal weights are exact.
 template <typename T, bool kSpread>
 struct RowCoefficients {
   using A = AccumulateType<T>;
@@ -78,10 +78,11 @@ FUSEDLOSS_NOINLINE const AccumulateType<T>* max_of_block(const T* x, int n, Accu
   using V = VectorOf<T>;
   V largest[kUnroll];
   FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) largest[k] = V{} - INFINITY;
-  for_each_vector_unrolled<T, kUnroll>(n, [&](auto whole, int i, int k) __attribute__((always_inline)) {
-    V v = load_lanes<whole>(x + i, n - i);
-    if constexpr (!std::is_same_v<T, A>) store_lanes<whole>(widened + i, v, n - i);
-    if constexpr (!whole) v = lanes_from(n - i, A{}) ? V{} - INFINITY : v;
+  for_each_vector_unrolled<T, kUnroll>(n, [&](auto whole, int64_t i, int k) __attribute__((always_inline)) {
+    const int lanes = int(n - i);  // or more, where the vector is whole
+    V v = load_lanes<whole>(x + i, lanes);
+    if constexpr (!std::is_same_v<T, A>) store_lanes<whole>(widened + i, v, lanes);
+    if constexpr (!whole) v = lanes_from(lanes, A{}) ? V{} - INFINITY : v;
     largest[k] = Larger::of(v, largest[k]);
   });
   FUSEDLOSS_UNROLL for (int k = 1; k < kUnroll; ++k) largest[0] = Larger::of(largest[k], largest[0]);
@@ -118,14 +119,14 @@ struct Prefetch {
 
   const T *read, *write;
 
-  FUSEDLOSS_INLINE void line_at(int i) const {
+  FUSEDLOSS_INLINE void line_at(int64_t i) const {
     __builtin_prefetch(read + i);
     __builtin_prefetch(write + i, /*to write=*/1);
   }
 };
 
-// The sums over classes [begin, begin + n), of every kLanes-th one; without their maximum. x: [n]; exponentials: [n], where
-// they are to be kept, or null; it may be x.
+// The sums over classes [begin, begin + n), of every kLanes-th one; without their maximum. x: [n]; exponentials: [n],
+// where they are to be kept, or null; it may be x.
 template <typename T, bool kSpread>
 FUSEDLOSS_INLINE RowState<VectorOf<T>> sweep_block(const AccumulateType<T>* x, const RowCoefficients<T, kSpread>& q,
                                                    int64_t begin, int n, AccumulateType<T> relative_to,
@@ -133,9 +134,9 @@ FUSEDLOSS_INLINE RowState<VectorOf<T>> sweep_block(const AccumulateType<T>* x, c
   using V = VectorOf<T>;
   RowState<V> s[kUnroll];
   FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) s[k] = empty_row_state<V>();
-  for_each_vector_unrolled<T, kUnroll>(n, [&](auto whole, int i, int k) __attribute__((always_inline)) {
+  for_each_vector_unrolled<T, kUnroll>(n, [&](auto whole, int64_t i, int k) __attribute__((always_inline)) {
     if (k % Prefetch<T>::kVectorsOfLine == 0) prefetch.line_at(i);
-    add_classes<whole>(s[k], x + i, q, begin + i, n - i, relative_to,
+    add_classes<whole>(s[k], x + i, q, begin + i, int(n - i), relative_to,
                        exponentials == nullptr ? nullptr : exponentials + i);
   });
   FUSEDLOSS_UNROLL for (int k = 1; k < kUnroll; ++k) {
@@ -206,7 +207,7 @@ struct KeptExponentials {
   const A* e;  // [n]
 
   template <bool kWhole>
-  FUSEDLOSS_INLINE typename Simd<A>::V at(int i, int n) const {
+  FUSEDLOSS_INLINE typename Simd<A>::V at(int64_t i, int n) const {
     return load_lanes<kWhole>(e + i, n);
   }
   FUSEDLOSS_INLINE A one(int i) const { return e[i]; }
@@ -224,7 +225,7 @@ struct RecomputedExponentials {
   Prefetch<T> prefetch;
 
   template <bool kWhole>
-  FUSEDLOSS_INLINE V at(int i, int n) const {
+  FUSEDLOSS_INLINE V at(int64_t i, int n) const {
     prefetch.line_at(i);
     return math::exp_nonpositive(load_lanes<kWhole>(x + i, n) - relative_to);
   }
@@ -240,8 +241,8 @@ FUSEDLOSS_INLINE void write_block(const RowGradient<T, kSpread>& gradient, int64
   const int64_t y = gradient.y - begin;
   const bool has_target = uint64_t(y) < uint64_t(n);
   const auto e_y = has_target ? e.one(int(y)) : 0;
-  for_each_vector<T>(0, n, [&](auto whole, int i) __attribute__((always_inline)) {
-    const int lanes = whole ? kLanesOf<T> : n - i;
+  for_each_vector<T>(int64_t(0), int64_t(n), [&](auto whole, int64_t i) __attribute__((always_inline)) {
+    const int lanes = int(n - i);
     gradient.template write<whole>(begin + i, lanes, e.template at<whole>(i, lanes), scale);
   });
   if (has_target) gradient.write_target(e_y, scale);

@@ -1,5 +1,5 @@
-// Cross entropy where a row's classes lie side by side: rows of a few blocks, joined from their blocks, and short rows of
-// one block each, several at once.
+// Cross entropy where a row's classes lie side by side: rows of a few blocks, joined from their blocks, and short rows
+// of one block each, several at once.
 #if defined(FUSEDLOSS_CROSS_ENTROPY_ROWS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_CROSS_ENTROPY_ROWS_INL
 #undef FUSEDLOSS_CROSS_ENTROPY_ROWS_INL
@@ -126,8 +126,8 @@ FUSEDLOSS_INLINE RowState<VectorOf<T>> sweep_short_rows(const TypedOptions<T>& p
   return {max[0], sum[0], dot[0], mass[0]};
 }
 
-// Rows of one block each, of up to kLanes: what comes after the classes, which would take longer than a very short row's
-// classes do, is computed for all of them at once.
+// Rows of one block each, of up to kLanes: what comes after the classes, which would take longer than a very short
+// row's classes do, is computed for all of them at once.
 template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void forward_short_rows(const TypedOptions<T>& p, const int64_t* rows, int count, ChunkResult& chunk) {
   using A = AccumulateType<T>;
@@ -152,8 +152,8 @@ FUSEDLOSS_INLINE void forward_short_rows(const TypedOptions<T>& p, const int64_t
   }
 }
 
-// Where the exponentials of a longer row can be kept until its gradient is written over them, or null: in that gradient,
-// and if it is narrower than they are in the next row's, which must then be the caller's to write, later.
+// Where the exponentials of a longer row can be kept until its gradient is written over them, or null: in that
+// gradient, and if it is narrower than they are in the next row's, which must then be the caller's to write, later.
 template <typename T>
 FUSEDLOSS_INLINE AccumulateType<T>* exponentials_in_gradient(const TypedOptions<T>& p, int64_t row, int64_t end_row) {
   using A = AccumulateType<T>;

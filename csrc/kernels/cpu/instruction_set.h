@@ -13,8 +13,8 @@ InstructionSet instruction_set();
 
 const char* name_of(InstructionSet set);
 
-// wanted: portable, avx2 or avx512. Throws std::runtime_error if it is beyond `best`, std::invalid_argument if it is none
-// of them.
+// wanted: portable, avx2 or avx512. Throws std::runtime_error if it is beyond `best`, std::invalid_argument if it is
+// none of them.
 InstructionSet choose_instruction_set(const std::string& wanted, InstructionSet best);
 
 // Has this machine's AVX-512 those for bfloat16? Asked in each library: that of a user's expression cannot see ours.

@@ -1,9 +1,10 @@
 // What a file that is compiled for each instruction set is written with. Its own code stands between
-// FUSEDLOSS_BEGIN_NAMESPACE and FUSEDLOSS_END_NAMESPACE, its includes before: what they bring, such as std::min, must not
-// be compiled for an instruction set that the machine may lack, since the linker keeps one copy for the whole program.
+// FUSEDLOSS_BEGIN_NAMESPACE and FUSEDLOSS_END_NAMESPACE, its includes before: what they bring, such as std::min, must
+// not be compiled for an instruction set that the machine may lack, since the linker keeps one copy for the whole
+// program.
 //
-// What stands between them may call only what is compiled for the same instruction set, or scalars: a vector that crosses
-// the border would be passed by another convention.
+// What stands between them may call only what is compiled for the same instruction set, or scalars: a vector that
+// crosses the border would be passed by another convention.
 #pragma once
 
 #if defined(__x86_64__)
@@ -23,8 +24,8 @@
 #define FUSEDLOSS_PRAGMA_(...) _Pragma(#__VA_ARGS__)
 #define FUSEDLOSS_PRAGMA(...) FUSEDLOSS_PRAGMA_(__VA_ARGS__)
 
-#define FUSEDLOSS_BEGIN_NAMESPACE      \
-  FUSEDLOSS_PUSH_TARGET                \
+#define FUSEDLOSS_BEGIN_NAMESPACE           \
+  FUSEDLOSS_PUSH_TARGET                     \
   namespace fusedloss::cpu::FUSEDLOSS_ISA { \
   namespace {
 #define FUSEDLOSS_END_NAMESPACE \
@@ -32,13 +33,14 @@
   }                             \
   FUSEDLOSS_POP_TARGET
 
-// FUSEDLOSS_TARGET: what the compiler calls the instruction set; not defined for the one that is compiled for anyway.
+// target_name: what the compiler calls the instruction set.
 #if defined(__clang__)
 #define FUSEDLOSS_PUSH_TARGET_OF(target_name) \
   FUSEDLOSS_PRAGMA(clang attribute push(__attribute__((target(target_name))), apply_to = function))
 #define FUSEDLOSS_POP_TARGET_OF FUSEDLOSS_PRAGMA(clang attribute pop)
 #else
-#define FUSEDLOSS_PUSH_TARGET_OF(target_name) FUSEDLOSS_PRAGMA(GCC push_options) FUSEDLOSS_PRAGMA(GCC target(target_name))
+#define FUSEDLOSS_PUSH_TARGET_OF(target_name) \
+  FUSEDLOSS_PRAGMA(GCC push_options) FUSEDLOSS_PRAGMA(GCC target(target_name))
 #define FUSEDLOSS_POP_TARGET_OF FUSEDLOSS_PRAGMA(GCC pop_options)
 #endif
 

@@ -1,5 +1,5 @@
-// The functions of a vector that the formulas take; those of an elementary function's name are within a few ulp over its
-// whole domain. What most losses are made of is written out here. The rest is the C library's (cpu/libmvec-inl.h).
+// The functions of a vector that the formulas take; those of an elementary function's name are within a few ulp over
+// its whole domain. What most losses are made of is written out here. The rest is the C library's (cpu/libmvec-inl.h).
 #if defined(FUSEDLOSS_MATH_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_MATH_INL
 #undef FUSEDLOSS_MATH_INL
@@ -136,8 +136,8 @@ FUSEDLOSS_INLINE A rounded_product(A a, A b) {
 template <typename A>
 constexpr A kRound = sizeof(A) == 8 ? A(0x1.8p52) : A(0x1.8p23);
 
-// x = n ln 2 + r, and n is also the difference of the bits of `shifted` and of kRound. exp(r) is 1 + r + r^2 q in float,
-// and 1 + r q in double.
+// x = n ln 2 + r, and n is also the difference of the bits of `shifted` and of kRound. exp(r) is 1 + r + r^2 q in
+// float, and 1 + r q in double.
 template <typename A>
 struct ReducedExp {
   using V = typename Simd<A>::V;
@@ -236,8 +236,8 @@ FUSEDLOSS_INLINE FloatV log_of_normal(FloatV x) {
   return (x > 0.f) & (x < INFINITY) ? log : special;
 }
 
-// In double: with s = f / (2 + f), log(1 + f) = 2 s + s R = f - (f^2 / 2 - s (f^2 / 2 + R)); R = s^2 p(s^2), the rest of
-// the series of 2 atanh(s), p fitted to a relative error of the result of 5e-18.
+// In double: with s = f / (2 + f), log(1 + f) = 2 s + s R = f - (f^2 / 2 - s (f^2 / 2 + R)); R = s^2 p(s^2), the rest
+// of the series of 2 atanh(s), p fitted to a relative error of the result of 5e-18.
 FUSEDLOSS_INLINE DoubleV log_of_normal(DoubleV x) {
   constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
   const DoubleI exponent = ((DoubleI)x - kSqrtHalf) >> 52;
@@ -334,10 +334,12 @@ FUSEDLOSS_INLINE FloatV atan(FloatV x) {
   return with_sign(select(is_large, 1.57079633f - angle, angle), x);
 }
 
-// x p(x^2) up to 1.5, and 1 - e^(-x^2) q(1 / (1 + x)) beyond; both fitted to a relative error of 1e-8. From 4 on it is 1.
+// x p(x^2) up to 1.5, and 1 - e^(-x^2) q(1 / (1 + x)) beyond; both fitted to a relative error of 1e-8. From 4 on it is
+// 1.
 FUSEDLOSS_INLINE FloatV erf(FloatV x) {
-  constexpr float kNear[] = {1.128379166e+00f,  -3.761263233e-01f, 1.128371659e-01f,  -2.686281633e-02f, 5.216358773e-03f,
-                             -8.449447699e-04f, 1.128304744e-04f,  -1.125735937e-05f, 6.127650052e-07f};
+  constexpr float kNear[] = {1.128379166e+00f, -3.761263233e-01f, 1.128371659e-01f,
+                             -2.686281633e-02f, 5.216358773e-03f, -8.449447699e-04f,
+                             1.128304744e-04f, -1.125735937e-05f, 6.127650052e-07f};
   constexpr float kFar[] = {-1.843065890e-04f, 5.687810344e-01f, 5.164842281e-01f, 5.451210916e-01f,
                             -1.072475497e+00f, 3.609492469e-01f, 1.199555840e-01f};
   const FloatV magnitude = abs(x);

@@ -29,7 +29,8 @@ struct TypedNLLLossOptions {
   const NLLLossOptions& o;
   const A* weight;
 
-  explicit TypedNLLLossOptions(const NLLLossOptions& options) : o(options), weight(static_cast<const A*>(options.weight)) {}
+  explicit TypedNLLLossOptions(const NLLLossOptions& options)
+      : o(options), weight(static_cast<const A*>(options.weight)) {}
 
   FUSEDLOSS_INLINE bool counts(int64_t y) const { return y != o.ignore_index && y >= 0 && y < o.classes; }
   FUSEDLOSS_INLINE double weight_of(int64_t y) const { return weight ? double(weight[y]) : 1.0; }
@@ -56,7 +57,8 @@ void forward(const NLLLossOptions& o, int64_t begin, int64_t end) {
         const int64_t y = o.target[row];
         double loss = 0;
         if (p.counts(y)) {
-          const int64_t at = outer * o.input_strides.outer + y * o.input_strides.classes + inner * o.input_strides.inner;
+          const Strides& s = o.input_strides;
+          const int64_t at = outer * s.outer + y * s.classes + inner * s.inner;
           const double w = p.weight_of(y);
           loss = nll_loss_value(double(load_one(static_cast<const T*>(o.input) + at)), w);
           loss_sum += loss;

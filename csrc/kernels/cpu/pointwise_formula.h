@@ -1,5 +1,6 @@
 // What a formula is to the kernels of pointwise losses on the CPU: a function of one block of elements, for each
-// instruction set and type. The losses of this extension and those that a user's expression is compiled to look the same.
+// instruction set and type. The losses of this extension and those that a user's expression is compiled to look the
+// same.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// The formulas of one file, for one instruction set: what the kernels of pointwise losses, which know no formula, call for
-// each block of elements. FUSEDLOSS_FORMULAS names the file: that of fusedloss's own losses, or one made from a user's
-// expression.
+// The formulas of one file, for one instruction set: what the kernels of pointwise losses, which know no formula, call
+// for each block of elements. FUSEDLOSS_FORMULAS names the file: that of fusedloss's own losses, or one made from a
+// user's expression.
 #if defined(FUSEDLOSS_POINTWISE_FORMULA_TABLE_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_POINTWISE_FORMULA_TABLE_INL
 #undef FUSEDLOSS_POINTWISE_FORMULA_TABLE_INL
@@ -23,8 +23,9 @@
 
 FUSEDLOSS_BEGIN_NAMESPACE
 
-// How far prefetch of the arithmetic memory is asked for: the processor's own prefetching stops at the end of a page.
-constexpr int64_t kBytesAhead = 4096;
+// Operands are prefetched so many bytes ahead of the arithmetic: the processor's own prefetching stops at the end of a
+// page.
+constexpr int64_t kPrefetchDistance = 4096;
 
 // Where a block's arrays are, and the parameters: in registers, not in memory that a store could change.
 template <typename F, typename A>
@@ -37,14 +38,14 @@ struct BlockArrays {
   A parameter[F::kParameters + 1];
 };
 
-// The vector of elements at i: its losses, which are returned, and its gradients by the operands of kWrt. Both are computed
-// in either pass, so that its gradients have the same bits: the compiler joins other operations to one where it has less
-// to compute.
+// The vector of elements at i: its losses, which are returned, and its gradients by the operands of kWrt. Both are
+// computed in either pass, so that its gradients have the same bits: the compiler joins other operations to one where
+// it has less to compute.
 template <typename F, typename A, unsigned kWrt, int... kOperand, int... kParameter>
 FUSEDLOSS_INLINE auto evaluate(const BlockArrays<F, A>& b, int64_t i, int64_t grad_output_at,
                                std::integer_sequence<int, kOperand...>, std::integer_sequence<int, kParameter...>) {
   using V = typename Simd<A>::V;
-  (__builtin_prefetch(static_cast<const char*>(b.operand[kOperand]) + i * b.element_bytes + kBytesAhead), ...);
+  (__builtin_prefetch(static_cast<const char*>(b.operand[kOperand]) + i * b.element_bytes + kPrefetchDistance), ...);
   const auto loss = F::template loss<V>(operand<kOperand, kWrt>(load_stored<A>(b.operand[kOperand], i, b.dtype))...,
                                         Dual<V, 0>{V{} + b.parameter[kParameter]}...);
   if constexpr (kWrt != 0) {

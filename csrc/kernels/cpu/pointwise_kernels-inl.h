@@ -1,6 +1,6 @@
-// Losses of one element of each operand, for one instruction set: whatever is not the formula. It is called for blocks of
-// elements, where they lie in memory; buffers serve what repeats itself, the end that fills no vector, and losses and
-// grad_output of 16 bit.
+// Losses of one element of each operand, for one instruction set: whatever is not the formula. It is called for blocks
+// of elements, where they lie in memory; buffers serve what repeats itself, the end that fills no vector, and losses
+// and grad_output of 16 bit.
 #if defined(FUSEDLOSS_POINTWISE_KERNELS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_POINTWISE_KERNELS_INL
 #undef FUSEDLOSS_POINTWISE_KERNELS_INL
@@ -73,8 +73,8 @@ class Evaluation {
   using A = AccumulateType<T>;
   static constexpr int kLanes = kLanesOf<T>;
 
-  // Elements [begin, begin + n), where n is the block's size, or less in its only vector: that must not reach beyond the
-  // tensors' end.
+  // Elements [begin, begin + n), where n is the block's size, or less in its only vector: that must not reach beyond
+  // the tensors' end.
   double run_block(int64_t begin, int n) {
     const bool whole = block_.size == n;
     for (int k = 0; k < operands_; ++k) {

@@ -1,5 +1,5 @@
-// Sums and maxima over the lanes of a vector, always in the same order: halves are folded until one lane is left. And sums
-// that keep what each addition rounds off.
+// Sums and maxima over the lanes of a vector, always in the same order: halves are folded until one lane is left. And
+// sums that keep what each addition rounds off.
 #if defined(FUSEDLOSS_REDUCE_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_REDUCE_INL
 #undef FUSEDLOSS_REDUCE_INL

@@ -59,14 +59,14 @@ FUSEDLOSS_INLINE void for_each_vector(Index begin, Index end, Body body) {
   if (i < end) body(std::false_type{}, i);
 }
 
-// The same for [0, n), with kUnroll neighbouring vectors at a time as long as there are as many: body(is_whole, i, k), where
-// k numbers those; it is 0 for the others.
+// The same for [0, n), with kUnroll neighbouring vectors at a time as long as there are as many: body(is_whole, i, k),
+// where k numbers those; it is 0 for the others.
 template <typename T, int kUnroll, typename Body>
-FUSEDLOSS_INLINE void for_each_vector_unrolled(int n, Body body) {
-  int i = 0;
+FUSEDLOSS_INLINE void for_each_vector_unrolled(int64_t n, Body body) {
+  int64_t i = 0;
   for (; i + kUnroll * kLanesOf<T> <= n; i += kUnroll * kLanesOf<T>)
     FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) body(std::true_type{}, i + k * kLanesOf<T>, k);
-  for_each_vector<T>(i, n, [&](auto whole, int rest) __attribute__((always_inline)) { body(whole, rest, 0); });
+  for_each_vector<T>(i, n, [&](auto whole, int64_t rest) __attribute__((always_inline)) { body(whole, rest, 0); });
 }
 
 // ---- 16-bit floats to float and back, round to nearest even ----
@@ -82,8 +82,8 @@ FUSEDLOSS_INLINE FloatV widen(FloatH bits, bfloat16) {
 
 FUSEDLOSS_INLINE FloatH narrow(FloatV v, bfloat16) {
 #if FUSEDLOSS_VECTOR_BYTES == 64
-  // The instruction makes 0 of subnormal numbers, so those go the long way. Written out: to the compiler it is one of an
-  // instruction set that not every machine with AVX-512 has.
+  // The instruction makes 0 of subnormal numbers, so those go the long way. Written out: to the compiler it is one of
+  // an instruction set that not every machine with AVX-512 has.
   if (has_bfloat16_instructions && _mm512_fpclass_ps_mask((__m512)v, /*subnormal*/ 0x20) == 0) {
     FloatH narrowed;
     asm("vcvtneps2bf16 %1, %0" : "=v"(narrowed) : "v"(v));
@@ -210,14 +210,6 @@ FUSEDLOSS_INLINE DoubleI lanes_from(int n, double) {
   return index >= int64_t(n);
 }
 
-// v, and value added to one lane.
-template <typename A>
-FUSEDLOSS_INLINE typename Simd<A>::V add_to_lane(typename Simd<A>::V v, int lane, A value) {
-  typename Simd<A>::I index;
-  for (int i = 0; i < Simd<A>::kLanes; ++i) index[i] = i;
-  return index == lane ? v + value : v;
-}
-
 #if FUSEDLOSS_VECTOR_BYTES == 32
 // Less than 8 16-bit elements, in pieces that a register takes: by way of memory the load would wait for the stores.
 FUSEDLOSS_INLINE FloatH load_first_halves(const void* p, int n) {
@@ -337,8 +329,8 @@ FUSEDLOSS_INLINE void store_one(T* p, AccumulateType<T> value) {
   }
 }
 
-// v, which the compiler may not join with a later addition into one operation: where the same product is computed in two
-// places, both then round it.
+// v, which the compiler may not join with a later addition into one operation: where the same product is computed in
+// two places, both then round it.
 template <typename V>
 FUSEDLOSS_INLINE V prevent_contraction(V v) {
 #if defined(__x86_64__)

@@ -35,8 +35,8 @@ struct Row : RowTarget<T, kTarget> {
   }
 };
 
-// The logit of the target class. It is loaded before the row's tiles, so that nobody waits for it after them; and it is
-// not widened, so that nobody waits for it before them.
+// The logit of the target class. It is loaded before the row's tiles, so that no thread waits for it after them; and it
+// is not widened yet, so that no thread waits for it before them.
 template <typename T, TargetKind kTarget>
 __device__ __forceinline__ T prefetch_target_logit(const Row<T, kTarget>& row) {
   return row.y < 0 ? T() : row.logits[row.y * row.o.logits_strides.classes];

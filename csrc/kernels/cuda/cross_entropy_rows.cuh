@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kRowThreads, (kRowsMinBlocks<T, kTarget, kShif
   for (int turn = 0; number - threadIdx.y < plan.rows; ++turn) {
     const bool is_row = number < plan.rows;
     const int64_t next_number = number + plan.step;
-    // Loaded here and used after this row: nobody waits for it.
+    // Loaded here and used after this row: no thread waits for it.
     const int64_t later_target = o.target_at(next_number + plan.step);
     const auto next = source_of(next_number, next_y);
     // All lanes of a warp take part when statistics are merged, also those behind the last row. Their row does not
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kRowThreads, (min_blocks<T, kTarget>(kLossOnly
   for (int turn = 0; number - threadIdx.y < plan.rows; number += plan.step, ++turn) {
     const bool is_row = number < plan.rows;
     const Row<T, kTarget> row(o, number, o.class_of(target));
-    target = o.target_at(number + plan.step);  // nobody waits for it before the next row
+    target = o.target_at(number + plan.step);  // no thread waits for it before the next row
     const auto range = range_of_thread(row, thread);
     const T x_y = prefetch_target_logit(row);
     auto state = empty_row_state<A>();
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kLaneBlockThreads,
     const bool is_row = number < o.plan.rows;
     const Row<T, kTarget> row(o, is_row ? number : first);
     const auto range = range_of_thread(row, int(threadIdx.x));
-    // Loaded whether the row contributes or not: nobody waits for its target first.
+    // Loaded whether the row contributes or not, so that no thread waits for its target first.
     const RowTile<T, kTarget, kVectorSize<T>, kRegisterVectors, false> tile(row, range, 0);
     const T x_y = prefetch_target_logit(row);
     auto state = empty_row_state<A>();

@@ -12,7 +12,8 @@ __device__ __forceinline__ AccumulateType<T> grad_output_at(const Options& o, in
   return g[0];
 }
 
-// Has the forward pass left what this backward pass is asked for? All threads of the grid ask.
+// Whether the forward pass has written the gradient that this backward pass is to compute. Called by all threads of the
+// grid.
 template <typename T, typename Options>
 __device__ __forceinline__ bool gradient_is_ready(const Options& o) {
   if (o.grad_output_stride != 0) return false;

@@ -82,7 +82,7 @@ struct LaunchConfig {
       overlap.val.programmaticStreamSerializationAllowed = 1;
     }
 #if CUDART_VERSION >= 13000
-    // As much of a multiprocessor's memory as can be: left to itself, the driver may leave room for fewer blocks than
+    // As much of a multiprocessor's memory as can be: the driver by itself may leave room for fewer blocks than
     // registers allow. What needs little is better off with a large first-level cache.
     if (shape.shared_bytes > 8 * 1024) {
       cudaLaunchAttribute& carveout = attributes[config.numAttrs++];
@@ -100,9 +100,9 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
   return cudaLaunchKernelEx(&launch.config, kernel, Parameters(arguments)...);
 }
 
-// How many blocks of such a launch the current device holds at once. The runtime is asked once for each kind of launch,
-// and then also told how much shared memory the kernel may ask for: it must be, before the kernel is launched with more
-// than 48 KB.
+// How many blocks of such a launch the current device holds at once. The runtime is queried once for each kind of
+// launch, and then also told how much shared memory the kernel may ask for: it must be, before the kernel is launched
+// with more than 48 KB.
 template <typename... Parameters>
 cudaError_t resident_blocks(void (*kernel)(Parameters...), const LaunchShape& shape, int64_t& answer) {
   static std::mutex one_at_a_time;
@@ -151,22 +151,22 @@ cudaError_t resident_blocks(void (*kernel)(Parameters...), const LaunchShape& sh
 constexpr int64_t kReservedSharedBytes = 7 * 1024;  // of a block
 
 // kernel: any of this build.
-inline cudaError_t ask_device(int device, const void* kernel, CudaTuning& answer) {
+inline cudaError_t query_device(int device, const void* kernel, CudaTuning& answer) {
   cudaError_t error = cudaSuccess;
-  const auto ask = [&](cudaDeviceAttr attribute) {
+  const auto query = [&](cudaDeviceAttr attribute) {
     int value = 0;
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
     return int64_t(value);
   };
-  answer.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
+  answer.multiprocessors = query(cudaDevAttrMultiProcessorCount);
   // Room for two blocks, so that one loads while the other stores; some of each is the system's and the kernel's own.
-  const int64_t half = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2;
-  const int64_t most = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int64_t half = query(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2;
+  const int64_t most = query(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   answer.kept_bytes = (half < most ? half : most) - kReservedSharedBytes;
   // The driver may have compiled the kernels from PTX for an older GPU, without the code for clusters and overlap.
   cudaFuncAttributes compiled = {};
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, kernel);
-  const bool is_hopper = ask(cudaDevAttrComputeCapabilityMajor) >= 9 && compiled.ptxVersion >= 90;
+  const bool is_hopper = query(cudaDevAttrComputeCapabilityMajor) >= 9 && compiled.ptxVersion >= 90;
   answer.cluster_blocks = is_hopper ? 8 : 1;
   answer.overlap = is_hopper;
   return error;
@@ -181,7 +181,7 @@ inline cudaError_t complete(CudaTuning& tuning, const void* kernel) {
   if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const auto [answer, is_new] = answers.try_emplace(device);
-  if (is_new) error = ask_device(device, kernel, answer->second);
+  if (is_new) error = query_device(device, kernel, answer->second);
   if (error != cudaSuccess) {
     answers.erase(answer);
     return error;

@@ -242,8 +242,8 @@ __global__ void FUSEDLOSS_BOUNDS losses(const PointwiseOptions o) {
   evaluate_all<F, false, T>(o);
 }
 
-// In both passes, so that the gradient which one has left has the bits of the other's. The forward pass wants the
-// losses too.
+// The same kernel in both passes, so that the gradient has the same bits whichever pass computes it. The forward pass
+// wants the losses too.
 template <typename F, typename T>
 __global__ void FUSEDLOSS_BOUNDS gradients(const PointwiseOptions o) {
   if (o.loss == nullptr) wait_for_launch_before();

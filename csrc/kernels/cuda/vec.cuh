@@ -129,7 +129,7 @@ __device__ __forceinline__ void store_vector(void* p, uint4 v) {
 
 // [size] contiguous elements as single ones up to the first 16-byte boundary, then vectors, then single ones again.
 // Loops take them in units of kWidth: all vectors with kWidth = kVectorSize<T>, all single elements with kWidth = 1.
-// Index is int32_t where sizes allow: in 64 bits, addresses cost a sweep as much as its arithmetic.
+// Index is int32_t where sizes allow: in 64 bits, addresses cost as much as the arithmetic.
 template <typename T, typename Index>
 struct VectorizedRange {
   Index size, head, vectors;

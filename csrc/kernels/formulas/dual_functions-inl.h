@@ -34,14 +34,14 @@ FUSEDLOSS_INLINE auto minimum(const Dual<V, kA>& a, const Dual<V, kB>& b) {
   return -maximum(-a, -b);
 }
 
-// What is NaN comes through, x without a derivative. Not by `where`: the slope of what is not chosen is multiplied by 0,
-// as in torch, where one that is infinite becomes NaN.
+// What is NaN comes through, x without a derivative. Not by `where`: the slope of what is not chosen is multiplied by
+// 0, as in torch, where one that is infinite becomes NaN.
 template <typename M, typename V>
 FUSEDLOSS_INLINE V slope_if(M condition, V) {
   return math::select(condition, math::constant<V>(1), math::constant<V>(0));
 }
-// Whose the derivative of clamp is where x equals a bound: before torch 2.14 always x's; since then the bound's where bounds
-// are numbers, which have no derivative, and where they are tensors half is x's and half the bound's.
+// Whose the derivative of clamp is where x equals a bound: before torch 2.14 always x's; since then the bound's where
+// bounds are numbers, which have no derivative, and where they are tensors half is x's and half the bound's.
 enum class AtBound { kX, kBoth, kBound };
 
 template <AtBound kAtBound, typename V>

@@ -1,6 +1,6 @@
 // The family of losses with one element each of input and target. A formula is written once: on dual numbers it gives
-// its derivatives too, on the CPU and on the GPU. `loss` takes the operands, which are tensors, and then the parameters,
-// which are one number for a call.
+// its derivatives too, on the CPU and on the GPU. `loss` takes the operands, which are tensors, and then the
+// parameters, which are one number for a call.
 //
 // A new loss is a struct here, its name in the list at the end, and its function and module in fusedloss/.
 #if defined(FUSEDLOSS_POINTWISE_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
@@ -17,8 +17,8 @@
 FUSEDLOSS_BEGIN_NAMESPACE
 namespace {
 
-// (input - target)^2, with half of its slope: the kernels double the product with grad_output, which the mean has divided.
-// 2 (input - target) would be infinite where that product is not.
+// (input - target)^2, with half of its slope: the kernels double the product with grad_output, which the mean has
+// divided. 2 (input - target) would be infinite where that product is not.
 struct MSELoss {
   static constexpr int kOperands = 2, kParameters = 0;
   static constexpr bool kHasHalfSlope = true;
@@ -111,8 +111,8 @@ struct KLDivLogTargetLoss {
 
 // -log P(target) of a Poisson distribution without its constant, log(target!): rate - target log(rate). input is the
 // logarithm of the rate, or (kLog false) the rate, to which eps is added before its logarithm is taken. kFull: with
-// Stirling's approximation of the constant, for targets above 1: target log(target) - target + log(2 pi target) / 2, the
-// logarithms joined into one.
+// Stirling's approximation of the constant, for targets above 1: target log(target) - target + log(2 pi target) / 2,
+// the logarithms joined into one.
 template <bool kLog, bool kFull>
 struct PoissonNLLLossOf {
   static constexpr int kOperands = 2, kParameters = 1;
@@ -141,8 +141,8 @@ using PoissonNLLFullLoss = PoissonNLLLossOf<true, true>;
 using PoissonNLLRateLoss = PoissonNLLLossOf<false, false>;
 using PoissonNLLRateFullLoss = PoissonNLLLossOf<false, true>;
 
-// -log of the normal density with mean input and variance var, up to `constant_part`. A var below eps counts as eps, but
-// keeps its derivative, as torch has it. The loss of a negative var is -inf, which no other is, so that a sum shows
+// -log of the normal density with mean input and variance var, up to `constant_part`. A var below eps counts as eps,
+// but keeps its derivative, as torch has it. The loss of a negative var is -inf, which no other is, so that a sum shows
 // whether it contains one: see _refuse_negative in fusedloss/pointwise.py.
 struct GaussianNLLLoss {
   static constexpr int kOperands = 3, kParameters = 2;
