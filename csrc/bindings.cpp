@@ -33,8 +33,8 @@ void name_nodes() {
   static std::array<PyTypeObject, 3> types = {};
   PyTypeObject* type = types.data();
   for (const auto& [node, name] : {cross_entropy_node(), nll_loss_node(), pointwise_node()})
-    torch::autograd::registerCppFunction(
-        *node, torch::autograd::_initFunctionPyTypeObject(*type++, name, nullptr, nullptr));
+    torch::autograd::registerCppFunction(*node,
+                                         torch::autograd::_initFunctionPyTypeObject(*type++, name, nullptr, nullptr));
 }
 
 void define_cross_entropy(py::module_& m) {
@@ -124,7 +124,8 @@ void define_pointwise(py::module_& m) {
       "pointwise_backward",
       [](const at::Tensor& grad_output, int64_t loss, const Tensors& operands, const Parameters& parameters,
          int64_t reduction, std::optional<int64_t> divisor, unsigned wanted) {
-        return pointwise_backward(grad_output, {pointwise_loss(loss), operands, parameters, reduction, divisor}, wanted);
+        return pointwise_backward(grad_output, {pointwise_loss(loss), operands, parameters, reduction, divisor},
+                                  wanted);
       },
       "grad_output"_a, "loss"_a, "operands"_a, "parameters"_a, "reduction"_a, "divisor"_a, "wanted"_a, no_gil,
       "The gradients by the operands whose bits are set in wanted, times grad_output; None for the others.");
@@ -134,13 +135,15 @@ void define_settings(py::module_& m) {
   m.def("set_debug", &set_debug, "enabled"_a, "Look for class indices out of range before a CUDA kernel is launched.");
   m.def("set_cuda_tuning", &set_cuda_tuning, "name"_a, "value"_a,
         "Set a field of CudaTuning (csrc/kernels/options.h) for all later calls; \"defaults\" restores all of them.");
-  m.def("cpu_capability", [] { return cpu::name_of(cpu::instruction_set()); }, "The instruction set of the CPU kernels.");
+  m.def(
+      "cpu_capability", [] { return cpu::name_of(cpu::instruction_set()); }, "The instruction set of the CPU kernels.");
   m.def(
       "choose_cpu_capability",
       [](const std::string& wanted, bool has_avx2, bool has_avx512) {
         using cpu::InstructionSet;
-        const auto best =
-            has_avx512 ? InstructionSet::kAvx512 : has_avx2 ? InstructionSet::kAvx2 : InstructionSet::kPortable;
+        const auto best = has_avx512 ? InstructionSet::kAvx512
+                          : has_avx2 ? InstructionSet::kAvx2
+                                     : InstructionSet::kPortable;
         return cpu::name_of(cpu::choose_instruction_set(wanted, best));
       },
       "wanted"_a, "has_avx2"_a, "has_avx512"_a,

@@ -1,8 +1,8 @@
-// A backward pass is one of four cases. It hands over the gradient that the forward pass has left (ready_gradients.h); or
-// it calls the kernel; or, where its tensors are not plain (a dispatch mode, compiled autograd), it calls the registered
-// backward op; or, where it is to be differentiated itself (create_graph), or is given a batch of gradients
-// (is_grads_batched, vmap), it calls the op that composes the gradient of torch's operations. fusedloss/ops.py registers
-// the ops.
+// A backward pass is one of four cases. It hands over the gradient that the forward pass has left (ready_gradients.h);
+// or it calls the kernel; or, where its tensors are not plain (a dispatch mode, compiled autograd), it calls the
+// registered backward op; or, where it is to be differentiated itself (create_graph), or is given a batch of gradients
+// (is_grads_batched, vmap), it calls the op that composes the gradient of torch's operations. fusedloss/ops.py
+// registers the ops.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,8 +17,8 @@
 namespace fusedloss {
 
 inline bool must_compose(const at::Tensor& grad_output) {
-  constexpr c10::DispatchKeySet kTransforms({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched,
-                                             c10::DispatchKey::FuncTorchGradWrapper});
+  constexpr c10::DispatchKeySet kTransforms(
+      {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchGradWrapper});
   return at::GradMode::is_enabled() || grad_output.key_set().has_any(kTransforms);
 }
 

@@ -100,8 +100,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                             double label_smoothing, bool inplace_backward) {
-    const bool with_grad =
-        !inplace_backward && forward_computes_gradient(ReadyLoss::kCrossEntropy, input, reduction);
+    const bool with_grad = !inplace_backward && forward_computes_gradient(ReadyLoss::kCrossEntropy, input, reduction);
     const auto [loss, statistics, grad] =
         run_forward({input, target, weight, reduction, ignore_index, label_smoothing}, with_grad);
     ReadyGradients::leave(ctx, grad);
@@ -141,7 +140,8 @@ bool is_leaf_or_its_view(const at::Tensor& input) {
 }
 
 void check_overwritable(const at::Tensor& input) {
-  TORCH_CHECK(!is_leaf_or_its_view(input), "cross_entropy: inplace_backward=True writes the gradient over input, got a ",
+  TORCH_CHECK(!is_leaf_or_its_view(input),
+              "cross_entropy: inplace_backward=True writes the gradient over input, got a ",
               "leaf that requires grad, or a view of one, expected the result of an operation");
   TORCH_CHECK(!may_overlap(input), "cross_entropy: inplace_backward=True writes the gradient over input, got elements ",
               "that share memory (sizes ", input.sizes(), ", strides ", input.strides(),
@@ -161,8 +161,6 @@ OptionalTensor cross_entropy(const CrossEntropyCall& call, bool inplace_backward
                              call.label_smoothing, inplace_backward);
 }
 
-NodeType cross_entropy_node() {
-  return {&typeid(torch::autograd::CppNode<CrossEntropy>), "CrossEntropyBackward"};
-}
+NodeType cross_entropy_node() { return {&typeid(torch::autograd::CppNode<CrossEntropy>), "CrossEntropyBackward"}; }
 
 }  // namespace fusedloss

@@ -15,15 +15,15 @@
 
 namespace fusedloss {
 
-// Each returns nothing where the tensors are not plain (ops/plain.h), or where this build has no kernels for their device.
-// A call of plain tensors that the kernels do not cover is computed by torch's own function.
+// Each returns nothing where the tensors are not plain (ops/plain.h), or where this build has no kernels for their
+// device. A call of plain tensors that the kernels do not cover is computed by torch's own function.
 //
 // inplace_backward: the backward pass writes the gradient over input.
 OptionalTensor cross_entropy(const CrossEntropyCall& call, bool inplace_backward);
 OptionalTensor nll_loss(const at::Tensor& input, const NLLLossCall& call);
 
-// The pointwise loss of this number (ops/pointwise_registry.h). It returns nothing also where the kernels do not cover the
-// call: torch's own function is then called by Python, which may have to broadcast the operands first.
+// The pointwise loss of this number (ops/pointwise_registry.h). It returns nothing also where the kernels do not cover
+// the call: torch's own function is then called by Python, which may have to broadcast the operands first.
 OptionalTensor pointwise(int64_t loss, at::TensorList operands, c10::ArrayRef<double> parameters, int64_t reduction,
                          std::optional<int64_t> divisor);
 

@@ -21,8 +21,8 @@ NLLLossResult run_forward(const at::Tensor& input, const NLLLossCall& call) {
   return nll_loss_forward(input, call, autocast_to_float32(input));
 }
 
-// What the forward pass saves for the backward pass. The gradient does not depend on input, which is not saved: it may be
-// freed, or overwritten.
+// What the forward pass saves for the backward pass. The gradient does not depend on input, which is not saved: it may
+// be freed, or overwritten.
 struct Saved {
   at::Tensor target;
   OptionalTensor weight;

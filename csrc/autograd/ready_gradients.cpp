@@ -13,8 +13,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The names under which the context keeps them. Each is an entry of its own: compiled autograd does not follow tensors in
-// lists.
+// The names under which the context keeps them. Each is an entry of its own: compiled autograd does not follow tensors
+// in lists.
 constexpr const char* kNames[kMaxOperands] = {"grad of tensor 0", "grad of tensor 1", "grad of tensor 2",
                                               "grad of tensor 3", "grad of tensor 4", "grad of tensor 5",
                                               "grad of tensor 6", "grad of tensor 7"};

@@ -1,9 +1,9 @@
 // The gradient that the forward pass computes.
 //
-// A loss is mostly the root of its graph: its grad_output is 1. The forward pass then computes the gradient as well, while
-// the cache holds the input, and the backward pass hands it over: once, for it becomes the caller's. For any other
-// grad_output (a loss scale, the weight of this loss among others) the gradient is computed anew, with the product in
-// float32: a 16-bit gradient that is scaled afterwards has been rounded, or lost, before.
+// A loss is mostly the root of its graph: its grad_output is 1. The forward pass then computes the gradient as well,
+// while the cache holds the input, and the backward pass hands it over: once, for it becomes the caller's. For any
+// other grad_output (a loss scale, the weight of this loss among others) the gradient is computed anew, with the
+// product in float32: a 16-bit gradient that is scaled afterwards has been rounded, or lost, before.
 //
 // On the CPU the host looks at grad_output. On CUDA it would have to wait, so there the kernel looks.
 #pragma once

@@ -33,8 +33,8 @@ inline std::optional<DType> kernel_dtype(at::ScalarType type) {
 
 inline DType check_dtype(const char* op, const char* name, const at::Tensor& tensor) {
   const auto dtype = kernel_dtype(tensor.scalar_type());
-  TORCH_CHECK_NOT_IMPLEMENTED(dtype.has_value(), op, ": ", name,
-                              " must be float32, float64, bfloat16 or float16, got ", tensor.scalar_type());
+  TORCH_CHECK_NOT_IMPLEMENTED(dtype.has_value(), op, ": ", name, " must be float32, float64, bfloat16 or float16, got ",
+                              tensor.scalar_type());
   return *dtype;
 }
 
@@ -48,10 +48,9 @@ inline void check_same_device(const char* op, const char* name, const at::Tensor
 inline void check_memory(const char* op, const char* name, const at::Tensor& tensor) {
   if (tensor.numel() == 0) return;
   const size_t offset = size_t(tensor.storage_offset());
-  const size_t expected =
-      tensor.is_contiguous()
-          ? (offset + size_t(tensor.numel())) * tensor.element_size()
-          : at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size(), offset);
+  const size_t expected = tensor.is_contiguous() ? (offset + size_t(tensor.numel())) * tensor.element_size()
+                                                 : at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(),
+                                                                                    tensor.element_size(), offset);
   const c10::Storage& storage = tensor.storage();
   const size_t got = storage.data() != nullptr ? storage.nbytes() : 0;
   TORCH_CHECK(got >= expected, op, ": ", name, " must have memory for its elements, expected a storage of at least ",
@@ -71,9 +70,7 @@ inline bool is_one_value(const at::Tensor& tensor) {
 }
 
 // The type sums, maxima and exponentials are computed in.
-inline at::ScalarType accumulate_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
+inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 // The dtype of a loss or of grad_output: that of input, or under autocast the accumulate type.
 inline at::ScalarType loss_type(const at::Tensor& input, bool autocast) {

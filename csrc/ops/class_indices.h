@@ -23,8 +23,8 @@ inline void check_class_indices(const char* op, const at::Tensor& input, const a
   const bool batch = input.dim() == 1 ? target.dim() != 1 : target.dim() > 0 && target.size(0) == input.size(0);
   TORCH_CHECK_VALUE(right || batch, op, ": target must have the batch size of input, expected shape ",
                     c10::IntArrayRef(expected), " for input of shape ", input.sizes(), ", got ", target.sizes());
-  TORCH_CHECK(right, op, ": target must have shape ", c10::IntArrayRef(expected), " for input of shape ",
-              input.sizes(), ", got ", target.sizes());
+  TORCH_CHECK(right, op, ": target must have shape ", c10::IntArrayRef(expected), " for input of shape ", input.sizes(),
+              ", got ", target.sizes());
   TORCH_CHECK(at::isIntegralType(target.scalar_type(), /*includeBool=*/false), op,
               ": target must hold class indices of an integer type (int64), got ", target.scalar_type());
 }
@@ -43,8 +43,8 @@ inline void check_weight_dtype(const char* op, const at::Tensor& input, const at
 
 // The weights of the classes as the kernels take them. input: or a tensor of its dtype and on its device.
 inline at::Tensor kernel_weight(const char* op, const at::Tensor& given, int64_t classes, const at::Tensor& input) {
-  TORCH_CHECK(given.dim() == 1 && given.numel() == classes, op, ": weight must be 1-D with one element for each of the ",
-              classes, " classes, got shape ", given.sizes());
+  TORCH_CHECK(given.dim() == 1 && given.numel() == classes, op,
+              ": weight must be 1-D with one element for each of the ", classes, " classes, got shape ", given.sizes());
   check_same_device(op, "weight", given, input);
   check_memory(op, "weight", given);
   return given.to(accumulate_type(input.scalar_type())).contiguous();

@@ -211,8 +211,8 @@ CrossEntropyResult cross_entropy_forward(const CrossEntropyCall& call, bool auto
   if (debug_enabled && o.target_index != nullptr) check_class_indices_on_host(kOp, o, a.target);
   const auto statistics = input.new_empty({a.statistics_numel()}, accumulate_type(input.scalar_type()));
   a.take_statistics(statistics);
-  const auto loss = allocate_loss(
-      o, input, autocast, [&](at::ScalarType type) { return input.new_empty(sizes_of_rows(input), type); });
+  const auto loss = allocate_loss(o, input, autocast,
+                                  [&](at::ScalarType type) { return input.new_empty(sizes_of_rows(input), type); });
 
   std::optional<GradientInLayout> gradient;
   if (with_grad) a.take_gradient(gradient.emplace(fresh_gradient(input), a.layout).written);

@@ -9,15 +9,15 @@ namespace fusedloss {
 
 // The arguments of one call, as torch's own function has them; `reduction` is torch's number for it.
 struct CrossEntropyCall {
-  const at::Tensor& input;   // logits, (C), (N, C) or (N, C, d1, …)
-  const at::Tensor& target;  // class indices, input's shape without C; or class probabilities of input's shape
+  const at::Tensor& input;       // logits, (C), (N, C) or (N, C, d1, …)
+  const at::Tensor& target;      // class indices, input's shape without C; or class probabilities of input's shape
   const OptionalTensor& weight;  // (C)
   int64_t reduction, ignore_index;
   double label_smoothing;
 };
 
-// Do the kernels compute this call of plain tensors, and its gradient? Arguments that torch would refuse are covered: the
-// forward pass refuses them with a message of its own.
+// Do the kernels compute this call of plain tensors, and its gradient? Arguments that torch would refuse are covered:
+// the forward pass refuses them with a message of its own.
 bool cross_entropy_covers(const CrossEntropyCall& call);
 
 // Whether the sum of weight over the classes is needed.
@@ -25,8 +25,8 @@ inline bool sums_class_weights(bool has_weight, double label_smoothing, bool cla
   return has_weight && label_smoothing > 0 && class_indices;
 }
 
-// Elements of the statistics: two for each row, and of the mean's denominator and the sum of weight those that are needed,
-// so that no element is left unwritten. Int: int64_t, or what the compiler knows of a number.
+// Elements of the statistics: two for each row, and of the mean's denominator and the sum of weight those that are
+// needed, so that no element is left unwritten. Int: int64_t, or what the compiler knows of a number.
 template <typename Int>
 Int cross_entropy_statistics_numel(const Int& rows, bool is_mean, bool sums_weight) {
   return rows * 2 + int64_t(is_mean) + int64_t(sums_weight);

@@ -9,7 +9,7 @@ CudaTuning tuning;
 
 struct Field {
   const char* name;
-  int64_t CudaTuning::*member;
+  int64_t CudaTuning::* member;
 };
 constexpr Field kFields[] = {
     {"thread_classes", &CudaTuning::thread_classes},

@@ -1,5 +1,5 @@
-// Whether the last backward pass of a loss was given a grad_output of 1. If so, the next forward pass computes the gradient
-// as well: see autograd/ready_gradients.h. What is remembered decides time, and never a result.
+// Whether the last backward pass of a loss was given a grad_output of 1. If so, the next forward pass computes the
+// gradient as well: see autograd/ready_gradients.h. What is remembered decides time, and never a result.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,8 +8,8 @@
 
 namespace fusedloss {
 
-// The losses whose forward pass may compute the gradient. Each remembers its own last grad_output: in a sum of losses with
-// weights, one of them may always be given 1, and another never.
+// The losses whose forward pass may compute the gradient. Each remembers its own last grad_output: in a sum of losses
+// with weights, one of them may always be given 1, and another never.
 enum class ReadyLoss { kCrossEntropy, kPointwise };
 
 bool last_grad_output_was_one(ReadyLoss loss, const at::Tensor& input);

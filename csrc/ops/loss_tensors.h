@@ -9,8 +9,8 @@
 
 namespace fusedloss {
 
-// Allocates the loss, and has the options point to it. for_each(type): uninitialised, one loss of this type for each row
-// or element; it is called where there is no reduction.
+// Allocates the loss, and has the options point to it. for_each(type): uninitialised, one loss of this type for each
+// row or element; it is called where there is no reduction.
 template <typename Options, typename ForEach>
 at::Tensor allocate_loss(Options& o, const at::Tensor& input, bool autocast, ForEach for_each) {
   const at::ScalarType type = loss_type(input, autocast);
@@ -21,8 +21,8 @@ at::Tensor allocate_loss(Options& o, const at::Tensor& input, bool autocast, For
 }
 
 // Checks grad_output, and has the options point to it. Returns the tensor that holds it as the kernels take it.
-// like: input, or its gradient; sizes: those of the loss where there is no reduction; dense(grad_output): the same values,
-// in the order of the rows or elements.
+// like: input, or its gradient; sizes: those of the loss where there is no reduction; dense(grad_output): the same
+// values, in the order of the rows or elements.
 template <typename Options, typename Dense>
 at::Tensor take_grad_output(const char* op, Options& o, const at::Tensor& grad_output, const at::Tensor& like,
                             at::IntArrayRef sizes, Dense dense) {

@@ -101,7 +101,7 @@ void check_total_weight(const NLLLossOptions& o, const at::Tensor& total_weight,
 
 bool nll_loss_covers(const at::Tensor& input, const NLLLossCall& call) {
   if (input.dim() == 0 || row_sizes(input).classes == 0) return false;
-  if (call.weight.has_value() && call.weight->requires_grad()) return false;            // torch refuses
+  if (call.weight.has_value() && call.weight->requires_grad()) return false;         // torch refuses
   return !(input.dim() == 1 && call.target.dim() == 1 && call.target.numel() == 1);  // torch takes it for ()
 }
 
@@ -125,8 +125,8 @@ NLLLossResult nll_loss_forward(const at::Tensor& input, const NLLLossCall& call,
   const auto total_weight =
       input.new_empty({int64_t(o.reduction == Reduction::kMean)}, accumulate_type(input.scalar_type()));
   take_total_weight(o, total_weight);
-  const auto loss = allocate_loss(
-      o, input, autocast, [&](at::ScalarType type) { return input.new_empty(sizes_of_rows(input), type); });
+  const auto loss = allocate_loss(o, input, autocast,
+                                  [&](at::ScalarType type) { return input.new_empty(sizes_of_rows(input), type); });
   run_forward(a);
   return {loss, total_weight};
 }

@@ -16,10 +16,9 @@ inline c10::DispatchKeySet active_keys(const at::Tensor& tensor) {
 
 inline bool is_plain(const at::Tensor& tensor) {
   using c10::DispatchKey;
-  constexpr c10::DispatchKeySet kPlain({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU,
-                                        DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView,
-                                        DispatchKey::BackendSelect, DispatchKey::AutocastCPU,
-                                        DispatchKey::AutocastCUDA});
+  constexpr c10::DispatchKeySet kPlain(
+      {DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA,
+       DispatchKey::ADInplaceOrView, DispatchKey::BackendSelect, DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
   if (!tensor.defined() || !kPlain.has_all(active_keys(tensor))) return false;
   return !tensor._fw_grad(/*level=*/0).defined();  // forward-mode AD
 }

@@ -24,9 +24,9 @@ at::Tensor empty_beside(const at::Tensor& t, at::ScalarType type) {
   return fresh;
 }
 
-// What the kernels are told of one call: the options, and the tensors whose memory they point to. Elements are paired by
-// their place in memory, so input, the first operand, must be dense and the others in the same order, or one value each;
-// gradients and losses are laid out as input is.
+// What the kernels are told of one call: the options, and the tensors whose memory they point to. Elements are paired
+// by their place in memory, so input, the first operand, must be dense and the others in the same order, or one value
+// each; gradients and losses are laid out as input is.
 struct Arguments {
   const char* op;
   const PointwiseLoss& loss;
@@ -67,8 +67,8 @@ struct Arguments {
     check_memory(op, name, operand);
   }
 
-  // Where it is one value for all elements, or one row (weights of classes, say) for all rows of a contiguous input: how
-  // many. Else 0.
+  // Where it is one value for all elements, or one row (weights of classes, say) for all rows of a contiguous input:
+  // how many. Else 0.
   int64_t period_of(const at::Tensor& operand) const {
     if (is_one_value(operand)) return 1;
     if ((on_cuda(input()) && operands.size() < kFewestOfRepeated) || !input().is_contiguous()) return 0;
@@ -88,7 +88,8 @@ struct Arguments {
   }
 };
 
-// The gradients of the operands of `wanted`, which the options then point to. ready: those that the forward pass has left.
+// The gradients of the operands of `wanted`, which the options then point to. ready: those that the forward pass has
+// left.
 struct Gradients {
   std::vector<at::Tensor> tensors;
   bool are_ready = true;  // all that are wanted
@@ -159,8 +160,7 @@ bool pointwise_covers(const PointwiseCall& call) {
 PointwiseResult pointwise_forward(const PointwiseCall& call, bool autocast, unsigned with_grads) {
   Arguments a(call);
   const at::Tensor& input = a.input();
-  const auto loss =
-      allocate_loss(a.o, input, autocast, [&](at::ScalarType type) { return empty_beside(input, type); });
+  const auto loss = allocate_loss(a.o, input, autocast, [&](at::ScalarType type) { return empty_beside(input, type); });
   Gradients gradients(a, with_grads);
   run_forward(a);
   return {loss, std::move(gradients.tensors)};

@@ -22,8 +22,8 @@ struct PointwiseCall {
 // Do the kernels compute this call, and its gradients? As cross_entropy_covers, but that the tensors need not be plain.
 bool pointwise_covers(const PointwiseCall& call);
 
-// Gradients are counted as the operands are, and sets of them are numbers with a bit for each operand, the lowest for the
-// first.
+// Gradients are counted as the operands are, and sets of them are numbers with a bit for each operand, the lowest for
+// the first.
 struct PointwiseResult {
   at::Tensor loss;                // of input's dtype, under autocast float32
   std::vector<at::Tensor> grads;  // for a grad_output of 1, of the operands of with_grads; the others are undefined

@@ -29,12 +29,12 @@ int64_t add_pointwise_loss(const std::string& name, const std::vector<std::strin
   loss.name = name;
   loss.operands = operands;
   const bool is_own = cpu_formula == 0 && cuda_formula == 0;
-  loss.on_cpu = is_own ? cpu::find_pointwise_loss(name.c_str())
-                       : reinterpret_cast<const cpu::PointwiseFormula*>(cpu_formula);
+  loss.on_cpu =
+      is_own ? cpu::find_pointwise_loss(name.c_str()) : reinterpret_cast<const cpu::PointwiseFormula*>(cpu_formula);
   TORCH_CHECK_VALUE(!is_own || loss.on_cpu != nullptr, "there is no pointwise loss named ", name);
 #ifdef FUSEDLOSS_WITH_CUDA
-  loss.on_cuda = is_own ? cuda::find_pointwise_loss(name.c_str())
-                        : reinterpret_cast<const cuda::PointwiseFormula*>(cuda_formula);
+  loss.on_cuda =
+      is_own ? cuda::find_pointwise_loss(name.c_str()) : reinterpret_cast<const cuda::PointwiseFormula*>(cuda_formula);
 #endif
   const std::unique_lock<std::shared_mutex> lock(mutex);
   losses.push_back(std::move(loss));

@@ -22,7 +22,9 @@ Work pointwise_work(const PointwiseOptions& o) {
   return {divide_up(o.numel, kPointwiseChunk), kGrain};
 }
 
-int64_t pointwise_scratch_bytes(const PointwiseOptions& o) { return pointwise_work(o).chunks * int64_t(sizeof(double)); }
+int64_t pointwise_scratch_bytes(const PointwiseOptions& o) {
+  return pointwise_work(o).chunks * int64_t(sizeof(double));
+}
 
 void pointwise(const PointwiseFormula& formula, const PointwiseOptions& o, int64_t begin, int64_t end) {
   kernels(o).evaluate(formula, o, begin, end);
