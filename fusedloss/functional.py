@@ -4,8 +4,8 @@ A call that the kernels cover goes to them: at once where it is eager, as a regi
 dispatch mode must see it. Any other (a tensor subclass, a device without kernels, functorch, forward-mode AD, …) goes
 to torch's own function, so that it gives what torch gives. docs/coverage.md lists which.
 
-The `autograd.Function` of a loss is `torch::autograd::Function` in csrc/autograd/<loss>_autograd.cpp. It is compiled and
-bound to Python by `torch.utils.cpp_extension`, as fusedloss/_build.py plans it.
+The `autograd.Function` of a loss is `torch::autograd::Function` in csrc/autograd/<loss>_autograd.cpp. It is compiled
+and bound to Python by `torch.utils.cpp_extension`, as fusedloss/_build.py plans it.
 """
 
 from numbers import Integral
