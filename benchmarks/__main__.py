@@ -154,10 +154,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--suite",
         choices=["cpu", "pointwise", *CUDA_SUITES, "scaling"],
         help="a fixed set of cases instead of --sizes, --dtype and --loss: 'cpu', what docs/experiments.md quotes, "
-        "also against eager with huge pages and against the machine's copy (about 10 min); 'pointwise', so too, but of "
-        "each pointwise loss, and of custom ones, with 10,000,000 elements (about 6 min); 'goals', on a GPU, the shapes "
-        "of models, also against the GPU's copy, and liger-kernel and quack-kernels where installed (about 90 s); 'cuda', "
-        "these and more classes, dtypes and options (about 3 min); 'scaling', 1e3 to 1e8 elements",
+        "also against eager with huge pages and against the machine's copy (about 10 min); 'pointwise', so too, "
+        "but of each pointwise loss, and of custom ones, with 10,000,000 elements (about 6 min); 'goals', on a "
+        "GPU, the shapes of models, also against the GPU's copy, and liger-kernel and quack-kernels where "
+        "installed (about 90 s); 'cuda', these and more classes, dtypes and options (about 3 min); 'scaling', 1e3 "
+        "to 1e8 elements",
     )
     parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: under 90 s on two cores")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes seconds a case")
