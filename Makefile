@@ -107,4 +107,4 @@ $(VENV_CUDA)/built: $(VENV_CUDA)/installed pyproject.toml $(SOURCES) $(wildcard 
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_CUDA) build dist *.egg-info fusedloss/_C.* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_CUDA) build dist *.egg-info fusedloss/_C.*.so fusedloss/_C.*.json .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ from fusedloss import _build
 from fusedloss._version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_BEHIND = (".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_C.*")
+LEFT_BEHIND = (".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_C.*.json")
 
 BACKEND = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 ISOLATED = "import sys; sys.modules['torch'] = None; " + BACKEND  # as in pip's build, which does not see torch

@@ -122,15 +122,16 @@ struct Arguments {
 void forward_on_cpu(Arguments& a) {
   CrossEntropyOptions& o = a.o;
   const cpu::Work work = cpu::cross_entropy_work(o);
+  const cpu::CrossEntropyKernels& kernels = cpu::cross_entropy_kernels(o);
   const HostScratch scratch(cpu::cross_entropy_scratch_bytes(o));
   o.scratch = scratch.data();
-  if (o.weight_sum != nullptr) cpu::cross_entropy_weight_sum(o);
+  if (o.weight_sum != nullptr) kernels.weight_sum(o);
   if (o.total_weight != nullptr && o.grad_logits != nullptr) {
-    run_on_cpu(work, [&](int64_t begin, int64_t end) { cpu::cross_entropy_sum_target_weights(o, begin, end); });
-    cpu::cross_entropy_total_weight(o);
+    run_on_cpu(work, kernels.sum_target_weights, o);
+    kernels.total_weight(o);
   }
-  run_on_cpu(work, [&](int64_t begin, int64_t end) { cpu::cross_entropy_forward(o, begin, end); });
-  const int64_t bad = cpu::cross_entropy_finish(o);
+  run_on_cpu(work, kernels.forward, o);
+  const int64_t bad = kernels.finish(o);
   if (bad >= 0) refuse_class_index(kOp, o, a.target, bad, o.target_index[bad]);
 }
 
@@ -141,12 +142,13 @@ void forward_on_cuda(Arguments& a) {
     auto weight_sum = a.statistics.slice(0, a.statistics_numel() - 1);
     at::sum_out(weight_sum, a.weight, at::IntArrayRef{0}, /*keepdim=*/true);
   }
+  const cuda::CrossEntropyLaunchers& launchers = cuda::cross_entropy_launchers(o);
   run_on_cuda(kOp, a.input, [&](cudaStream_t stream) {
-    const cudaError_t error = cuda::cross_entropy_prepare_forward(o);
+    const cudaError_t error = launchers.prepare_forward(o);
     if (error != cudaSuccess) return error;
-    const auto scratch = a.input.new_empty({cuda::cross_entropy_scratch_bytes(o)}, at::kByte);
+    const auto scratch = a.input.new_empty({launchers.scratch_bytes(o)}, at::kByte);
     o.scratch = scratch.data_ptr();
-    return cuda::cross_entropy_forward(o, stream);
+    return launchers.forward(o, stream);
   });
 }
 #endif
@@ -161,11 +163,9 @@ void run_forward(Arguments& a) {
 void run_backward(const Arguments& a) {
   const CrossEntropyOptions& o = a.o;
 #ifdef FUSEDLOSS_WITH_CUDA
-  if (on_cuda(a.input))
-    return run_on_cuda(kOp, a.input, [&](cudaStream_t stream) { return cuda::cross_entropy_backward(o, stream); });
+  if (on_cuda(a.input)) return run_on_cuda(kOp, a.input, cuda::cross_entropy_launchers(o).backward, o);
 #endif
-  const cpu::Work work = cpu::cross_entropy_work(o);
-  run_on_cpu(work, [&](int64_t begin, int64_t end) { cpu::cross_entropy_backward(o, begin, end); });
+  run_on_cpu(cpu::cross_entropy_work(o), cpu::cross_entropy_kernels(o).backward, o);
 }
 
 // Uninitialised, laid out like input, as the fake kernel in fusedloss/ops.py promises.

@@ -50,11 +50,11 @@ struct Arguments {
 
 void forward_on_cpu(Arguments& a) {
   NLLLossOptions& o = a.o;
-  const cpu::Work work = cpu::nll_loss_forward_work(o);
+  const cpu::NLLLossKernels& kernels = cpu::nll_loss_kernels(o);
   const HostScratch scratch(cpu::nll_loss_scratch_bytes(o));
   o.scratch = scratch.data();
-  run_on_cpu(work, [&](int64_t begin, int64_t end) { cpu::nll_loss_forward(o, begin, end); });
-  const int64_t bad = cpu::nll_loss_finish(o);
+  run_on_cpu(cpu::nll_loss_forward_work(o), kernels.forward, o);
+  const int64_t bad = kernels.finish(o);
   if (bad >= 0) refuse_class_index(kOp, o, a.target, bad, o.target[bad]);
 }
 
@@ -63,7 +63,7 @@ void forward_on_cuda(Arguments& a) {
   NLLLossOptions& o = a.o;
   const auto scratch = a.target.new_empty({cuda::nll_loss_scratch_bytes(o)}, at::kByte);
   o.scratch = scratch.data_ptr();
-  run_on_cuda(kOp, a.target, [&](cudaStream_t stream) { return cuda::nll_loss_forward(o, stream); });
+  run_on_cuda(kOp, a.target, cuda::nll_loss_forward, o);
 }
 #endif
 
@@ -77,11 +77,9 @@ void run_forward(Arguments& a) {
 void run_backward(const Arguments& a) {
   const NLLLossOptions& o = a.o;
 #ifdef FUSEDLOSS_WITH_CUDA
-  if (on_cuda(a.target))
-    return run_on_cuda(kOp, a.target, [&](cudaStream_t stream) { return cuda::nll_loss_backward(o, stream); });
+  if (on_cuda(a.target)) return run_on_cuda(kOp, a.target, cuda::nll_loss_backward, o);
 #endif
-  const cpu::Work work = cpu::nll_loss_backward_work(o);
-  run_on_cpu(work, [&](int64_t begin, int64_t end) { cpu::nll_loss_backward(o, begin, end); });
+  run_on_cpu(cpu::nll_loss_backward_work(o), cpu::nll_loss_kernels(o).backward, o);
 }
 
 // Where the mean's denominator is, of the type that sums are computed in.

@@ -106,17 +106,13 @@ struct Gradients {
   }
 };
 
-void run_chunks_on_cpu(const Arguments& a) {
-  const PointwiseOptions& o = a.o;
-  run_on_cpu(cpu::pointwise_work(o),
-             [&](int64_t begin, int64_t end) { cpu::pointwise(*a.loss.on_cpu, o, begin, end); });
-}
-
 void forward_on_cpu(Arguments& a) {
-  const HostScratch scratch(cpu::pointwise_scratch_bytes(a.o));
-  a.o.scratch = scratch.data();
-  run_chunks_on_cpu(a);
-  cpu::pointwise_finish(a.o);
+  PointwiseOptions& o = a.o;
+  const cpu::PointwiseKernels& kernels = cpu::pointwise_kernels(o);
+  const HostScratch scratch(cpu::pointwise_scratch_bytes(o));
+  o.scratch = scratch.data();
+  run_on_cpu(cpu::pointwise_work(o), kernels.evaluate, *a.loss.on_cpu, o);
+  kernels.finish(o);
 }
 
 #ifdef FUSEDLOSS_WITH_CUDA
@@ -124,7 +120,7 @@ void forward_on_cuda(Arguments& a) {
   PointwiseOptions& o = a.o;
   const auto scratch = a.input().new_empty({cuda::pointwise_scratch_bytes(o)}, at::kByte);
   o.scratch = scratch.data_ptr();
-  run_on_cuda(a.op, a.input(), [&](cudaStream_t stream) { return a.loss.on_cuda->forward(o, stream); });
+  run_on_cuda(a.op, a.input(), a.loss.on_cuda->forward, o);
 }
 #endif
 
@@ -137,10 +133,9 @@ void run_forward(Arguments& a) {
 
 void run_backward(const Arguments& a) {
 #ifdef FUSEDLOSS_WITH_CUDA
-  if (on_cuda(a.input()))
-    return run_on_cuda(a.op, a.input(), [&](cudaStream_t stream) { return a.loss.on_cuda->backward(a.o, stream); });
+  if (on_cuda(a.input())) return run_on_cuda(a.op, a.input(), a.loss.on_cuda->backward, a.o);
 #endif
-  run_chunks_on_cpu(a);
+  run_on_cpu(cpu::pointwise_work(a.o), cpu::pointwise_kernels(a.o).evaluate, *a.loss.on_cpu, a.o);
 }
 
 }  // namespace

@@ -34,14 +34,14 @@ class HostScratch {
   std::unique_ptr<std::max_align_t[]> memory_;
 };
 
-// kernel(begin_chunk, end_chunk), over all chunks.
-template <typename Kernel>
-void run_on_cpu(const cpu::Work& work, Kernel kernel) {
+// Calls kernel(arguments…, begin_chunk, end_chunk), over all chunks.
+template <typename Kernel, typename... Arguments>
+void run_on_cpu(const cpu::Work& work, Kernel kernel, const Arguments&... arguments) {
   if (work.chunks == 0) return;
   if (work.chunks <= work.grain) {
-    kernel(0, work.chunks);  // not worth a second thread, nor the cost of asking for one
+    kernel(arguments..., 0, work.chunks);  // not worth a second thread, nor the cost of asking for one
   } else {
-    at::parallel_for(0, work.chunks, work.grain, kernel);
+    at::parallel_for(0, work.chunks, work.grain, [&](int64_t begin, int64_t end) { kernel(arguments..., begin, end); });
   }
 }
 
@@ -56,11 +56,11 @@ inline bool on_cuda(const at::Tensor& tensor) {
 
 #if defined(FUSEDLOSS_EMULATED_CUDA)
 
-template <typename Launch>
-void run_on_cuda(const char* op, const at::Tensor&, Launch launch) {
+template <typename Launch, typename... Arguments>
+void run_on_cuda(const char* op, const at::Tensor&, Launch launch, const Arguments&... arguments) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  const cudaError_t error = launch(nullptr);
+  const cudaError_t error = launch(arguments..., nullptr);
   TORCH_CHECK(error == cudaSuccess, op, ": error ", int(error), " of the emulated CUDA");
 }
 
@@ -68,11 +68,11 @@ inline int32_t* allocate_host_flags(const at::Tensor&, int count) { return new i
 
 #elif defined(FUSEDLOSS_WITH_CUDA)
 
-// launch(stream), with the tensor's device current.
-template <typename Launch>
-void run_on_cuda(const char* op, const at::Tensor& tensor, Launch launch) {
+// Calls launch(arguments…, stream), with the tensor's device current.
+template <typename Launch, typename... Arguments>
+void run_on_cuda(const char* op, const at::Tensor& tensor, Launch launch, const Arguments&... arguments) {
   const c10::cuda::CUDAGuard guard(tensor.device());
-  const cudaError_t error = launch(c10::cuda::getCurrentCUDAStream().stream());
+  const cudaError_t error = launch(arguments..., c10::cuda::getCurrentCUDAStream().stream());
   if (error != cudaSuccess) cudaGetLastError();  // which would else be taken for the next launch's
   TORCH_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
 }

@@ -9,13 +9,14 @@
 using namespace fusedloss;
 
 EMULATOR_EXPORT int64_t cross_entropy_scratch(CrossEntropyOptions* o) {
-  return cuda::cross_entropy_prepare_forward(*o) == cudaSuccess ? cuda::cross_entropy_scratch_bytes(*o) : -1;
+  const cuda::CrossEntropyLaunchers& launchers = cuda::cross_entropy_launchers(*o);
+  return launchers.prepare_forward(*o) == cudaSuccess ? launchers.scratch_bytes(*o) : -1;
 }
 EMULATOR_EXPORT int cross_entropy_forward(const CrossEntropyOptions* o) {
-  return cuda::cross_entropy_forward(*o, nullptr);
+  return cuda::cross_entropy_launchers(*o).forward(*o, nullptr);
 }
 EMULATOR_EXPORT int cross_entropy_backward(const CrossEntropyOptions* o) {
-  return cuda::cross_entropy_backward(*o, nullptr);
+  return cuda::cross_entropy_launchers(*o).backward(*o, nullptr);
 }
 EMULATOR_EXPORT int64_t pointwise_scratch(const PointwiseOptions* o) {
   return cuda::pointwise_scratch_bytes(*o);

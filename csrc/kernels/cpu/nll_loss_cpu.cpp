@@ -10,15 +10,6 @@
 #include "kernels/cpu/foreach_instruction_set.h"
 
 namespace fusedloss::cpu {
-namespace {
-
-const NLLLossKernels& kernels(const NLLLossOptions& o) {
-  static constexpr const NLLLossKernels* kTable[] = FUSEDLOSS_FOR_EACH_INSTRUCTION_SET(kNLLLossKernels);
-  return kTable[int(instruction_set())][int(o.dtype)];
-}
-
-}  // namespace
-
 Tiling nll_loss_tiling(const NLLLossOptions& o) {
   return make_tiling(o.outer, o.classes, o.inner, o.grad_strides, kChunkElements);
 }
@@ -29,10 +20,6 @@ int64_t nll_loss_scratch_bytes(const NLLLossOptions& o) {
   return nll_loss_forward_work(o).chunks * int64_t(sizeof(ChunkResult));
 }
 
-void nll_loss_forward(const NLLLossOptions& o, int64_t begin, int64_t end) { kernels(o).forward(o, begin, end); }
-
-int64_t nll_loss_finish(const NLLLossOptions& o) { return kernels(o).finish(o); }
-
 Work nll_loss_backward_work(const NLLLossOptions& o) {
   if (o.rows() == 0 || o.classes == 0) return {0, 1};
   const Tiling tiling = nll_loss_tiling(o);
@@ -40,6 +27,9 @@ Work nll_loss_backward_work(const NLLLossOptions& o) {
   return {tiling.count, larger(1, kChunkElements / elements)};
 }
 
-void nll_loss_backward(const NLLLossOptions& o, int64_t begin, int64_t end) { kernels(o).backward(o, begin, end); }
+const NLLLossKernels& nll_loss_kernels(const NLLLossOptions& o) {
+  static constexpr const NLLLossKernels* kTable[] = FUSEDLOSS_FOR_EACH_INSTRUCTION_SET(kNLLLossKernels);
+  return kTable[int(instruction_set())][int(o.dtype)];
+}
 
 }  // namespace fusedloss::cpu

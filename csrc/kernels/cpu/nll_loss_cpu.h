@@ -12,21 +12,22 @@ constexpr int64_t kNLLLossForwardRows = 2048;
 // The tiles of grad_input, each a chunk of the backward pass.
 Tiling nll_loss_tiling(const NLLLossOptions& options);
 
-// Forward: every chunk once, from any thread; then nll_loss_finish, which reduces what the chunks left in scratch and
-// returns the first row whose target is out of range, or -1.
 Work nll_loss_forward_work(const NLLLossOptions& options);
-int64_t nll_loss_scratch_bytes(const NLLLossOptions& options);
-void nll_loss_forward(const NLLLossOptions& options, int64_t begin_chunk, int64_t end_chunk);
-int64_t nll_loss_finish(const NLLLossOptions& options);
-
 Work nll_loss_backward_work(const NLLLossOptions& options);
-void nll_loss_backward(const NLLLossOptions& options, int64_t begin_chunk, int64_t end_chunk);
 
-// The functions above that are compiled for each instruction set and stored type.
+// Bytes that options.scratch must have for the forward pass.
+int64_t nll_loss_scratch_bytes(const NLLLossOptions& options);
+
+// The functions that are compiled for each instruction set and stored type. What takes chunks is called for every chunk
+// once, from any thread.
 struct NLLLossKernels {
+  // `finish` reduces what the chunks left in scratch, and returns the first row whose target is out of range, or -1.
   void (*forward)(const NLLLossOptions&, int64_t begin_chunk, int64_t end_chunk);
   int64_t (*finish)(const NLLLossOptions&);
   void (*backward)(const NLLLossOptions&, int64_t begin_chunk, int64_t end_chunk);
 };
+
+// Those for this machine and the type of the input.
+const NLLLossKernels& nll_loss_kernels(const NLLLossOptions& options);
 
 }  // namespace fusedloss::cpu

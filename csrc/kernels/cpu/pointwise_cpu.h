@@ -17,17 +17,16 @@ Work pointwise_work(const PointwiseOptions& options);
 // Bytes that options.scratch must have for the forward pass.
 int64_t pointwise_scratch_bytes(const PointwiseOptions& options);
 
-// Either pass: every chunk once, from any thread; the forward pass then reduces, by pointwise_finish, what they left in
-// scratch.
-void pointwise(const PointwiseFormula& formula, const PointwiseOptions& options, int64_t begin_chunk,
-               int64_t end_chunk);
-void pointwise_finish(const PointwiseOptions& options);
-
-// The functions above that are compiled for each instruction set and stored type.
+// The functions that are compiled for each instruction set and stored type.
 struct PointwiseKernels {
+  // Either pass: called for every chunk once, from any thread. After the forward pass `finish` reduces what the chunks
+  // left in scratch.
   void (*evaluate)(const PointwiseFormula&, const PointwiseOptions&, int64_t begin_chunk, int64_t end_chunk);
   void (*finish)(const PointwiseOptions&);
 };
+
+// Those for this machine and the type of the operands.
+const PointwiseKernels& pointwise_kernels(const PointwiseOptions& options);
 
 // The formula of a loss of formulas/pointwise-inl.h, or null where there is none of this name.
 const PointwiseFormula* find_pointwise_loss(const char* name);

@@ -1,3 +1,3 @@
 #include "kernels/cuda/cross_entropy_cuda.cuh"
 
-template struct fusedloss::cuda::CrossEntropyOf<fusedloss::DType::kBFloat16>;
+const fusedloss::cuda::CrossEntropyLaunchers fusedloss::cuda::kCrossEntropyBFloat16 = kLaunchers<__nv_bfloat16>;

@@ -207,37 +207,38 @@ cudaError_t limit_clusters(CrossEntropyOptions& o) {
   return error;
 }
 
-}  // namespace
+// ---- The launchers
 
-template <DType kDType>
-cudaError_t CrossEntropyOf<kDType>::prepare_forward(CrossEntropyOptions& o) {
-  using T = TypeOf<kDType>;
+template <typename T>
+cudaError_t prepare_forward(CrossEntropyOptions& o) {
   const cudaError_t error = complete_tuning<T>(o.tuning);
   return error != cudaSuccess || o.rows() == 0 ? error : limit_clusters<T>(o);
 }
 
-template <DType kDType>
-int64_t CrossEntropyOf<kDType>::scratch_bytes(const CrossEntropyOptions& o) {
+int64_t scratch_bytes(const CrossEntropyOptions& o) {
   if (o.rows() == 0) return 0;
   const RowPlan plan = make_plan(o, Pass::kForward);
   if (plan.is_split()) return split_states_bytes(o, plan) + split_grid(plan) * int64_t(sizeof(LossSum));
   return larger(plan.grid * int64_t(sizeof(LossSum)), target_weights_grid(o, plan) * int64_t(sizeof(double)));
 }
 
-template <DType kDType>
-cudaError_t CrossEntropyOf<kDType>::forward(const CrossEntropyOptions& o, cudaStream_t stream) {
-  using T = TypeOf<kDType>;
+template <typename T>
+cudaError_t forward(const CrossEntropyOptions& o, cudaStream_t stream) {
   if (o.classes > kMaxClasses) return cudaErrorInvalidValue;
   return o.rows() == 0 ? launch_finish_loss<T>(o, 0, /*has_total_weight=*/false, stream) : launch_forward<T>(o, stream);
 }
 
-template <DType kDType>
-cudaError_t CrossEntropyOf<kDType>::backward(CrossEntropyOptions o, cudaStream_t stream) {
-  using T = TypeOf<kDType>;
+template <typename T>
+cudaError_t backward(const CrossEntropyOptions& options, cudaStream_t stream) {
+  CrossEntropyOptions o = options;
   if (o.classes > kMaxClasses) return cudaErrorInvalidValue;
   if (o.rows() == 0 || o.classes == 0) return cudaSuccess;
   const cudaError_t error = complete_tuning<T>(o.tuning);
   return error != cudaSuccess ? error : launch_backward<T>(o, stream);
 }
 
+template <typename T>
+constexpr CrossEntropyLaunchers kLaunchers = {prepare_forward<T>, scratch_bytes, forward<T>, backward<T>};
+
+}  // namespace
 }  // namespace fusedloss::cuda

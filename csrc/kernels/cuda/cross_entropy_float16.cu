@@ -1,3 +1,3 @@
 #include "kernels/cuda/cross_entropy_cuda.cuh"
 
-template struct fusedloss::cuda::CrossEntropyOf<fusedloss::DType::kFloat16>;
+const fusedloss::cuda::CrossEntropyLaunchers fusedloss::cuda::kCrossEntropyFloat16 = kLaunchers<__half>;

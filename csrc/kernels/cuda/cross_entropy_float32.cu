@@ -1,3 +1,3 @@
 #include "kernels/cuda/cross_entropy_cuda.cuh"
 
-template struct fusedloss::cuda::CrossEntropyOf<fusedloss::DType::kFloat32>;
+const fusedloss::cuda::CrossEntropyLaunchers fusedloss::cuda::kCrossEntropyFloat32 = kLaunchers<float>;

@@ -1,3 +1,3 @@
 #include "kernels/cuda/cross_entropy_cuda.cuh"
 
-template struct fusedloss::cuda::CrossEntropyOf<fusedloss::DType::kFloat64>;
+const fusedloss::cuda::CrossEntropyLaunchers fusedloss::cuda::kCrossEntropyFloat64 = kLaunchers<double>;

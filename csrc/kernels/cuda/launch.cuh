@@ -15,7 +15,6 @@
 #include <tuple>
 #include <type_traits>
 
-#include "kernels/cuda/dispatch_dtype.h"
 #include "kernels/integers.h"
 #include "kernels/options.h"
 
@@ -207,15 +206,15 @@ inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dty
 // would take long to find that out.
 constexpr int64_t kReadyGradientBlocks = 264;
 
-template <DType kDType>
-using TypeOf = std::conditional_t<kDType == DType::kFloat64, double,
-               std::conditional_t<kDType == DType::kBFloat16, __nv_bfloat16,
-               std::conditional_t<kDType == DType::kFloat16, __half, float>>>;
-
 // Calls f with a value of the type that dtype names: on_dtype(dtype, [&](auto zero) { using T = decltype(zero); … }).
 template <typename F>
 auto on_dtype(DType dtype, F f) {
-  return on_dtype_constant(dtype, [&](auto constant) { return f(TypeOf<decltype(constant)::value>()); });
+  switch (dtype) {
+    case DType::kFloat64: return f(double());
+    case DType::kBFloat16: return f(__nv_bfloat16());
+    case DType::kFloat16: return f(__half());
+    default: return f(float());
+  }
 }
 
 }  // namespace fusedloss::cuda
