@@ -148,7 +148,7 @@ def fused(
     if not eager and not accepts(*operands):
         return None
     options = (parameters, _reduction.get_enum(reduction), divisor)
-    loss = _backend.extension().pointwise(number_of(name), operands, *options) if eager else None
+    loss = _by_kernels(name, operands, *options) if eager else None
     if loss is not None or (eager and not accepts(*operands)):
         return loss
     given, shape = operands, operands[0].shape
@@ -159,7 +159,7 @@ def fused(
         if warns and torch.compiler.is_compiling():
             return None  # the compiler calls torch's function, whose warning it lets through
         operands = _broadcast(name, operands)
-        loss = _backend.extension().pointwise(number_of(name), operands, *options) if eager else None
+        loss = _by_kernels(name, operands, *options) if eager else None
     if loss is None and _have_one_dtype(operands) and _can_be_saved(operands):
         loss = ops.pointwise(operands, name, *options)
     if warns and not have_one_shape and loss is not None:
@@ -171,6 +171,10 @@ def fused(
             stacklevel=3,
         )
     return loss
+
+
+def _by_kernels(name: str, operands: Sequence[Tensor], *options: Any) -> Tensor | None:
+    return _backend.extension().pointwise(number_of(name), operands, *options)
 
 
 def _have_one_dtype(operands: Sequence[Tensor]) -> bool:

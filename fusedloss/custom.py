@@ -319,11 +319,11 @@ def _formula(
         slopes[name] = parse(text, known, parameters, is_loss=False)
     used = {name for one in (loss, *slopes.values()) for name in one.names} | set(slopes)
     operands = tuple(name for name in known if name in used)
-    most_tensors, most_parameters = _backend.extension().max_operands, _backend.extension().max_parameters
-    if len(operands) > most_tensors or len(parameters) > most_parameters:
+    extension = _backend.extension()
+    if len(operands) > extension.max_operands or len(parameters) > extension.max_parameters:
         raise ValueError(
             f"custom_loss: got {len(operands)} tensors and {len(parameters)} parameters, "
-            f"expected at most {most_tensors} and {most_parameters}"
+            f"expected at most {extension.max_operands} and {extension.max_parameters}"
         )
     if derivative is not None and not slopes:
         raise ValueError("custom_loss: derivative is empty, expected an expression for one tensor at least")

@@ -211,14 +211,12 @@ def _gradients(
         value = function(*at)
     by = [x for x, is_wanted in zip(at, wanted, strict=True) if is_wanted]
     # 0 where the function has no derivative: by a mask, or by what has none among those given by hand.
-    return torch.autograd.grad(
-        value, by, grad_output, create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
+    return torch.autograd.grad(value, by, grad_output, create_graph=create_graph, materialize_grads=True)
 
 
 def _define_composed_gradient(name: str, schema: str, kernel: Callable) -> None:
-    """An op that is made of torch's operations whatever looks on, so that each of them is seen, differentiated, or
-    vectorised over a batch of gradients; of vmap and of is_grads_batched, whose key is the older one."""
+    """Define an op that calls torch's operations under every dispatch key that it meets. So a dispatch mode sees each
+    operation, autograd differentiates it, and vmap (FuncTorchBatched) and is_grads_batched (Batched) vectorise it."""
     torch.library.define(f"fusedloss::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CompositeImplicitAutograd", "FuncTorchBatched", "Batched"):
         _library.impl(name, kernel, key)
@@ -241,9 +239,6 @@ def _refuse_gradients(name: str, *wanted: bool) -> None:
         raise NotImplementedError(f"fusedloss::{name} has no gradient for target and weight")
 
 
-# Under autocast the loss, and so grad_output, is float32 where input has 16 bits.
-
-
 def _cross_entropy_composed_gradient(
     grad_output: Tensor,
     input: Tensor,
@@ -253,7 +248,7 @@ def _cross_entropy_composed_gradient(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    dtype = grad_output.dtype
+    dtype = grad_output.dtype  # float32 where the forward pass ran under autocast
     target = target.to(dtype if target.is_floating_point() else torch.int64)
     weight = None if weight is None else weight.to(dtype)
 
@@ -304,7 +299,7 @@ def _pointwise_composed_gradients(
     divisor: int | None,
     wanted: Sequence[bool],
 ) -> Sequence[Tensor]:
-    dtype = grad_output.dtype
+    dtype = grad_output.dtype  # float32 where the forward pass ran under autocast
 
     def composed(*operands: Tensor) -> Tensor:
         operands = [operand.to(dtype) for operand in operands]

@@ -11,7 +11,8 @@ from fusedloss import _build
 CSRC = _build.csrc_directory()
 PYTHON, AUTOGRAD, TENSORS = ("pybind11/", "torch/csrc/utils/pybind"), ("torch/",), ("ATen/", "c10/")
 
-# Of each layer, the longest path counts: the folders of csrc/ that it includes, and the parts of torch.
+# What each layer may include: folders of csrc/ ("/*": only the files in the folder itself), and parts of torch. A file
+# belongs to the layer with the longest name that its path begins with.
 LAYERS = {
     "bindings.cpp": (["autograd", "ops", "kernels"], [*PYTHON, *AUTOGRAD, *TENSORS]),
     "autograd": (["autograd", "ops", "kernels/*"], ["torch/csrc/autograd/", *TENSORS]),
@@ -25,7 +26,7 @@ LAYERS = {
 
 
 def violations(csrc: Path) -> list[str]:
-    """Every include of another layer, or of a part of torch, that the layer of its file does not know."""
+    """Every include that the layer of its file forbids, and every file that is in no layer."""
     found = []
     for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
         name = path.relative_to(csrc).as_posix()
@@ -49,7 +50,7 @@ def violations(csrc: Path) -> list[str]:
 
 
 def _is_in(included: str, folder: str) -> bool:
-    """Whether the file is in this folder: with "/*" in the folder itself, else in one below it too."""
+    """Whether the file is in this folder, or in one below it unless the folder ends with "/*"."""
     return str(Path(included).parent) == folder[:-2] if folder.endswith("/*") else included.startswith(folder + "/")
 
 

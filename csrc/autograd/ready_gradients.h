@@ -28,7 +28,8 @@ class ReadyGradients {
   // Takes what the forward pass has left. A second backward pass of the same graph finds nothing.
   ReadyGradients(torch::autograd::AutogradContext* ctx, ReadyLoss loss, size_t count);
 
-  // The gradients, if there are any and grad_output is known to be 1.
+  // Returns the gradients, if there are any and the host sees that grad_output is 1. It remembers what it has seen, for
+  // the next forward pass to decide by.
   std::optional<torch::autograd::variable_list> hand_over(const at::Tensor& grad_output);
 
   // For a backward pass on CUDA, whose kernel looks at grad_output.
