@@ -64,7 +64,8 @@ LISTED = [
     ("alignment of other tensors ignored", "vec.cuh", "return @aligned@ ?", "true"),
     ("single elements in the wrong place", "vec.cuh", "return @unit < head@ ?", "true"),
     ("read off by one", "vec.cuh", "vector.element = @*p@;", "p[1]"),
-    ("read past a row's end", "cross_entropy_row.cuh", "return kWhole || @k < count@;", "true"),
+    ("read past a row's end", "cross_entropy_row.cuh", "vectors[k] = @is_there(k)@ ? load", "true"),
+    ("vectors behind a row's end", "cross_entropy_tile.cuh", "return kWhole || @k < count@;", "true"),
     (
         "shifted stores: the beginning of another vector",
         "cross_entropy_shifted_stores.cuh",
@@ -111,7 +112,7 @@ LISTED = [
     ),
     (
         "kept in another thread's place",
-        "cross_entropy_options.cuh",
+        "cross_entropy_tile.cuh",
         "dynamic_shared_memory + @thread / kWarp * (o.plan.slots * kSlotsOfVector * kWarp) + thread % kWarp@)",
         "0",
     ),
@@ -235,7 +236,12 @@ LISTED = [
         "memcpy_async(&slots.logits(@first + k@), p",
         "k",
     ),
-    ("columns: read past the last class", "cross_entropy_column_tiles.cuh", "return kWhole || @k < count@;", "true"),
+    (
+        "columns: read past the last class",
+        "cross_entropy_column_tiles.cuh",
+        "vectors[k] = @this->is_there(k)@ ? load",
+        "true",
+    ),
     (
         "columns: another class's logit for the target's",
         "cross_entropy_column_gradient.cuh",

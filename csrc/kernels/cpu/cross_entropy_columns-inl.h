@@ -69,12 +69,7 @@ FUSEDLOSS_INLINE RowState<VectorOf<T>> sweep_few_classes(const TypedOptions<T>& 
   for (int c = 0; c < count; ++c) {
     const V d = exponentials[c] - relative_to;
     exponentials[c] = math::exp_nonpositive(d);
-    s.sum += exponentials[c];
-    if constexpr (kSpread) {
-      const V q = column_coefficients<kWhole, T, kSpread>(p, tile, c, i);
-      s.dot += q * d;
-      s.mass += q;
-    }
+    add_class<kSpread>(s, d, exponentials[c], column_coefficients<kWhole, T, kSpread>(p, tile, c, i));
   }
   return s;
 }
@@ -143,12 +138,7 @@ FUSEDLOSS_INLINE RowState<VectorOf<T>> sweep_group(const TypedOptions<T>& p, con
   const V relative_to = shift(s.max);
   for (int64_t c = begin; c < end; ++c) {
     const V d = load_lanes<kWhole>(tile.x + c * stride + i, tile.n - i) - relative_to;
-    s.sum += math::exp_nonpositive(d);
-    if constexpr (kSpread) {
-      const V q = column_coefficients<kWhole, T, kSpread>(p, tile, c, i);
-      s.dot += q * d;
-      s.mass += q;
-    }
+    add_class<kSpread>(s, d, math::exp_nonpositive(d), column_coefficients<kWhole, T, kSpread>(p, tile, c, i));
   }
   return s;
 }

@@ -63,7 +63,7 @@ struct RowCoefficients {
       } else {
         q = prevent_contraction(probability_coefficient(load_lanes<kWhole>(probability + c, n), w, smoothing));
       }
-      if constexpr (!kWhole) q = lanes_from(n, A{}) ? V{} : q;
+      if constexpr (!kWhole) q = lanes_from<A>(n) ? V{} : q;
     }
     return q;
   }
@@ -82,7 +82,7 @@ FUSEDLOSS_NOINLINE const AccumulateType<T>* max_of_block(const T* x, int n, Accu
     const int lanes = int(n - i);  // or more, where the vector is whole
     V v = load_lanes<whole>(x + i, lanes);
     if constexpr (!std::is_same_v<T, A>) store_lanes<whole>(widened + i, v, lanes);
-    if constexpr (!whole) v = lanes_from(lanes, A{}) ? V{} - INFINITY : v;
+    if constexpr (!whole) v = lanes_from<A>(lanes) ? V{} - INFINITY : v;
     largest[k] = Larger::of(v, largest[k]);
   });
   FUSEDLOSS_UNROLL for (int k = 1; k < kUnroll; ++k) largest[0] = Larger::of(largest[k], largest[0]);
@@ -102,14 +102,9 @@ FUSEDLOSS_INLINE void add_classes(RowState<VectorOf<T>>& s, const AccumulateType
   using V = typename Simd<A>::V;
   const V d = load_lanes<kWhole>(x, n) - relative_to;
   V e = math::exp_nonpositive(d);
-  if constexpr (!kWhole) e = lanes_from(n, A{}) ? V{} : e;
+  if constexpr (!kWhole) e = lanes_from<A>(n) ? V{} : e;
   if (exponentials != nullptr) store_lanes<kWhole>(exponentials, e, n);
-  s.sum += e;
-  if constexpr (kSpread) {
-    const V q_c = q.template at<kWhole>(c, n);
-    s.dot += q_c * d;
-    s.mass += q_c;
-  }
+  add_class<kSpread>(s, d, e, q.template at<kWhole>(c, n));
 }
 
 // What is read, and written, soon after a sweep, is prefetched while the arithmetic goes on.

@@ -49,6 +49,9 @@ template <typename T>
 using VectorOf = typename Simd<AccumulateType<T>>::V;
 template <typename T>
 constexpr int kLanesOf = Simd<AccumulateType<T>>::kLanes;
+// The same elements as they are stored.
+template <typename T>
+using StoredVectorOf = std::conditional_t<std::is_same_v<T, AccumulateType<T>>, VectorOf<T>, FloatH>;
 
 // body(is_whole, i) for each vector of the T in [begin, end), of which i is the first: is_whole is std::true_type, and
 // std::false_type for the elements at the end that fill no vector.
@@ -136,21 +139,15 @@ FUSEDLOSS_INLINE FloatH narrow(FloatV v, float16) {
 
 // ---- loads and stores ----
 
-FUSEDLOSS_INLINE FloatV load(const float* p) {
-  FloatV v;
+template <typename T>
+FUSEDLOSS_INLINE VectorOf<T> load(const T* p) {
+  StoredVectorOf<T> v;
   __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-FUSEDLOSS_INLINE DoubleV load(const double* p) {
-  DoubleV v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-template <typename Half>
-FUSEDLOSS_INLINE FloatV load(const Half* p) {
-  FloatH bits;
-  __builtin_memcpy(&bits, p, sizeof bits);
-  return widen(bits, Half{});
+  if constexpr (std::is_same_v<T, AccumulateType<T>>) {
+    return v;
+  } else {
+    return widen(v, T{});
+  }
 }
 
 FUSEDLOSS_INLINE DoubleI load_indices(const int64_t* p) {
@@ -159,16 +156,14 @@ FUSEDLOSS_INLINE DoubleI load_indices(const int64_t* p) {
   return v;
 }
 
-FUSEDLOSS_INLINE void store(float* p, FloatV v) {
-  __builtin_memcpy(p, &v, sizeof v);
-}
-FUSEDLOSS_INLINE void store(double* p, DoubleV v) {
-  __builtin_memcpy(p, &v, sizeof v);
-}
-template <typename Half>
-FUSEDLOSS_INLINE void store(Half* p, FloatV v) {
-  const FloatH bits = narrow(v, Half{});
-  __builtin_memcpy(p, &bits, sizeof bits);
+template <typename T>
+FUSEDLOSS_INLINE void store(T* p, VectorOf<T> v) {
+  if constexpr (std::is_same_v<T, AccumulateType<T>>) {
+    __builtin_memcpy(p, &v, sizeof v);
+  } else {
+    const FloatH bits = narrow(v, T{});
+    __builtin_memcpy(p, &bits, sizeof bits);
+  }
 }
 
 // The vector from element i on, of a type that is known only at run time and has A for its statistics. A branch that is
@@ -199,15 +194,11 @@ FUSEDLOSS_INLINE void store_as(void* p, int64_t i, typename Simd<A>::V v, DType 
 }
 
 // Lanes n and up are all ones.
-FUSEDLOSS_INLINE FloatI lanes_from(int n, float) {
-  FloatI index;
-  for (int lane = 0; lane < Simd<float>::kLanes; ++lane) index[lane] = lane;
+template <typename A>
+FUSEDLOSS_INLINE typename Simd<A>::I lanes_from(int n) {
+  typename Simd<A>::I index;
+  for (int lane = 0; lane < Simd<A>::kLanes; ++lane) index[lane] = lane;
   return index >= n;
-}
-FUSEDLOSS_INLINE DoubleI lanes_from(int n, double) {
-  DoubleI index;
-  for (int lane = 0; lane < Simd<double>::kLanes; ++lane) index[lane] = lane;
-  return index >= int64_t(n);
 }
 
 #if FUSEDLOSS_VECTOR_BYTES == 32
@@ -254,9 +245,9 @@ FUSEDLOSS_INLINE VectorOf<T> load_first(const T* p, int n) {
   }
 #elif FUSEDLOSS_VECTOR_BYTES == 32
   if constexpr (std::is_same_v<T, double>) {
-    return (DoubleV)_mm256_maskload_pd(p, (__m256i)~lanes_from(n, 0.));
+    return (DoubleV)_mm256_maskload_pd(p, (__m256i)~lanes_from<double>(n));
   } else if constexpr (std::is_same_v<T, float>) {
-    return (FloatV)_mm256_maskload_ps(p, (__m256i)~lanes_from(n, 0.f));
+    return (FloatV)_mm256_maskload_ps(p, (__m256i)~lanes_from<float>(n));
   } else {
     return widen(load_first_halves(p, n), T{});
   }
@@ -280,9 +271,9 @@ FUSEDLOSS_INLINE void store_first(T* p, VectorOf<T> v, int n) {
   }
 #elif FUSEDLOSS_VECTOR_BYTES == 32
   if constexpr (std::is_same_v<T, double>) {
-    _mm256_maskstore_pd(p, (__m256i)~lanes_from(n, 0.), (__m256d)v);
+    _mm256_maskstore_pd(p, (__m256i)~lanes_from<double>(n), (__m256d)v);
   } else if constexpr (std::is_same_v<T, float>) {
-    _mm256_maskstore_ps(p, (__m256i)~lanes_from(n, 0.f), (__m256)v);
+    _mm256_maskstore_ps(p, (__m256i)~lanes_from<float>(n), (__m256)v);
   } else {
     store_first_halves(p, narrow(v, T{}), n);
   }

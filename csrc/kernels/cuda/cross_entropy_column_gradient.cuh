@@ -48,11 +48,10 @@ template <typename T, TargetKind kTarget, int kWidth, typename A>
 __device__ __forceinline__ void store_gradient_factors(const ColumnSharedMemory<T, kTarget, kWidth>& memory, int set,
                                                        int place, const RowTarget<T, kTarget>& row, A max, A scale,
                                                        A grad_output, bool is_here, T x_y) {
-  const bool contributes = row.contributes();
-  memory.at(set, 0, place) = contributes ? max : A(0);
-  memory.at(set, 1, place) = !contributes ? A(0) : is_spread(kTarget) ? scale : scale * grad_output;
+  memory.at(set, 0, place) = max;
+  memory.at(set, 1, place) = is_spread(kTarget) ? scale : scale * grad_output;
   if constexpr (is_spread(kTarget)) memory.at(set, 2, place) = grad_output;
-  memory.y[place] = !contributes ? kNoContribution : is_here ? row.y : kNoTargetHere;
+  memory.y[place] = !row.contributes() ? kNoContribution : is_here ? row.y : kNoTargetHere;
   if (row.y < 0 || !is_here) return;
   const A e = math::exp_nonpositive(A(widen(x_y)) - max);
   memory.of_target[place] = narrow<T>(logit_gradient(e, scale, row.coefficient(), grad_output));
@@ -118,7 +117,7 @@ struct FactorsInRegisters {
   __device__ __forceinline__ void prepare(int i, const RowTarget<T, kTarget>& row, const RowResult<A>& finished,
                                           T x_y) {
     maxima[i] = finished.max;
-    factors[i] = !row.contributes() ? A(0) : is_spread(kTarget) ? finished.scale : finished.scale * common_grad_output;
+    factors[i] = is_spread(kTarget) ? finished.scale : finished.scale * common_grad_output;
     targets[i] = row.contributes() ? row.y : kNoContribution;
     const A e = math::exp_nonpositive(A(widen(x_y)) - finished.max);
     of_targets[i] = narrow<T>(logit_gradient(e, finished.scale, row.coefficient(), common_grad_output));
@@ -151,7 +150,7 @@ __device__ __forceinline__ void write_columns(const ThreadColumns<T, kTarget, kW
         for (int i = 0; i < kWidth; ++i) {
           const A e = math::exp_nonpositive(tile.x[k][i] - max[i]);
           if constexpr (is_spread(kTarget)) {
-            const A q = tile.template coefficient<decltype(spread)::value>(rows, k, i, w);
+            const A q = tile.template coefficient<decltype(spread)::value>(rows.o, k, i, w);
             values[i] = logit_gradient(e, factor[i], q, grad_output[i]);
           } else {
             values[i] = e * factor[i];

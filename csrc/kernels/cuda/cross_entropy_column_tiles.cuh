@@ -2,13 +2,11 @@
 // their statistics, which are accumulated tile by tile.
 #pragma once
 
-#include <cuda_pipeline_primitives.h>
-
 #include <cfloat>
 #include <cstring>
 #include <type_traits>
 
-#include "kernels/cuda/cross_entropy_options.cuh"
+#include "kernels/cuda/cross_entropy_tile.cuh"
 #include "kernels/cuda/vec.cuh"
 
 namespace fusedloss::cuda {
@@ -93,62 +91,34 @@ struct ThreadColumns {
 };
 
 // kVectors classes of a thread, a vector of kWidth rows each, from memory or, if kFromSlots, from the thread's slots.
-// kWhole: all of them exist.
 template <typename T, TargetKind kTarget, int kWidth, int kVectors, bool kFromSlots, bool kWhole>
-struct ColumnTile {
+struct ColumnTile : Tile<T, kTarget, kWidth, kVectors, kWhole> {
   using Rows = ThreadColumns<T, kTarget, kWidth>;
 
-  Vector<T, kWidth> x[kVectors];
-  Vector<T, kWidth> t[kTarget == TargetKind::kProbabilities ? kVectors : 1] = {};
-  int first;                       // the first class
-  int count;                       // of vectors that exist
+  int first;  // the first class
 
   __device__ __forceinline__ ColumnTile(const Rows& rows, int number) {
     first = rows.first + (number * kVectors << rows.shift);
-    count = kWhole ? kVectors : (rows.end - first + (1 << rows.shift) - 1) >> rows.shift;
+    this->count = kWhole ? kVectors : (rows.end - first + (1 << rows.shift) - 1) >> rows.shift;
     if constexpr (kFromSlots) {
-      load_from_slots(rows, number);
+      this->load_from_slots(Slots<T, kTarget>(rows.o), number);
     } else {
-      load_all(rows.logits, rows.o.logits_strides.classes, rows, x);
+      load_all(rows.logits, rows.o.logits_strides.classes, rows, this->x);
       if constexpr (kTarget == TargetKind::kProbabilities)
-        load_all(rows.probability, rows.o.target_strides.classes, rows, t);
+        load_all(rows.probability, rows.o.target_strides.classes, rows, this->t);
     }
   }
 
-  // What is not there is 0: a register that is left as it was would have to be kept from the round before.
+  __device__ __forceinline__ int class_of(const Rows& rows, int k) const { return first + (k << rows.shift); }
+
+ private:
+  // What is not there is 0, as in load_from_slots.
   __device__ __forceinline__ void load_all(const T* p, int64_t stride, const Rows& rows,
                                            Vector<T, kWidth> (&vectors)[kVectors]) {
     p += first * stride;
     const int64_t step = stride << rows.shift;
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k, p += step) vectors[k] = is_there(k) ? load<kWidth>(p) : Vector<T, kWidth>();
-  }
-  __device__ __forceinline__ void load_from_slots(const Rows& rows, int number) {
-    const Slots<T, kTarget> slots(rows.o);
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      x[k] = Vector<T, kWidth>();
-      if (!is_there(k)) continue;
-      x[k].from_uint4(slots.logits(number * kVectors + k));
-      if (rows.has_probabilities()) t[k].from_uint4(slots.probabilities(number * kVectors + k));
-    }
-  }
-
-  __device__ __forceinline__ bool is_there(int k) const { return kWhole || k < count; }
-  __device__ __forceinline__ int class_of(const Rows& rows, int k) const { return first + (k << rows.shift); }
-
-  template <typename F>
-  __device__ __forceinline__ void for_each_vector(F f) const {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k)
-      if (is_there(k)) f(k);
-  }
-
-  // q of vector k in row i, w being the class's weight; for a class index, without kept * w_y.
-  template <SpreadKind kKind>
-  __device__ __forceinline__ AccumulateType<T> coefficient(const Rows& rows, int k, int i, AccumulateType<T> w) const {
-    return is_of_probabilities(kKind) ? probability_coefficient(t[k][i], w, rows.o.smoothing)
-                                      : math::rounded_product(rows.o.smoothing.uniform, w);
+    for (int k = 0; k < kVectors; ++k, p += step) vectors[k] = this->is_there(k) ? load<kWidth>(p) : Vector<T, kWidth>();
   }
 };
 
@@ -231,7 +201,7 @@ __device__ __forceinline__ void accumulate_column_tile(
       const A reference = is_spread(kTarget) ? shift(state[i].max) : math::max(state[i].max, kLowest<A>);
       state[i].sum += math::exp_nonpositive(tile.x[k][i] - reference);
       if constexpr (is_spread(kTarget)) {
-        const A q = tile.template coefficient<kKind>(rows, k, i, w);
+        const A q = tile.template coefficient<kKind>(rows.o, k, i, w);
         state[i].dot += q * (tile.x[k][i] - reference);
         state[i].mass += q;
       }

@@ -7,7 +7,8 @@
 // write the gradient from there. So the logits are read from memory once, the gradient is written once, and nothing
 // else is of that size. A backward pass reads the logits once more, and takes the statistics that the forward pass has
 // stored. The steps of a row are in
-//   cross_entropy_row.cuh            a thread's tiles, and the statistics
+//   cross_entropy_tile.cuh           what a thread holds of its rows, in registers and in shared memory
+//   cross_entropy_row.cuh            a thread's tiles of a row, and the statistics
 //   cross_entropy_row_loss.cuh       from the statistics to the loss
 //   cross_entropy_row_gradient.cuh   from the statistics to the gradient; with cross_entropy_shifted_stores.cuh, where
 //                                    it is aligned otherwise than the logits

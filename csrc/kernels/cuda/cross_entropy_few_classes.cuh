@@ -139,12 +139,7 @@ struct RowInRegisters {
     for_each_class([&](int c) {
       const A distance = x[c] - reference;
       x[c] = math::exp_nonpositive(distance);
-      state.sum += x[c];
-      if constexpr (is_spread(kTarget)) {
-        const A q = coefficient(c);
-        state.dot += q * distance;
-        state.mass += q;
-      }
+      add_class<is_spread(kTarget)>(state, distance, x[c], is_spread(kTarget) ? coefficient(c) : A(0));
     });
     return state;
   }

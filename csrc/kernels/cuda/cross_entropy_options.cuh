@@ -1,8 +1,6 @@
 // What every cross entropy kernel is given, and what it asks of a row wherever the row's logits lie.
 #pragma once
 
-#include <cuda_pipeline_primitives.h>
-
 #include <cstdint>
 #include <type_traits>
 
@@ -90,36 +88,5 @@ struct RowTarget {
     return math::divide_closely_by_moderate(mass, state.sum);
   }
 };
-
-// ---- What a thread keeps in shared memory
-
-// A thread's own slots in shared memory, each for a vector of logits, and one more for the probabilities beside it. No
-// other thread reads or writes them, so no barrier is needed. Those of a warp lie together, and a thread's next slot a
-// warp further on: a constant that instructions can contain.
-template <typename T, TargetKind kTarget>
-class Slots {
- public:
-  explicit __device__ __forceinline__ Slots(const TypedOptions<T>& o)
-      : Slots(o, int(threadIdx.y * blockDim.x + threadIdx.x)) {}
-  // Those of another thread of the block. The block has whole warps.
-  __device__ __forceinline__ Slots(const TypedOptions<T>& o, int thread)
-      : own(dynamic_shared_memory + thread / kWarp * (o.plan.slots * kSlotsOfVector * kWarp) + thread % kWarp) {}
-
-  __device__ __forceinline__ uint4& logits(int i) const { return own[kSlotsOfVector * i * kWarp]; }
-  __device__ __forceinline__ uint4& probabilities(int i) const { return own[(kSlotsOfVector * i + 1) * kWarp]; }
-
- private:
-  static constexpr int kSlotsOfVector = kTarget == TargetKind::kProbabilities ? 2 : 1;
-  uint4* own;
-};
-
-// Waits for this thread's copies, but for the last `groups` groups of them. The toolkit's function alone does not keep
-// the compiler from moving reads to before it.
-__device__ __forceinline__ void wait_for_copies(int groups) {
-  __pipeline_wait_prior(size_t(groups));
-#if FUSEDLOSS_CUDA_ARCH
-  asm volatile("" ::: "memory");
-#endif
-}
 
 }  // namespace fusedloss::cuda

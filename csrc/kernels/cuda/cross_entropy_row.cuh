@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/cross_entropy_options.cuh"
+#include "kernels/cuda/cross_entropy_tile.cuh"
 #include "kernels/cuda/vec.cuh"
 
 namespace fusedloss::cuda {
@@ -57,73 +57,54 @@ __device__ __forceinline__ int rank_of_block(const RowPlan& plan) {
 }
 __device__ __forceinline__ int64_t group_of_block(const RowPlan& plan) { return blockIdx.x >> plan.blocks_shift; }
 
-// What a thread holds of a row at a time: kVectors vectors of kWidth neighbouring classes. kWhole: all of them lie in
-// the row, so that nothing stands between one vector's instructions and the next one's.
+// Neighbouring classes of a row; with kWidth = 1 they may lie apart.
 template <typename T, TargetKind kTarget, int kWidth, int kVectors, bool kWhole>
-struct RowTile {
-  Vector<T, kWidth> x[kVectors];
-  Vector<T, kWidth> t[kTarget == TargetKind::kProbabilities ? kVectors : 1] = {};
-  int begin;                       // unit of the first vector
-  int count;                       // of vectors that lie in the row; kVectors or more if all of them do
+struct RowTile : Tile<T, kTarget, kWidth, kVectors, kWhole> {
+  using Tile<T, kTarget, kWidth, kVectors, kWhole>::count, Tile<T, kTarget, kWidth, kVectors, kWhole>::is_there;
+
+  int begin;  // unit of the first vector
   const ThreadRange<T>& range;
 
-  // A tile of the range, from memory; with kWidth = 1 the classes may lie apart.
+  // A tile of the range, from memory.
   __device__ __forceinline__ RowTile(const Row<T, kTarget>& row, const ThreadRange<T>& range, int number)
       : range(range) {
     find(number);
-    // What is not there is 0: a register that is left as it was would have to be kept from the round before.
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k)
-      x[k] = is_there(k) ? load<kWidth>(row.logits + offset(first(k), row.o.logits_strides)) : Vector<T, kWidth>();
-    if (!row.has_probabilities()) return;
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k)
-      t[k] = is_there(k) ? load<kWidth>(row.probability + offset(first(k), row.o.target_strides)) : Vector<T, kWidth>();
+    load_all(row.logits, row.o.logits_strides, this->x);
+    if constexpr (kTarget == TargetKind::kProbabilities) load_all(row.probability, row.o.target_strides, this->t);
   }
 
   // The same from the thread's slots, where a RowPipeline has copied it.
-  __device__ __forceinline__ RowTile(const Row<T, kTarget>& row, const ThreadRange<T>& range, int number,
-                                     const Slots<T, kTarget>& slots)
+  __device__ __forceinline__ RowTile(const ThreadRange<T>& range, int number, const Slots<T, kTarget>& slots)
       : range(range) {
     find(number);
-    const int place = number * kVectors;
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      x[k] = Vector<T, kWidth>();
-      if (!is_there(k)) continue;
-      x[k].from_uint4(slots.logits(place + k));
-      if (row.has_probabilities()) t[k].from_uint4(slots.probabilities(place + k));
-    }
+    this->load_from_slots(slots, number);
   }
 
-  __device__ __forceinline__ void find(int number) {
-    begin = range.thread + (number * kVectors << range.step_shift);
-    count = (range.template units<kWidth>() - begin + (1 << range.step_shift) - 1) >> range.step_shift;
-  }
   // The class of a vector's first element.
   __device__ __forceinline__ int first(int k) const {
     return range.template first<kWidth>(begin + (k << range.step_shift));
   }
-
   static __device__ __forceinline__ int64_t offset(int c, const Strides& strides) {
     return kWidth == 1 ? c * strides.classes : c;
   }
-  __device__ __forceinline__ bool is_there(int k) const { return kWhole || k < count; }
 
-  template <typename F>
-  __device__ __forceinline__ void for_each_vector(F f) const {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k)
-      if (is_there(k)) f(k);
+  // q of element j of vector k.
+  template <SpreadKind kKind>
+  __device__ __forceinline__ AccumulateType<T> coefficient(const TypedOptions<T>& o, int k, int j) const {
+    const AccumulateType<T> w = is_weighted(kKind) ? o.weight_of(first(k) + j) : 1;
+    return Tile<T, kTarget, kWidth, kVectors, kWhole>::template coefficient<kKind>(o, k, j, w);
   }
 
-  // q of class (k, j), element j of vector k; for a class index, without what the target class has above the others:
-  // kept * w_y.
-  template <SpreadKind kKind>
-  __device__ __forceinline__ AccumulateType<T> coefficient(const Row<T, kTarget>& row, int k, int j) const {
-    const AccumulateType<T> w = is_weighted(kKind) ? row.o.weight_of(first(k) + j) : 1;
-    return is_of_probabilities(kKind) ? probability_coefficient(t[k][j], w, row.o.smoothing)
-                                      : math::rounded_product(row.o.smoothing.uniform, w);
+ private:
+  __device__ __forceinline__ void find(int number) {
+    begin = range.thread + (number * kVectors << range.step_shift);
+    count = (range.template units<kWidth>() - begin + (1 << range.step_shift) - 1) >> range.step_shift;
+  }
+  // What is not there is 0, as in load_from_slots.
+  __device__ __forceinline__ void load_all(const T* p, const Strides& strides, Vector<T, kWidth> (&vectors)[kVectors]) {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k)
+      vectors[k] = is_there(k) ? load<kWidth>(p + offset(first(k), strides)) : Vector<T, kWidth>();
   }
 };
 
@@ -166,7 +147,7 @@ __device__ __forceinline__ void accumulate_tile(RowState<A>& state, const Row<T,
       const A distance = tile.x[k][j] - reference;
       e[j] = math::exp_nonpositive(distance);
       if constexpr (is_spread(kTarget)) {
-        mass[j] = tile.template coefficient<kKind>(row, k, j);
+        mass[j] = tile.template coefficient<kKind>(row.o, k, j);
         dot[j] = mass[j] * distance;
       }
     }

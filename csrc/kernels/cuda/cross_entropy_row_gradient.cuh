@@ -56,7 +56,7 @@ __device__ __forceinline__ void write_tile(const Row<T, kTarget>& row, const Gra
         values[j] = math::exp_nonpositive(tile.x[k][j] - factors.max) * factors.scale_times_grad_output;
         if (kKind == SpreadKind::kUniform) values[j] -= factors.uniform_times_grad_output;
       } else {
-        values[j] = gradient_of(factors, A(tile.x[k][j]), tile.template coefficient<kKind>(row, k, j));
+        values[j] = gradient_of(factors, A(tile.x[k][j]), tile.template coefficient<kKind>(row.o, k, j));
       }
     }
     return narrow_vector<T, kWidth>(values);

@@ -56,8 +56,7 @@ class RowPipeline {
       for_each_tile(depth, range, [&](auto is_whole, int number) {
         wait_for_copies(depth - 1 - number);
         accumulate_tile<decltype(spread)::value>(
-            state, row,
-            RowTile<T, kTarget, kVectorSize<T>, kVectors, decltype(is_whole)::value>(row, range, number, slots));
+            state, row, SlotTile<decltype(is_whole)::value>(range, number, slots));
       });
     });
     if (depth < tiles) accumulate_tiles<kVectorSize<T>, kVectors>(state, row, range, depth);
@@ -71,15 +70,16 @@ class RowPipeline {
     on_spread<kTarget>(row.o, [&](auto spread) {
       for_each_tile(depth, range, [&](auto is_whole, int number) {
         write_tile<decltype(spread)::value, kShifted>(
-            row, factors,
-            RowTile<T, kTarget, kVectorSize<T>, kVectors, decltype(is_whole)::value>(row, range, number, slots),
-            number);
+            row, factors, SlotTile<decltype(is_whole)::value>(range, number, slots), number);
         start_copy(next, number);
       });
     });
   }
 
  private:
+  template <bool kWhole>
+  using SlotTile = RowTile<T, kTarget, kVectorSize<T>, kVectors, kWhole>;
+
   const int tiles, depth;  // of a row; that have slots
   const int thread, threads_shift;
   const Slots<T, kTarget> slots;

@@ -45,6 +45,16 @@ FUSEDLOSS_INLINE V shift(V max) {
   return max == V{} - INFINITY ? V{} : max;
 }
 
+// Adds a class to the sums: distance = x - shift(max), e = exp(distance).
+template <bool kSpread, typename V>
+FUSEDLOSS_INLINE void add_class(RowState<V>& s, V distance, V e, V q) {
+  s.sum += e;
+  if constexpr (kSpread) {
+    s.dot += q * distance;
+    s.mass += q;
+  }
+}
+
 // The same sums relative to a maximum that is at least as large.
 template <typename V>
 FUSEDLOSS_INLINE RowState<V> rescale(RowState<V> s, V max) {
