@@ -92,7 +92,7 @@ struct ThreadColumns {
 
 // kVectors classes of a thread, a vector of kWidth rows each, from memory or, if kFromSlots, from the thread's slots.
 template <typename T, TargetKind kTarget, int kWidth, int kVectors, bool kFromSlots, bool kWhole>
-struct ColumnTile : Tile<T, kTarget, kWidth, kVectors, kWhole> {
+struct ColumnTile : VectorTile<T, kTarget, kWidth, kVectors, kWhole> {
   using Rows = ThreadColumns<T, kTarget, kWidth>;
 
   int first;  // the first class
@@ -118,7 +118,8 @@ struct ColumnTile : Tile<T, kTarget, kWidth, kVectors, kWhole> {
     p += first * stride;
     const int64_t step = stride << rows.shift;
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k, p += step) vectors[k] = this->is_there(k) ? load<kWidth>(p) : Vector<T, kWidth>();
+    for (int k = 0; k < kVectors; ++k, p += step)
+      vectors[k] = this->is_there(k) ? load<kWidth>(p) : Vector<T, kWidth>();
   }
 };
 

@@ -59,8 +59,9 @@ __device__ __forceinline__ int64_t group_of_block(const RowPlan& plan) { return 
 
 // Neighbouring classes of a row; with kWidth = 1 they may lie apart.
 template <typename T, TargetKind kTarget, int kWidth, int kVectors, bool kWhole>
-struct RowTile : Tile<T, kTarget, kWidth, kVectors, kWhole> {
-  using Tile<T, kTarget, kWidth, kVectors, kWhole>::count, Tile<T, kTarget, kWidth, kVectors, kWhole>::is_there;
+struct RowTile : VectorTile<T, kTarget, kWidth, kVectors, kWhole> {
+  using Base = VectorTile<T, kTarget, kWidth, kVectors, kWhole>;
+  using Base::count, Base::is_there;
 
   int begin;  // unit of the first vector
   const ThreadRange<T>& range;
@@ -92,7 +93,7 @@ struct RowTile : Tile<T, kTarget, kWidth, kVectors, kWhole> {
   template <SpreadKind kKind>
   __device__ __forceinline__ AccumulateType<T> coefficient(const TypedOptions<T>& o, int k, int j) const {
     const AccumulateType<T> w = is_weighted(kKind) ? o.weight_of(first(k) + j) : 1;
-    return Tile<T, kTarget, kWidth, kVectors, kWhole>::template coefficient<kKind>(o, k, j, w);
+    return Base::template coefficient<kKind>(o, k, j, w);
   }
 
  private:

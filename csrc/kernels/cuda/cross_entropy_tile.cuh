@@ -42,7 +42,7 @@ __device__ __forceinline__ void wait_for_copies(int groups) {
 // several rows (ColumnTile). kWhole: all vectors exist, so that nothing stands between one vector's instructions and
 // the next one's.
 template <typename T, TargetKind kTarget, int kWidth, int kVectors, bool kWhole>
-struct Tile {
+struct VectorTile {
   using A = AccumulateType<T>;
 
   Vector<T, kWidth> x[kVectors];  // logits
