@@ -10,7 +10,7 @@ max_operands: int  # of a pointwise loss, input included
 max_parameters: int
 max_cuda_classes: int  # where there are CUDA kernels
 
-# ---- the losses, with autograd; None where torch's own function, or a registered op, must compute the call
+# ---- the losses, with autograd; None where the tensors are not plain, or have no kernels
 
 def cross_entropy(
     input: Tensor,

@@ -172,13 +172,17 @@ def _fits(built_for: str) -> bool:
 def _import(library: Path) -> ModuleType:
     name = f"{__package__}._C"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, library)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{library} is no module")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[name] = module
+        sys.modules[name] = import_library(name, library)
     return sys.modules[name]
+
+
+def import_library(name: str, library: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, library)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{library} is no module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def why_compile() -> str:

@@ -87,7 +87,8 @@ def cross_entropy(
         inplace_backward: the backward pass writes the gradient over input, which saves that much memory and the time
             to map it. input must be the result of an operation, not a leaf, and no other backward pass may need its
             values any more: autograd raises a RuntimeError where one does, a second one of this loss included. Without
-            effect where the gradient is itself differentiated, or is not computed by the kernels. Default False.
+            effect where the gradient is itself differentiated, where the call is a registered op (under the compiler or
+            a dispatch mode), and where the kernels do not compute it. Default False.
 
     Returns:
         A scalar of input's dtype, or with 'none' one loss a row, in the shape of class-index targets. Under autocast

@@ -25,7 +25,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -109,7 +108,7 @@ def compiled_module(plan: Plan, cache: Path | None = None, verbose: bool = False
             folder=(cache or cache_directory()) / f"{plan.device}-{key}",
             says=f"{plan.summary()}; {why}" if why else plan.summary(),
             seconds=_estimate(plan),
-            opens=_import,
+            opens=lambda library: _backend.import_library(library.stem, library),
         )
         _loaded[key] = compiled(what, verbose)
     return _loaded[key]
@@ -341,15 +340,6 @@ def _finished(build: Build) -> Any | None:
         if _NOT_EXECUTABLE.search(str(error)):
             raise _UnusableFolderError(f"holds a library that cannot be loaded ({error})") from None
         return None
-
-
-def _import(library: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(library.stem, library)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{library} is no module")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The ops as torch's dispatcher knows them: what torch.compile, torch.export, make_fx and dispatch modes see.
 
-An eager call of plain tensors never comes here. It reaches the same C++ functions by pybind11, without the dispatcher
-and Python's part in it, which cost more than a small loss.
+The forward pass of an eager call of plain tensors never comes here. It reaches the same C++ functions by pybind11,
+without the dispatcher and Python's part in it, which cost more than a small loss.
 
 Each loss has a forward and a backward op, which call the extension, and an op that composes its gradient of torch's
 operations: for those who differentiate the gradient, and for batches of gradients.
@@ -66,8 +66,15 @@ def _accumulate_dtype(input: Tensor) -> torch.dtype:
 
 
 def _fake_cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, autocast):
+    torch._check(input.dim() > 0, lambda: "input must have a dimension of classes")
     rows, accumulate_dtype = _rows(input), _accumulate_dtype(input)
-    expected = input.shape if target.dim() == input.dim() else rows
+    has_probabilities = target.dim() == input.dim()
+    expected = input.shape if has_probabilities else rows
+    if has_probabilities:
+        torch._check(
+            target.dtype == input.dtype,
+            lambda: f"target must have the dtype of input, {input.dtype}, got {target.dtype}",
+        )
     for given, size in zip(target.shape, expected, strict=True):
         torch._check(given == size, lambda: f"target must have shape {list(expected)}, got {list(target.shape)}")
     if weight is not None:
@@ -75,7 +82,7 @@ def _fake_cross_entropy_forward(input, target, weight, reduction, ignore_index, 
         torch._check(weight.shape[0] == classes, lambda: f"weight must have {classes} elements, got {weight.shape[0]}")
     reduction = _REDUCTIONS[reduction]
     numel = _backend.extension().cross_entropy_statistics_numel(
-        math.prod(rows), reduction == "mean", weight is not None, label_smoothing, target.dim() != input.dim()
+        math.prod(rows), reduction == "mean", weight is not None, label_smoothing, not has_probabilities
     )
     return (
         input.new_empty(rows if reduction == "none" else (), dtype=accumulate_dtype if autocast else input.dtype),
@@ -92,9 +99,9 @@ def _fake_pointwise_forward(operands, loss, parameters, reduction, divisor, auto
 
 
 def _pointwise_backward(grad_output, operands, loss, parameters, reduction, divisor, wanted):
-    mask = sum(is_wanted << k for k, is_wanted in enumerate(wanted))
+    bits = sum(is_wanted << k for k, is_wanted in enumerate(wanted))
     grads = _backend.extension().pointwise_backward(
-        grad_output, pointwise_registry.number_of(loss), operands, parameters, reduction, divisor, mask
+        grad_output, pointwise_registry.number_of(loss), operands, parameters, reduction, divisor, bits
     )
     return [grad for grad, is_wanted in zip(grads, wanted, strict=True) if is_wanted]
 

@@ -28,6 +28,7 @@ class PointwiseLoss:
 
 _losses: dict[str, PointwiseLoss] = {}
 _numbers: dict[ModuleType, dict[str, int]] = {}
+_without_cuda: set[str] = set()  # those that were compiled, but not for CUDA
 
 
 def add(loss: PointwiseLoss) -> None:
@@ -46,8 +47,20 @@ def number_of(name: str) -> int:
             number = numbers.get(name)
             if number is None:
                 loss = _losses[name]
-                number = numbers[name] = extension.add_pointwise_loss(name, loss.operands, *loss.formulas())
+                on_cpu, on_cuda = loss.formulas()
+                if on_cpu != 0 and on_cuda == 0:
+                    _without_cuda.add(name)
+                number = numbers[name] = extension.add_pointwise_loss(name, loss.operands, on_cpu, on_cuda)
     return number
+
+
+def has_kernels(name: str, device_type: str) -> bool:
+    """Is the loss compiled for this type of device? One of a user's own is not where nvcc or a GPU is missing."""
+    number_of(name)
+    return device_type != "cuda" or name not in _without_cuda
+
+
+has_kernels._dynamo_marked_constant = True  # as _dispatch._has_kernels
 
 
 def composed(

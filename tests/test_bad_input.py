@@ -1,5 +1,6 @@
 """Bad input raises what torch raises, with a message that names the argument, what was given and what was expected."""
 
+import contextlib
 import inspect
 import math
 from fractions import Fraction
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from pointwise import CASES, Case
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedloss
 import fusedloss.functional as fused
@@ -298,3 +300,37 @@ def test_memory_that_was_freed_of_the_registered_ops(device):
                 free(freed)
                 with pytest.raises(RuntimeError, match="must have memory for its elements"):
                     op(*arguments[:i], freed, *arguments[i + 1 :])
+
+
+# The registered ops are public, and nobody judges beforehand whether the kernels cover a call of them.
+REGISTERED = {
+    "probabilities of fewer bytes": ("cross_entropy", (x(64, 50), torch.rand(64, 50).bfloat16()), ["target", "dtype"]),
+    "probabilities of more bytes": ("cross_entropy", (x(4, 3), torch.rand(4, 3).double()), ["target", "dtype"]),
+    "no dimension": ("cross_entropy", (x(), i(1)), ["input", "dimension"]),
+    "no dimension, probabilities": ("cross_entropy", (x(), x()), ["input", "dimension"]),
+    "no dimension, NLL": ("nll_loss", (x(), i(1)), ["input", "dimension"]),
+}
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["eager", "fake"])
+@pytest.mark.parametrize("name", REGISTERED)
+def test_the_registered_forward_ops(name, fake, device):
+    loss, tensors, says = REGISTERED[name]
+    op = getattr(torch.ops.fusedloss, f"{loss}_forward")
+    options = (None, 1, -100, *([0.0] if loss == "cross_entropy" else []), False)
+    with FakeTensorMode() if fake else contextlib.nullcontext() as mode:
+        tensors = [mode.from_tensor(tensor) if fake else tensor.to(device) for tensor in tensors]
+        with pytest.raises(RuntimeError) as raised:
+            op(*tensors, *options)
+    for part in says:
+        raised.match(part)
+
+
+def test_the_registered_backward_ops(device):
+    one, rows = torch.ones((), device=device), torch.ones(8, device=device)
+    with pytest.raises(RuntimeError, match="target holds class probabilities, so it must have the dtype of input"):
+        target = torch.rand(4, 3, device=device).bfloat16()
+        torch.ops.fusedloss.cross_entropy_backward(one, x(4, 3, device=device), target, None, rows, 2, -100, 0.0)
+    with pytest.raises(RuntimeError, match="nll_loss: input must have shape"):
+        target = i(1, device=device)
+        torch.ops.fusedloss.nll_loss_backward(one, target, None, rows[:1], [], [], torch.float32, 1, -100)

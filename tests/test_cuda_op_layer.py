@@ -63,14 +63,42 @@ def test_over_the_emulated_kernels(name, outcomes):
     assert outcomes[name] == ""
 
 
-def test_it_is_the_emulated_extension(extension, request):
+@pytest.fixture
+def run(extension, request):
+    """Runs code over the emulated extension, and returns what it printed."""
+
+    def run(code: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import tests.conftest, torch, fusedloss, fusedloss._backend as b\n{code}"],
+            env={**os.environ, "FUSEDLOSS_TEST_EXTENSION": str(extension)},
+            cwd=request.config.rootpath,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_it_is_the_emulated_extension(extension, run):
     """That the files above ran over it."""
-    code = (
-        "import tests.conftest, torch, fusedloss, fusedloss._backend as b\n"
-        "print(b.extension().__file__, b.extension().with_cuda)"
-    )
-    environment = {**os.environ, "FUSEDLOSS_TEST_EXTENSION": str(extension)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=request.config.rootpath, capture_output=True, text=True
-    )
-    assert done.stdout.split() == [str(extension), "True"], done.stderr
+    assert run("print(b.extension().__file__, b.extension().with_cuda)").split() == [str(extension), "True"]
+
+
+def test_a_loss_that_is_not_compiled_for_cuda(run):
+    """As that of a user's expression, where the extension has CUDA kernels and nvcc is missing: no kernel is called."""
+    code = """
+_C, x, one = b.extension(), torch.ones(3), torch.ones(())
+number = _C.add_pointwise_loss("mine", ["input", "target"], 1, 0)
+assert _C.pointwise(number, [x, x], [], 1, None) is None
+for call in (
+    lambda: _C.pointwise_forward(number, [x, x], [], 1, None, False),
+    lambda: _C.pointwise_backward(one, number, [x, x], [], 1, None, 1),
+):
+    try:
+        call()
+    except NotImplementedError as error:
+        print(error)
+"""
+    assert run(code).count("mine: this loss is not compiled for the device of input") == 2

@@ -24,8 +24,9 @@ from graphs import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fusedloss
 import fusedloss.functional as fused
-from fusedloss import reference
+from fusedloss import _dispatch, reference
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -100,6 +101,18 @@ for shape in ((2, 0), (0, 0), (0,), (2, 0, 3)):
             found.append((value.detach().nan_to_num(123).tolist(), input.grad.tolist()))
         print(shape, reduction, found[0] == found[1], found)
 """
+
+
+def test_a_custom_loss_without_kernels_for_the_device(monkeypatch):
+    """As on CUDA, where nvcc is missing: it is composed of torch's operations, whoever looks at the call."""
+    criterion = fusedloss.custom_loss("log(cosh(input - target))")
+    input, target = torch.randn(3, 4), torch.randn(4)
+    expected = criterion(input, target)
+    for has_kernels in (True, False):
+        monkeypatch.setattr(_dispatch, "has_kernels", lambda name, device_type, has=has_kernels: has)
+        with Looking() as looking:
+            torch.testing.assert_close(criterion(input, target), expected)
+        assert ("fusedloss.pointwise_forward" in looking.seen) == has_kernels
 
 
 def test_logits_without_classes():

@@ -1,8 +1,6 @@
 #include <ATen/ops/cross_entropy_loss.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <utility>
 #include <vector>
 
 #include "autograd/backward_cases.h"

@@ -1,5 +1,4 @@
 #include <ATen/ops/nll_loss_nd.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <utility>

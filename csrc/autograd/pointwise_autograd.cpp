@@ -1,4 +1,3 @@
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -58,18 +57,18 @@ struct Saved {
 
 // ---- the cases of a backward pass; `wanted` has a bit for each operand whose gradient is wanted
 
-// Calls a registered op, which takes the mask, and returns the gradients that it selects.
+// Calls a registered op, which takes a bool for each operand and returns the gradients that are wanted.
 variable_list call_gradients_op(const char* name, const PointwiseCall& call, const at::Tensor& grad_output,
                                 unsigned wanted) {
   using Signature = std::vector<at::Tensor>(const at::Tensor&, at::TensorList, const std::string&,
                                             c10::ArrayRef<double>, int64_t, std::optional<int64_t>, c10::List<bool>);
-  c10::List<bool> mask;
-  for (size_t k = 0; k < call.operands.size(); ++k) mask.push_back((wanted >> k & 1) != 0);
+  c10::List<bool> are_wanted;
+  for (size_t k = 0; k < call.operands.size(); ++k) are_wanted.push_back((wanted >> k & 1) != 0);
   const auto found = call_registered_op<Signature>(name, grad_output, call.operands, call.loss.name, call.parameters,
-                                                   call.reduction, call.divisor, mask);
+                                                   call.reduction, call.divisor, are_wanted);
   variable_list grads;
   auto next = found.begin();
-  for (const bool is_wanted : mask) grads.push_back(is_wanted ? *next++ : at::Tensor());
+  for (const bool is_wanted : are_wanted) grads.push_back(is_wanted ? *next++ : at::Tensor());
   return grads;
 }
 

@@ -37,9 +37,9 @@ struct CudaTuning {
   int64_t cluster_blocks = 0;  // at most, in one cluster; 1: there are no clusters
 };
 
-// Logits of shape (C), (N, C) or (N, C, d1, …) are seen as [outer, classes, inner]; a row is the classes of
-// one (outer, inner) position, row number outer * inner_size + inner. The "accumulate type" is float, and double
-// for kFloat64.
+// Logits of shape (C), (N, C) or (N, C, d1, …) are seen as [outer, classes, inner]; a row is the classes of one
+// (outer, inner) position. Rows are numbered as the elements of a contiguous [outer, inner] are. The "accumulate type"
+// is float, and double for kFloat64.
 struct CrossEntropyOptions {
   DType dtype;       // of logits, target_probability and grad_logits
   DType loss_dtype;  // of loss and grad_output: dtype or the accumulate type
@@ -91,9 +91,9 @@ struct NLLLossOptions {
 
   const void* input;  // [outer, classes, inner], log-probabilities; forward only
   Strides input_strides;
-  const int64_t* target;  // [outer, inner] contiguous
-  const void* weight;     // [classes] contiguous, accumulate type; null is 1 for every class
-  void* total_weight;     // [1] accumulate type, what the mean divides by; null for the other reductions
+  const int64_t* target_index;  // [outer, inner] contiguous
+  const void* weight;           // [classes] contiguous, accumulate type; null is 1 for every class
+  void* total_weight;           // [1] accumulate type, what the mean divides by; null for the other reductions
 
   void* loss;     // [rows] for kNone, else [1]
   void* scratch;  // forward only; as many bytes as the launcher asks for, 16-byte aligned

@@ -16,6 +16,11 @@ namespace fusedloss {
 inline std::atomic<bool> debug_enabled = false;
 inline void set_debug(bool enabled) { debug_enabled = enabled; }
 
+inline void check_has_classes(const char* op, const at::Tensor& input) {
+  TORCH_CHECK(input.dim() > 0, op,
+              ": input must have shape (C), (N, C) or (N, C, d1, ...), got a tensor without dimensions");
+}
+
 inline void check_class_indices(const char* op, const at::Tensor& input, const at::Tensor& target) {
   const auto expected = sizes_of_rows(input);
   const bool right = target.sizes() == c10::IntArrayRef(expected);

@@ -11,7 +11,6 @@
 #include "ops/huge_pages.h"
 #include "ops/last_grad_output.h"
 #include "ops/loss_tensors.h"
-#include "ops/plain.h"
 #include "ops/row_layout.h"
 #include "ops/run.h"
 #ifdef FUSEDLOSS_WITH_CUDA
@@ -31,6 +30,9 @@ void check_probabilities(const CrossEntropyCall& call) {
   TORCH_CHECK(at::isFloatingType(call.target.scalar_type()), kOp, ": target has the shape of input, ",
               call.input.sizes(), ", so it must hold class probabilities of a floating point type, got ",
               call.target.scalar_type(), "; class indices have the shape of input without its class dimension");
+  TORCH_CHECK(call.target.scalar_type() == call.input.scalar_type(), kOp,
+              ": target holds class probabilities, so it must have the dtype of input, ", call.input.scalar_type(),
+              ", got ", call.target.scalar_type());
   TORCH_CHECK(call.ignore_index < 0, kOp,
               ": ignore_index must be negative where target holds class probabilities, got ", call.ignore_index);
 }
@@ -44,6 +46,7 @@ struct Arguments {
   explicit Arguments(const CrossEntropyCall& call) {
     o.tuning = cuda_tuning();
     o.dtype = check_dtype(kOp, "input", call.input);
+    check_has_classes(kOp, call.input);
     check_memory(kOp, "input", call.input);
     o.reduction = check_reduction(kOp, call.reduction);
     o.ignore_index = call.ignore_index;
@@ -232,12 +235,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const CrossEntr
 
   const GradientInLayout gradient(in_place ? input : ready.defined() ? ready : fresh_gradient(input), a.layout);
   a.take_gradient(gradient.written);
-#ifdef FUSEDLOSS_WITH_CUDA
-  if (on_cuda(input) && o.reduction != Reduction::kNone) {
-    o.grad_ready = ready.defined() && gradient.written.is_same(ready);
-    o.grad_output_was_one = last_grad_output_flag(ReadyLoss::kCrossEntropy, input);
-  }
-#endif
+  take_ready_gradient(o, ReadyLoss::kCrossEntropy, input, ready.defined() && gradient.written.is_same(ready));
   run_backward(a);
   return gradient.take();
 }

@@ -2,8 +2,6 @@
 
 #include <atomic>
 
-#include "ops/run.h"
-
 namespace fusedloss {
 namespace {
 

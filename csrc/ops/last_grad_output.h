@@ -6,6 +6,9 @@
 
 #include <cstdint>
 
+#include "kernels/options.h"
+#include "ops/run.h"
+
 namespace fusedloss {
 
 // The losses whose forward pass may compute the gradient. Each remembers its own last grad_output: in a sum of losses
@@ -22,5 +25,16 @@ void remember_grad_output(ReadyLoss loss, bool was_one);
 // host need not wait. Null if there is none.
 int32_t* last_grad_output_flag(ReadyLoss loss, const at::Tensor& tensor);
 #endif
+
+// Has the options of a backward pass say whether the gradient is there already, for a grad_output of 1, and where the
+// device tells that it was.
+template <typename Options>
+void take_ready_gradient(Options& o, ReadyLoss loss, const at::Tensor& input, bool is_ready) {
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (!on_cuda(input) || o.reduction == Reduction::kNone) return;
+  o.grad_ready = is_ready;
+  o.grad_output_was_one = last_grad_output_flag(loss, input);
+#endif
+}
 
 }  // namespace fusedloss

@@ -29,6 +29,7 @@ struct Arguments {
   Arguments(const at::Tensor& like, const NLLLossCall& call) {
     o.tuning = cuda_tuning();
     o.dtype = check_dtype(kOp, "input", like);
+    check_has_classes(kOp, like);
     o.reduction = check_reduction(kOp, call.reduction);
     o.ignore_index = call.ignore_index;
     check_same_device(kOp, "target", call.target, like);
@@ -40,7 +41,7 @@ struct Arguments {
     o.classes = sizes.classes;
     o.inner = sizes.inner;
     target = kernel_class_indices(call.target);
-    o.target = target.const_data_ptr<int64_t>();
+    o.target_index = target.const_data_ptr<int64_t>();
     if (call.weight.has_value()) {
       weight = kernel_weight(kOp, *call.weight, o.classes, like);
       o.weight = weight.const_data_ptr();
@@ -55,7 +56,7 @@ void forward_on_cpu(Arguments& a) {
   o.scratch = scratch.data();
   run_on_cpu(cpu::nll_loss_forward_work(o), kernels.forward, o);
   const int64_t bad = kernels.finish(o);
-  if (bad >= 0) refuse_class_index(kOp, o, a.target, bad, o.target[bad]);
+  if (bad >= 0) refuse_class_index(kOp, o, a.target, bad, o.target_index[bad]);
 }
 
 #ifdef FUSEDLOSS_WITH_CUDA

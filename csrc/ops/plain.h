@@ -1,5 +1,6 @@
 // Is a tensor plain? Then the kernels may be called on its memory directly. Everything else (subclasses, functorch's
-// wrappers, fake and meta tensors, dispatch modes, tracing, other devices) goes through torch's own functions.
+// wrappers, fake and meta tensors, dispatch modes, tracing, other devices) goes to the registered ops or to torch's own
+// functions, as fusedloss/_dispatch.py decides.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -24,6 +24,13 @@ at::Tensor empty_beside(const at::Tensor& t, at::ScalarType type) {
   return fresh;
 }
 
+bool is_compiled_for(const at::Tensor& input, const PointwiseLoss& loss) {
+#ifdef FUSEDLOSS_WITH_CUDA
+  if (on_cuda(input)) return loss.on_cuda != nullptr;
+#endif
+  return loss.on_cpu != nullptr;
+}
+
 // What the kernels are told of one call: the options, and the tensors whose memory they point to. Elements are paired
 // by their place in memory, so input, the first operand, must be dense and the others in the same order, or one value
 // each; gradients and losses are laid out as input is.
@@ -44,6 +51,8 @@ struct Arguments {
     o.dtype = check_dtype(op, "input", input);
     check_memory(op, "input", input);
     o.reduction = check_reduction(op, call.reduction);
+    TORCH_CHECK_NOT_IMPLEMENTED(is_compiled_for(input, loss), op,
+                                ": this loss is not compiled for the device of input, ", input.device());
     for (size_t k = 1; k < operands.size(); ++k) check_operand(int(k));
     if (!input.is_non_overlapping_and_dense()) input = input.clone();
     o.operands = int(operands.size());
@@ -146,10 +155,7 @@ bool pointwise_covers(const PointwiseCall& call) {
   for (const at::Tensor& operand : call.operands)                           // and promote mixed types
     if (!is_plain(operand) || operand.scalar_type() != input.scalar_type() || operand.sizes() != input.sizes())
       return false;
-#ifdef FUSEDLOSS_WITH_CUDA
-  if (on_cuda(input)) return call.loss.on_cuda != nullptr;
-#endif
-  return call.loss.on_cpu != nullptr;
+  return is_compiled_for(input, call.loss);
 }
 
 PointwiseResult pointwise_forward(const PointwiseCall& call, bool autocast, unsigned with_grads) {
@@ -171,12 +177,7 @@ std::vector<at::Tensor> pointwise_backward(const at::Tensor& grad_output, const 
   });
 
   Gradients gradients(a, wanted, std::move(ready));
-#ifdef FUSEDLOSS_WITH_CUDA
-  if (on_cuda(input) && o.reduction != Reduction::kNone) {
-    o.grad_ready = gradients.are_ready;
-    o.grad_output_was_one = last_grad_output_flag(ReadyLoss::kPointwise, input);
-  }
-#endif
+  take_ready_gradient(o, ReadyLoss::kPointwise, input, gradients.are_ready);
   run_backward(a);
   return std::move(gradients.tensors);
 }

@@ -44,7 +44,7 @@
 #define __global__
 #define __forceinline__ inline
 
-// ---- What runtime.cpp does
+// ---- What the emulator does: see runtime.h
 
 enum WarpOp { kSyncWarp, kShuffle, kBallot };
 
@@ -66,7 +66,6 @@ extern const int planted_bug __asm__("emulator_planted_bug");
 
 int emulator_block_barrier(int predicate, SourceLine caller);  // -> how many threads came with a predicate != 0
 void emulator_cluster_barrier(SourceLine caller);
-void* emulator_shared_of_block(const void* p, unsigned rank);  // the same place in another block of the cluster
 void emulator_start_arrivals(const void* barrier, SourceLine caller);
 void emulator_expect_arrivals(const void* barrier, unsigned bytes, SourceLine caller);
 void emulator_send(unsigned rank, const void* place, uint4 piece, const void* barrier, SourceLine caller);
@@ -125,7 +124,6 @@ inline void __threadfence() { emulator_fence(); }
 // Arriving and waiting are one here: the kernels do nothing in between.
 inline void __cluster_barrier_arrive() {}
 inline void __cluster_barrier_wait(SourceLine caller = EMULATOR_CALLER) { emulator_cluster_barrier(caller); }
-inline void* __cluster_map_shared_rank(const void* p, unsigned rank) { return emulator_shared_of_block(p, rank); }
 
 // In the place of cluster.cuh's, which are inline PTX.
 template <int kCount>

@@ -88,7 +88,7 @@ class NLLLossOptions(ctypes.Structure):
     _fields_ = [
         *[("dtype", INT), ("loss_dtype", INT), ("reduction", INT)],
         *[("outer", LONG), ("classes", LONG), ("inner", LONG), ("ignore_index", LONG)],
-        *[("input", POINTER), ("input_strides", Strides), ("target", POINTER)],
+        *[("input", POINTER), ("input_strides", Strides), ("target_index", POINTER)],
         *[("weight", POINTER), ("total_weight", POINTER), ("loss", POINTER), ("scratch", POINTER)],
         *[("grad_output", POINTER), ("grad_output_stride", LONG)],
         *[("grad_input", POINTER), ("grad_strides", Strides), ("tuning", CudaTuning)],

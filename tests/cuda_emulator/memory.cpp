@@ -247,18 +247,10 @@ Block& started_block(unsigned rank) {
   return other;
 }
 
-extern "C" void* emulator_shared_of_block(const void* p, unsigned rank) {
-  Block& other = started_block(rank);
-  if (&other != running->block) other.awaits_cluster = true;
-  return shared_memory_now(other) + place_in_shared_memory(p);
-}
-
 void synchronise_cluster() {
-  for (Block& block : cluster) {
-    block.awaits_cluster = false;
+  for (Block& block : cluster)
     for (const Block& other : cluster)
       if (&block != &other) learn(block.known, other.number, other.barriers);
-  }
 }
 
 // Release: what this block did before the fence is known to whoever sees the atomic. Acquire: the reverse.

@@ -79,7 +79,7 @@ LISTED = [
         "true",
     ),
     (
-        "shifted stores: the end of the packs left out",
+        "shifted stores: the end of the vectors left out",
         "cross_entropy_shifted_stores.cuh",
         "behind = @place < bytes@ ?",
         "false",
@@ -337,7 +337,7 @@ LISTED = [
         "return @o.reduction == Reduction::kMean@ ? g",
         "false",
     ),
-    ("a scaled gradient handed over", "grad_output.cuh", "return o.grad_ready && @is_one@;", "true"),
+    ("a scaled gradient handed over", "loss_values.cuh", "return o.grad_ready && @is_one@;", "true"),
 ]
 
 

@@ -358,7 +358,7 @@ class NegativeLogLikelihood(Problem):
         place = self.place_input
         o.input = emulator.input(place.fill(self.input), "input", place.offset).data_ptr()
         o.input_strides = Strides(*place.strides)
-        o.target = emulator.input(self.target, "target").data_ptr()
+        o.target_index = emulator.input(self.target, "target").data_ptr()
         if self.weight is not None:
             o.weight = emulator.input(self.weight, "weight").data_ptr()
         outputs = {"loss": emulator.output(self.rows if self.reduction == "none" else 1, self.loss_dtype, "loss")}

@@ -93,7 +93,6 @@ struct Block {
   uint32_t number;  // within the grid
   uint32_t barriers;  // how many __syncthreads and cluster barriers it has passed
   std::shared_ptr<Region> shared;  // its shared memory while another block runs; what was done to it at any time
-  bool awaits_cluster;  // has another block reached into it since the last cluster barrier, or can it not be sure of it?
   std::vector<Thread> threads;
   Known known;  // to all threads
   std::map<ptrdiff_t, ArrivalBarrier> arrivals;  // by their place in shared memory

@@ -249,7 +249,6 @@ void start(Block& block, uint32_t number) {
   block.number = number;
   block.idx = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
   block.barriers = 0;
-  block.awaits_cluster = false;
   block.known.clear();
   block.arrivals.clear();
   begin_block(block);
@@ -281,9 +280,6 @@ void run_cluster(uint32_t first) {
     }
   }
   if (!stopped) report_deadlock();
-  for (const Block& block : cluster)
-    if (!stopped && block.awaits_cluster)
-      complain("BLOCK MAY HAVE ENDED", "whose memory is reached into after its last cluster barrier");
   if (!stopped) check_end_of_cluster();
 }
 

@@ -20,7 +20,7 @@ inline bool in_rows(const CrossEntropyOptions& o) {
 }
 
 // Rows of a chunk of columns: a kilobyte of each class, and statistics that stay in L1.
-constexpr int64_t kColumnTile = 256;
+constexpr int64_t kColumnChunk = 256;
 
 struct ChunkRange {
   int64_t outer;  // columns only
@@ -31,12 +31,12 @@ inline int64_t rows_per_chunk(const CrossEntropyOptions& o) {
   return std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, o.classes));
 }
 
-inline int64_t tiles_per_outer(const CrossEntropyOptions& o) {
-  return divide_up(o.inner, kColumnTile);
+inline int64_t column_chunks_per_outer(const CrossEntropyOptions& o) {
+  return divide_up(o.inner, kColumnChunk);
 }
 
 inline int64_t chunk_count(const CrossEntropyOptions& o) {
-  if (!in_rows(o)) return o.outer * tiles_per_outer(o);
+  if (!in_rows(o)) return o.outer * column_chunks_per_outer(o);
   return divide_up(o.rows(), rows_per_chunk(o));
 }
 
@@ -45,8 +45,8 @@ inline ChunkRange chunk_range(const CrossEntropyOptions& o, int64_t chunk) {
     const int64_t begin = chunk * rows_per_chunk(o);
     return {0, begin, std::min(begin + rows_per_chunk(o), o.rows())};
   }
-  const int64_t tiles = tiles_per_outer(o), begin = chunk % tiles * kColumnTile;
-  return {chunk / tiles, begin, std::min(begin + kColumnTile, o.inner)};
+  const int64_t chunks = column_chunks_per_outer(o), begin = chunk % chunks * kColumnChunk;
+  return {chunk / chunks, begin, std::min(begin + kColumnChunk, o.inner)};
 }
 
 // Are the rows' weights added up as the forward pass reads the targets? Where it writes the gradient as well, their sum

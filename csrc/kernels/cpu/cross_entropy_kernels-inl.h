@@ -76,8 +76,7 @@ void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   const TypedOptions<T> p(o);
   for (int64_t k = begin; k < end; ++k) {
     ChunkResult& result = static_cast<ChunkResult*>(o.scratch)[k];
-    result.loss = {};
-    result.bad_row = -1;
+    if (o.total_weight == nullptr || sums_target_weights_in_forward(o)) result = {};  // else the weights are in it
     if (sums_target_weights_in_forward(o)) sum_target_weights_of_chunk(p, k);
     if (in_rows(o)) {
       forward_rows<T, kSpread>(p, chunk_range(o, k), chunk_range(o, end - 1).end, result);
@@ -109,38 +108,27 @@ void weight_sum(const CrossEntropyOptions& o) {
 
 // The weights that the mean divides by, known before the first row's gradient is written.
 template <typename T>
-void sum_target_weights(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
+void sum_target_weights(const CrossEntropyOptions& options, int64_t begin, int64_t end) {
+  CrossEntropyOptions o = options;
+  o.grad_logits = nullptr;  // what it is multiplied by is not known yet
   const TypedOptions<T> p(o);
-  for (int64_t k = begin; k < end; ++k) sum_target_weights_of_chunk(p, k);
-}
-
-inline double sum_of_target_weights(const CrossEntropyOptions& o) {
-  CompensatedSum<double> sum = {};
-  for (int64_t k = 0; k < chunk_count(o); ++k) add(sum, static_cast<const ChunkResult*>(o.scratch)[k].target_weight);
-  return total(sum);
+  for (int64_t k = begin; k < end; ++k) {
+    static_cast<ChunkResult*>(o.scratch)[k] = {};
+    sum_target_weights_of_chunk(p, k);
+  }
 }
 
 template <typename T>
 void total_weight(const CrossEntropyOptions& o) {
-  *static_cast<AccumulateType<T>*>(o.total_weight) = AccumulateType<T>(sum_of_target_weights(o));
+  write_total_weight<T>(o, sum_of_chunks(o.scratch, chunk_count(o)));
 }
 
-// The chunks' sums in their order, in double; rounded once.
 template <typename T>
 int64_t finish(const CrossEntropyOptions& o) {
-  if (sums_target_weights_in_forward(o)) total_weight<T>(o);
-  CompensatedSum<double> loss = {};
-  int64_t bad_row = -1;
-  const int64_t chunks = chunk_count(o);
-  for (int64_t k = 0; k < chunks; ++k) {
-    const ChunkResult& chunk = static_cast<const ChunkResult*>(o.scratch)[k];
-    add(loss, chunk.loss);
-    if (bad_row < 0) bad_row = chunk.bad_row;
-  }
-  if (o.reduction == Reduction::kMean)
-    write_loss<T>(o, 0, AccumulateType<T>(divide_by_total_weight(total(loss), sum_of_target_weights(o))));
-  if (o.reduction == Reduction::kSum) write_loss<T>(o, 0, AccumulateType<T>(total(loss)));
-  return bad_row;
+  const ChunkResult all = sum_of_chunks(o.scratch, chunk_count(o));
+  write_reduced_loss<T>(o, all);
+  if (sums_target_weights_in_forward(o)) write_total_weight<T>(o, all);
+  return all.bad_row;
 }
 
 template <typename T>

@@ -66,7 +66,7 @@ struct TypedOptions {
 
   // What a row's gradient is multiplied by.
   FUSEDLOSS_INLINE A scaled_grad_output(int64_t row) const {
-    return o.grad_output_stride == 0 ? common_grad_output : scaled_grad_output_at(row * o.grad_output_stride);
+    return o.grad_output_stride == 0 ? common_grad_output : scaled_grad_output_at(row);
   }
   // Of neighbouring rows; where each has a grad_output of its own, nothing is divided by a total weight.
   template <bool kWhole>
@@ -76,8 +76,8 @@ struct TypedOptions {
   }
 
  private:
-  FUSEDLOSS_INLINE A scaled_grad_output_at(int64_t i) const {
-    const A g = read_grad_output<T>(o, i);
+  FUSEDLOSS_INLINE A scaled_grad_output_at(int64_t row) const {
+    const A g = read_grad_output<T>(o, row);
     return o.reduction == Reduction::kMean ? divide_by_total_weight(g, *static_cast<const A*>(o.total_weight)) : g;
   }
 };

@@ -6,7 +6,9 @@
 #define FUSEDLOSS_LOSS_VALUES_INL
 #endif
 
+#include "kernels/cpu/reduce-inl.h"
 #include "kernels/cpu/vec-inl.h"
+#include "kernels/formulas/cross_entropy-inl.h"
 #include "kernels/options.h"
 
 FUSEDLOSS_BEGIN_NAMESPACE
@@ -30,10 +32,25 @@ FUSEDLOSS_INLINE void write_losses(const Options& o, int64_t i, VectorOf<T> valu
   }
 }
 
-// 1 where there is none.
+// The mean or the sum of all rows' losses, rounded once.
+template <typename T, typename Options>
+void write_reduced_loss(const Options& o, const ChunkResult& all) {
+  double loss = total(all.loss);
+  if (o.reduction == Reduction::kNone) return;
+  if (o.reduction == Reduction::kMean) loss = divide_by_total_weight(loss, total(all.target_weight));
+  write_loss<T>(o, 0, AccumulateType<T>(loss));
+}
+
+template <typename T, typename Options>
+void write_total_weight(const Options& o, const ChunkResult& all) {
+  *static_cast<AccumulateType<T>*>(o.total_weight) = AccumulateType<T>(total(all.target_weight));
+}
+
+// grad_output of row or element i; 1 where there is none.
 template <typename T, typename Options>
 FUSEDLOSS_INLINE AccumulateType<T> read_grad_output(const Options& o, int64_t i) {
   if (o.grad_output == nullptr) return 1;
+  i *= o.grad_output_stride;
   return o.loss_dtype == o.dtype ? load_one(static_cast<const T*>(o.grad_output) + i)
                                  : static_cast<const AccumulateType<T>*>(o.grad_output)[i];
 }

@@ -21,7 +21,7 @@
 
 FUSEDLOSS_BEGIN_NAMESPACE
 
-// The log-probabilities, weights and targets of one call, typed. All is computed in double: a few operations a row.
+// The options with typed weights. All is computed in double: a few operations a row.
 template <typename T>
 struct TypedNLLLossOptions {
   using A = AccumulateType<T>;
@@ -37,7 +37,7 @@ struct TypedNLLLossOptions {
 
   // What a row's gradient is multiplied by.
   FUSEDLOSS_INLINE double scaled_grad_output(int64_t row) const {
-    const double g = double(read_grad_output<T>(o, row * o.grad_output_stride));
+    const double g = double(read_grad_output<T>(o, row));
     if (o.reduction != Reduction::kMean) return g;
     return divide_by_total_weight(g, double(*static_cast<const A*>(o.total_weight)));
   }
@@ -54,7 +54,7 @@ void forward(const NLLLossOptions& o, int64_t begin, int64_t end) {
     while (row < last) {
       double loss_sum = 0, target_weight = 0;
       for (const int64_t until = smaller(row + kTogether, last); row < until; ++row) {
-        const int64_t y = o.target[row];
+        const int64_t y = o.target_index[row];
         double loss = 0;
         if (p.counts(y)) {
           const Strides& s = o.input_strides;
@@ -79,21 +79,11 @@ void forward(const NLLLossOptions& o, int64_t begin, int64_t end) {
   }
 }
 
-// The chunks' sums in their order; rounded once.
 template <typename T>
 int64_t finish(const NLLLossOptions& o) {
-  ChunkResult all;
-  for (int64_t k = 0; k < divide_up(o.rows(), kNLLLossForwardRows); ++k) {
-    const ChunkResult& chunk = static_cast<const ChunkResult*>(o.scratch)[k];
-    add(all.loss, chunk.loss);
-    add(all.target_weight, chunk.target_weight);
-    if (all.bad_row < 0) all.bad_row = chunk.bad_row;
-  }
-  if (o.reduction == Reduction::kMean) {
-    write_loss<T>(o, 0, AccumulateType<T>(divide_by_total_weight(total(all.loss), total(all.target_weight))));
-    *static_cast<AccumulateType<T>*>(o.total_weight) = AccumulateType<T>(total(all.target_weight));
-  }
-  if (o.reduction == Reduction::kSum) write_loss<T>(o, 0, AccumulateType<T>(total(all.loss)));
+  const ChunkResult all = sum_of_chunks(o.scratch, divide_up(o.rows(), kNLLLossForwardRows));
+  write_reduced_loss<T>(o, all);
+  if (o.reduction == Reduction::kMean) write_total_weight<T>(o, all);
   return all.bad_row;
 }
 
@@ -111,7 +101,7 @@ void backward(const NLLLossOptions& o, int64_t begin, int64_t end) {
         std::memset(grad + runs.start + i * runs.step[0] + j * runs.step[1], 0, size_t(runs.length) * sizeof(T));
     for (int64_t outer = tile.first_outer; outer < tile.first_outer + tile.outer; ++outer) {
       for (int64_t inner = tile.first_inner; inner < tile.first_inner + tile.inner; ++inner) {
-        const int64_t row = outer * o.inner + inner, y = o.target[row];
+        const int64_t row = outer * o.inner + inner, y = o.target_index[row];
         if (y < tile.first_class || y >= tile.first_class + tile.classes || !p.counts(y)) continue;
         const double g = o.grad_output_stride == 0 ? common_grad_output : p.scaled_grad_output(row);
         const int64_t at = outer * o.grad_strides.outer + y * o.grad_strides.classes + inner * o.grad_strides.inner;

@@ -13,7 +13,6 @@
 #endif
 
 #include <algorithm>
-#include <type_traits>
 #include <utility>
 
 #include "kernels/cpu/math-inl.h"

@@ -128,6 +128,18 @@ FUSEDLOSS_INLINE double total(const CompensatedSum<double>& sum) {
   return sum.lost - sum.lost == 0 ? sum.value + sum.lost : sum.value;  // infinity has lost NaN
 }
 
+// What the chunks left in scratch, added up in their order.
+inline ChunkResult sum_of_chunks(const void* scratch, int64_t chunks) {
+  ChunkResult all;
+  for (int64_t k = 0; k < chunks; ++k) {
+    const ChunkResult& chunk = static_cast<const ChunkResult*>(scratch)[k];
+    add(all.loss, chunk.loss);
+    add(all.target_weight, chunk.target_weight);
+    if (all.bad_row < 0) all.bad_row = chunk.bad_row;
+  }
+  return all;
+}
+
 FUSEDLOSS_END_NAMESPACE
 
 #endif  // include guard

@@ -7,10 +7,8 @@
 #define FUSEDLOSS_VEC_INL
 #endif
 
-#include <cmath>
 #include <cstdint>
 #include <type_traits>
-#include <utility>
 
 #include "kernels/cpu/instruction_set.h"
 #include "kernels/cpu/instruction_set_macros.h"

@@ -15,20 +15,10 @@ __device__ __forceinline__ void cluster_sync() {
   __cluster_barrier_wait();
 }
 
-// What p, in shared memory, is in another block of the cluster.
-template <typename V>
-__device__ __forceinline__ V* in_block_of_cluster(V* p, int rank) {
-  return static_cast<V*>(__cluster_map_shared_rank(p, unsigned(rank)));
-}
-
 #else
 
 // Clusters are never launched: the host asks whether this was compiled for them.
 __device__ __forceinline__ void cluster_sync() { __trap(); }
-template <typename V>
-__device__ __forceinline__ V* in_block_of_cluster(V* p, int) {
-  return p;
-}
 
 #endif
 

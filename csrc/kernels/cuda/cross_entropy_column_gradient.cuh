@@ -140,7 +140,7 @@ __device__ __forceinline__ void write_columns(const ThreadColumns<T, kTarget, kW
   }
   const int64_t stride = rows.o.grad_strides.classes;
   on_spread<kTarget>(rows.o, [&](auto spread) {
-    for_each_tile<kVectors, /*kReverse=*/true, kFromSlots>(rows, [](int) {}, [&](const auto& tile, int) {
+    for_each_tile<kVectors, /*kReverse=*/true, kFromSlots>(rows, [](int) {}, [&](const auto& tile) {
       T* p = rows.grad + tile.first * stride;
       const int64_t step = stride << rows.shift;
       tile.for_each_vector([&](int k) {

@@ -123,7 +123,7 @@ struct ColumnTile : VectorTile<T, kTarget, kWidth, kVectors, kWhole> {
   }
 };
 
-// Calls wait(number), then f(tile, its number) for all tiles of a thread, from the last to the first if kReverse: what
+// Calls wait(number), then f(tile) for all tiles of a thread, from the last to the first if kReverse: what
 // has no slots is then read again while the cache may still hold it. `whole` tiles are whole for every thread of the
 // rows.
 template <int kVectors, bool kReverse, bool kFromSlots, typename T, TargetKind kTarget, int kWidth, typename Wait,
@@ -134,14 +134,14 @@ __device__ __forceinline__ void for_each_tile(const ThreadColumns<T, kTarget, kW
   const auto last = [&] {
     if (whole >= all) return;
     wait(whole);
-    f(ColumnTile<T, kTarget, kWidth, kVectors, kFromSlots, false>(rows, whole), whole);
+    f(ColumnTile<T, kTarget, kWidth, kVectors, kFromSlots, false>(rows, whole));
   };
   if (kReverse) last();
 #pragma unroll 1
   for (int i = 0; i < whole; ++i) {
     const int number = kReverse ? whole - 1 - i : i;
     wait(number);
-    f(ColumnTile<T, kTarget, kWidth, kVectors, kFromSlots, true>(rows, number), number);
+    f(ColumnTile<T, kTarget, kWidth, kVectors, kFromSlots, true>(rows, number));
   }
   if (!kReverse) last();
 }
@@ -224,7 +224,7 @@ __device__ __forceinline__ void accumulate_columns(RowState<A> (&state)[kWidth],
       on_spread<kTarget>(rows.o, [&](auto spread) {
         for_each_tile<kVectors, /*kReverse=*/false, /*kFromSlots=*/true>(
             rows, [&](int number) { wait_for_copies(groups - 1 - number); },
-            [&](const auto& tile, int) { accumulate_column_tile<decltype(spread)::value>(state, rows, tile); });
+            [&](const auto& tile) { accumulate_column_tile<decltype(spread)::value>(state, rows, tile); });
       });
       return;
     }
@@ -233,7 +233,7 @@ __device__ __forceinline__ void accumulate_columns(RowState<A> (&state)[kWidth],
     on_spread<kTarget>(rows.o, [&](auto spread) {
       for_each_tile<kVectors, /*kReverse=*/false, /*kFromSlots=*/false>(
           rows, [](int) {},
-          [&](const auto& tile, int) { accumulate_column_tile<decltype(spread)::value>(state, rows, tile); });
+          [&](const auto& tile) { accumulate_column_tile<decltype(spread)::value>(state, rows, tile); });
     });
   }
 }

@@ -13,7 +13,7 @@
 //   4. each thread takes that of its kWidth rows, and reads its classes again to write the gradient
 //      (cross_entropy_column_gradient.cuh).
 // Split rows go through 1 and 2; finish_split_rows merges the statistics of their blocks. The backward pass begins
-// with 3.
+// with the second half of 3: the statistics are known.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_column_exchange.cuh"
@@ -21,7 +21,7 @@
 #include "kernels/cuda/cross_entropy_column_tiles.cuh"
 #include "kernels/cuda/cross_entropy_launch_bounds.h"
 #include "kernels/cuda/cross_entropy_row_loss.cuh"
-#include "kernels/cuda/grad_output.cuh"
+#include "kernels/cuda/loss_values.cuh"
 
 namespace fusedloss::cuda {
 
@@ -44,7 +44,7 @@ struct ColumnBlock {
 
 // A block takes all classes of its rows.
 template <typename T, TargetKind kTarget, int kWidth>
-__global__ void __launch_bounds__((max_threads<T, kTarget>(kColumnsBounds)), (min_blocks<T, kTarget>(kColumnsBounds)))
+__global__ void __launch_bounds__((for_target<T, kTarget>(kColumnThreads)), (for_target<T, kTarget>(kColumnsBlocks)))
     forward_columns(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   constexpr bool kStages = kWidth > 1;  // what the gradient is made of; others read it again
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__((max_threads<T, kTarget>(kColumnsBounds)), (mi
     int64_t next_target = o.target_at(first * kWidth + (in_block >> columns.sets_shift));
     store_states(memory, state);
     wait_for_launch_before();  // for total_weight
-    const A grad_output = wants_gradient ? o.scaled_grad_output(A(1)) : A(0);  // there is none yet
+    const A grad_output = wants_gradient ? o.scale_grad_output(A(1)) : A(0);  // there is none yet
     for_each_merged_row(memory, columns.sets_shift, [&](int of_block, int place, const RowState<A>& merged, int part) {
       const int64_t number = first * kWidth + of_block, target = next_target;
       next_target = o.target_at(number + (threads >> columns.sets_shift));
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__((max_threads<T, kTarget>(kColumnsBounds)), (mi
 // the thread's rows side by side. Without a gradient, registers suffice for more threads, if the targets, which would
 // take registers, are only prefetched to the cache before the classes are read.
 template <typename T, TargetKind kTarget, int kWidth, bool kWithGradient>
-__global__ void __launch_bounds__(kColumnThreadsAcross, (min_blocks<T, kTarget>(kThreadColumnsBounds<kWithGradient>)))
+__global__ void __launch_bounds__(kColumnThreadsAcross, (for_target<T, kTarget>(kThreadColumnsBlocks<kWithGradient>)))
     forward_columns_of_thread(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   constexpr bool kStages = kWithGradient && kWidth > 1;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, (min_blocks<T, kTarget>(
     if constexpr (!kWithGradient) load_targets();
     wait_for_launch_before();  // for total_weight
     FactorsInRegisters<T, kTarget, kWidth> gradient;
-    gradient.common_grad_output = kWithGradient ? o.scaled_grad_output(A(1)) : A(0);  // there is none yet
+    gradient.common_grad_output = kWithGradient ? o.scale_grad_output(A(1)) : A(0);  // there is none yet
     A loss[kWidth], scale[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, (min_blocks<T, kTarget>(
 
 // A block takes a part of the classes of its rows, and stores the statistics of each row for finish_split_rows.
 template <typename T, TargetKind kTarget, int kWidth>
-__global__ void __launch_bounds__(kSplitColumnThreads, (min_blocks<T, kTarget>(kSplitColumnsBounds)))
+__global__ void __launch_bounds__(kSplitColumnThreads, (for_target<T, kTarget>(kSplitColumnsBlocks)))
     forward_columns_split(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   const RowPlan& plan = o.plan;
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kSplitColumnThreads, (min_blocks<T, kTarget>(k
 
 // The backward pass: no thread waits for another block, since the rows' statistics are known.
 template <typename T, TargetKind kTarget, int kWidth>
-__global__ void __launch_bounds__(kSplitColumnThreads, (min_blocks<T, kTarget>(kSplitColumnsBounds)))
+__global__ void __launch_bounds__(kSplitColumnThreads, (for_target<T, kTarget>(kSplitColumnsBlocks)))
     backward_columns(const TypedOptions<T> o) {
   wait_for_launch_before();
   if (gradient_is_ready<T>(o)) return;
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kSplitColumnThreads, (min_blocks<T, kTarget>(k
   const ColumnSharedMemory<T, kTarget, kWidth> memory(columns);
   const ColumnBlock block(o, plan, /*reverse=*/true);
   const int threads = int(blockDim.x * blockDim.y);
-  A grad_output = o.scaled_grad_output(grad_output_at<T>(o, 0));
+  A grad_output = o.scale_grad_output(grad_output_at<T>(o, 0));
   for (int64_t first = int64_t(block.group) * blockDim.x; first < columns.units; first += plan.step) {
     __syncthreads();  // the rows before have been read
 #pragma unroll 2
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kSplitColumnThreads, (min_blocks<T, kTarget>(k
       const int64_t number = first * kWidth + i;
       if (number >= plan.rows) continue;
       const RowTarget<T, kTarget> row(o, number, o.class_of(o.target_at(number)));
-      if (o.grad_output_stride != 0) grad_output = o.scaled_grad_output(grad_output_at<T>(o, number));
+      if (o.grad_output_stride != 0) grad_output = o.scale_grad_output(grad_output_at<T>(o, number));
       const bool is_here = row.y >= block.begin && row.y < block.end;
       const T x_y = is_here ? logit_of_target<kWidth, false>(row, i) : T();
       store_gradient_factors(memory, columns.last_set, memory.place(i / kWidth, i % kWidth), row,

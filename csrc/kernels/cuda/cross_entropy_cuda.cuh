@@ -36,8 +36,6 @@
 // Each type of the logits has a .cu file that includes this one, so that the types compile side by side.
 #pragma once
 
-#include <type_traits>
-
 #include "kernels/cuda/cross_entropy_columns.cuh"
 #include "kernels/cuda/cross_entropy_cuda.h"
 #include "kernels/cuda/cross_entropy_few_classes.cuh"

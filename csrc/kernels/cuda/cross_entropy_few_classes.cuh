@@ -15,7 +15,7 @@
 #include "kernels/cuda/cross_entropy_options.cuh"
 #include "kernels/cuda/cross_entropy_plan_rows.h"
 #include "kernels/cuda/cross_entropy_row_loss.cuh"
-#include "kernels/cuda/grad_output.cuh"
+#include "kernels/cuda/loss_values.cuh"
 #include "kernels/cuda/vec.cuh"
 
 namespace fusedloss::cuda {
@@ -97,7 +97,7 @@ class StagedRows {
 
 // A row in registers: its logits, and then their exponentials.
 template <typename T, TargetKind kTarget, SpreadKind kKind>
-struct RowInRegisters {
+struct RowOfThread {
   using A = AccumulateType<T>;
 
   const RowTarget<T, kTarget>& row;
@@ -105,7 +105,7 @@ struct RowInRegisters {
   const T* const probability;  // null for a class index
   A x[kFewClasses];
 
-  __device__ __forceinline__ RowInRegisters(const RowTarget<T, kTarget>& target, T* logits)
+  __device__ __forceinline__ RowOfThread(const RowTarget<T, kTarget>& target, T* logits)
       : row(target),
         staged(logits),
         probability(is_of_probabilities(kKind)
@@ -165,7 +165,7 @@ struct RowInRegisters {
 };
 
 template <typename T, TargetKind kTarget>
-__global__ void __launch_bounds__(kFewClassesThreads, (min_blocks<T, kTarget>(kFewClassesBounds)))
+__global__ void __launch_bounds__(kFewClassesThreads, (for_target<T, kTarget>(kFewClassesBlocks)))
     forward_few_classes(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   let_next_launch_start();
@@ -175,11 +175,11 @@ __global__ void __launch_bounds__(kFewClassesThreads, (min_blocks<T, kTarget>(kF
     const int64_t number = first + threadIdx.x, target = o.target_at(number);
     block_rows.load();
     wait_for_launch_before();  // for total_weight
-    const A grad_output = o.grad_logits != nullptr ? o.scaled_grad_output(A(1)) : A(0);  // there is none yet
+    const A grad_output = o.grad_logits != nullptr ? o.scale_grad_output(A(1)) : A(0);  // there is none yet
     if (block_rows.has_row()) {
       const RowTarget<T, kTarget> row(o, number, o.class_of(target));
       on_spread<kTarget>(o, [&](auto spread) {
-        RowInRegisters<T, kTarget, decltype(spread)::value> classes(row, block_rows.row());
+        RowOfThread<T, kTarget, decltype(spread)::value> classes(row, block_rows.row());
         const T x_y = classes.logit_of_target();
         const RowState<A> state = classes.statistics();
         const A scale = row.scale_of(state);
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kFewClassesThreads, (min_blocks<T, kTarget>(kF
 }
 
 template <typename T, TargetKind kTarget>
-__global__ void __launch_bounds__(kFewClassesThreads, (min_blocks<T, kTarget>(kFewClassesBounds)))
+__global__ void __launch_bounds__(kFewClassesThreads, (for_target<T, kTarget>(kFewClassesBlocks)))
     backward_few_classes(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   wait_for_launch_before();
@@ -206,10 +206,10 @@ __global__ void __launch_bounds__(kFewClassesThreads, (min_blocks<T, kTarget>(kF
       const RowTarget<T, kTarget> row(o, number, o.class_of(target));
       const A max = static_cast<const A*>(o.row_max)[number], scale = static_cast<const A*>(o.row_scale)[number];
       on_spread<kTarget>(o, [&](auto spread) {
-        RowInRegisters<T, kTarget, decltype(spread)::value> classes(row, block_rows.row());
+        RowOfThread<T, kTarget, decltype(spread)::value> classes(row, block_rows.row());
         const T x_y = classes.logit_of_target();
         classes.compute_exponentials(max);
-        classes.write_gradient(max, scale, o.scaled_grad_output(grad_output_at<T>(o, number)), x_y);
+        classes.write_gradient(max, scale, o.scale_grad_output(grad_output_at<T>(o, number)), x_y);
       });
     }
     block_rows.store();

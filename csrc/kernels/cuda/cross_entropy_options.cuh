@@ -38,7 +38,7 @@ struct TypedOptions : CrossEntropyOptions {
     return sum ? *static_cast<const A*>(sum) : A(classes);
   }
   // What a row's loss is multiplied by: grad_output, which the mean divides. With probabilities each row weighs 1.
-  __device__ __forceinline__ A scaled_grad_output(A grad_output) const {
+  __device__ __forceinline__ A scale_grad_output(A grad_output) const {
     if (reduction != Reduction::kMean) return grad_output;
     return divide_by_total_weight(grad_output,
                                   target_probability ? A(plan.rows) : *static_cast<const A*>(total_weight));
@@ -77,8 +77,7 @@ struct RowTarget {
   __device__ __forceinline__ bool contributes() const { return has_probabilities() || y >= 0; }
   // q of the target class.
   __device__ __forceinline__ A coefficient() const {
-    const A q = math::rounded_product(o.smoothing.kept, w_y);
-    return is_spread(kTarget) ? q + math::rounded_product(o.smoothing.uniform, w_y) : q;
+    return is_spread(kTarget) ? index_coefficient(w_y, o.smoothing) : math::rounded_product(o.smoothing.kept, w_y);
   }
   // row_scale: sum(q) / sum(exp(x - max)).
   __device__ __forceinline__ A scale_of(const RowState<A>& state) const {

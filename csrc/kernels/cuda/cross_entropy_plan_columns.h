@@ -73,7 +73,7 @@ inline bool plan_whole_columns(const CrossEntropyOptions& o, RowPlan& plan) {
   ColumnPlan& c = plan.columns;
   const bool keeps = o.grad_logits != nullptr && c.width > 1;
   const int64_t bytes_of_class = c.width == 1 ? bytes_of(o.dtype) : kept_bytes_of_vector(o);  // of a thread
-  const unsigned most_threads = unsigned(kColumnsBounds.of(o.dtype == DType::kFloat64, target_kind(o)).threads);
+  const unsigned most_threads = unsigned(kColumnThreads.of(o.dtype == DType::kFloat64, target_kind(o)));
   const unsigned least_x = unsigned((keeps ? kKeptBytesAcross : kUnkeptBytesAcross) / (c.width * bytes_of(o.dtype)));
 
   unsigned x = kColumnThreadsAcross, y = 1;
@@ -129,7 +129,7 @@ inline void plan_split_columns(const CrossEntropyOptions& o, RowPlan& plan) {
 
   const int64_t threads = plan.block.x * plan.block.y;
   const int64_t of_multiprocessor =
-      kSplitColumnsBounds.of(o.dtype == DType::kFloat64, target_kind(o)).blocks * kSplitColumnThreads / threads;
+      kSplitColumnsBlocks.of(o.dtype == DType::kFloat64, target_kind(o)) * kSplitColumnThreads / threads;
   const int64_t resident = o.tuning.multiprocessors * of_multiprocessor, groups = divide_up(c.units, plan.block.x);
   const int64_t tiles = divide_up(o.classes, plan.block.y * kMinColumnClasses);
   const auto blocks_of = [&](int64_t waves) { return larger(1, waves * resident / groups); };

@@ -50,13 +50,13 @@ constexpr int kMinBlockThreads = 128;       // of a block that takes a row
 constexpr int64_t kTilesForTwice = 6;       // tiles of a thread, at least, for twice as many threads to take the row
 
 // What a plan of rows is made from.
-struct RowSizes {
+struct RowShape {
   int64_t bytes, vectors;  // of a row
   int64_t tile_vectors;    // of a thread at a time
   bool are_many;           // what a row costs besides its classes, it costs each of its threads: so few take each
   bool keeps;              // the row is kept for the gradient that this pass writes
 
-  RowSizes(const CrossEntropyOptions& o, Pass pass)
+  RowShape(const CrossEntropyOptions& o, Pass pass)
       : bytes(o.classes * bytes_of(o.dtype)),
         vectors(divide_up(bytes, kVectorBytes)),
         tile_vectors(cuda::tile_vectors(target_kind(o))),
@@ -78,12 +78,12 @@ inline bool are_aligned_alike(const CrossEntropyOptions& o) {
          !(o.inner > 1 && differ(o.logits_strides.inner - o.grad_strides.inner));
 }
 
-inline bool fit_lanes(const CrossEntropyOptions& o, const RowSizes& row) {
+inline bool fit_lanes(const CrossEntropyOptions& o, const RowShape& row) {
   const int64_t most = o.tuning.warp_bytes;
   return row.bytes <= (!row.are_many ? most / kFewRowsLaneDivisor : row.keeps ? most : kNoGradientFactor * most);
 }
 
-inline RowPlan plan_lane_rows(const CrossEntropyOptions& o, Pass pass, const RowSizes& row) {
+inline RowPlan plan_lane_rows(const CrossEntropyOptions& o, Pass pass, const RowShape& row) {
   const CudaTuning& t = o.tuning;
   // A gradient takes the row's vectors once more, so that they should lie in registers.
   const bool in_registers = row.keeps || row.vectors <= kFewLanes * t.lane_vectors;
@@ -100,7 +100,7 @@ inline RowPlan plan_lane_rows(const CrossEntropyOptions& o, Pass pass, const Row
 }
 
 // The threads of each of the `blocks` that share a row.
-inline dim3 threads_of_row(const CrossEntropyOptions& o, const RowSizes& row, int blocks) {
+inline dim3 threads_of_row(const CrossEntropyOptions& o, const RowShape& row, int blocks) {
   // Without a gradient, many threads only where there are too few rows to fill the device otherwise.
   const bool many = row.keeps ? o.target_probability == nullptr
                               : o.rows() < kFullDeviceBlocks * o.tuning.multiprocessors;
@@ -120,7 +120,7 @@ inline int64_t split_blocks(const CrossEntropyOptions& o) {
   return blocks;
 }
 
-inline RowPlan plan_split_rows(const CrossEntropyOptions& o, Pass pass, const RowSizes& row) {
+inline RowPlan plan_split_rows(const CrossEntropyOptions& o, Pass pass, const RowShape& row) {
   RowPlan plan;
   plan.kernel = pass == Pass::kForward ? RowKernel::kSplitRows : RowKernel::kBackwardRows;
   plan.blocks = int(split_blocks(o));
@@ -129,7 +129,7 @@ inline RowPlan plan_split_rows(const CrossEntropyOptions& o, Pass pass, const Ro
 }
 
 // A block takes a row; or a cluster of blocks does, as large as it takes to keep the row in shared memory.
-inline RowPlan plan_block_rows(const CrossEntropyOptions& o, Pass pass, const RowSizes& row) {
+inline RowPlan plan_block_rows(const CrossEntropyOptions& o, Pass pass, const RowShape& row) {
   const CudaTuning& t = o.tuning;
   const int64_t kept_bytes = row.vectors * kept_bytes_of_vector(o);
   RowPlan plan;
@@ -142,7 +142,7 @@ inline RowPlan plan_block_rows(const CrossEntropyOptions& o, Pass pass, const Ro
 }
 
 // Gives all tiles of a row slots in shared memory if there is room, else as many whole tiles as there is room for.
-inline void plan_slots(const CrossEntropyOptions& o, const RowSizes& row, RowPlan& plan) {
+inline void plan_slots(const CrossEntropyOptions& o, const RowShape& row, RowPlan& plan) {
   const int64_t of_thread = divide_up(row.vectors, int64_t(plan.block.x) * plan.blocks);
   const int64_t slot_bytes = kept_bytes_of_vector(o) * plan.block.x * plan.block.y;
   const int64_t room = o.tuning.kept_bytes / slot_bytes;
@@ -153,7 +153,7 @@ inline void plan_slots(const CrossEntropyOptions& o, const RowSizes& row, RowPla
 }
 
 inline RowPlan plan_rows(const CrossEntropyOptions& o, Pass pass) {
-  const RowSizes row(o, pass);
+  const RowShape row(o, pass);
   RowPlan plan = fit_lanes(o, row)       ? plan_lane_rows(o, pass, row)
                  : split_blocks(o) > 1   ? plan_split_rows(o, pass, row)
                                          : plan_block_rows(o, pass, row);

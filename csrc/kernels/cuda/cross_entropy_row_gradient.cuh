@@ -9,7 +9,7 @@
 
 #include "kernels/cuda/cross_entropy_row.cuh"
 #include "kernels/cuda/cross_entropy_shifted_stores.cuh"
-#include "kernels/cuda/grad_output.cuh"
+#include "kernels/cuda/loss_values.cuh"
 #include "kernels/cuda/vec.cuh"
 
 namespace fusedloss::cuda {
@@ -21,7 +21,7 @@ struct GradientFactors {
   A scale_times_grad_output, uniform_times_grad_output;
 };
 
-// grad_output: scaled, see TypedOptions::scaled_grad_output.
+// grad_output: scaled, see TypedOptions::scale_grad_output.
 template <typename T, typename A>
 __device__ __forceinline__ GradientFactors<A> gradient_factors(const TypedOptions<T>& o, A max, A scale,
                                                                A grad_output) {
@@ -148,7 +148,7 @@ __device__ __forceinline__ void write_row_of_zeros(const Row<T, kTarget>& row, c
 template <bool kShifted, typename T, TargetKind kTarget, typename A>
 __device__ __forceinline__ void write_row(const Row<T, kTarget>& row, A max, A scale, const ThreadRange<T>& range) {
   if (!row.contributes()) return write_row_of_zeros(row, range);
-  const A g = row.o.scaled_grad_output(grad_output_at<T>(row.o, row.number));
+  const A g = row.o.scale_grad_output(grad_output_at<T>(row.o, row.number));
   // Only the thread that writes the target class reads its logit: the gradient may be written over the logits.
   const T x_y = has_target(row, range) ? row.logits[row.y * row.o.logits_strides.classes] : T();
   write_gradient(row, gradient_factors(row.o, max, scale, g), range, x_y, [&](const GradientFactors<A>& factors) {

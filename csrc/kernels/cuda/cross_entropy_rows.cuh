@@ -6,7 +6,7 @@
 #include "kernels/cuda/cross_entropy_row_gradient.cuh"
 #include "kernels/cuda/cross_entropy_row_loss.cuh"
 #include "kernels/cuda/cross_entropy_row_pipeline.cuh"
-#include "kernels/cuda/grad_output.cuh"
+#include "kernels/cuda/loss_values.cuh"
 #include "kernels/cuda/reduce.cuh"
 
 namespace fusedloss::cuda {
@@ -14,7 +14,7 @@ namespace {  // internal linkage: the compiler then gives shared memory addresse
 constexpr int kMaxRowsOfBlock = kLaneBlockThreads;  // where each is taken by one lane
 
 template <typename T, TargetKind kTarget, bool kShifted>
-constexpr int kRowsMinBlocks = min_blocks<T, kTarget>(kRowsBounds<kShifted>);
+constexpr int kRowsMinBlocks = for_target<T, kTarget>(kRowsBlocks<kShifted>);
 
 // A row's loss and its gradient: lanes of a warp, a block or a cluster of blocks take the row, and keep it in shared
 // memory.
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kRowThreads, (kRowsMinBlocks<T, kTarget, kShif
     if (is_row && thread == 0) store_row_result(row, state, scale, x_y, sums[threadIdx.y]);
     wait_for_launch_before();  // for total_weight
     if (contributes) {
-      const A g = o.scaled_grad_output(A(1));  // there is no grad_output yet
+      const A g = o.scale_grad_output(A(1));  // there is no grad_output yet
       write_gradient(row, gradient_factors(o, state.max, scale, g), range, x_y, [&](const GradientFactors<A>& factors) {
         pipeline.template write_row_vectors<kShifted>(row, factors, range, next);
       });
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kRowThreads, (kRowsMinBlocks<T, kTarget, kShif
 // The same where no gradient is written: every class is read once, and nothing is kept, which leaves registers and
 // shared memory for more threads. Of split rows, each block has a part, and stores its statistics.
 template <typename T, TargetKind kTarget>
-__global__ void __launch_bounds__(kRowThreads, (min_blocks<T, kTarget>(kLossOnlyBounds)))
+__global__ void __launch_bounds__(kRowThreads, (for_target<T, kTarget>(kLossOnlyBlocks)))
     forward_rows_loss_only(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   const RowPlan& plan = o.plan;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kRowThreads, (min_blocks<T, kTarget>(kLossOnly
 // that the row is read once.
 template <typename T, TargetKind kTarget, bool kShifted>
 __global__ void __launch_bounds__(kLaneBlockThreads,
-                                  (min_blocks<T, kTarget>(kRegisterRowsBounds<T, kShifted>)))
+                                  (for_target<T, kTarget>(kRegisterRowsBlocks<T, kShifted>)))
     forward_rows_in_registers(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   __shared__ LossAccumulator sums[kMaxRowsOfBlock];  // a row's first lane has one for itself
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kLaneBlockThreads,
       write_row_of_zeros(row, range);
       continue;
     }
-    const A g = o.scaled_grad_output(A(1));  // there is no grad_output yet
+    const A g = o.scale_grad_output(A(1));  // there is no grad_output yet
     write_gradient(row, gradient_factors(o, state.max, scale, g), range, x_y, [&](const GradientFactors<A>& factors) {
       on_spread<kTarget>(o, [&](auto spread) { write_tile<decltype(spread)::value, kShifted>(row, factors, tile, 0); });
     });

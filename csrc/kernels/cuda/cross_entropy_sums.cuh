@@ -5,24 +5,12 @@
 #include "kernels/cuda/cross_entropy_options.cuh"
 #include "kernels/cuda/cross_entropy_row.cuh"
 #include "kernels/cuda/cross_entropy_row_loss.cuh"
+#include "kernels/cuda/loss_values.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vec.cuh"
 
 namespace fusedloss::cuda {
 // ---- The loss, after the rows
-
-// Stores the mean or the sum of all rows' losses.
-template <typename T>
-__device__ __forceinline__ void store_reduced_loss(const CrossEntropyOptions& o, const LossSum& sum) {
-  const bool mean = o.reduction == Reduction::kMean;
-  const double loss[1] = {mean ? divide_by_total_weight(sum.loss, sum.total_weight) : sum.loss};
-  store_loss<T>(o.loss, o.loss_dtype != o.dtype, 0, loss);
-}
-
-template <typename T>
-__device__ __forceinline__ void store_total_weight(const CrossEntropyOptions& o, double sum) {
-  *static_cast<AccumulateType<T>*>(o.total_weight) = AccumulateType<T>(sum);
-}
 
 // One block: adds up the sums of the rows' blocks. has_total_weight: another kernel has stored it.
 template <typename T>

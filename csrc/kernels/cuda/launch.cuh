@@ -1,5 +1,5 @@
 // How a kernel is launched and chosen, and what the device has. tests/cuda_emulator, which executes kernels on a CPU,
-// defines FUSEDLOSS_LAUNCH and FUSEDLOSS_PREPARE for itself; no kernel knows of it.
+// defines FUSEDLOSS_LAUNCH and FUSEDLOSS_PREPARE for itself; only this file and cluster.cuh know of it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,6 @@
 #include <map>
 #include <mutex>
 #include <tuple>
-#include <type_traits>
 
 #include "kernels/integers.h"
 #include "kernels/options.h"

@@ -5,7 +5,7 @@
 // the rows' elements into it while the tile is in the cache.
 #include "kernels/cuda/nll_loss_cuda.h"
 
-#include "kernels/cuda/grad_output.cuh"
+#include "kernels/cuda/loss_values.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vec.cuh"
 #include "kernels/formulas/nll_loss-inl.h"
@@ -19,27 +19,27 @@ constexpr int kRowsAtOnce = 4;           // of a thread, whose loads are under w
 constexpr int64_t kTileElements = 8192;  // of a block
 
 template <typename T>
-struct TypedOptions : NLLLossOptions {
+struct TypedNLLLossOptions : NLLLossOptions {
   using A = AccumulateType<T>;
 
   // The target class of a row, or -1 for a row that adds nothing.
   __device__ __forceinline__ int64_t class_of(int64_t row) const {
-    const int64_t y = target[row];
+    const int64_t y = target_index[row];
     return y == ignore_index || y < 0 || y >= classes ? -1 : y;
   }
   __device__ __forceinline__ A weight_of(int64_t y) const { return weight ? static_cast<const A*>(weight)[y] : A(1); }
-
-  __device__ __forceinline__ void store_reduced_loss(const LossSum& sum) const {
-    const bool mean = reduction == Reduction::kMean;
-    const double of_all[1] = {mean ? divide_by_total_weight(sum.loss, sum.total_weight) : sum.loss};
-    store_loss<T>(loss, loss_dtype != dtype, 0, of_all);
-    if (mean) *static_cast<A*>(total_weight) = A(sum.total_weight);
-  }
 };
+
+// Stores what all rows' sums come to.
+template <typename T>
+__device__ __forceinline__ void store_result(const TypedNLLLossOptions<T>& o, const LossSum& sum) {
+  store_reduced_loss<T>(o, sum);
+  if (o.reduction == Reduction::kMean) store_total_weight<T>(o, sum.total_weight);
+}
 
 // One block is enough for ptxas, which else spills a register on sm_100 to make room for a few more.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) gather(const TypedOptions<T> o) {
+__global__ void __launch_bounds__(kThreads, 1) gather(const TypedNLLLossOptions<T> o) {
   const int64_t rows = o.outer * o.inner, step = int64_t(gridDim.x) * blockDim.x;
   double loss_sum = 0, total_weight = 0;
   let_next_launch_start();
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 1) gather(const TypedOptions<T> o) {
         loss[0] = nll_loss_value(double(widen(x[k])), w);
         loss_sum += loss[0];
         total_weight += w;
-      } else if (o.target[row] != o.ignore_index) {
+      } else if (o.target_index[row] != o.ignore_index) {
         bad_target = true;
       }
       if (o.reduction == Reduction::kNone) store_loss<T>(o.loss, o.loss_dtype != o.dtype, row, loss);
@@ -79,16 +79,16 @@ __global__ void __launch_bounds__(kThreads, 1) gather(const TypedOptions<T> o) {
   if (o.reduction == Reduction::kNone) return;
   const LossSum sum = block_sum(LossSum{loss_sum, total_weight});
   if (threadIdx.x != 0) return;
-  if (gridDim.x == 1) o.store_reduced_loss(sum);
+  if (gridDim.x == 1) store_result(o, sum);
   else static_cast<LossSum*>(o.scratch)[blockIdx.x] = sum;
 }
 
 // One block: the blocks' sums in a fixed order.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads) finish_loss(const TypedOptions<T> o, int blocks) {
+__global__ void __launch_bounds__(kSumThreads) finish_loss(const TypedNLLLossOptions<T> o, int blocks) {
   wait_for_launch_before();
   const LossSum sum = sum_of_blocks<LossSum>(o.scratch, blocks);
-  if (threadIdx.x == 0) o.store_reduced_loss(sum);
+  if (threadIdx.x == 0) store_result(o, sum);
 }
 
 template <int kWidth, typename T>
@@ -100,7 +100,7 @@ __device__ __forceinline__ void fill_zeros(T* p, const VectorizedRange<T, int>& 
 
 // threadIdx.x: along a run of neighbours; threadIdx.y: the run.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) scatter(const TypedOptions<T> o, const Tiling tiling) {
+__global__ void __launch_bounds__(kThreads) scatter(const TypedNLLLossOptions<T> o, const Tiling tiling) {
   using A = AccumulateType<T>;
   T* const grad = static_cast<T*>(o.grad_input);
   const A total_weight = o.reduction == Reduction::kMean ? *static_cast<const A*>(o.total_weight) : A(1);
@@ -147,9 +147,9 @@ cudaError_t nll_loss_forward(const NLLLossOptions& given, cudaStream_t stream) {
   const unsigned grid = grid_of(o);
   return on_dtype(o.dtype, [&](auto zero) {
     using T = decltype(zero);
-    error = launch(gather<T>, {grid, kThreads}, stream, TypedOptions<T>{o});
+    error = launch(gather<T>, {grid, kThreads}, stream, TypedNLLLossOptions<T>{o});
     if (error != cudaSuccess || per_row || grid == 1) return error;
-    return launch(finish_loss<T>, after_launch(o, 1, kSumThreads), stream, TypedOptions<T>{o}, int(grid));
+    return launch(finish_loss<T>, after_launch(o, 1, kSumThreads), stream, TypedNLLLossOptions<T>{o}, int(grid));
   });
 }
 
@@ -163,7 +163,7 @@ cudaError_t nll_loss_backward(const NLLLossOptions& o, cudaStream_t stream) {
   const unsigned grid = unsigned(smaller(tiling.count, o.tuning.max_blocks));
   return on_dtype(o.dtype, [&](auto zero) {
     using T = decltype(zero);
-    return launch(scatter<T>, {grid, block}, stream, TypedOptions<T>{o}, tiling);
+    return launch(scatter<T>, {grid, block}, stream, TypedNLLLossOptions<T>{o}, tiling);
   });
 }
 

@@ -5,7 +5,7 @@
 // thread, and every tensor is read or written once.
 #pragma once
 
-#include "kernels/cuda/grad_output.cuh"
+#include "kernels/cuda/loss_values.cuh"
 #include "kernels/cuda/math.cuh"
 #include "kernels/cuda/pointwise_formula.h"
 #include "kernels/cuda/reduce.cuh"

@@ -23,7 +23,7 @@ __device__ __forceinline__ A lanes_sum(A value, int lanes = kWarp) {
 }
 
 template <typename A>
-__device__ __forceinline__ A lanes_max(A value, int lanes = kWarp) {
+__device__ __forceinline__ A lanes_max(A value, int lanes) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2)
     if (distance < lanes) value = math::max(value, __shfl_xor_sync(kAllLanes, value, distance));
@@ -32,7 +32,7 @@ __device__ __forceinline__ A lanes_max(A value, int lanes = kWarp) {
 
 // Moving each lane to the common maximum first takes one exp a lane; merging lanes in pairs would take ten.
 template <bool kSpread, typename A>
-__device__ __forceinline__ RowState<A> lanes_merge(RowState<A> state, int lanes = kWarp) {
+__device__ __forceinline__ RowState<A> lanes_merge(RowState<A> state, int lanes) {
   state = rescale(state, lanes_max(state.max, lanes));
   state.sum = lanes_sum(state.sum, lanes);
   if constexpr (kSpread) {

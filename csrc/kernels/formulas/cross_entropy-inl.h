@@ -1,4 +1,4 @@
-// Cross entropy as arithmetic on scalars, for both devices.
+// Cross entropy as arithmetic on scalars or vectors, for both devices.
 //
 // With logits x, m = max(x), sum = sum(exp(x - m)), logsum = log(sum), softmax p = exp(x - m) / sum, and a target
 // distribution q over the classes (weights and smoothing folded in):
@@ -106,7 +106,13 @@ FUSEDLOSS_INLINE V probability_coefficient(V t, V w, Smoothing<A> s) {
   return w * (s.kept * t + s.uniform);
 }
 
-// sum(q) of a class-index target whose class has weight w_y.
+// q of the target class of a class-index target, whose weight is w_y.
+template <typename A>
+FUSEDLOSS_INLINE A index_coefficient(A w_y, Smoothing<A> s) {
+  return math::rounded_product(s.kept, w_y) + math::rounded_product(s.uniform, w_y);
+}
+
+// sum(q) of such a target.
 template <typename A>
 FUSEDLOSS_INLINE A index_mass(A w_y, A weight_sum, Smoothing<A> s) {
   return math::rounded_product(s.kept, w_y) + math::rounded_product(s.uniform, weight_sum);

@@ -13,8 +13,6 @@
 #endif
 
 #include <cmath>
-#include <type_traits>
-#include <utility>
 
 #include "kernels/formulas/dual-inl.h"
 

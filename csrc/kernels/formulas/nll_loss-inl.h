@@ -8,7 +8,7 @@
 #define FUSEDLOSS_NLL_LOSS_INL
 #endif
 
-#include "kernels/formulas/cross_entropy-inl.h"
+#include "kernels/device_math-inl.h"
 
 FUSEDLOSS_BEGIN_NAMESPACE
 

@@ -1,9 +1,24 @@
-// What a loss is multiplied by in the backward pass, for both kinds of options.
+// The reduced loss, and what a loss is multiplied by in the backward pass, of any loss's options.
 #pragma once
 
+#include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vec.cuh"
+#include "kernels/formulas/cross_entropy-inl.h"
 
 namespace fusedloss::cuda {
+
+// Stores the mean or the sum of all rows' losses.
+template <typename T, typename Options>
+__device__ __forceinline__ void store_reduced_loss(const Options& o, const LossSum& sum) {
+  const bool mean = o.reduction == Reduction::kMean;
+  const double loss[1] = {mean ? divide_by_total_weight(sum.loss, sum.total_weight) : sum.loss};
+  store_loss<T>(o.loss, o.loss_dtype != o.dtype, 0, loss);
+}
+
+template <typename T, typename Options>
+__device__ __forceinline__ void store_total_weight(const Options& o, double sum) {
+  *static_cast<AccumulateType<T>*>(o.total_weight) = AccumulateType<T>(sum);
+}
 
 template <typename T, typename Options>
 __device__ __forceinline__ AccumulateType<T> grad_output_at(const Options& o, int64_t i) {

@@ -1,10 +1,10 @@
-// A tile of neighbouring rows that lie side by side: what it knows of its target classes, and the end of its rows. A
+// A chunk of neighbouring rows that lie side by side: what it knows of its target classes, and the end of its rows. A
 // vector holds one class of a group of neighbouring rows.
-#if defined(FUSEDLOSS_CROSS_ENTROPY_COLUMN_TILE_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
-#ifdef FUSEDLOSS_CROSS_ENTROPY_COLUMN_TILE_INL
-#undef FUSEDLOSS_CROSS_ENTROPY_COLUMN_TILE_INL
+#if defined(FUSEDLOSS_CROSS_ENTROPY_COLUMN_CHUNK_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
+#ifdef FUSEDLOSS_CROSS_ENTROPY_COLUMN_CHUNK_INL
+#undef FUSEDLOSS_CROSS_ENTROPY_COLUMN_CHUNK_INL
 #else
-#define FUSEDLOSS_CROSS_ENTROPY_COLUMN_TILE_INL
+#define FUSEDLOSS_CROSS_ENTROPY_COLUMN_CHUNK_INL
 #endif
 
 #include <algorithm>
@@ -15,16 +15,16 @@
 
 FUSEDLOSS_BEGIN_NAMESPACE
 
-// Up to kColumnTile neighbouring rows, and within them groups of as many as a vector holds.
+// Up to kColumnChunk neighbouring rows, and within them groups of as many as a vector holds.
 template <typename T>
-struct ColumnTile {
+struct ColumnChunk {
   int64_t row;    // the first one's number
   int n;          // how many
   const T* x;     // [classes, n], classes logits_strides.classes apart
   const T* t;     // [classes, n], classes target_strides.classes apart; probabilities only
-  T* grad;        // [classes, n], classes grad_strides.classes apart; backward only
+  T* grad;        // [classes, n], classes grad_strides.classes apart; null where it is not wanted
 
-  ColumnTile(const TypedOptions<T>& p, ChunkRange range)
+  ColumnChunk(const TypedOptions<T>& p, ChunkRange range)
       : row(range.outer * p.o.inner + range.begin),
         n(int(range.end - range.begin)),
         x(p.logits + range.outer * p.o.logits_strides.outer + range.begin),
@@ -37,19 +37,19 @@ struct ColumnTile {
 // q of class c for the group that starts at column i, without the target class's own part; of a smoothed target in
 // units of smoothing.uniform.
 template <bool kWhole, typename T, bool kSpread>
-FUSEDLOSS_INLINE VectorOf<T> column_coefficients(const TypedOptions<T>& p, const ColumnTile<T>& tile, int64_t c,
+FUSEDLOSS_INLINE VectorOf<T> column_coefficients(const TypedOptions<T>& p, const ColumnChunk<T>& columns, int64_t c,
                                                  int i) {
   using V = VectorOf<T>;
   if constexpr (!kSpread) return V{};
   const V w = V{} + p.weight_of(c);
   if (has_class<kSpread>(p)) return w;
-  return probability_coefficient(load_lanes<kWhole>(tile.t + c * p.o.target_strides.classes + i, tile.n - i), w,
+  return probability_coefficient(load_lanes<kWhole>(columns.t + c * p.o.target_strides.classes + i, columns.n - i), w,
                                  p.smoothing);
 }
 
 // ---- target classes
 
-// The target class of each of a tile's rows, and -1 for what adds nothing: rows that are ignored or whose class does
+// The target class of each of a chunk's rows, and -1 for what adds nothing: rows that are ignored or whose class does
 // not exist, and what follows the last row in its group. 0 for a row whose target is probabilities.
 template <typename T>
 struct TargetClasses {
@@ -58,7 +58,7 @@ struct TargetClasses {
 
   typedef Index Narrow __attribute__((vector_size(Simd<double>::kLanes * sizeof(Index))));  // as many as in a DoubleI
 
-  alignas(64) Index y[kColumnTile];
+  alignas(64) Index y[kColumnChunk];
   bool all_count = true;
 
   FUSEDLOSS_INLINE typename Simd<A>::I group(int i) const {
@@ -69,26 +69,26 @@ struct TargetClasses {
 };
 
 template <typename T, bool kSpread>
-FUSEDLOSS_INLINE void read_target_classes(const TypedOptions<T>& p, const ColumnTile<T>& tile,
+FUSEDLOSS_INLINE void read_target_classes(const TypedOptions<T>& p, const ColumnChunk<T>& columns,
                                           TargetClasses<T>& classes) {
   using Index = typename TargetClasses<T>::Index;
   using Narrow = typename TargetClasses<T>::Narrow;
-  for (int i = tile.n; i % kLanesOf<T> != 0; ++i) classes.y[i] = -1;
+  for (int i = columns.n; i % kLanesOf<T> != 0; ++i) classes.y[i] = -1;
   if (!has_class<kSpread>(p)) {
-    std::fill_n(classes.y, tile.n, Index(0));
+    std::fill_n(classes.y, columns.n, Index(0));
     return;
   }
   DoubleI some = {};  // negative where a row does not count
-  for_each_vector<double>(0, tile.n, [&](auto whole, int begin) __attribute__((always_inline)) {
+  for_each_vector<double>(0, columns.n, [&](auto whole, int begin) __attribute__((always_inline)) {
     if constexpr (whole) {
-      const DoubleI y = p.target_classes(tile.row + begin);
-      __builtin_prefetch(p.o.target_index + tile.row + begin + kColumnTile);
+      const DoubleI y = p.target_classes(columns.row + begin);
+      __builtin_prefetch(p.o.target_index + columns.row + begin + kColumnChunk);
       const Narrow narrow = __builtin_convertvector(y, Narrow);
       __builtin_memcpy(classes.y + begin, &narrow, sizeof narrow);
       some |= y;
     } else {
-      for (int i = begin; i < tile.n; ++i) {
-        classes.y[i] = p.row_counts(tile.row + i) ? Index(p.o.target_index[tile.row + i]) : Index(-1);
+      for (int i = begin; i < columns.n; ++i) {
+        classes.y[i] = p.row_counts(columns.row + i) ? Index(p.o.target_index[columns.row + i]) : Index(-1);
         classes.all_count &= classes.y[i] >= 0;
       }
     }
@@ -104,14 +104,14 @@ struct GroupTarget {
 };
 
 template <typename T, bool kSpread>
-FUSEDLOSS_INLINE GroupTarget<T> gather_target(const TypedOptions<T>& p, const ColumnTile<T>& tile,
+FUSEDLOSS_INLINE GroupTarget<T> gather_target(const TypedOptions<T>& p, const ColumnChunk<T>& columns,
                                               const TargetClasses<T>& classes, int i) {
   using A = AccumulateType<T>;
   alignas(64) A x[kLanesOf<T>] = {}, w[kLanesOf<T>] = {};
   for (int lane = 0; has_class<kSpread>(p) && lane < kLanesOf<T>; ++lane) {
     const int64_t y = classes.y[i + lane];
     if (y < 0) continue;
-    x[lane] = load_one(tile.x + i + lane + y * p.o.logits_strides.classes);
+    x[lane] = load_one(columns.x + i + lane + y * p.o.logits_strides.classes);
     w[lane] = p.weight_of(y);
   }
   return {classes.group(i), load(x), load(w)};
@@ -121,13 +121,13 @@ FUSEDLOSS_INLINE GroupTarget<T> gather_target(const TypedOptions<T>& p, const Co
 
 // From the sums over all classes to the losses and statistics of a group of rows. Returns what is the rows' row_scale.
 template <bool kWhole, typename T, bool kSpread>
-FUSEDLOSS_INLINE VectorOf<T> finish_group(const TypedOptions<T>& p, const ColumnTile<T>& tile, int i,
+FUSEDLOSS_INLINE VectorOf<T> finish_group(const TypedOptions<T>& p, const ColumnChunk<T>& columns, int i,
                                           RowState<VectorOf<T>> s, const GroupTarget<T>& target,
                                           CompensatedSum<DoubleV>& loss_sum) {
   using A = AccumulateType<T>;
   using V = typename Simd<A>::V;
-  const int n = tile.n - i;
-  const int64_t row = tile.row + i;
+  const int n = columns.n - i;
+  const int64_t row = columns.row + i;
   // What adds nothing has a loss of 0, whatever its logits are.
   s.max = target.y < 0 ? V{} : s.max;
   s.sum = target.y < 0 ? V{} + 1 : s.sum;
