@@ -27,8 +27,8 @@ struct Saved {
   OptionalTensor weight;
   at::Tensor total_weight;
   int64_t reduction, ignore_index;
-  at::ScalarType dtype;                 // of input and of its gradient
-  std::vector<int64_t> sizes, strides;  // of the gradient
+  at::ScalarType dtype;       // of input and of its gradient
+  Dimensions sizes, strides;  // of the gradient
 
   // In one entry of saved_data: each costs as much as a small loss does.
   void pack(AutogradContext* ctx) const {
@@ -91,15 +91,8 @@ class NLLLoss : public torch::autograd::Function<NLLLoss> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             const OptionalTensor& weight, int64_t reduction, int64_t ignore_index) {
     const auto [loss, total_weight] = run_forward(input, {target, weight, reduction, ignore_index});
-    const auto strides = gradient_strides(input);
-    Saved{target,
-          weight,
-          total_weight,
-          reduction,
-          ignore_index,
-          input.scalar_type(),
-          input.sizes().vec(),
-          {strides.begin(), strides.end()}}
+    const Dimensions sizes(input.sizes().begin(), input.sizes().end());
+    Saved{target, weight, total_weight, reduction, ignore_index, input.scalar_type(), sizes, gradient_strides(input)}
         .pack(ctx);
     return loss;
   }

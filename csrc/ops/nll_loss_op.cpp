@@ -104,7 +104,7 @@ bool nll_loss_covers(const at::Tensor& input, const NLLLossCall& call) {
   return !(input.dim() == 1 && call.target.dim() == 1 && call.target.numel() == 1);  // torch takes it for ()
 }
 
-c10::SmallVector<int64_t, 8> gradient_strides(const at::Tensor& input) {
+Dimensions gradient_strides(const at::Tensor& input) {
   if (input.is_non_overlapping_and_dense()) return {input.strides().begin(), input.strides().end()};
   const at::Tensor dense = at::_ops::empty_like::call(input, {}, {}, {}, {}, {});  // of which no page is touched
   return {dense.strides().begin(), dense.strides().end()};

@@ -26,6 +26,8 @@ struct NLLLossResult {
 // input: log-probabilities, (C), (N, C) or (N, C, d1, …).
 NLLLossResult nll_loss_forward(const at::Tensor& input, const NLLLossCall& call, bool autocast);
 
+using Dimensions = c10::SmallVector<int64_t, 8>;
+
 // What the gradient is like.
 struct GradientGeometry {
   at::IntArrayRef sizes;    // input's
@@ -38,6 +40,6 @@ at::Tensor nll_loss_backward(const at::Tensor& grad_output, const NLLLossCall& c
                              const GradientGeometry& geometry);
 
 // The strides that at::empty_like(input) has.
-c10::SmallVector<int64_t, 8> gradient_strides(const at::Tensor& input);
+Dimensions gradient_strides(const at::Tensor& input);
 
 }  // namespace fusedloss
