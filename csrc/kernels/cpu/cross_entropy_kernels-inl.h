@@ -76,7 +76,8 @@ void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   const TypedOptions<T> p(o);
   for (int64_t k = begin; k < end; ++k) {
     ChunkResult& result = static_cast<ChunkResult*>(o.scratch)[k];
-    if (o.total_weight == nullptr || sums_target_weights_in_forward(o)) result = {};  // else the weights are in it
+    const bool has_target_weights = o.total_weight != nullptr && o.grad_logits != nullptr;  // of sum_target_weights
+    if (!has_target_weights) result = {};
     if (sums_target_weights_in_forward(o)) sum_target_weights_of_chunk(p, k);
     if (in_rows(o)) {
       forward_rows<T, kSpread>(p, chunk_range(o, k), chunk_range(o, end - 1).end, result);
