@@ -18,7 +18,7 @@ from torch.nn import Parameter, _reduction
 from torch.overrides import _get_current_function_mode_stack, handle_torch_function, has_torch_function_variadic
 
 from . import _backend, ops
-from .pointwise_registry import has_kernels, number_of
+from .pointwise_registry import is_compiled_for, number_of
 
 NUMBER = (int, float)  # not int | float: the compiler of torch 2.6 knows no unions
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -161,7 +161,7 @@ def fused(
             return None  # the compiler calls torch's function, whose warning it lets through
         operands = _broadcast(name, operands)
         loss = _by_kernels(name, operands, *options) if eager else None
-    if loss is None and _can_be_ops(name, operands):
+    if loss is None and _pointwise_op_covers(name, operands):
         loss = ops.pointwise(operands, name, *options)
     if warns and not have_one_shape and loss is not None:
         input, target = given
@@ -178,10 +178,10 @@ def _by_kernels(name: str, operands: Sequence[Tensor], *options: Any) -> Tensor 
     return _backend.extension().pointwise(number_of(name), operands, *options)
 
 
-def _can_be_ops(name: str, operands: Sequence[Tensor]) -> bool:
-    """Is this call of one shape the registered op's? What torch promotes is left to torch."""
+def _pointwise_op_covers(name: str, operands: Sequence[Tensor]) -> bool:
+    """Does the registered op compute this call of operands of one shape? What torch promotes is left to torch."""
     have_one_dtype = all(operand.dtype == operands[0].dtype for operand in operands[1:])
-    return have_one_dtype and _can_be_saved(operands) and has_kernels(name, operands[0].device.type)
+    return have_one_dtype and _can_be_saved(operands) and is_compiled_for(name, operands[0].device.type)
 
 
 def _can_be_saved(operands: Sequence[Tensor]) -> bool:

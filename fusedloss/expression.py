@@ -442,7 +442,7 @@ def to_torch(expression: Expression, arguments: Sequence[str]) -> Callable[..., 
     signature = ast.arguments(posonlyargs=parameters, args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
     source = ast.Expression(ast.Lambda(signature, _torch_tree(expression.tree)))
     code = compile(ast.fix_missing_locations(source), "<custom_loss>", "eval")
-    # torch, called under a dispatch mode, imports by the builtins of its caller. No expression has a name for that.
+    # Under a dispatch mode, torch's functions import by the builtins of their caller. No expression can name those.
     builtins = {"__import__": __import__}
     formula = eval(code, {"__builtins__": builtins, _function("tensor"): _tensor, **_TORCH_FUNCTIONS})
 

@@ -28,7 +28,7 @@ class PointwiseLoss:
 
 _losses: dict[str, PointwiseLoss] = {}
 _numbers: dict[ModuleType, dict[str, int]] = {}
-_without_cuda: set[str] = set()  # those that were compiled, but not for CUDA
+_without_cuda: set[tuple[ModuleType, str]] = set()  # those that an extension was given without a formula for CUDA
 
 
 def add(loss: PointwiseLoss) -> None:
@@ -49,18 +49,18 @@ def number_of(name: str) -> int:
                 loss = _losses[name]
                 on_cpu, on_cuda = loss.formulas()
                 if on_cpu != 0 and on_cuda == 0:
-                    _without_cuda.add(name)
+                    _without_cuda.add((extension, name))
                 number = numbers[name] = extension.add_pointwise_loss(name, loss.operands, on_cpu, on_cuda)
     return number
 
 
-def has_kernels(name: str, device_type: str) -> bool:
-    """Is the loss compiled for this type of device? One of a user's own is not where nvcc or a GPU is missing."""
+def is_compiled_for(name: str, device_type: str) -> bool:
+    """Is the loss compiled for this type of device? A user's own is not compiled for CUDA without nvcc or a GPU."""
     number_of(name)
-    return device_type != "cuda" or name not in _without_cuda
+    return device_type != "cuda" or (_backend.extension(), name) not in _without_cuda
 
 
-has_kernels._dynamo_marked_constant = True  # as _dispatch._has_kernels
+is_compiled_for._dynamo_marked_constant = True  # the compiler calls it, instead of tracing it
 
 
 def composed(

@@ -302,7 +302,7 @@ def test_memory_that_was_freed_of_the_registered_ops(device):
                     op(*arguments[:i], freed, *arguments[i + 1 :])
 
 
-# The registered ops are public, and nobody judges beforehand whether the kernels cover a call of them.
+# Users may call the registered ops themselves: nothing has then judged whether the kernels cover the call.
 REGISTERED = {
     "probabilities of fewer bytes": ("cross_entropy", (x(64, 50), torch.rand(64, 50).bfloat16()), ["target", "dtype"]),
     "probabilities of more bytes": ("cross_entropy", (x(4, 3), torch.rand(4, 3).double()), ["target", "dtype"]),

@@ -108,11 +108,11 @@ def test_a_custom_loss_without_kernels_for_the_device(monkeypatch):
     criterion = fusedloss.custom_loss("log(cosh(input - target))")
     input, target = torch.randn(3, 4), torch.randn(4)
     expected = criterion(input, target)
-    for has_kernels in (True, False):
-        monkeypatch.setattr(_dispatch, "has_kernels", lambda name, device_type, has=has_kernels: has)
+    for is_compiled in (True, False):
+        monkeypatch.setattr(_dispatch, "is_compiled_for", lambda name, device_type, answer=is_compiled: answer)
         with Looking() as looking:
             torch.testing.assert_close(criterion(input, target), expected)
-        assert ("fusedloss.pointwise_forward" in looking.seen) == has_kernels
+        assert ("fusedloss.pointwise_forward" in looking.seen) == is_compiled
 
 
 def test_logits_without_classes():

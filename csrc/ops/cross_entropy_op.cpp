@@ -129,7 +129,7 @@ void forward_on_cpu(Arguments& a) {
   const HostScratch scratch(cpu::cross_entropy_scratch_bytes(o));
   o.scratch = scratch.data();
   if (o.weight_sum != nullptr) kernels.weight_sum(o);
-  if (o.total_weight != nullptr && o.grad_logits != nullptr) {
+  if (cpu::needs_total_weight_first(o)) {
     run_on_cpu(work, kernels.sum_target_weights, o);
     kernels.total_weight(o);
   }

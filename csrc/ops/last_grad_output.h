@@ -26,8 +26,8 @@ void remember_grad_output(ReadyLoss loss, bool was_one);
 int32_t* last_grad_output_flag(ReadyLoss loss, const at::Tensor& tensor);
 #endif
 
-// Has the options of a backward pass say whether the gradient is there already, for a grad_output of 1, and where the
-// device tells that it was.
+// Sets what CUDA's backward pass is told of a ready gradient: whether there is one, for a grad_output of 1, and where
+// the kernel reports whether grad_output was 1.
 template <typename Options>
 void take_ready_gradient(Options& o, ReadyLoss loss, const at::Tensor& input, bool is_ready) {
 #ifdef FUSEDLOSS_WITH_CUDA

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/SmallVector.h>
 
 #include "ops/checks.h"
+#include "ops/row_layout.h"
 
 namespace fusedloss {
 
@@ -25,8 +25,6 @@ struct NLLLossResult {
 
 // input: log-probabilities, (C), (N, C) or (N, C, d1, …).
 NLLLossResult nll_loss_forward(const at::Tensor& input, const NLLLossCall& call, bool autocast);
-
-using Dimensions = c10::SmallVector<int64_t, 8>;
 
 // What the gradient is like.
 struct GradientGeometry {

@@ -14,6 +14,9 @@
 
 namespace fusedloss {
 
+// Sizes or strides. Up to eight of them need no allocation.
+using Dimensions = c10::SmallVector<int64_t, 8>;
+
 enum class Layout {
   kRows,     // classes lie side by side
   kColumns,  // inner positions do
@@ -37,8 +40,8 @@ inline RowSizes row_sizes(const at::Tensor& t) {
 }
 
 // The shape of one value a row: (), (N) or (N, d1, …).
-inline c10::SmallVector<int64_t, 8> sizes_of_rows(const at::Tensor& t) {
-  c10::SmallVector<int64_t, 8> sizes(t.sizes().begin(), t.sizes().end());
+inline Dimensions sizes_of_rows(const at::Tensor& t) {
+  Dimensions sizes(t.sizes().begin(), t.sizes().end());
   sizes.erase(sizes.begin() + (t.dim() == 1 ? 0 : 1));
   return sizes;
 }
@@ -93,7 +96,7 @@ inline std::optional<Layout> layout_of(const at::Tensor& t, const RowSizes& size
 
 // Uninitialised, of t's shape and dtype, dense, in the given layout.
 inline at::Tensor empty_in_layout(const at::Tensor& t, Layout layout) {
-  c10::SmallVector<int64_t, 8> order;  // dimensions, the one with stride 1 first
+  Dimensions order;  // dimensions, the one with stride 1 first
   if (layout == Layout::kSwapped) {
     order = {0, 1};
   } else {
@@ -101,7 +104,7 @@ inline at::Tensor empty_in_layout(const at::Tensor& t, Layout layout) {
       if (layout == Layout::kColumns || t.dim() == 1 || d != 1) order.push_back(d);
     if (layout == Layout::kRows && t.dim() > 1) order.insert(order.begin(), 1);
   }
-  c10::SmallVector<int64_t, 8> strides(t.dim());
+  Dimensions strides(t.dim());
   int64_t stride = 1;
   for (const int64_t d : order) {
     strides[d] = stride;

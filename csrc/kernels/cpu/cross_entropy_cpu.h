@@ -9,13 +9,19 @@ namespace fusedloss::cpu {
 Work cross_entropy_work(const CrossEntropyOptions& options);
 int64_t cross_entropy_scratch_bytes(const CrossEntropyOptions& options);
 
-// The functions that are compiled for each instruction set and stored type. What takes chunks is called for every chunk
-// once, from any thread.
+// Must sum_target_weights and total_weight be called before the forward pass? Its gradient needs what the mean divides
+// by.
+inline bool needs_total_weight_first(const CrossEntropyOptions& options) {
+  return options.total_weight != nullptr && options.grad_logits != nullptr;
+}
+
+// The functions that are compiled for each instruction set and stored type. A function that takes chunks is called once
+// for every chunk, from any thread.
 struct CrossEntropyKernels {
   // Writes options.weight_sum: always in the same order, which torch's own sum is not.
   void (*weight_sum)(const CrossEntropyOptions&);
-  // Together they write options.total_weight before a forward pass that writes the gradient too: the latter adds up
-  // what the chunks left in scratch. Any other forward pass writes it itself.
+  // sum_target_weights leaves the weights of each chunk in scratch; total_weight adds them up and writes
+  // options.total_weight. Where they are not called, `finish` writes it.
   void (*sum_target_weights)(const CrossEntropyOptions&, int64_t begin_chunk, int64_t end_chunk);
   void (*total_weight)(const CrossEntropyOptions&);
   // `finish` reduces what the chunks left in scratch, and returns the first row whose target is out of range, or -1.
@@ -24,7 +30,7 @@ struct CrossEntropyKernels {
   void (*backward)(const CrossEntropyOptions&, int64_t begin_chunk, int64_t end_chunk);
 };
 
-// Those for this machine and the type of the logits.
+// Returns the functions for this machine's instruction set and the dtype of the logits.
 const CrossEntropyKernels& cross_entropy_kernels(const CrossEntropyOptions& options);
 
 }  // namespace fusedloss::cpu

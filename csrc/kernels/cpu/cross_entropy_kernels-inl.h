@@ -76,8 +76,7 @@ void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   const TypedOptions<T> p(o);
   for (int64_t k = begin; k < end; ++k) {
     ChunkResult& result = static_cast<ChunkResult*>(o.scratch)[k];
-    const bool has_target_weights = o.total_weight != nullptr && o.grad_logits != nullptr;  // of sum_target_weights
-    if (!has_target_weights) result = {};
+    if (!needs_total_weight_first(o)) result = {};  // else sum_target_weights has left the chunk's weights in it
     if (sums_target_weights_in_forward(o)) sum_target_weights_of_chunk(p, k);
     if (in_rows(o)) {
       forward_rows<T, kSpread>(p, chunk_range(o, k), chunk_range(o, end - 1).end, result);
@@ -111,7 +110,7 @@ void weight_sum(const CrossEntropyOptions& o) {
 template <typename T>
 void sum_target_weights(const CrossEntropyOptions& options, int64_t begin, int64_t end) {
   CrossEntropyOptions o = options;
-  o.grad_logits = nullptr;  // what it is multiplied by is not known yet
+  o.grad_logits = nullptr;  // else TypedOptions would read total_weight, which is not written yet
   const TypedOptions<T> p(o);
   for (int64_t k = begin; k < end; ++k) {
     static_cast<ChunkResult*>(o.scratch)[k] = {};

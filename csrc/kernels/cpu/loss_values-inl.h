@@ -35,8 +35,8 @@ FUSEDLOSS_INLINE void write_losses(const Options& o, int64_t i, VectorOf<T> valu
 // The mean or the sum of all rows' losses, rounded once.
 template <typename T, typename Options>
 void write_reduced_loss(const Options& o, const ChunkResult& all) {
-  double loss = total(all.loss);
   if (o.reduction == Reduction::kNone) return;
+  double loss = total(all.loss);
   if (o.reduction == Reduction::kMean) loss = divide_by_total_weight(loss, total(all.target_weight));
   write_loss<T>(o, 0, AccumulateType<T>(loss));
 }

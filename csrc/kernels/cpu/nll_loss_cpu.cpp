@@ -10,6 +10,7 @@
 #include "kernels/cpu/foreach_instruction_set.h"
 
 namespace fusedloss::cpu {
+
 Tiling nll_loss_tiling(const NLLLossOptions& o) {
   return make_tiling(o.outer, o.classes, o.inner, o.grad_strides, kChunkElements);
 }

@@ -18,8 +18,8 @@ Work nll_loss_backward_work(const NLLLossOptions& options);
 // Bytes that options.scratch must have for the forward pass.
 int64_t nll_loss_scratch_bytes(const NLLLossOptions& options);
 
-// The functions that are compiled for each instruction set and stored type. What takes chunks is called for every chunk
-// once, from any thread.
+// The functions that are compiled for each instruction set and stored type. A function that takes chunks is called once
+// for every chunk, from any thread.
 struct NLLLossKernels {
   // `finish` reduces what the chunks left in scratch, and returns the first row whose target is out of range, or -1.
   void (*forward)(const NLLLossOptions&, int64_t begin_chunk, int64_t end_chunk);
@@ -27,7 +27,7 @@ struct NLLLossKernels {
   void (*backward)(const NLLLossOptions&, int64_t begin_chunk, int64_t end_chunk);
 };
 
-// Those for this machine and the type of the input.
+// Returns the functions for this machine's instruction set and the dtype of the input.
 const NLLLossKernels& nll_loss_kernels(const NLLLossOptions& options);
 
 }  // namespace fusedloss::cpu

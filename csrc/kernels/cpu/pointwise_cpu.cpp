@@ -8,6 +8,7 @@
 #include "kernels/cpu/foreach_instruction_set.h"
 
 namespace fusedloss::cpu {
+
 Work pointwise_work(const PointwiseOptions& o) {
   constexpr int64_t kGrain = 4;
   return {divide_up(o.numel, kPointwiseChunk), kGrain};

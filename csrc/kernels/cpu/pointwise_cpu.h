@@ -25,7 +25,7 @@ struct PointwiseKernels {
   void (*finish)(const PointwiseOptions&);
 };
 
-// Those for this machine and the type of the operands.
+// Returns the functions for this machine's instruction set and the dtype of the operands.
 const PointwiseKernels& pointwise_kernels(const PointwiseOptions& options);
 
 // The formula of a loss of formulas/pointwise-inl.h, or null where there is none of this name.

@@ -123,9 +123,8 @@ struct ColumnTile : VectorTile<T, kTarget, kWidth, kVectors, kWhole> {
   }
 };
 
-// Calls wait(number), then f(tile) for all tiles of a thread, from the last to the first if kReverse: what
-// has no slots is then read again while the cache may still hold it. `whole` tiles are whole for every thread of the
-// rows.
+// Calls wait(number), then f(tile) for all tiles of a thread, from the last to the first if kReverse: what has no slots
+// is then read again while the cache may still hold it. `whole` tiles are whole for every thread of the rows.
 template <int kVectors, bool kReverse, bool kFromSlots, typename T, TargetKind kTarget, int kWidth, typename Wait,
           typename F>
 __device__ __forceinline__ void for_each_tile(const ThreadColumns<T, kTarget, kWidth>& rows, Wait wait, F f) {
@@ -200,12 +199,9 @@ __device__ __forceinline__ void accumulate_column_tile(
     for (int i = 0; i < kWidth; ++i) {
       // As shift; -inf is as far from any other number as from 0, and one instruction finds that.
       const A reference = is_spread(kTarget) ? shift(state[i].max) : math::max(state[i].max, kLowest<A>);
-      state[i].sum += math::exp_nonpositive(tile.x[k][i] - reference);
-      if constexpr (is_spread(kTarget)) {
-        const A q = tile.template coefficient<kKind>(rows.o, k, i, w);
-        state[i].dot += q * (tile.x[k][i] - reference);
-        state[i].mass += q;
-      }
+      const A distance = tile.x[k][i] - reference;
+      add_class<is_spread(kTarget)>(state[i], distance, math::exp_nonpositive(distance),
+                                    tile.template coefficient<kKind>(rows.o, k, i, w));
     }
   });
 }

@@ -12,8 +12,8 @@
 //   3. one thread for each row computes the row's loss, and stores what the gradient needs to know of the row;
 //   4. each thread takes that of its kWidth rows, and reads its classes again to write the gradient
 //      (cross_entropy_column_gradient.cuh).
-// Split rows go through 1 and 2; finish_split_rows merges the statistics of their blocks. The backward pass begins
-// with the second half of 3: the statistics are known.
+// Split rows go through 1 and 2; finish_split_rows merges the statistics of their blocks. The backward pass reads
+// the statistics, so it begins in 3, with what the gradient needs to know.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_column_exchange.cuh"

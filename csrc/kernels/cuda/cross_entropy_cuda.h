@@ -23,7 +23,7 @@ struct CrossEntropyLaunchers {
 extern const CrossEntropyLaunchers kCrossEntropyFloat32, kCrossEntropyFloat64, kCrossEntropyBFloat16,
     kCrossEntropyFloat16;
 
-// Those for the type of the logits.
+// Returns the launchers for the dtype of the logits.
 inline const CrossEntropyLaunchers& cross_entropy_launchers(const CrossEntropyOptions& options) {
   static constexpr const CrossEntropyLaunchers* kTable[] = {&kCrossEntropyFloat32, &kCrossEntropyFloat64,
                                                             &kCrossEntropyBFloat16, &kCrossEntropyFloat16};

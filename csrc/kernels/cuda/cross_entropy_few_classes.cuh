@@ -139,7 +139,7 @@ struct RowOfThread {
     for_each_class([&](int c) {
       const A distance = x[c] - reference;
       x[c] = math::exp_nonpositive(distance);
-      add_class<is_spread(kTarget)>(state, distance, x[c], is_spread(kTarget) ? coefficient(c) : A(0));
+      add_class<is_spread(kTarget)>(state, distance, x[c], coefficient(c));
     });
     return state;
   }

@@ -1,6 +1,6 @@
 // The launch bounds of the cross entropy kernels, in one table: the threads of a block, at most, and how many such
-// blocks a multiprocessor must hold at once. The blocks are given since the compiler, left to choose, spills registers
-// to make room for a few more.
+// blocks a multiprocessor must hold at once. Without that number the compiler spills registers to make room for a few
+// more blocks.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_target.h"

@@ -63,8 +63,7 @@ __global__ void __launch_bounds__(kSplitThreads) finish_split_rows(const TypedOp
     sums[blockIdx.x] = sum;
     return;
   }
-  store_reduced_loss<T>(o, sum);
-  if (o.reduction == Reduction::kMean) store_total_weight<T>(o, sum.total_weight);
+  store_result<T>(o, sum);
 }
 
 // ---- What the mean divides by, before the rows whose gradient needs it: the weights of their target classes

@@ -20,6 +20,13 @@ __device__ __forceinline__ void store_total_weight(const Options& o, double sum)
   *static_cast<AccumulateType<T>*>(o.total_weight) = AccumulateType<T>(sum);
 }
 
+// Stores both: the reduced loss and, for the mean, what it was divided by.
+template <typename T, typename Options>
+__device__ __forceinline__ void store_result(const Options& o, const LossSum& sum) {
+  store_reduced_loss<T>(o, sum);
+  if (o.reduction == Reduction::kMean) store_total_weight<T>(o, sum.total_weight);
+}
+
 template <typename T, typename Options>
 __device__ __forceinline__ AccumulateType<T> grad_output_at(const Options& o, int64_t i) {
   AccumulateType<T> g[1] = {1};

@@ -30,13 +30,6 @@ struct TypedNLLLossOptions : NLLLossOptions {
   __device__ __forceinline__ A weight_of(int64_t y) const { return weight ? static_cast<const A*>(weight)[y] : A(1); }
 };
 
-// Stores what all rows' sums come to.
-template <typename T>
-__device__ __forceinline__ void store_result(const TypedNLLLossOptions<T>& o, const LossSum& sum) {
-  store_reduced_loss<T>(o, sum);
-  if (o.reduction == Reduction::kMean) store_total_weight<T>(o, sum.total_weight);
-}
-
 // One block is enough for ptxas, which else spills a register on sm_100 to make room for a few more.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) gather(const TypedNLLLossOptions<T> o) {
@@ -79,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1) gather(const TypedNLLLossOptions<
   if (o.reduction == Reduction::kNone) return;
   const LossSum sum = block_sum(LossSum{loss_sum, total_weight});
   if (threadIdx.x != 0) return;
-  if (gridDim.x == 1) store_result(o, sum);
+  if (gridDim.x == 1) store_result<T>(o, sum);
   else static_cast<LossSum*>(o.scratch)[blockIdx.x] = sum;
 }
 
@@ -88,7 +81,7 @@ template <typename T>
 __global__ void __launch_bounds__(kSumThreads) finish_loss(const TypedNLLLossOptions<T> o, int blocks) {
   wait_for_launch_before();
   const LossSum sum = sum_of_blocks<LossSum>(o.scratch, blocks);
-  if (threadIdx.x == 0) store_result(o, sum);
+  if (threadIdx.x == 0) store_result<T>(o, sum);
 }
 
 template <int kWidth, typename T>
