@@ -26,14 +26,10 @@ bool is_one_as(const at::Tensor& value) {
 
 bool is_one(const at::Tensor& value) {
   switch (value.scalar_type()) {
-    case at::kFloat:
-      return is_one_as<float>(value);
-    case at::kDouble:
-      return is_one_as<double>(value);
-    case at::kBFloat16:
-      return is_one_as<at::BFloat16>(value);
-    default:
-      return is_one_as<at::Half>(value);
+    case at::kFloat: return is_one_as<float>(value);
+    case at::kDouble: return is_one_as<double>(value);
+    case at::kBFloat16: return is_one_as<at::BFloat16>(value);
+    default: return is_one_as<at::Half>(value);
   }
 }
 

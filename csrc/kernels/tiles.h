@@ -8,8 +8,8 @@
 namespace fusedloss {
 
 struct Tile {
-  int64_t outer, classes, inner;                    // sizes
-  int64_t first_outer, first_class, first_inner;    // where it begins
+  int64_t outer, classes, inner;                  // sizes
+  int64_t first_outer, first_class, first_inner;  // where it begins
 };
 
 // A tile's memory: count[0] * count[1] runs of `length` neighbours. Few and long where the tile lies in one piece.

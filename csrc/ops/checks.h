@@ -18,16 +18,11 @@ using OptionalTensor = std::optional<at::Tensor>;
 // std::nullopt for a dtype that no kernel takes.
 inline std::optional<DType> kernel_dtype(at::ScalarType type) {
   switch (type) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    default:
-      return std::nullopt;
+    case at::kFloat: return DType::kFloat32;
+    case at::kDouble: return DType::kFloat64;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    default: return std::nullopt;
   }
 }
 

@@ -26,9 +26,7 @@ constexpr unsigned kNumberBits = 17;
 std::vector<Piece> pieces;         // that the blocks which run have sent, by number
 std::vector<size_t> on_their_way;  // numbers
 
-Moment arrival_of(size_t number) {
-  return {kSent, 0, 0, number % (1u << kNumberBits), number >> kNumberBits};
-}
+Moment arrival_of(size_t number) { return {kSent, 0, 0, number % (1u << kNumberBits), number >> kNumberBits}; }
 const Piece& piece_of(Moment arrival) { return pieces[arrival.warp_syncs << kNumberBits | arrival.barriers]; }
 
 ArrivalBarrier& barrier_in(Block& block, const void* p, SourceLine caller) {

@@ -53,7 +53,8 @@ struct SourceLine {
   int line;
 };
 // A default argument of this value names the line of the call.
-#define EMULATOR_CALLER SourceLine{__builtin_FILE(), __builtin_LINE()}
+#define EMULATOR_CALLER \
+  SourceLine { __builtin_FILE(), __builtin_LINE() }
 
 extern "C" {
 // Constant during the life of a CUDA thread, so declared const: the compiler may keep them in registers. The scheduler
@@ -102,8 +103,9 @@ EMULATOR_UNCHECKED cudaError_t launch_on_cpu(void (*kernel)(Parameters...), dim3
 }
 #define FUSEDLOSS_PREPARE(kernel, shape) \
   emulator_prepare(reinterpret_cast<const void*>(kernel), size_t((shape).shared_bytes), unsigned((shape).cluster))
-#define FUSEDLOSS_LAUNCH(kernel, shape, ...) \
-  launch_on_cpu(kernel, (shape).grid, (shape).block, unsigned((shape).cluster), size_t((shape).shared_bytes), __VA_ARGS__)
+#define FUSEDLOSS_LAUNCH(kernel, shape, ...)                                                                  \
+  launch_on_cpu(kernel, (shape).grid, (shape).block, unsigned((shape).cluster), size_t((shape).shared_bytes), \
+                __VA_ARGS__)
 
 // ---- Barriers and warps
 

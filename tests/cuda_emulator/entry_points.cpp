@@ -18,9 +18,7 @@ EMULATOR_EXPORT int cross_entropy_forward(const CrossEntropyOptions* o) {
 EMULATOR_EXPORT int cross_entropy_backward(const CrossEntropyOptions* o) {
   return cuda::cross_entropy_launchers(*o).backward(*o, nullptr);
 }
-EMULATOR_EXPORT int64_t pointwise_scratch(const PointwiseOptions* o) {
-  return cuda::pointwise_scratch_bytes(*o);
-}
+EMULATOR_EXPORT int64_t pointwise_scratch(const PointwiseOptions* o) { return cuda::pointwise_scratch_bytes(*o); }
 EMULATOR_EXPORT int pointwise_forward(const PointwiseOptions* o, const char* loss) {
   return cuda::find_pointwise_loss(loss)->forward(*o, nullptr);
 }
@@ -28,15 +26,9 @@ EMULATOR_EXPORT int pointwise_backward(const PointwiseOptions* o, const char* lo
   return cuda::find_pointwise_loss(loss)->backward(*o, nullptr);
 }
 
-EMULATOR_EXPORT int64_t nll_loss_scratch(const NLLLossOptions* o) {
-  return cuda::nll_loss_scratch_bytes(*o);
-}
-EMULATOR_EXPORT int nll_loss_forward(const NLLLossOptions* o) {
-  return cuda::nll_loss_forward(*o, nullptr);
-}
-EMULATOR_EXPORT int nll_loss_backward(const NLLLossOptions* o) {
-  return cuda::nll_loss_backward(*o, nullptr);
-}
+EMULATOR_EXPORT int64_t nll_loss_scratch(const NLLLossOptions* o) { return cuda::nll_loss_scratch_bytes(*o); }
+EMULATOR_EXPORT int nll_loss_forward(const NLLLossOptions* o) { return cuda::nll_loss_forward(*o, nullptr); }
+EMULATOR_EXPORT int nll_loss_backward(const NLLLossOptions* o) { return cuda::nll_loss_backward(*o, nullptr); }
 
 // Python declares the structs a second time; these tell it if they have changed.
 EMULATOR_EXPORT int64_t size_of_cross_entropy_options() { return sizeof(CrossEntropyOptions); }

@@ -8,12 +8,12 @@ using namespace emulator;
 
 extern "C" {
 
-#define ACCESSES_OF(size)                                                                                           \
-  void __tsan_read##size(void* p) { check_access(p, size, Access::kRead, true, PC); }                               \
-  void __tsan_write##size(void* p) { check_access(p, size, Access::kWrite, true, PC); }                             \
-  void __tsan_unaligned_read##size(void* p) { check_access(p, size, Access::kRead, false, PC); }                    \
-  void __tsan_unaligned_write##size(void* p) { check_access(p, size, Access::kWrite, false, PC); }                  \
-  void __tsan_volatile_read##size(void* p) { check_access(p, size, Access::kRead, true, PC); }                      \
+#define ACCESSES_OF(size)                                                                          \
+  void __tsan_read##size(void* p) { check_access(p, size, Access::kRead, true, PC); }              \
+  void __tsan_write##size(void* p) { check_access(p, size, Access::kWrite, true, PC); }            \
+  void __tsan_unaligned_read##size(void* p) { check_access(p, size, Access::kRead, false, PC); }   \
+  void __tsan_unaligned_write##size(void* p) { check_access(p, size, Access::kWrite, false, PC); } \
+  void __tsan_volatile_read##size(void* p) { check_access(p, size, Access::kRead, true, PC); }     \
   void __tsan_volatile_write##size(void* p) { check_access(p, size, Access::kWrite, true, PC); }
 ACCESSES_OF(1)
 ACCESSES_OF(2)

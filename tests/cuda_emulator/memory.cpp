@@ -29,7 +29,7 @@ struct Region {
   char *begin, *end;
   bool read_only;
   std::string name;
-  Shadow* shadow;        // pages come from the system, as zeros, when they are first touched
+  Shadow* shadow;  // pages come from the system, as zeros, when they are first touched
   std::vector<uint8_t> written;
 
   Region(char* begin, char* end, bool read_only, bool is_written, std::string name)
@@ -75,8 +75,10 @@ std::string describe(Moment m) {
 void report_race(const Region& region, Access access, const char* other, Moment m, const void* other_pc,
                  const void* pc) {
   const char* own = access == Access::kRead ? "read" : "write";
-  complain("DATA RACE", std::string(own) + " of '" + region.name + "' conflicts with " + other + " by " + describe(m) +
-                            " " + place(other_pc), pc);
+  complain("DATA RACE",
+           std::string(own) + " of '" + region.name + "' conflicts with " + other + " by " + describe(m) + " " +
+               place(other_pc),
+           pc);
 }
 
 void check_granule(Region& region, size_t i, Access access, Moment me, const void* pc) {
@@ -131,7 +133,8 @@ bool is_constant(const char* p) {
 void check_dynamic_shared_memory(const char* p, size_t size, const void* pc) {
   if (p + size > dynamic_begin() + dynamic_shared_bytes && p < dynamic_begin() + kMaxDynamicShared &&
       p >= dynamic_begin()) {
-    complain("OUT OF BOUNDS", "behind the " + std::to_string(dynamic_shared_bytes) + " bytes of dynamic shared memory", pc);
+    complain("OUT OF BOUNDS", "behind the " + std::to_string(dynamic_shared_bytes) + " bytes of dynamic shared memory",
+             pc);
     stop();
   }
 }
@@ -201,8 +204,7 @@ void begin_block(Block& block) {
   const size_t size = size_t(m.shared_end - m.shared_begin);
   if (block.shared == nullptr) {
     char* copy = new char[size];
-    block.shared = {new Region(copy, copy + size, false, false, "shared memory"),
-                    [](Region* region) {
+    block.shared = {new Region(copy, copy + size, false, false, "shared memory"), [](Region* region) {
                       delete[] region->begin;
                       delete region;
                     }};

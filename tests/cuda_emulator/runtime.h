@@ -64,12 +64,12 @@ struct Thread {
   uint32_t number;  // within the block
   State state;
   char* stack;
-  void* stack_pointer;    // while it does not run
-  uint32_t warp_syncs;    // how many __syncwarp it has passed
-  bool fenced;            // has it called __threadfence?
-  SourceLine waits_at;    // while at a barrier or warp operation
-  int predicate;          // at a barrier
-  WarpOp op;              // at a warp operation; what it gives to it and gets from it
+  void* stack_pointer;  // while it does not run
+  uint32_t warp_syncs;  // how many __syncwarp it has passed
+  bool fenced;          // has it called __threadfence?
+  SourceLine waits_at;  // while at a barrier or warp operation
+  int predicate;        // at a barrier
+  WarpOp op;            // at a warp operation; what it gives to it and gets from it
   unsigned mask;
   int source_lane;
   uint64_t value, result;
@@ -90,11 +90,11 @@ struct Region;  // memory.cpp
 // The blocks of a cluster run side by side, clusters one after another. A block without a cluster is one of its own.
 struct Block {
   uint3 idx;
-  uint32_t number;  // within the grid
-  uint32_t barriers;  // how many __syncthreads and cluster barriers it has passed
+  uint32_t number;                 // within the grid
+  uint32_t barriers;               // how many __syncthreads and cluster barriers it has passed
   std::shared_ptr<Region> shared;  // its shared memory while another block runs; what was done to it at any time
   std::vector<Thread> threads;
-  Known known;  // to all threads
+  Known known;                                   // to all threads
   std::map<ptrdiff_t, ArrivalBarrier> arrivals;  // by their place in shared memory
 };
 
@@ -102,12 +102,12 @@ struct Launch {
   unsigned grid, block_x, block_y, cluster, shared_bytes;
 };
 
-extern Thread* running;  // null while the host runs
+extern Thread* running;             // null while the host runs
 extern std::vector<Block> cluster;  // the blocks that run
 extern std::mt19937 random_bits;
 
-void maybe_preempt();        // lets another thread go first, now and then
-[[noreturn]] void stop();    // ends the launch, from within a thread
+void maybe_preempt();      // lets another thread go first, now and then
+[[noreturn]] void stop();  // ends the launch, from within a thread
 // The running thread is in this state until it is woken.
 void wait_as(State state, SourceLine caller);
 void wake(Thread& thread);
@@ -140,7 +140,7 @@ void synchronise_cluster();
 void forget_pieces();
 bool pieces_on_their_way();
 void let_a_piece_arrive();
-void check_end_of_cluster();  // has each block waited for all that was sent to it?
+void check_end_of_cluster();           // has each block waited for all that was sent to it?
 bool piece_came_before_now(Moment m);  // as the running thread knows
 std::string describe_piece(Moment m);
 
@@ -148,7 +148,7 @@ std::string describe_piece(Moment m);
 
 // Kept for Python to fetch; once for each place in the code. `pc`, or else the text, is the place.
 void complain(const std::string& kind, const std::string& text, const void* pc = nullptr);
-std::string place(const void* pc);   // "@0x…", which Python makes a source line of
+std::string place(const void* pc);  // "@0x…", which Python makes a source line of
 std::string place(SourceLine line);
 size_t complaints();
 

@@ -11,16 +11,16 @@ constexpr int kBlocks = 4, kTurns = 5;  // of the cluster
 // The planted bugs; tests/test_cuda_emulator.py knows which complaint each must cause.
 enum {
   kNone,
-  kNoBarrier,            // warps' sums are read before they are written
-  kNoFence,              // blocks' sums are not published before the ticket is taken
-  kNoSyncWarp,           // lanes read what others of their warp are about to write
-  kDivergentBarrier,     // a barrier that only the first warp reaches
-  kDivergentShuffle,     // a shuffle that half of a warp reaches
-  kPlainTicket,          // blocks count with += in place of an atomic
+  kNoBarrier,         // warps' sums are read before they are written
+  kNoFence,           // blocks' sums are not published before the ticket is taken
+  kNoSyncWarp,        // lanes read what others of their warp are about to write
+  kDivergentBarrier,  // a barrier that only the first warp reaches
+  kDivergentShuffle,  // a shuffle that half of a warp reaches
+  kPlainTicket,       // blocks count with += in place of an atomic
   kPastSharedArray,
   kPastInput,
-  kUninitialised,        // shared memory read before it is written
-  kMisaligned,           // a 16-byte load from an odd address
+  kUninitialised,  // shared memory read before it is written
+  kMisaligned,     // a 16-byte load from an odd address
   kWriteToInput,
   kAssert,
   kOverflow,             // of a signed integer
@@ -130,8 +130,8 @@ __global__ void exchange(const float* input, float* total) {
 // `total` has one element for `sum`, then one for each block of `exchange`.
 extern "C" __attribute__((visibility("default"))) int self_test(float* input, int numel, float* partial,
                                                                 unsigned* ticket, float* total) {
-  launch_on_cpu(sum, dim3(unsigned(numel + kThreads - 1) / kThreads), dim3(kThreads), 1, 0, input, numel, partial, ticket,
-                total);
+  launch_on_cpu(sum, dim3(unsigned(numel + kThreads - 1) / kThreads), dim3(kThreads), 1, 0, input, numel, partial,
+                ticket, total);
   launch_on_cpu(exchange, dim3(kBlocks), dim3(kThreads), kBlocks, 0, input, total);
   return cudaGetLastError();
 }

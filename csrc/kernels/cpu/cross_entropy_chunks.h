@@ -23,7 +23,7 @@ inline bool in_rows(const CrossEntropyOptions& o) {
 constexpr int64_t kColumnChunk = 256;
 
 struct ChunkRange {
-  int64_t outer;  // columns only
+  int64_t outer;       // columns only
   int64_t begin, end;  // rows: row numbers; columns: positions along inner
 };
 
@@ -31,9 +31,7 @@ inline int64_t rows_per_chunk(const CrossEntropyOptions& o) {
   return std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, o.classes));
 }
 
-inline int64_t column_chunks_per_outer(const CrossEntropyOptions& o) {
-  return divide_up(o.inner, kColumnChunk);
-}
+inline int64_t column_chunks_per_outer(const CrossEntropyOptions& o) { return divide_up(o.inner, kColumnChunk); }
 
 inline int64_t chunk_count(const CrossEntropyOptions& o) {
   if (!in_rows(o)) return o.outer * column_chunks_per_outer(o);

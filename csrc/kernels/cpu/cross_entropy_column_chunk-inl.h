@@ -18,20 +18,19 @@ FUSEDLOSS_BEGIN_NAMESPACE
 // Up to kColumnChunk neighbouring rows, and within them groups of as many as a vector holds.
 template <typename T>
 struct ColumnChunk {
-  int64_t row;    // the first one's number
-  int n;          // how many
-  const T* x;     // [classes, n], classes logits_strides.classes apart
-  const T* t;     // [classes, n], classes target_strides.classes apart; probabilities only
-  T* grad;        // [classes, n], classes grad_strides.classes apart; null where it is not wanted
+  int64_t row;  // the first one's number
+  int n;        // how many
+  const T* x;   // [classes, n], classes logits_strides.classes apart
+  const T* t;   // [classes, n], classes target_strides.classes apart; probabilities only
+  T* grad;      // [classes, n], classes grad_strides.classes apart; null where it is not wanted
 
   ColumnChunk(const TypedOptions<T>& p, ChunkRange range)
       : row(range.outer * p.o.inner + range.begin),
         n(int(range.end - range.begin)),
         x(p.logits + range.outer * p.o.logits_strides.outer + range.begin),
         t(p.probability ? p.probability + range.outer * p.o.target_strides.outer + range.begin : nullptr),
-        grad(p.o.grad_logits
-                 ? static_cast<T*>(p.o.grad_logits) + range.outer * p.o.grad_strides.outer + range.begin
-                 : nullptr) {}
+        grad(p.o.grad_logits ? static_cast<T*>(p.o.grad_logits) + range.outer * p.o.grad_strides.outer + range.begin
+                             : nullptr) {}
 };
 
 // q of class c for the group that starts at column i, without the target class's own part; of a smoothed target in
@@ -148,8 +147,8 @@ FUSEDLOSS_INLINE VectorOf<T> finish_group(const TypedOptions<T>& p, const Column
   FUSEDLOSS_UNROLL for (int part = 0; part < kDoubleParts<A>; ++part) {
     const RowState<DoubleV> wide = {double_part(s.max, part), double_part(s.sum, part), double_part(s.dot, part),
                                     double_part(s.mass, part)};
-    const DoubleV loss = row_loss<kSpread>(p, wide, double_part(logsum, part), double_part(target.x, part),
-                                           double_part(target.w, part));
+    const DoubleV loss =
+        row_loss<kSpread>(p, wide, double_part(logsum, part), double_part(target.x, part), double_part(target.w, part));
     if (p.o.reduction == Reduction::kNone) store_double_part(losses, loss, part);
     sum += loss;
   }

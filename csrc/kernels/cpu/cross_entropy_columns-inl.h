@@ -28,7 +28,7 @@ struct FewColumnClassesGradient {
   using A = AccumulateType<T>;
   using V = VectorOf<T>;
 
-  A unit = 1;           // of q: smoothing.uniform for a smoothed target
+  A unit = 1;                // of q: smoothing.uniform for a smoothed target
   A q_y[kFewColumnClasses];  // q of the target class, if it is this one
 
   explicit FewColumnClassesGradient(const TypedOptions<T>& p) {

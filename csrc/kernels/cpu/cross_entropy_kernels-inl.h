@@ -132,8 +132,8 @@ int64_t finish(const CrossEntropyOptions& o) {
 }
 
 template <typename T>
-constexpr CrossEntropyKernels kKernelsOf = {weight_sum<AccumulateType<T>>, sum_target_weights<T>, total_weight<T>,
-                                            forward<T>,                    finish<T>,             backward<T>};
+constexpr CrossEntropyKernels kKernelsOf = {
+    weight_sum<AccumulateType<T>>, sum_target_weights<T>, total_weight<T>, forward<T>, finish<T>, backward<T>};
 constexpr CrossEntropyKernels kCrossEntropyKernels[] = FUSEDLOSS_FOR_EACH_DTYPE(kKernelsOf);
 
 FUSEDLOSS_END_NAMESPACE

@@ -48,24 +48,12 @@ FUSEDLOSS_INLINE V by_lanes(V x, F f) {
 }
 
 #if defined(FUSEDLOSS_LIBMVEC)
-FUSEDLOSS_INLINE FloatV sin(FloatV x) {
-  return FUSEDLOSS_LIBMVEC(v, sin)(x);
-}
-FUSEDLOSS_INLINE FloatV cos(FloatV x) {
-  return FUSEDLOSS_LIBMVEC(v, cos)(x);
-}
-FUSEDLOSS_INLINE FloatV pow(FloatV x, FloatV y) {
-  return FUSEDLOSS_LIBMVEC(vv, pow)(x, y);
-}
-FUSEDLOSS_INLINE DoubleV sin(DoubleV x) {
-  return FUSEDLOSS_LIBMVEC_DOUBLE(v, sin)(x);
-}
-FUSEDLOSS_INLINE DoubleV cos(DoubleV x) {
-  return FUSEDLOSS_LIBMVEC_DOUBLE(v, cos)(x);
-}
-FUSEDLOSS_INLINE DoubleV pow(DoubleV x, DoubleV y) {
-  return FUSEDLOSS_LIBMVEC_DOUBLE(vv, pow)(x, y);
-}
+FUSEDLOSS_INLINE FloatV sin(FloatV x) { return FUSEDLOSS_LIBMVEC(v, sin)(x); }
+FUSEDLOSS_INLINE FloatV cos(FloatV x) { return FUSEDLOSS_LIBMVEC(v, cos)(x); }
+FUSEDLOSS_INLINE FloatV pow(FloatV x, FloatV y) { return FUSEDLOSS_LIBMVEC(vv, pow)(x, y); }
+FUSEDLOSS_INLINE DoubleV sin(DoubleV x) { return FUSEDLOSS_LIBMVEC_DOUBLE(v, sin)(x); }
+FUSEDLOSS_INLINE DoubleV cos(DoubleV x) { return FUSEDLOSS_LIBMVEC_DOUBLE(v, cos)(x); }
+FUSEDLOSS_INLINE DoubleV pow(DoubleV x, DoubleV y) { return FUSEDLOSS_LIBMVEC_DOUBLE(vv, pow)(x, y); }
 #else
 template <typename V>
 FUSEDLOSS_INLINE V sin(V x) {

@@ -18,12 +18,8 @@ FUSEDLOSS_BEGIN_NAMESPACE
 
 namespace math {
 
-FUSEDLOSS_INLINE float element(FloatV v) {
-  return v[0];
-}
-FUSEDLOSS_INLINE double element(DoubleV v) {
-  return v[0];
-}
+FUSEDLOSS_INLINE float element(FloatV v) { return v[0]; }
+FUSEDLOSS_INLINE double element(DoubleV v) { return v[0]; }
 
 template <typename V>
 using ElementOf = decltype(element(V{}));
@@ -58,12 +54,8 @@ FUSEDLOSS_INLINE V select(M condition, V a, V b) {
   return condition ? a : b;
 }
 
-FUSEDLOSS_INLINE FloatV abs(FloatV x) {
-  return (FloatV)((FloatI)x & 0x7fffffff);
-}
-FUSEDLOSS_INLINE DoubleV abs(DoubleV x) {
-  return (DoubleV)((DoubleI)x & 0x7fffffffffffffff);
-}
+FUSEDLOSS_INLINE FloatV abs(FloatV x) { return (FloatV)((FloatI)x & 0x7fffffff); }
+FUSEDLOSS_INLINE DoubleV abs(DoubleV x) { return (DoubleV)((DoubleI)x & 0x7fffffffffffffff); }
 
 // The magnitude of one, the sign of the other.
 FUSEDLOSS_INLINE FloatV with_sign(FloatV magnitude, FloatV sign) {
@@ -74,12 +66,8 @@ FUSEDLOSS_INLINE DoubleV with_sign(DoubleV magnitude, DoubleV sign) {
 }
 
 // x with the upper half of its digits, whose square is exact.
-FUSEDLOSS_INLINE FloatV upper_half(FloatV x) {
-  return (FloatV)((FloatI)x & ~0xfff);
-}
-FUSEDLOSS_INLINE DoubleV upper_half(DoubleV x) {
-  return (DoubleV)((DoubleI)x & ~0x7ffffffll);
-}
+FUSEDLOSS_INLINE FloatV upper_half(FloatV x) { return (FloatV)((FloatI)x & ~0xfff); }
+FUSEDLOSS_INLINE DoubleV upper_half(DoubleV x) { return (DoubleV)((DoubleI)x & ~0x7ffffffll); }
 
 // x * x - squared, where that is x * x rounded.
 template <typename V>
@@ -175,12 +163,8 @@ FUSEDLOSS_INLINE ReducedExp<double> reduce_exp(DoubleV x) {
   return {shifted, n, r, q};
 }
 
-FUSEDLOSS_INLINE FloatV exp_of_rest(const ReducedExp<float>& e) {
-  return (e.q * e.r + 1.f) * e.r + 1.f;
-}
-FUSEDLOSS_INLINE DoubleV exp_of_rest(const ReducedExp<double>& e) {
-  return e.q * e.r + 1.;
-}
+FUSEDLOSS_INLINE FloatV exp_of_rest(const ReducedExp<float>& e) { return (e.q * e.r + 1.f) * e.r + 1.f; }
+FUSEDLOSS_INLINE DoubleV exp_of_rest(const ReducedExp<double>& e) { return e.q * e.r + 1.; }
 
 template <typename V>
 FUSEDLOSS_INLINE V exp_nonpositive(V x) {
@@ -197,19 +181,14 @@ FUSEDLOSS_INLINE V exp_nonpositive(V x) {
 #else
   // 2^n in two factors: a subnormal result has no single one.
   const auto exponent = e.exponent(), half = exponent >> 1;
-  return exp_r * (V)((half + kExponentBias<A>) << kFractionBits<A>) *
-         (V)((exponent - half + kExponentBias<A>) << kFractionBits<A>);
+  const V first = (V)((half + kExponentBias<A>) << kFractionBits<A>);
+  const V second = (V)((exponent - half + kExponentBias<A>) << kFractionBits<A>);
+  return exp_r * first * second;
 #endif
 }
-FUSEDLOSS_INLINE float exp_nonpositive(float x) {
-  return std::exp(x);
-}
-FUSEDLOSS_INLINE double exp_nonpositive(double x) {
-  return std::exp(x);
-}
-FUSEDLOSS_INLINE long double exp_nonpositive(long double x) {
-  return std::exp(x);
-}
+FUSEDLOSS_INLINE float exp_nonpositive(float x) { return std::exp(x); }
+FUSEDLOSS_INLINE double exp_nonpositive(double x) { return std::exp(x); }
+FUSEDLOSS_INLINE long double exp_nonpositive(long double x) { return std::exp(x); }
 
 // ---- log, of 0, of normal numbers above it, of infinity and NaN ----
 //
@@ -268,12 +247,8 @@ FUSEDLOSS_INLINE V exp(V x) {
 }
 
 // exp(r) - 1
-FUSEDLOSS_INLINE FloatV less_one(const ReducedExp<float>& e) {
-  return e.r * e.r * e.q + e.r;
-}
-FUSEDLOSS_INLINE DoubleV less_one(const ReducedExp<double>& e) {
-  return e.r * e.q;
-}
+FUSEDLOSS_INLINE FloatV less_one(const ReducedExp<float>& e) { return e.r * e.r * e.q + e.r; }
+FUSEDLOSS_INLINE DoubleV less_one(const ReducedExp<double>& e) { return e.r * e.q; }
 
 // 2^n (exp(r) - 1) + (2^n - 1), with n and r as in reduce_exp: nothing cancels, whatever n is. Half of it is computed
 // first, because 2^n alone overflows where the result does not yet.
@@ -324,8 +299,8 @@ FUSEDLOSS_INLINE FloatV polynomial(FloatV x, const float (&c)[kCount]) {
 
 // x p(x^2) up to 1, and pi / 2 less that of 1 / x beyond; p fitted to a relative error of 3e-9.
 FUSEDLOSS_INLINE FloatV atan(FloatV x) {
-  constexpr float kFitted[] = {9.999999973e-01f,  -3.333327779e-01f, 1.999811347e-01f,  -1.426039479e-01f,
-                               1.093423499e-01f,  -8.355068439e-02f, 5.717845688e-02f,  -3.043831170e-02f,
+  constexpr float kFitted[] = {9.999999973e-01f, -3.333327779e-01f, 1.999811347e-01f, -1.426039479e-01f,
+                               1.093423499e-01f, -8.355068439e-02f, 5.717845688e-02f, -3.043831170e-02f,
                                1.053308240e-02f, -1.711137443e-03f};
   const FloatV magnitude = abs(x);
   const FloatI is_large = magnitude > 1.f;
@@ -337,9 +312,9 @@ FUSEDLOSS_INLINE FloatV atan(FloatV x) {
 // x p(x^2) up to 1.5, and 1 - e^(-x^2) q(1 / (1 + x)) beyond; both fitted to a relative error of 1e-8. From 4 on it is
 // 1.
 FUSEDLOSS_INLINE FloatV erf(FloatV x) {
-  constexpr float kNear[] = {1.128379166e+00f, -3.761263233e-01f, 1.128371659e-01f,
-                             -2.686281633e-02f, 5.216358773e-03f, -8.449447699e-04f,
-                             1.128304744e-04f, -1.125735937e-05f, 6.127650052e-07f};
+  constexpr float kNear[] = {1.128379166e+00f,  -3.761263233e-01f, 1.128371659e-01f,
+                             -2.686281633e-02f, 5.216358773e-03f,  -8.449447699e-04f,
+                             1.128304744e-04f,  -1.125735937e-05f, 6.127650052e-07f};
   constexpr float kFar[] = {-1.843065890e-04f, 5.687810344e-01f, 5.164842281e-01f, 5.451210916e-01f,
                             -1.072475497e+00f, 3.609492469e-01f, 1.199555840e-01f};
   const FloatV magnitude = abs(x);

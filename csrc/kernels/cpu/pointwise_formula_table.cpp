@@ -10,10 +10,10 @@
 namespace fusedloss::cpu {
 
 const PointwiseFormula* find_pointwise_loss(const char* wanted) {
-#define FUSEDLOSS_FIND(name, Formula)                                \
-  if (std::strcmp(wanted, #name) == 0) {                             \
+#define FUSEDLOSS_FIND(name, Formula)                                         \
+  if (std::strcmp(wanted, #name) == 0) {                                      \
     static constexpr PointwiseFormula kFound = FUSEDLOSS_FORMULA_TABLE(name); \
-    return &kFound;                                                  \
+    return &kFound;                                                           \
   }
   FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_FIND)
 #undef FUSEDLOSS_FIND

@@ -99,8 +99,8 @@ FUSEDLOSS_INLINE typename Simd<A>::V fold_pair(typename Simd<A>::V a, typename S
 // many steps as two single ones. They are left in v[0].
 template <typename Op, typename A, int kBit>
 FUSEDLOSS_INLINE void fold_pairs(typename Simd<A>::V* v) {
-  FUSEDLOSS_UNROLL for (int i = 0; i < kBit; ++i)
-      v[i] = fold_pair<Op, A, kBit>(v[i], v[i + kBit], std::make_integer_sequence<int, Simd<A>::kLanes>{});
+  FUSEDLOSS_UNROLL for (int i = 0; i < kBit; ++i) v[i] =
+      fold_pair<Op, A, kBit>(v[i], v[i + kBit], std::make_integer_sequence<int, Simd<A>::kLanes>{});
   if constexpr (kBit > 1) fold_pairs<Op, A, kBit / 2>(v);
 }
 template <typename Op, typename A>

@@ -105,9 +105,7 @@ FUSEDLOSS_INLINE FloatH narrow(FloatV v, float16) {
   return (FloatH)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #elif FUSEDLOSS_VECTOR_BYTES == 32
-FUSEDLOSS_INLINE FloatV widen(FloatH bits, float16) {
-  return (FloatV)_mm256_cvtph_ps((__m128i)bits);
-}
+FUSEDLOSS_INLINE FloatV widen(FloatH bits, float16) { return (FloatV)_mm256_cvtph_ps((__m128i)bits); }
 FUSEDLOSS_INLINE FloatH narrow(FloatV v, float16) {
   return (FloatH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -335,9 +333,7 @@ FUSEDLOSS_INLINE V prevent_contraction(V v) {
 template <typename A>
 constexpr int kDoubleParts = sizeof(double) / sizeof(A);
 
-FUSEDLOSS_INLINE DoubleV double_part(DoubleV v, int) {
-  return v;
-}
+FUSEDLOSS_INLINE DoubleV double_part(DoubleV v, int) { return v; }
 FUSEDLOSS_INLINE DoubleV double_part(FloatV v, int part) {
   typedef float Half __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES / 2)));
   Half half;

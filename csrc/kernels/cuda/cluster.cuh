@@ -88,7 +88,9 @@ __device__ __forceinline__ void no_arrivals() {
   __builtin_unreachable();
 }
 template <int kCount>
-__device__ __forceinline__ void start_arrivals(uint64_t (&)[kCount]) { no_arrivals(); }
+__device__ __forceinline__ void start_arrivals(uint64_t (&)[kCount]) {
+  no_arrivals();
+}
 __device__ __forceinline__ unsigned shared_address(const void*) { return 0; }
 __device__ __forceinline__ void expect_arrivals(unsigned, unsigned) { no_arrivals(); }
 __device__ __forceinline__ void send_to_block(int, const uint4*, uint4, unsigned) { no_arrivals(); }

@@ -15,8 +15,8 @@ struct ColumnSharedMemory {
   using A = AccumulateType<T>;
 
   const int places;
-  A* const values;  // [sets][kStateArrays<is_spread(kTarget)>][places]
-  int* const y;     // [places]
+  A* const values;     // [sets][kStateArrays<is_spread(kTarget)>][places]
+  int* const y;        // [places]
   T* const of_target;  // [places]  the gradient of the target class
 
   explicit __device__ __forceinline__ ColumnSharedMemory(const ColumnPlan& p)

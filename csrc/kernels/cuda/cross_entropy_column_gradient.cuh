@@ -140,25 +140,27 @@ __device__ __forceinline__ void write_columns(const ThreadColumns<T, kTarget, kW
   }
   const int64_t stride = rows.o.grad_strides.classes;
   on_spread<kTarget>(rows.o, [&](auto spread) {
-    for_each_tile<kVectors, /*kReverse=*/true, kFromSlots>(rows, [](int) {}, [&](const auto& tile) {
-      T* p = rows.grad + tile.first * stride;
-      const int64_t step = stride << rows.shift;
-      tile.for_each_vector([&](int k) {
-        const A w = is_weighted(decltype(spread)::value) ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
-        A values[kWidth];
+    for_each_tile<kVectors, /*kReverse=*/true, kFromSlots>(
+        rows, [](int) {},
+        [&](const auto& tile) {
+          T* p = rows.grad + tile.first * stride;
+          const int64_t step = stride << rows.shift;
+          tile.for_each_vector([&](int k) {
+            const A w = is_weighted(decltype(spread)::value) ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
+            A values[kWidth];
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          const A e = math::exp_nonpositive(tile.x[k][i] - max[i]);
-          if constexpr (is_spread(kTarget)) {
-            const A q = tile.template coefficient<decltype(spread)::value>(rows.o, k, i, w);
-            values[i] = logit_gradient(e, factor[i], q, grad_output[i]);
-          } else {
-            values[i] = e * factor[i];
-          }
-        }
-        contributing.store(p + k * step, values);
-      });
-    });
+            for (int i = 0; i < kWidth; ++i) {
+              const A e = math::exp_nonpositive(tile.x[k][i] - max[i]);
+              if constexpr (is_spread(kTarget)) {
+                const A q = tile.template coefficient<decltype(spread)::value>(rows.o, k, i, w);
+                values[i] = logit_gradient(e, factor[i], q, grad_output[i]);
+              } else {
+                values[i] = e * factor[i];
+              }
+            }
+            contributing.store(p + k * step, values);
+          });
+        });
   });
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {

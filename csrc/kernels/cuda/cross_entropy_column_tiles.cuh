@@ -62,11 +62,11 @@ struct ThreadColumns {
   const T* probability;  // null for class indices
   T* grad;               // null if it is not wanted
   int first, end;
-  int classes;           // of the block
-  int shift;             // of step, a power of two
+  int classes;  // of the block
+  int shift;    // of step, a power of two
 
   __device__ __forceinline__ ThreadColumns(const TypedOptions<T>& options, int64_t unit, int thread)
-        : ThreadColumns(options, unit, thread, 0, int(options.classes)) {}
+      : ThreadColumns(options, unit, thread, 0, int(options.classes)) {}
   __device__ __forceinline__ ThreadColumns(const TypedOptions<T>& options, int64_t unit, int thread, int begin, int end)
       : o(options), first(begin + thread), end(end), classes(end - begin), shift(options.plan.threads_shift) {
     const ColumnPosition<T> position(o, unit * kWidth);

@@ -68,8 +68,8 @@ __global__ void __launch_bounds__((for_target<T, kTarget>(kColumnThreads)), (for
     // The target of this thread's next row in step 3 is loaded ahead.
     int64_t next_target = o.target_at(first * kWidth + (in_block >> columns.sets_shift));
     store_states(memory, state);
-    wait_for_launch_before();  // for total_weight
-    const A grad_output = wants_gradient ? o.scale_grad_output(A(1)) : A(0);  // there is none yet
+    wait_for_launch_before();  // scale_grad_output reads total_weight
+    const A grad_output = wants_gradient ? o.scale_grad_output(A(1)) : A(0);
     for_each_merged_row(memory, columns.sets_shift, [&](int of_block, int place, const RowState<A>& merged, int part) {
       const int64_t number = first * kWidth + of_block, target = next_target;
       next_target = o.target_at(number + (threads >> columns.sets_shift));
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__((for_target<T, kTarget>(kColumnThreads)), (for
     __syncthreads();
     if (is_there)
       write_columns<kStages>(ThreadColumns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y)),
-                            FactorsInSharedMemory<T, kTarget, kWidth>{memory, columns.last_set});
+                             FactorsInSharedMemory<T, kTarget, kWidth>{memory, columns.last_set});
   }
   store_block_sum_of_threads(o, sum);
 }
@@ -127,9 +127,9 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, (for_target<T, kTarget>(
     for (int i = 0; i < kWidth; ++i) state[i] = empty_row_state<A>();
     accumulate_columns<kStages ? Staging::kAlways : Staging::kNever>(state, rows);
     if constexpr (!kWithGradient) load_targets();
-    wait_for_launch_before();  // for total_weight
+    wait_for_launch_before();  // scale_grad_output reads total_weight
     FactorsInRegisters<T, kTarget, kWidth> gradient;
-    gradient.common_grad_output = kWithGradient ? o.scale_grad_output(A(1)) : A(0);  // there is none yet
+    gradient.common_grad_output = kWithGradient ? o.scale_grad_output(A(1)) : A(0);
     A loss[kWidth], scale[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(kSplitColumnThreads, (for_target<T, kTarget>(k
       const bool is_here = row.y >= block.begin && row.y < block.end;
       const T x_y = is_here ? logit_of_target<kWidth, false>(row, i) : T();
       store_gradient_factors(memory, columns.last_set, memory.place(i / kWidth, i % kWidth), row,
-                       static_cast<const A*>(o.row_max)[number], static_cast<const A*>(o.row_scale)[number],
-                       grad_output, is_here, x_y);
+                             static_cast<const A*>(o.row_max)[number], static_cast<const A*>(o.row_scale)[number],
+                             grad_output, is_here, x_y);
     }
     __syncthreads();
     if (first + threadIdx.x < columns.units)

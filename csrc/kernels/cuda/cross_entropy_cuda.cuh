@@ -97,9 +97,8 @@ Kernel<T> kernel_of(const CrossEntropyOptions& o, const RowPlan& plan) {
       case RowKernel::kBackwardRows:
         return plan.shifted ? row_kernel<T, kTarget, true>(plan.kernel) : row_kernel<T, kTarget, false>(plan.kernel);
       default:
-        return plan.columns.width > 1
-                   ? column_kernel<T, kTarget, kVectorSize<T>>(plan.kernel, o.grad_logits != nullptr)
-                   : column_kernel<T, kTarget, 1>(plan.kernel, o.grad_logits != nullptr);
+        return plan.columns.width > 1 ? column_kernel<T, kTarget, kVectorSize<T>>(plan.kernel, o.grad_logits != nullptr)
+                                      : column_kernel<T, kTarget, 1>(plan.kernel, o.grad_logits != nullptr);
     }
   });
 }

@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(kFewClassesThreads, (for_target<T, kTarget>(kF
     const StagedRows<T> block_rows(o, first);
     const int64_t number = first + threadIdx.x, target = o.target_at(number);
     block_rows.load();
-    wait_for_launch_before();  // for total_weight
-    const A grad_output = o.grad_logits != nullptr ? o.scale_grad_output(A(1)) : A(0);  // there is none yet
+    wait_for_launch_before();  // scale_grad_output reads total_weight
+    const A grad_output = o.grad_logits != nullptr ? o.scale_grad_output(A(1)) : A(0);
     if (block_rows.has_row()) {
       const RowTarget<T, kTarget> row(o, number, o.class_of(target));
       on_spread<kTarget>(o, [&](auto spread) {

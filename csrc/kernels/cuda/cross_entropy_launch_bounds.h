@@ -13,10 +13,10 @@ struct ByTarget {
   int float64, index, smoothed_index, probabilities;
 
   constexpr int of(bool is_float64, TargetKind target) const {
-    return is_float64                              ? float64
-           : target == TargetKind::kIndex          ? index
-           : target == TargetKind::kSmoothedIndex  ? smoothed_index
-                                                   : probabilities;
+    return is_float64                             ? float64
+           : target == TargetKind::kIndex         ? index
+           : target == TargetKind::kSmoothedIndex ? smoothed_index
+                                                  : probabilities;
   }
 };
 
@@ -30,8 +30,10 @@ constexpr int kLaneBlockThreads = 128;    // of a block in which some lanes of a
 constexpr int kRowThreads = 256;          // of a block that takes one row, at most
 constexpr int kColumnThreadsAcross = 64;  // side by side, of a block that takes columns, at most
 constexpr int kSplitColumnThreads = 256;  // of a block that shares its columns with others, at most
-constexpr ByTarget kColumnThreads = {256, 512, 256, 256};  // of a block that has its columns for itself, at most
+// Of a block that has its columns for itself, at most.
+constexpr ByTarget kColumnThreads = {256, 512, 256, 256};
 
+// clang-format off
 //                                    float64, index, smoothed, probabilities
 constexpr ByTarget kFewClassesBlocks =     {2, 6, 4, 4};
 constexpr ByTarget kLossOnlyBlocks =       {1, 4, 3, 3};
@@ -45,5 +47,6 @@ constexpr ByTarget kThreadColumnsBlocks =  {4, kWithGradient ? 8 : 12, 8, 6};
 template <typename T, bool kShifted>
 constexpr ByTarget kRegisterRowsBlocks =   {2, kShifted ? 5 : 6,
                                             kShifted || sizeof(T) == 4 || FUSEDLOSS_CUDA_ARCH < 900 ? 5 : 6, 4};
+// clang-format on
 
 }  // namespace fusedloss::cuda

@@ -30,15 +30,15 @@ enum class RowKernel : int32_t {
 
 // Columns: rows that are neighbours in memory. See cross_entropy_columns.cuh.
 struct ColumnPlan {
-  int width = 1;              // rows that a thread takes side by side
-  int64_t units = 0;          // of so many rows, in all; a step counts these
-  int kept_vectors = 0;       // of 16 bytes, of the block, before what its threads exchange
+  int width = 1;         // rows that a thread takes side by side
+  int64_t units = 0;     // of so many rows, in all; a step counts these
+  int kept_vectors = 0;  // of 16 bytes, of the block, before what its threads exchange
   int64_t exchange_bytes = 0;
-  int classes_of_block = 0;   // where blocks share rows, each has so many classes; the last one may have fewer
-  unsigned groups = 1;        // of blocks that share rows
+  int classes_of_block = 0;  // where blocks share rows, each has so many classes; the last one may have fewer
+  unsigned groups = 1;       // of blocks that share rows
   // Sets of statistics in shared memory, see ColumnSharedMemory:
-  int sets_shift = 0;         // log2 of the sets that a block's threads store, from set 0 on
-  int last_set = 0;           // what the gradient needs
+  int sets_shift = 0;  // log2 of the sets that a block's threads store, from set 0 on
+  int last_set = 0;    // what the gradient needs
   int sets = 1;
 };
 
@@ -56,11 +56,11 @@ struct RowPlan {
   bool shifted = false;        // a gradient's rows are aligned otherwise than the logits'
   int row_pitch = 0;           // of few classes: bytes from one row to the next in shared memory
   // Of kRowsInSharedMemory, see cross_entropy_row_pipeline.cuh; columns have slots, too.
-  int tiles = 0;               // of a thread, in a row
-  int depth = 0;               // so many tiles of a thread have slots in shared memory
-  int slots = 0;               // of a thread, each for a vector; fewer than `depth` tiles take where a row ends
+  int tiles = 0;  // of a thread, in a row
+  int depth = 0;  // so many tiles of a thread have slots in shared memory
+  int slots = 0;  // of a thread, each for a vector; fewer than `depth` tiles take where a row ends
   ColumnPlan columns;
-  int64_t shared_bytes = 0;    // of a block
+  int64_t shared_bytes = 0;  // of a block
 
   bool is_split() const { return kernel == RowKernel::kSplitRows || kernel == RowKernel::kSplitColumns; }
 

@@ -102,8 +102,8 @@ inline RowPlan plan_lane_rows(const CrossEntropyOptions& o, Pass pass, const Row
 // The threads of each of the `blocks` that share a row.
 inline dim3 threads_of_row(const CrossEntropyOptions& o, const RowShape& row, int blocks) {
   // Without a gradient, many threads only where there are too few rows to fill the device otherwise.
-  const bool many = row.keeps ? o.target_probability == nullptr
-                              : o.rows() < kFullDeviceBlocks * o.tuning.multiprocessors;
+  const bool many =
+      row.keeps ? o.target_probability == nullptr : o.rows() < kFullDeviceBlocks * o.tuning.multiprocessors;
   const int64_t most = many ? o.tuning.block_threads : o.tuning.other_threads;
   unsigned threads = kMinBlockThreads;
   while (threads < most && row.vectors >= kTilesForTwice * threads * row.tile_vectors * blocks) threads *= 2;
@@ -154,9 +154,9 @@ inline void plan_slots(const CrossEntropyOptions& o, const RowShape& row, RowPla
 
 inline RowPlan plan_rows(const CrossEntropyOptions& o, Pass pass) {
   const RowShape row(o, pass);
-  RowPlan plan = fit_lanes(o, row)       ? plan_lane_rows(o, pass, row)
-                 : split_blocks(o) > 1   ? plan_split_rows(o, pass, row)
-                                         : plan_block_rows(o, pass, row);
+  RowPlan plan = fit_lanes(o, row)     ? plan_lane_rows(o, pass, row)
+                 : split_blocks(o) > 1 ? plan_split_rows(o, pass, row)
+                                       : plan_block_rows(o, pass, row);
   plan.rows = o.rows();
   plan.shifted = o.grad_logits != nullptr && !are_aligned_alike(o);
   plan.blocks_shift = log2_of(plan.blocks);

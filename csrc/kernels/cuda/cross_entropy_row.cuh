@@ -136,7 +136,7 @@ __device__ __forceinline__ A sum_of(A (&values)[kCount]) {
 
 template <SpreadKind kKind, typename T, TargetKind kTarget, int kWidth, int kVectors, bool kWhole, typename A>
 __device__ __forceinline__ void accumulate_tile(RowState<A>& state, const Row<T, kTarget>& row,
-                                            const RowTile<T, kTarget, kWidth, kVectors, kWhole>& tile) {
+                                                const RowTile<T, kTarget, kWidth, kVectors, kWhole>& tile) {
   A max = state.max;
   tile.for_each_vector([&](int k) { max = math::max(max, tile.x[k].max()); });
   state = rescale(state, max);

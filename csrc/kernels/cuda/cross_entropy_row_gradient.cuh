@@ -73,8 +73,12 @@ __device__ __forceinline__ void write_tile(const Row<T, kTarget>& row, const Gra
     const int lane = thread % kWarp, unit = range.thread - lane + (number * kVectors << range.step_shift);
     const auto start = reinterpret_cast<char*>(row.grad + range.template first<kWidth>(unit));
     const int bytes = int(reinterpret_cast<uintptr_t>(start) % kVectorBytes);
-    const ShiftedVectors<T> vectors = {start - bytes, bytes, lane, thread / kWarp, kVectorBytes << range.step_shift,
-                                   range.template units<kWidth>() - unit};
+    const ShiftedVectors<T> vectors = {start - bytes,
+                                       bytes,
+                                       lane,
+                                       thread / kWarp,
+                                       kVectorBytes << range.step_shift,
+                                       range.template units<kWidth>() - unit};
 #pragma unroll
     for (int k = 0; k < kVectors; ++k)
       vectors.template store<kWhole>(k, tile.is_there(k) ? vector_of(k) : Vector<T, kWidth>());

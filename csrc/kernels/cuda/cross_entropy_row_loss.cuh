@@ -22,8 +22,8 @@ struct RowResult {
 
 // Called by one thread of the row. x_y: the target class's logit.
 template <typename T, TargetKind kTarget, typename A>
-__device__ __forceinline__ RowResult<A> loss_of_row(const RowTarget<T, kTarget>& row, RowState<A> state, A scale,
-                                                      T x_y, LossAccumulator& accumulator) {
+__device__ __forceinline__ RowResult<A> loss_of_row(const RowTarget<T, kTarget>& row, RowState<A> state, A scale, T x_y,
+                                                    LossAccumulator& accumulator) {
   const TypedOptions<T>& o = row.o;
   A loss = 0;
   if (row.contributes()) {

@@ -25,11 +25,7 @@ class RowPipeline {
   static constexpr int kVectors = kTileVectors<kTarget>;
 
   __device__ __forceinline__ RowPipeline(const TypedOptions<T>& o, int thread)
-      : tiles(o.plan.tiles),
-        depth(o.plan.depth),
-        thread(thread),
-        threads_shift(o.plan.threads_shift),
-        slots(o) {}
+      : tiles(o.plan.tiles), depth(o.plan.depth), thread(thread), threads_shift(o.plan.threads_shift), slots(o) {}
 
   // The vectors of a row, as many as have to be read.
   struct Source {
@@ -55,8 +51,7 @@ class RowPipeline {
     on_spread<kTarget>(row.o, [&](auto spread) {
       for_each_tile(depth, range, [&](auto is_whole, int number) {
         wait_for_copies(depth - 1 - number);
-        accumulate_tile<decltype(spread)::value>(
-            state, row, SlotTile<decltype(is_whole)::value>(range, number, slots));
+        accumulate_tile<decltype(spread)::value>(state, row, SlotTile<decltype(is_whole)::value>(range, number, slots));
       });
     });
     if (depth < tiles) accumulate_tiles<kVectorSize<T>, kVectors>(state, row, range, depth);

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kRowThreads, (kRowsMinBlocks<T, kTarget, kShif
   using A = AccumulateType<T>;
   using Pipeline = RowPipeline<T, kTarget>;
   const RowPlan& plan = o.plan;
-  const int rank = rank_of_block(plan);  // among the blocks of a row
+  const int rank = rank_of_block(plan);                          // among the blocks of a row
   const int thread = rank * int(blockDim.x) + int(threadIdx.x);  // among those of a row
   __shared__ LossAccumulator sums[kMaxRowsOfBlock];  // a row's first thread has one for itself: registers are scarce
   if (threadIdx.x == 0) sums[threadIdx.y] = {};
@@ -113,8 +113,7 @@ __global__ void __launch_bounds__(kRowThreads, (for_target<T, kTarget>(kLossOnly
 // Short rows whose gradient is wanted: some lanes of a warp take one, and each keeps its part of it in registers, so
 // that the row is read once.
 template <typename T, TargetKind kTarget, bool kShifted>
-__global__ void __launch_bounds__(kLaneBlockThreads,
-                                  (for_target<T, kTarget>(kRegisterRowsBlocks<T, kShifted>)))
+__global__ void __launch_bounds__(kLaneBlockThreads, (for_target<T, kTarget>(kRegisterRowsBlocks<T, kShifted>)))
     forward_rows_in_registers(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
   __shared__ LossAccumulator sums[kMaxRowsOfBlock];  // a row's first lane has one for itself

@@ -16,7 +16,7 @@ namespace fusedloss::cuda {
 constexpr int kMaxTileVectors = 8;  // that a thread has of a tile
 
 // The aligned vectors of the first lane, for each warp of a block.
-__device__ __forceinline__ uint4 (&edges_of_warps())[kMaxRowWarps][kMaxTileVectors] {
+__device__ __forceinline__ uint4 (&edges_of_warps()) [kMaxRowWarps][kMaxTileVectors] {
   __shared__ uint4 edges[kMaxRowWarps][kMaxTileVectors];
   return edges;
 }

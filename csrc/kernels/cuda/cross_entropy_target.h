@@ -25,12 +25,9 @@ inline TargetKind target_kind(const CrossEntropyOptions& o) {
 template <typename F>
 auto on_target(const CrossEntropyOptions& o, F f) {
   switch (target_kind(o)) {
-    case TargetKind::kProbabilities:
-      return f(std::integral_constant<TargetKind, TargetKind::kProbabilities>());
-    case TargetKind::kSmoothedIndex:
-      return f(std::integral_constant<TargetKind, TargetKind::kSmoothedIndex>());
-    default:
-      return f(std::integral_constant<TargetKind, TargetKind::kIndex>());
+    case TargetKind::kProbabilities: return f(std::integral_constant<TargetKind, TargetKind::kProbabilities>());
+    case TargetKind::kSmoothedIndex: return f(std::integral_constant<TargetKind, TargetKind::kSmoothedIndex>());
+    default: return f(std::integral_constant<TargetKind, TargetKind::kIndex>());
   }
 }
 

@@ -9,7 +9,6 @@
 // A target out of range stops release builds too, as it does in torch.
 #undef NDEBUG
 #include <cassert>
-
 #include <map>
 #include <mutex>
 #include <tuple>

@@ -265,8 +265,8 @@ FUSEDLOSS_INLINE double log1p_up_to_1(double x) { return ::log1p(x); }
 
 // ---- CUDA's own
 
-#define FUSEDLOSS_ELEMENTARY(name)                                 \
-  FUSEDLOSS_INLINE float name(float x) { return ::name##f(x); }    \
+#define FUSEDLOSS_ELEMENTARY(name)                              \
+  FUSEDLOSS_INLINE float name(float x) { return ::name##f(x); } \
   FUSEDLOSS_INLINE double name(double x) { return ::name(x); }
 FUSEDLOSS_ELEMENTARY(sqrt)
 FUSEDLOSS_ELEMENTARY(exp)

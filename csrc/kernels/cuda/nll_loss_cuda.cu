@@ -3,9 +3,8 @@
 // The forward pass reads one element a row, from all over the input: what counts is how many loads are under way. The
 // backward pass is as fast as memory takes zeros: a block fills a tile with them, 16 bytes at a time, and then writes
 // the rows' elements into it while the tile is in the cache.
-#include "kernels/cuda/nll_loss_cuda.h"
-
 #include "kernels/cuda/loss_values.cuh"
+#include "kernels/cuda/nll_loss_cuda.h"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vec.cuh"
 #include "kernels/formulas/nll_loss-inl.h"
@@ -49,8 +48,8 @@ __global__ void __launch_bounds__(kThreads, 1) gather(const TypedNLLLossOptions<
     for (int k = 0; k < kRowsAtOnce; ++k) {
       if (y[k] < 0) continue;
       const int64_t row = first + k * step, outer = row / o.inner, inner = row % o.inner;
-      x[k] = static_cast<const T*>(o.input)[outer * o.input_strides.outer + y[k] * o.input_strides.classes +
-                                            inner * o.input_strides.inner];
+      x[k] = static_cast<const T*>(
+          o.input)[outer * o.input_strides.outer + y[k] * o.input_strides.classes + inner * o.input_strides.inner];
     }
 #pragma unroll
     for (int k = 0; k < kRowsAtOnce; ++k) {

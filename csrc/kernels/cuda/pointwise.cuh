@@ -20,9 +20,7 @@ constexpr int kThreads = 256;
 // Vectors of each operand that a thread loads before it computes: four altogether at least, and two of each, unless
 // there are many. More of them would take registers that other threads need, and each vector moves up through the
 // places of those before it.
-FUSEDLOSS_INLINE constexpr int vectors_in_flight(int operands) {
-  return operands == 1 ? 4 : operands <= 4 ? 2 : 1;
-}
+FUSEDLOSS_INLINE constexpr int vectors_in_flight(int operands) { return operands == 1 ? 4 : operands <= 4 ? 2 : 1; }
 
 template <typename F>
 using OperandsOf = std::make_integer_sequence<int, F::kOperands>;
@@ -54,12 +52,12 @@ __device__ __forceinline__ const T* elements_of(const PointwiseOptions& o, int k
 
 // Which elements to take 16 bytes at a time: `losses` (loss or grad_output) matters where it has an element for each.
 template <typename F, typename T, int... kOperand>
-__device__ __forceinline__ VectorizedRange<T, int64_t> vectorized_elements(
-    const PointwiseOptions& o, const void* losses, std::integer_sequence<int, kOperand...>) {
+__device__ __forceinline__ VectorizedRange<T, int64_t> vectorized_elements(const PointwiseOptions& o,
+                                                                           const void* losses,
+                                                                           std::integer_sequence<int, kOperand...>) {
   const bool wide = o.loss_dtype != o.dtype;
   const auto has_all = [&](int k) { return !is_one_value(o, k) && !is_repeated<F>(o, k); };
-  return vectorized_range(o.numel, elements_of<T>(o, 0),
-                          (has_all(kOperand) ? elements_of<T>(o, kOperand) : nullptr)...,
+  return vectorized_range(o.numel, elements_of<T>(o, 0), (has_all(kOperand) ? elements_of<T>(o, kOperand) : nullptr)...,
                           static_cast<const T*>(o.grad[kOperand])..., static_cast<const T*>(wide ? nullptr : losses),
                           static_cast<const AccumulateType<T>*>(wide ? losses : nullptr));
 }
@@ -152,8 +150,7 @@ __device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common
   using A = AccumulateType<T>;
   Values<F, A, kWidth> values;
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j)
-    ((values.of[j][kOperand] = vectors[kOperand][j]), ...);
+  for (int j = 0; j < kWidth; ++j) ((values.of[j][kOperand] = vectors[kOperand][j]), ...);
   if constexpr (kGradients) {
     constexpr unsigned kFirst = 1, kOthers = (1u << F::kOperands) - 2;
     const auto by_first = losses_of<F, kFirst>(values, common.parameter);
@@ -165,7 +162,11 @@ __device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common
     write_gradient<F, 0, T>(o, i, by_first.of, g);
     if (((kOperand > 0 && o.grad[kOperand] != nullptr) || ...)) {
       const auto by_others = losses_of<F, kOthers>(values, common.parameter);
-      ([&] { if constexpr (kOperand > 0) write_gradient<F, kOperand, T>(o, i, by_others.of, g); }(), ...);
+      (
+          [&] {
+            if constexpr (kOperand > 0) write_gradient<F, kOperand, T>(o, i, by_others.of, g);
+          }(),
+          ...);
     }
   } else {
     take_losses<T>(o, i, losses_of<F, 0>(values, common.parameter).of, sum);
@@ -204,8 +205,7 @@ __device__ __forceinline__ AccumulateType<T> evaluate_units(const PointwiseOptio
       for (int k = 0; k < F::kOperands; ++k)
         if (is_repeated<F>(o, k))
           vectors[p][k] = load_repeated<kWidth>(elements_of<T>(o, k), o.operand_period[k], first);
-        else if (!is_one_value(o, k))
-          vectors[p][k] = load<kWidth>(elements_of<T>(o, k) + first);
+        else if (!is_one_value(o, k)) vectors[p][k] = load<kWidth>(elements_of<T>(o, k) + first);
     }
     // One text for all vectors, however long the formula is: the next one moves to the first one's place.
 #pragma unroll 1

@@ -1,9 +1,8 @@
 // The losses of formulas/pointwise-inl.h on the GPU, by name.
-#include "kernels/cuda/pointwise_cuda.h"
-
 #include <cstring>
 
 #include "kernels/cuda/pointwise.cuh"
+#include "kernels/cuda/pointwise_cuda.h"
 #include "kernels/formulas/pointwise-inl.h"
 
 namespace fusedloss::cuda {

@@ -74,8 +74,8 @@ struct Vector {
   }
   template <typename Pair>
   __device__ __forceinline__ float max_of_pairs() const {
-    const Pair max = __hmax2(__hmax2(as<Pair>(words[0]), as<Pair>(words[1])),
-                             __hmax2(as<Pair>(words[2]), as<Pair>(words[3])));
+    const Pair max =
+        __hmax2(__hmax2(as<Pair>(words[0]), as<Pair>(words[1])), __hmax2(as<Pair>(words[2]), as<Pair>(words[3])));
     return ::fmaxf(widen(max.x), widen(max.y));
   }
   __device__ __forceinline__ uint16_t half_word(int i) const { return uint16_t(words[i / 2] >> i % 2 * 16); }

@@ -95,8 +95,8 @@ FUSEDLOSS_INLINE A negative_log_likelihood(A x, A max, A logsum) {
 // dot already where that weight's class has the maximum, 0 away from it, and its -log p is not 0 unless logsum is.
 template <typename V>
 FUSEDLOSS_INLINE V expected_negative_log_likelihood(RowState<V> s, V logsum) {
-  const auto is_infinite = ((s.mass == V{} + INFINITY) | (s.mass == V{} - INFINITY)) &
-                           ((logsum > V{}) | (s.dot == -s.mass));
+  const auto is_infinite =
+      ((s.mass == V{} + INFINITY) | (s.mass == V{} - INFINITY)) & ((logsum > V{}) | (s.dot == -s.mass));
   return is_infinite ? s.mass : s.mass * logsum - s.dot;
 }
 

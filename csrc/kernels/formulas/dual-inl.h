@@ -23,9 +23,7 @@ FUSEDLOSS_INLINE constexpr int count_bits(unsigned bits) {
 }
 
 // The place among the set bits of `bits` of its bit number `i`.
-FUSEDLOSS_INLINE constexpr int place_of(unsigned bits, int i) {
-  return count_bits(bits & ((1u << i) - 1));
-}
+FUSEDLOSS_INLINE constexpr int place_of(unsigned bits, int i) { return count_bits(bits & ((1u << i) - 1)); }
 
 // The number of the set bit at `place`.
 FUSEDLOSS_INLINE constexpr int bit_at(unsigned bits, int place) {
@@ -163,14 +161,14 @@ FUSEDLOSS_INLINE auto operator/(const Dual<V, kA>& a, const Dual<V, kB>& b) {
   FUSEDLOSS_INLINE auto operator op(const Dual<V, kA>& a, const Dual<V, kB>& b) { \
     return a.value op b.value;                                                    \
   }
-#define FUSEDLOSS_WITH_NUMBERS(op)                                   \
-  template <typename V, unsigned kA>                                 \
+#define FUSEDLOSS_WITH_NUMBERS(op)                                    \
+  template <typename V, unsigned kA>                                  \
   FUSEDLOSS_INLINE auto operator op(const Dual<V, kA>& a, double b) { \
-    return a op constant<V>(b);                                      \
-  }                                                                  \
-  template <typename V, unsigned kB>                                 \
+    return a op constant<V>(b);                                       \
+  }                                                                   \
+  template <typename V, unsigned kB>                                  \
   FUSEDLOSS_INLINE auto operator op(double a, const Dual<V, kB>& b) { \
-    return constant<V>(a) op b;                                      \
+    return constant<V>(a) op b;                                       \
   }
 FUSEDLOSS_COMPARISON(<)
 FUSEDLOSS_COMPARISON(<=)
@@ -207,8 +205,7 @@ template <typename M, typename V, unsigned kA, unsigned kB, int... kPlace>
 FUSEDLOSS_INLINE Dual<V, kA | kB> where_at(M condition, const Dual<V, kA>& a, const Dual<V, kB>& b,
                                            std::integer_sequence<int, kPlace...>) {
   return {math::select(condition, a.value, b.value),
-          {math::select(condition, partial_by<bit_at(kA | kB, kPlace)>(a),
-                              partial_by<bit_at(kA | kB, kPlace)>(b))...}};
+          {math::select(condition, partial_by<bit_at(kA | kB, kPlace)>(a), partial_by<bit_at(kA | kB, kPlace)>(b))...}};
 }
 template <typename M, typename V, unsigned kA, unsigned kB>
 FUSEDLOSS_INLINE Dual<V, kA | kB> where(M condition, const Dual<V, kA>& a, const Dual<V, kB>& b) {

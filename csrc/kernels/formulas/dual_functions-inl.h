@@ -22,7 +22,7 @@ FUSEDLOSS_BEGIN_NAMESPACE
 template <typename V, unsigned kA, unsigned kB>
 FUSEDLOSS_INLINE auto maximum(const Dual<V, kA>& a, const Dual<V, kB>& b) {
   const V zero = math::constant<V>(0), one = math::constant<V>(1), half = math::constant<V>(0.5);
-  const auto equal = a.value == b.value, less = a.value < b.value, greater = a.value > b.value;
+  const auto equal = a.value == b.value, less = a.value<b.value, greater = a.value> b.value;
   const V value = math::select(less | (b.value != b.value), b.value, a.value);
   return chain(value, math::select(equal, half, math::select(less, zero, one)), a,
                math::select(equal, half, math::select(greater, zero, one)), b);
@@ -74,8 +74,7 @@ FUSEDLOSS_INLINE auto clamp(const Dual<V, kX>& x, const Dual<V, kLow>& low, cons
   const auto in_order = kAtBound == AtBound::kBoth ? low.value <= high.value : apart;
   const V by_x = math::select(at_low | at_high, of_x, slope_if(inside, value));
   const V by_low = math::select(at_low, of_bound, slope_if((x.value < low.value) & in_order, value));
-  const V by_high = math::select(at_high, of_bound,
-                                       slope_if((x.value > high.value) | (high.value < low.value), value));
+  const V by_high = math::select(at_high, of_bound, slope_if((x.value > high.value) | (high.value < low.value), value));
   return with_slope(chain(value, by_x, x, by_low, low), Dual<V, 0>{by_high}, high);
 }
 
@@ -91,8 +90,8 @@ FUSEDLOSS_INLINE Dual<V, kX> raise_to(Dual<V, kX> x, V low) {
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, 0> sign(const Dual<V, kA>& a) {
   const V zero = math::constant<V>(0);
-  return {math::select(a.value > zero, math::constant<V>(1),
-                             math::select(a.value < zero, math::constant<V>(-1), zero))};
+  return {
+      math::select(a.value > zero, math::constant<V>(1), math::select(a.value < zero, math::constant<V>(-1), zero))};
 }
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> abs(const Dual<V, kA>& a) {
@@ -175,8 +174,8 @@ FUSEDLOSS_INLINE Dual<V, kA> tanh(const Dual<V, kA>& a) {
   const V two = math::constant<V>(2), exponent = -two * math::abs(a.value);
   const V small = math::exp(exponent), larger = math::constant<V>(1) + small;
   const V inverse = math::divide_by_moderate(two, larger);
-  return chain(odd(math::divide_by_moderate(V(-math::expm1(exponent)), larger), a.value),
-               V(small * inverse * inverse), a);
+  return chain(odd(math::divide_by_moderate(V(-math::expm1(exponent)), larger), a.value), V(small * inverse * inverse),
+               a);
 }
 
 // e^(-x^2), also of what rounding takes away from x^2, which would be a multiple of the result's last place.
@@ -231,8 +230,7 @@ FUSEDLOSS_INLINE Logistic<V> logistic(V x) {
   const V small = math::exp(V(-math::abs(x)));
   const V larger = math::divide_by_moderate(one, V(one + small));
   const V smaller = math::divide_by_moderate(small, V(one + small));
-  return {math::log1p_up_to_1(small), math::select(x < zero, smaller, larger),
-          math::select(x < zero, larger, smaller)};
+  return {math::log1p_up_to_1(small), math::select(x < zero, smaller, larger), math::select(x < zero, larger, smaller)};
 }
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> softplus(const Dual<V, kA>& a) {
@@ -248,8 +246,7 @@ FUSEDLOSS_INLINE Dual<V, kA> logsigmoid(const Dual<V, kA>& a) {
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> softplus_below_0(const Dual<V, kA>& a) {
   const V small = math::exp(a.value);
-  return chain(math::log1p_up_to_1(small),
-               math::divide_by_moderate(small, V(math::constant<V>(1) + small)), a);
+  return chain(math::log1p_up_to_1(small), math::divide_by_moderate(small, V(math::constant<V>(1) + small)), a);
 }
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> sigmoid(const Dual<V, kA>& a) {
@@ -299,8 +296,7 @@ FUSEDLOSS_INLINE auto pow(const Dual<V, kA>& a, const Dual<V, kB>& b) {
     if (!math::any(b.value != two)) return chain(V(a.value * a.value), V(two * a.value), a, zero, b);
   const V power = math::pow(a.value, b.value);
   V by_a = zero, by_b = zero;
-  if constexpr (kA != 0)
-    by_a = math::select(b.value == zero, zero, V(b.value * lower_power(a.value, b.value, power)));
+  if constexpr (kA != 0) by_a = math::select(b.value == zero, zero, V(b.value * lower_power(a.value, b.value, power)));
   if constexpr (kB != 0)
     by_b = math::select((a.value == zero) & (b.value >= zero), zero, V(power * math::log(a.value)));
   return chain(power, by_a, a, by_b, b);

@@ -167,20 +167,20 @@ struct SoftMarginLoss {
 FUSEDLOSS_END_NAMESPACE
 
 // All of them, by the names that fusedloss/ knows them by.
-#define FUSEDLOSS_POINTWISE_LOSSES(X)                                        \
-  X(mse_loss, MSELoss)                                                       \
-  X(l1_loss, L1Loss)                                                         \
-  X(smooth_l1_loss, SmoothL1Loss)                                            \
-  X(huber_loss, HuberLoss)                                                   \
-  X(binary_cross_entropy_with_logits, BCEWithLogitsLoss)                     \
-  X(weighted_binary_cross_entropy_with_logits, WeightedBCEWithLogitsLoss)    \
-  X(kl_div, KLDivLoss)                                                       \
-  X(kl_div_log_target, KLDivLogTargetLoss)                                   \
-  X(poisson_nll_loss, PoissonNLLLoss)                                        \
-  X(poisson_nll_loss_full, PoissonNLLFullLoss)                               \
-  X(poisson_nll_loss_of_rate, PoissonNLLRateLoss)                            \
-  X(poisson_nll_loss_of_rate_full, PoissonNLLRateFullLoss)                   \
-  X(gaussian_nll_loss, GaussianNLLLoss)                                      \
+#define FUSEDLOSS_POINTWISE_LOSSES(X)                                     \
+  X(mse_loss, MSELoss)                                                    \
+  X(l1_loss, L1Loss)                                                      \
+  X(smooth_l1_loss, SmoothL1Loss)                                         \
+  X(huber_loss, HuberLoss)                                                \
+  X(binary_cross_entropy_with_logits, BCEWithLogitsLoss)                  \
+  X(weighted_binary_cross_entropy_with_logits, WeightedBCEWithLogitsLoss) \
+  X(kl_div, KLDivLoss)                                                    \
+  X(kl_div_log_target, KLDivLogTargetLoss)                                \
+  X(poisson_nll_loss, PoissonNLLLoss)                                     \
+  X(poisson_nll_loss_full, PoissonNLLFullLoss)                            \
+  X(poisson_nll_loss_of_rate, PoissonNLLRateLoss)                         \
+  X(poisson_nll_loss_of_rate_full, PoissonNLLRateFullLoss)                \
+  X(gaussian_nll_loss, GaussianNLLLoss)                                   \
   X(soft_margin_loss, SoftMarginLoss)
 
 #endif  // include guard
