@@ -3,11 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.draws import REDUCTIONS
 from torch.autograd import gradcheck, gradgradcheck
 
 import fusedloss.functional as fused
-
-REDUCTIONS = ["none", "mean", "sum"]
 
 
 def cross_entropy_cases(device: str):

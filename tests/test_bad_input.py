@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pointwise import CASES, Case
+from helpers.pointwise import CASES, Case
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from graphs import (
+from helpers.draws import REDUCTIONS
+from helpers.graphs import (
     CE,
     CE_BACKWARD,
     CLASSES,
@@ -17,7 +18,6 @@ from graphs import (
     MSE,
     MSE_BACKWARD,
     OLD,
-    REDUCTIONS,
     assert_same_gradients,
     assert_step,
     batch,
@@ -29,7 +29,7 @@ from graphs import (
     step,
     target_for,
 )
-from oracle import assert_exact
+from helpers.oracle import assert_exact
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend

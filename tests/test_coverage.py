@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
+from helpers.draws import REDUCTIONS
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -111,7 +112,7 @@ def _(name, loss):
 
 @situation("reduction none, mean, sum")
 def _(name, loss):
-    for reduction in ("none", "mean", "sum"):
+    for reduction in REDUCTIONS:
         step(loss(*given(name), reduction=reduction))
 
 

@@ -5,44 +5,21 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.draws import DTYPES, LAYOUTS, REDUCTIONS, class_dim, random_indices, random_logits, random_probabilities
+from helpers.oracle import assert_exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import assert_exact
 from torch import Tensor
 
 import fusedloss.functional as fused
 from fusedloss import reference
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Odd sizes; one class, one row; just below, at and above a vector (16), a block (2048) and a tile (256).
 SHAPES = [
     (5,), (1,), (1, 1), (7, 1), (1, 7), (3, 10), (33, 15), (5, 16), (5, 17), (2, 2047), (2, 2049), (3, 4097),
     (2, 3, 5), (1, 10, 255), (2, 5, 256), (1, 21, 257), (2, 33, 3), (2, 4, 3, 5), (1, 3, 2, 2, 7), (3, 1, 4),
 ]  # fmt: skip
 OPTIONS = list(itertools.product((False, True), (0.0, 0.1, 1.0)))
-
-
-def class_dim(shape: tuple[int, ...]) -> int:
-    return 0 if len(shape) == 1 else 1
-
-
-def random_logits(shape: tuple[int, ...], dtype: torch.dtype, device: str, scale: float = 3.0) -> Tensor:
-    return (torch.randn(shape, dtype=torch.float64) * scale).to(device, dtype)
-
-
-def random_indices(shape: tuple[int, ...], device: str, ignore_index: int = -100) -> Tensor:
-    rows = tuple(size for d, size in enumerate(shape) if d != class_dim(shape))
-    target = torch.randint(0, shape[class_dim(shape)], rows)
-    if target.numel() > 1:  # some rows are ignored, never all
-        kept, another = torch.randint(target.numel(), ()), int(ignore_index == 0)
-        target[torch.rand(rows) < 0.3] = ignore_index
-        if target.view(-1)[kept] == ignore_index and shape[class_dim(shape)] > another:
-            target.view(-1)[kept] = another
-    return target.to(device)
-
-
-def random_probabilities(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).softmax(class_dim(shape)).to(device, dtype)
 
 
 def check(input: Tensor, target: Tensor, **options) -> None:
@@ -70,7 +47,7 @@ def check(input: Tensor, target: Tensor, **options) -> None:
     assert torch.equal(loss.detach(), fused.cross_entropy(input.detach(), target, **options)) or loss.isnan().any()
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_class_indices(shape, dtype, reduction, device):
@@ -85,7 +62,7 @@ def test_class_indices(shape, dtype, reduction, device):
         )
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_class_probabilities(shape, dtype, reduction, device):
@@ -114,19 +91,6 @@ def test_few_classes_in_columns(classes, dtype, device):
         check(input, indices, ignore_index=1, **options)
         check(input, indices, ignore_index=1, weight=weight, **options)
         check(input, probabilities, weight=weight, **options)
-
-
-LAYOUTS = {
-    "every second class": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2],
-    "every second row": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], 1).flatten(0, 1)[::2],
-    "transposed": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
-    "classes last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-    "classes reversed in memory order": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "odd storage offset": lambda x: torch.cat([x.new_full((3,), torch.nan), x.flatten()])[3:].view(x.shape),
-    "one row expanded": lambda x: x[:1].expand(x.shape),
-    "one class expanded": lambda x: x[:, :1].expand(x.shape),
-    "padded rows": lambda x: F.pad(x, (1, 2), value=torch.nan)[..., 1:-2],
-}
 
 
 @pytest.mark.parametrize("shape", [(6, 37), (3, 5, 34), (3, 1, 34), (2, 7, 6, 10)], ids=str)
@@ -205,7 +169,7 @@ def test_ignore_index(ignore_index, device):
         check(input, target, ignore_index=ignore_index, reduction="none", label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_all_targets_ignored(reduction, label_smoothing, device):
     for shape in [(4, 5), (2, 5, 3)]:
@@ -253,7 +217,7 @@ def test_an_ignored_row_may_hold_anything(device):
         assert torch.equal(grads[0][1], grads[1][1])
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0)], ids=str)
 def test_empty_batches(shape, reduction, device):
     input = torch.randn(shape, device=device)
@@ -395,7 +359,7 @@ def test_autocast_gives_float32(dtype, device):
     probabilities=st.booleans(),
     weighted=st.booleans(),
     label_smoothing=st.floats(0, 1),
-    reduction=st.sampled_from(["none", "mean", "sum"]),
+    reduction=st.sampled_from(REDUCTIONS),
     order=st.randoms(use_true_random=False),
 )
 def test_any_call(shape, dtype, probabilities, weighted, label_smoothing, reduction, order):

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.draws import DTYPES, REDUCTIONS
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -27,8 +28,6 @@ import fusedloss
 from fusedloss import _backend, custom, jit, ops
 from fusedloss.expression import FUNCTIONS
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-REDUCTIONS = ["none", "mean", "sum"]
 ROOT = Path(fusedloss.__file__).parent.parent
 
 # ---- the expressions, and the same in torch

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from graphs import (
+from helpers.draws import REDUCTIONS
+from helpers.graphs import (
     CE,
     CE_BACKWARD,
     CLASSES,
     KINDS,
     MSE,
     MSE_BACKWARD,
-    REDUCTIONS,
     assert_step,
     doubled,
     functions,
@@ -91,7 +91,7 @@ class Looking(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 for shape in ((2, 0), (0, 0), (0,), (2, 0, 3)):
-    for reduction in ("none", "mean", "sum"):
+    for reduction in REDUCTIONS:
         found = []
         for loss in (fused.cross_entropy, F.cross_entropy):
             input = torch.zeros(shape, requires_grad=True)

@@ -10,8 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import CE, CE_BACKWARD, CLASSES, KINDS, MSE, MSE_BACKWARD, batch, functions, given, losses_in, models, step
-from oracle import assert_exact
+from helpers.graphs import (
+    CE,
+    CE_BACKWARD,
+    CLASSES,
+    KINDS,
+    MSE,
+    MSE_BACKWARD,
+    batch,
+    functions,
+    given,
+    losses_in,
+    models,
+    step,
+)
+from helpers.oracle import assert_exact
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch.fx.experimental.proxy_tensor import make_fx

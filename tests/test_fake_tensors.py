@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SEED
-from graphs import DTYPES, KINDS, LAYOUTS, REDUCTIONS, functions, given, target_for
+from helpers.draws import DTYPES, REDUCTIONS
+from helpers.graphs import KINDS, LAYOUTS, functions, given, target_for
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 

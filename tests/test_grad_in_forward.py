@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_exact
+from helpers.draws import DTYPES
+from helpers.oracle import assert_exact
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -12,7 +13,6 @@ from fusedloss import reference
 
 WITH_GRAD = "fusedloss::{}_forward_with_grad"
 BACKWARD = "fusedloss::{}_backward"
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(7, 10), (40, 600), (3, 5000), (2, 140_000), (2, 6, 300), (4, 3, 5, 6), (2, 1, 300), (1, 40, 300), (9,)]
 
 

@@ -7,14 +7,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_exact
+from helpers.draws import DTYPES, REDUCTIONS
+from helpers.oracle import assert_exact
 from torch import Tensor
 
 import fusedloss
 import fusedloss.functional as fused
 from fusedloss import reference
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OVERWRITTEN = "the first has written the gradient over input"
 
 
@@ -36,7 +36,7 @@ def gradients_seen(logits: Tensor) -> list[Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["rows", "swapped", "padded", "every other"])
 @pytest.mark.parametrize("classes", [3, 700, 5000])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import assert_exact
+from helpers.oracle import assert_exact
 from torch import Tensor
 
 import fusedloss.functional as fused

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_exact
+from helpers.draws import DTYPES, REDUCTIONS
+from helpers.oracle import assert_exact
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -220,7 +221,7 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_deterministic_algorithms(kind, reduction, dtype, device):
     ours, _, _ = functions(kind)
@@ -283,7 +284,6 @@ def test_anomaly_mode_names_the_loss(kind, device):
 
 # ---- autocast ----
 
-FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-10}
 
 
@@ -299,14 +299,14 @@ def outcome(loss: Callable[..., Tensor], input: Tensor, *others: Tensor, autocas
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16, None], ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_autocast_gives_torchs_dtypes(dtype, autocast, device):
     """Of loss and gradient, for every mixture; and torch's errors."""
     input = torch.randn(5, CLASSES, device=device).to(dtype)
     indices = torch.randint(0, CLASSES, (5,), device=device)
     weight, probabilities = torch.rand(CLASSES, device=device), torch.rand(5, CLASSES, device=device)
     cases = [("cross_entropy", (indices,)), ("cross_entropy", (indices.int(),))]
-    for other in FLOATS:
+    for other in DTYPES:
         cases.append(("cross_entropy", (indices, weight.to(other))))
         cases.append(("cross_entropy", (probabilities.to(other),)))
         cases.append(("cross_entropy", (probabilities.to(dtype), weight.to(other))))

@@ -5,13 +5,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_exact
+from helpers.draws import DTYPES, REDUCTIONS
+from helpers.oracle import assert_exact
 from torch import Tensor
 
 import fusedloss.functional as fused
 from fusedloss import reference
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Odd sizes; just below, at and above a vector (16), four of them, a block (4096) and a chunk (32768).
 SHAPES = [(), (1,), (3,), (15,), (17,), (63,), (4095,), (4097,), (5, 7), (3, 1, 5), (32768,), (3, 32769)]
 
@@ -33,7 +33,7 @@ def check(input: Tensor, target: Tensor, reduction: str) -> None:
     assert torch.equal(loss.detach(), fused.mse_loss(input.detach(), target.detach(), reduction=reduction))
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(shape, dtype, reduction, device):
@@ -59,7 +59,7 @@ def test_strides_and_offsets(of_input, of_target, reduction, device):
         check(LAYOUTS[of_input](input), LAYOUTS[of_target](target), reduction)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(
     ("input_shape", "target_shape"), [((4, 1), (4,)), ((3,), (2, 3)), ((5, 1, 2), (3, 1)), ((), (2, 2))], ids=str
 )
@@ -86,7 +86,7 @@ def test_no_warning_for_equal_shapes(device):
         fused.mse_loss(torch.randn(3, device=device), torch.randn(3, device=device))
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_empty(reduction, device):
     for shape in [(0,), (3, 0)]:
         ours, torchs = (torch.zeros(shape, device=device, requires_grad=True) for _ in range(2))
@@ -106,7 +106,7 @@ def test_empty_and_expanded(device):
     fused.mse_loss(input.expand(0), torch.randn(0, device=device), reduction="sum").backward()
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_only_the_wanted_gradient(reduction, device):
     input, target = torch.randn(50, device=device), torch.randn(50, device=device)
     both = [tensor.clone().requires_grad_() for tensor in (input, target)]
@@ -138,7 +138,7 @@ def test_the_loss_is_laid_out_as_torchs(device):
 def test_non_finite_values_pass_through(device):
     input = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf], device=device)
     target = torch.zeros(4, device=device)
-    for reduction in ("none", "mean", "sum"):
+    for reduction in REDUCTIONS:
         torch.testing.assert_close(
             fused.mse_loss(input, target, reduction=reduction),
             F.mse_loss(input, target, reduction=reduction),

@@ -7,12 +7,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import losses_in
+from helpers.draws import DTYPES, LAYOUTS, REDUCTIONS, class_dim, random_indices, random_logits
+from helpers.graphs import losses_in
+from helpers.oracle import assert_exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import assert_exact
 from test_bad_input import TYPES_ARE_OURS, i, x
-from test_cross_entropy import DTYPES, LAYOUTS, class_dim, random_indices, random_logits
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import grad as func_grad
@@ -22,7 +22,6 @@ import fusedloss
 import fusedloss.functional as fused
 from fusedloss import reference
 
-REDUCTIONS = ["none", "mean", "sum"]
 # One class, one row; below and above a chunk of the forward pass (2048 rows), a tile (32768) and its least run (1024).
 SHAPES = [
     (5,), (1,), (1, 1), (7, 1), (1, 7), (33, 15), (2049, 3), (5000, 17), (3, 40_000), (1, 70_001),

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import SEED
-from graphs import DTYPES, KINDS, LAYOUTS, OLD, target_for
+from helpers.draws import DTYPES
+from helpers.graphs import KINDS, LAYOUTS, OLD, target_for
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_exact
-from pointwise import CASES, DTYPES, REDUCTIONS, Case, bce, every_case, leaves, reductions
+from helpers.draws import DTYPES, REDUCTIONS
+from helpers.oracle import assert_exact
+from helpers.pointwise import CASES, Case, bce, every_case, leaves, reductions
 from torch import Tensor
 
 import fusedloss.functional as fused

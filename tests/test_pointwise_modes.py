@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from graphs import losses_in
-from oracle import assert_exact
-from pointwise import CASES, DTYPES, REDUCTIONS, Case, every_case, leaves, reductions
+from helpers.draws import DTYPES, REDUCTIONS
+from helpers.graphs import losses_in
+from helpers.oracle import assert_exact
+from helpers.pointwise import CASES, Case, every_case, leaves, reductions
 from torch import Tensor, nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.autograd import gradcheck, gradgradcheck

@@ -11,14 +11,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_exact
+from helpers.draws import DTYPES, REDUCTIONS, random_indices, random_logits, random_probabilities
+from helpers.oracle import assert_exact
 from torch import Tensor
 
 import fusedloss
 import fusedloss.functional as fused
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-REDUCTIONS = ["none", "mean", "sum"]
 SMOOTHINGS = [0.0, 0.1, 1.0]
 SHAPES = {1: (5,), 2: (7, 5), 3: (3, 5, 9), 4: (2, 5, 3, 4), 5: (2, 5, 3, 1, 4)}  # by rank; 5 classes
 CLASSES = 5
@@ -26,23 +25,6 @@ CLASSES = 5
 
 def rows_of(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:1] * (len(shape) > 1) + shape[2:]
-
-
-def logits_of(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    return (torch.randn(shape, dtype=torch.float64) * 3).to(device, dtype)
-
-
-def probabilities_of(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).softmax(min(1, len(shape) - 1)).to(device, dtype)
-
-
-def indices_of(shape: tuple[int, ...], ignore_index: int, device: str) -> Tensor:
-    """Some rows are ignored, never all."""
-    target = torch.randint(0, shape[min(1, len(shape) - 1)], rows_of(shape))
-    if target.numel() > 1:
-        target[torch.rand(target.shape) < 0.3] = ignore_index
-        target.view(-1)[int(torch.randint(target.numel(), ()))] = int(ignore_index == 0)
-    return target.to(device)
 
 
 def as_float64(tensor: Tensor | None) -> Tensor | None:
@@ -90,11 +72,11 @@ def test_every_combination_of_options_with_class_indices(rank, dtype, reduction,
     shape = SHAPES[rank]
     weights = [None, torch.rand(CLASSES).to(device, dtype) + 0.1, torch.tensor([0, 1, 0.5, 0, 2]).to(device, dtype)]
     for weight, ignore_index, label_smoothing in itertools.product(weights, (-100, -1, 0, 3, 1000), SMOOTHINGS):
-        target = indices_of(shape, ignore_index, device)
+        target = random_indices(shape, device, ignore_index)
         if weight is not None and weight[0] == 0:
             target = torch.where(target == ignore_index, target, 4)  # or the mean might be over a total weight of 0
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
-        check(logits_of(shape, dtype, device), target, weight, **options)
+        check(random_logits(shape, dtype, device), target, weight, **options)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -104,11 +86,11 @@ def test_every_combination_of_options_with_class_probabilities(rank, dtype, redu
     shape = SHAPES[rank]
     weights = [None, torch.rand(CLASSES).to(device, dtype) + 0.1, torch.tensor([0, 1, 0.5, 0, 2]).to(device, dtype)]
     for weight, ignore_index, label_smoothing in itertools.product(weights, (-100, -1), SMOOTHINGS):
-        target = probabilities_of(shape, dtype, device)
+        target = random_probabilities(shape, dtype, device)
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
-        check(logits_of(shape, dtype, device), target, weight, **options)
+        check(random_logits(shape, dtype, device), target, weight, **options)
     # Whatever they hold: probabilities are not looked at.
-    check(logits_of(shape, dtype, device), logits_of(shape, dtype, device), weights[1], reduction=reduction)
+    check(random_logits(shape, dtype, device), random_logits(shape, dtype, device), weights[1], reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -139,8 +121,8 @@ def test_class_indices_of_every_integer_type(rank, dtype, device):
     shape = SHAPES[rank]
     ignored = (2, -100) if dtype.is_signed else (2, 255)
     for ignore_index, label_smoothing, reduction in itertools.product(ignored, (0.0, 0.1), REDUCTIONS):
-        input = logits_of(shape, torch.float32, device)
-        target = indices_of(shape, ignore_index, device)
+        input = random_logits(shape, torch.float32, device)
+        target = random_indices(shape, device, ignore_index)
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
         loss, _ = check(input, target, **options)
         leaf = input.clone().requires_grad_()
@@ -161,22 +143,22 @@ def test_class_indices_of_every_integer_type(rank, dtype, device):
 def test_weights_of_another_dtype(dtype, of_weight, device):
     """With class indices an error, with probabilities promoted; as torch's."""
     for shape in (SHAPES[2], SHAPES[3]):
-        input, weight = logits_of(shape, dtype, device), torch.arange(1, CLASSES + 1).to(device, of_weight)
-        target = indices_of(shape, -100, device)
+        input, weight = random_logits(shape, dtype, device), torch.arange(1, CLASSES + 1).to(device, of_weight)
+        target = random_indices(shape, device)
         if of_weight == dtype:
             check(input, target, weight)
         else:
             for function in (F.cross_entropy, fused.cross_entropy):
                 with pytest.raises(RuntimeError):
                     function(input, target, weight)
-        check_as_torchs(input, probabilities_of(shape, dtype, device), weight)
+        check_as_torchs(input, random_probabilities(shape, dtype, device), weight)
 
 
 @pytest.mark.parametrize("of_target", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_class_probabilities_of_another_dtype(dtype, of_target, device):
     for shape, label_smoothing in itertools.product(SHAPES.values(), (0.0, 0.1)):
-        input, target = logits_of(shape, dtype, device), probabilities_of(shape, of_target, device)
+        input, target = random_logits(shape, dtype, device), random_probabilities(shape, of_target, device)
         for weight in (None, torch.rand(CLASSES).to(device, dtype), torch.rand(CLASSES).to(device, of_target)):
             check_as_torchs(input, target, weight, label_smoothing=label_smoothing)
 
@@ -220,7 +202,7 @@ def targets_for(target: Tensor, layout: str) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_leading_classes(dtype, layout, masked, device):
     """Whole vectors, tiles and blocks of -inf before the first class that is not."""
-    x = logits_of((4, masked + 3), dtype, device)
+    x = random_logits((4, masked + 3), dtype, device)
     x[:3, :masked] = -torch.inf  # the last row is as it was
     target = torch.tensor([masked, 0, masked + 2, 1], device=device)  # the second is masked itself: infinite
     for label_smoothing in (0.0, 0.1):
@@ -241,7 +223,7 @@ def test_masked_leading_classes(dtype, layout, masked, device):
 @pytest.mark.parametrize("classes", [1, 2, 17, 300, 2500])
 def test_rows_of_every_kind_of_mask(classes, dtype, layout, device):
     """Everything masked is NaN; everything but the target is a loss of 0."""
-    x = logits_of((5, classes), dtype, device)
+    x = random_logits((5, classes), dtype, device)
     target = torch.randint(classes, (5,), device=device)
     x[0] = -torch.inf
     x[1] = -torch.inf
@@ -263,11 +245,11 @@ def test_rows_of_every_kind_of_mask(classes, dtype, layout, device):
 @pytest.mark.parametrize("classes", [1, 5, 40, 2100])
 def test_a_bad_row_is_bad_alone(classes, dtype, layout, value, device):
     """NaN or +inf in one row is NaN there, as torch's; the other rows are what they were without it, bit for bit."""
-    x = logits_of((37, classes), dtype, device)
+    x = random_logits((37, classes), dtype, device)
     for target, options in (
         (torch.randint(classes, (37,), device=device), {}),
         (torch.randint(classes, (37,), device=device), {"label_smoothing": 0.1}),
-        (probabilities_of((37, classes), dtype, device), {}),
+        (random_probabilities((37, classes), dtype, device), {}),
     ):
         t = lay_out(target, layout) if target.dim() == 2 else targets_for(target, layout)
         options |= {"reduction": "none"}
@@ -294,7 +276,7 @@ def test_a_bad_row_is_bad_alone(classes, dtype, layout, value, device):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_a_bad_row_that_is_ignored(label_smoothing, dtype, layout, value, device):
     """torch's gradient is NaN in that row, and in no other; ours is 0. Everything else is torch's."""
-    x = logits_of((6, 23), dtype, device)
+    x = random_logits((6, 23), dtype, device)
     x[2, 7] = value
     target = torch.tensor([0, 22, -100, 5, -100, 9], device=device)
     for reduction in REDUCTIONS:
@@ -318,7 +300,7 @@ def test_a_bad_row_that_is_ignored(label_smoothing, dtype, layout, value, device
 @pytest.mark.parametrize("height", [100.0, 1e4, -1e4])
 def test_logits_far_apart(height, dtype, layout, device):
     """Probabilities of exactly 0 and 1: nothing overflows, a loss of 0 is 0."""
-    x = logits_of((6, 70), dtype, device)
+    x = random_logits((6, 70), dtype, device)
     x[:, 33] = height
     x[5] = height  # all the same
     target = torch.tensor([33, 0, 33, 69, 34, 1], device=device)
@@ -326,7 +308,7 @@ def test_logits_far_apart(height, dtype, layout, device):
         options = {"label_smoothing": label_smoothing, "reduction": reduction}
         loss, grad = check(lay_out(x, layout), targets_for(target, layout), **options)
         assert loss.isfinite().all() and grad.isfinite().all()
-        check(lay_out(x, layout), lay_out(probabilities_of((6, 70), dtype, device), layout), **options)
+        check(lay_out(x, layout), lay_out(random_probabilities((6, 70), dtype, device), layout), **options)
         if height == 1e4 and reduction == "none" and label_smoothing == 0:
             assert loss.flatten()[0] == 0
 
@@ -358,7 +340,7 @@ def test_logits_masked_with_a_huge_number(dtype, value, device):
 def test_an_infinite_weight(classes, dtype, layout, device):
     """The loss of a row that shares in its class is infinite, whichever class has the maximum."""
     rows = 37 if classes < 100 else 5
-    x = logits_of((rows, classes), dtype, "cpu")
+    x = random_logits((rows, classes), dtype, "cpu")
     target = torch.randint(classes, (rows,))
     probabilities = (0.01 + torch.rand(rows, classes, dtype=torch.float64)).to(dtype)
     heavy = int(torch.randint(classes, ()))
@@ -398,7 +380,7 @@ def test_all_rows_ignored(rank, dtype, device):
     ):
         target = torch.full(rows_of(shape), ignore_index, device=device)
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
-        ours = logits_of(shape, dtype, device).requires_grad_()
+        ours = random_logits(shape, dtype, device).requires_grad_()
         loss = fused.cross_entropy(ours, target, weight, **options)
         on_cpu = weight if weight is None else weight.cpu()  # see as_float64
         expected = F.cross_entropy(ours.detach().cpu(), target.cpu(), on_cpu, **options)
@@ -435,7 +417,7 @@ def test_one_class(shape, dtype, device):
     """A loss of 0 and a gradient of 0, however large the logit."""
     weights = (None, torch.tensor([1.7]).to(device, dtype))
     for weight, label_smoothing, reduction in itertools.product(weights, SMOOTHINGS, REDUCTIONS):
-        input = logits_of(shape, dtype, device) * 1000
+        input = random_logits(shape, dtype, device) * 1000
         target = torch.zeros(rows_of(shape), dtype=torch.int64, device=device)
         options = {"reduction": reduction, "label_smoothing": label_smoothing}
         loss, grad = check(input, target, weight, **options)

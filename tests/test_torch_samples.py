@@ -18,7 +18,8 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from oracle import COMPUTED, ROUNDED
+from helpers.draws import DTYPES
+from helpers.oracle import COMPUTED, ROUNDED
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -30,7 +31,6 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setattr(torch.backends, "disable_global_flags", lambda: None)
     from torch.testing._internal import common_methods_invocations, common_modules, common_nn, common_utils
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Larger samples are checked against finite differences along random directions, not element by element.
 SMALL = 30
 MODULES = {

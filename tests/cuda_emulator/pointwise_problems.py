@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from oracle import assert_exact
+from helpers.oracle import assert_exact
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import torch
-from oracle import assert_exact
+from helpers.oracle import assert_exact
 from torch import Tensor
 
 from fusedloss import reference

@@ -11,9 +11,7 @@ from torch import Tensor
 
 import fusedloss.functional as fused
 from fusedloss import reference
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-REDUCTIONS = ["none", "mean", "sum"]
+from helpers.draws import REDUCTIONS
 
 DRAWS: dict[str, Callable[[Sequence[int]], Tensor]] = {
     "real": lambda shape: torch.randn(shape, dtype=torch.float64),
