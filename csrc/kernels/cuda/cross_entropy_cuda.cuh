@@ -6,13 +6,14 @@
 //      maximum, the sum is rescaled to it (online softmax, formulas/cross_entropy-inl.h). So one read of the row
 //      suffices.
 //   2. The threads merge their statistics: with shuffles in a warp, through shared memory in a block, and by
-//      asynchronous stores between the blocks of a cluster (reduce.cuh).
+//      asynchronous stores between the blocks of a cluster.
 //   3. One thread computes the row's loss. It stores two numbers for the backward pass: the row's maximum, and
 //      sum(q) / sum(exp(x - max)), where q is the target distribution with weights and smoothing.
 //   4. If the forward pass also writes the gradient, each thread computes it from the logits that it has read.
 // The code of these steps is in
 //   cross_entropy_tile.cuh           what a thread holds of its rows: a tile in registers, slots in shared memory
-//   cross_entropy_row.cuh            steps 1 and 2: a thread's tiles of a row, and the statistics
+//   cross_entropy_row.cuh            step 1: a thread's tiles of a row, and its statistics
+//   reduce.cuh                       step 2: the merge of statistics
 //   cross_entropy_row_loss.cuh       step 3: from the statistics to the loss
 //   cross_entropy_row_gradient.cuh   step 4: from the statistics to the gradient; cross_entropy_shifted_stores.cuh
 //                                    helps where the gradient's rows are aligned differently from the logits' rows
@@ -25,8 +26,9 @@
 //     not allow 16-byte accesses. A separate backward pass reads the logits once more, and takes the statistics from
 //     the forward pass.
 //   - A load moves 16 bytes where alignment allows, and each thread has several loads in flight.
-//   - Long rows are copied to shared memory asynchronously: the next row arrives while the threads still work on this
-//     one (cross_entropy_row_pipeline.cuh).
+//   - Long rows whose gradient is written are copied to shared memory asynchronously, with all copies under way
+//     at once. Where a block takes several rows, the next row arrives while the threads still work on this one
+//     (cross_entropy_row_pipeline.cuh).
 //   - Work for a row that does not depend on its length (the target, the merge, the loss) costs each thread of the row.
 //     So few threads share a short row, and many share a long one.
 //
@@ -52,7 +54,7 @@
 //   2. the rows
 //   3. the merge of the statistics, for split rows and columns
 //   4. the sum of the blocks' losses, if there is a reduction
-//   5. the gradient, for split rows and columns
+//   5. the gradient, if it is to be written, for split rows and columns
 // Every sum is taken in a fixed order, so results are bitwise identical from run to run. No launch waits for the host.
 //
 // Each logits dtype has its own .cu file that includes this one, so that the dtypes compile in parallel.
