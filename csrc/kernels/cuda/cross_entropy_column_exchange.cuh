@@ -1,4 +1,4 @@
-// What the threads of a block exchange about their columns by way of shared memory: statistics, and what the gradient
+// What the threads of a block exchange about their columns through shared memory: statistics, and what the gradient
 // needs.
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace fusedloss::cuda {
 
-// The shared memory behind what the threads keep. A place is one of the block's rows. There are sets of arrays with one
-// value for each place: each set has those of a RowState, but the last one has what the gradient needs.
+// The shared memory after the slots. Each row of the block has a place. There are several sets of arrays with one value
+// for each place. A set holds the fields of a RowState, except for the last set, which holds what the gradient needs.
 template <typename T, TargetKind kTarget, int kWidth>
 struct ColumnSharedMemory {
   using A = AccumulateType<T>;
@@ -25,8 +25,9 @@ struct ColumnSharedMemory {
         y(reinterpret_cast<int*>(values + p.sets * kStateArrays<is_spread(kTarget)> * places)),
         of_target(reinterpret_cast<T*>(y + places)) {}
 
-  // The place of a row: the row-th one of the threads that are the thread-th side by side. It is padded so that neither
-  // a warp of threads, each at its first row, nor a warp of neighbouring rows meet in the same bank.
+  // The place of a thread's row: `thread` is the thread's number side by side, `row` is the row's number among its
+  // rows. The padding avoids bank conflicts, both where each thread of a warp accesses its first row, and where a warp
+  // accesses neighbouring rows.
   __device__ __forceinline__ int place(int thread, int row) const {
     return row * column_stride(int(blockDim.x), kWidth) + thread;
   }
@@ -53,8 +54,8 @@ struct ColumnSharedMemory {
 
 // ---- The merge of the threads' statistics
 
-// Merges statistics over the lanes of a warp that have the same rows: those whose numbers differ by a multiple of
-// blockDim.x, where fewer threads than a warp has are side by side.
+// Merges statistics over the lanes of a warp that have the same rows. Where fewer threads than a warp are side by side,
+// these are the lanes whose numbers differ by a multiple of blockDim.x.
 template <TargetKind kTarget, int kWidth, typename A>
 __device__ __forceinline__ void merge_strided_lanes(RowState<A> (&state)[kWidth]) {
 #pragma unroll
@@ -76,14 +77,15 @@ __device__ __forceinline__ void merge_strided_lanes(RowState<A> (&state)[kWidth]
   }
 }
 
-// Stores in shared memory the statistics that the block's threads have of its rows, in 1 << sets_shift sets.
+// Stores the statistics that the block's threads have of its rows in shared memory, in 1 << sets_shift sets.
 template <typename T, TargetKind kTarget, int kWidth>
 __device__ __forceinline__ void store_states(const ColumnSharedMemory<T, kTarget, kWidth>& memory,
                                              RowState<AccumulateType<T>> (&state)[kWidth]) {
-  // Threads of one warp that have the same rows store one set together, each of the others one of its own.
+  // Threads of one warp that have the same rows store one set together. Each of the other threads stores a set of its
+  // own.
   const int threads_of_set = blockDim.x < kWarp ? kWarp / blockDim.x : 1;
   if (blockDim.x < kWarp) merge_strided_lanes<kTarget>(state);
-  __syncthreads();  // the rows before have been read
+  __syncthreads();  // all threads have read the previous rows
   if (threadIdx.y % threads_of_set == 0) {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i)
@@ -92,8 +94,9 @@ __device__ __forceinline__ void store_states(const ColumnSharedMemory<T, kTarget
   __syncthreads();
 }
 
-// Calls f(row of the block, its place, its state, the lane's number among those that have it) for all rows of the
-// block, with what the 1 << shift sets have of the row, merged by as many lanes. All threads take part.
+// Merges the 1 << shift sets of each of the block's rows, with as many lanes. Then each of these lanes calls
+// f(number of the row in the block, its place, its merged state, the lane's number among those of the row). All threads
+// must take part.
 template <typename T, TargetKind kTarget, int kWidth, typename F>
 __device__ __forceinline__ void for_each_merged_row(const ColumnSharedMemory<T, kTarget, kWidth>& memory, int shift,
                                                     F f) {

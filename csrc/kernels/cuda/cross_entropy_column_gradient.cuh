@@ -1,4 +1,4 @@
-// The gradient of columns: what it needs to know of each row, in shared memory or in the registers of the row's own
+// The gradient of columns: what it needs of each row, which is in shared memory or in the registers of the row's only
 // thread, and how a thread writes it.
 #pragma once
 
@@ -9,18 +9,18 @@
 
 namespace fusedloss::cuda {
 
-// In the place of the target class: the row does not contribute, and its gradient is 0; or the class is not one of this
-// block's.
+// Values in place of the target class. kNoContribution: the row does not contribute, and its gradient is 0.
+// kNoTargetHere: the block or thread does not have the target class.
 constexpr int kNoContribution = -2, kNoTargetHere = -1;
 
-// Which of the threads that share a row in its block has class c. A block's first class is a multiple of their number.
+// The thread, among those of a row in its block, that has class c. A block's first class is a multiple of their number.
 template <typename T>
 __device__ __forceinline__ int thread_of_class(const TypedOptions<T>& o, int c) {
   return c & ((1 << o.plan.threads_shift) - 1);
 }
 
-// The target class's logit, where this block has that class: from the slots of the thread that has it, if there are
-// slots.
+// The logit of the target class, where the block has this class. If there are slots, it is read from those of the
+// thread that has the class.
 template <int kWidth, bool kMayBeStaged, typename T, TargetKind kTarget>
 __device__ __forceinline__ T logit_of_target(const RowTarget<T, kTarget>& row, unsigned row_of_block) {
   const TypedOptions<T>& o = row.o;
@@ -36,14 +36,14 @@ __device__ __forceinline__ T logit_of_target(const RowTarget<T, kTarget>& row, u
   return static_cast<const T*>(o.logits)[position.in(o.logits_strides) + row.y * o.logits_strides.classes];
 }
 
-// Brings the cache line of p to the second-level cache. No thread waits for it.
+// Prefetches the cache line of p into the second-level cache. No thread waits for it.
 __device__ __forceinline__ void prefetch_to_l2(const int64_t* p) {
 #if FUSEDLOSS_CUDA_ARCH
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #endif
 }
 
-// Stores in shared memory what the gradient needs of a row; is_here: this block has the target class.
+// Stores in shared memory what the gradient needs of a row. is_here: this block has the target class.
 template <typename T, TargetKind kTarget, int kWidth, typename A>
 __device__ __forceinline__ void store_gradient_factors(const ColumnSharedMemory<T, kTarget, kWidth>& memory, int set,
                                                        int place, const RowTarget<T, kTarget>& row, A max, A scale,
@@ -57,7 +57,7 @@ __device__ __forceinline__ void store_gradient_factors(const ColumnSharedMemory<
   memory.of_target[place] = narrow<T>(logit_gradient(e, scale, row.coefficient(), grad_output));
 }
 
-// Stores kWidth neighbouring values; zeros for rows that do not contribute, even if their logits are NaN.
+// Stores kWidth neighbouring values, with 0 for rows that do not contribute, even if their logits are NaN.
 template <typename T, int kWidth>
 struct ContributingRows {
   uint32_t mask[kWidth == 1 ? 1 : 4] = {};
@@ -77,7 +77,7 @@ struct ContributingRows {
   }
 };
 
-// What the gradient of a thread's i-th row needs, as store_gradient_factors has stored it.
+// What the gradient needs of a thread's i-th row, as store_gradient_factors has stored it.
 template <typename T, TargetKind kTarget, int kWidth>
 struct FactorsInSharedMemory {
   using A = AccumulateType<T>;
@@ -90,7 +90,7 @@ struct FactorsInSharedMemory {
   __device__ __forceinline__ A factor(int i) const { return memory.at(set, 1, place(i)); }
   __device__ __forceinline__ A grad_output(int i) const { return memory.at(set, 2, place(i)); }
   __device__ __forceinline__ bool contributes(int i) const { return memory.y[place(i)] != kNoContribution; }
-  // The target class, if it is one of the thread's own; its factors.
+  // The target class, if it is one of the thread's own classes.
   __device__ __forceinline__ int target(const ThreadColumns<T, kTarget, kWidth>& rows, int i) const {
     const int y = memory.y[place(i)];
     return y >= 0 && thread_of_class(rows.o, y) == int(threadIdx.y) ? y : kNoTargetHere;
@@ -98,7 +98,7 @@ struct FactorsInSharedMemory {
   __device__ __forceinline__ T of_target(int i) const { return memory.of_target[place(i)]; }
 };
 
-// The same in the registers of a thread that has the rows for itself.
+// The same in the registers of a thread that does not share its rows.
 template <typename T, TargetKind kTarget, int kWidth>
 struct FactorsInRegisters {
   using A = AccumulateType<T>;
@@ -124,7 +124,7 @@ struct FactorsInRegisters {
   }
 };
 
-// Writes a thread's part of the factors. The target class is written after the others, by the thread that has it.
+// Writes the gradient of a thread's classes. The target class is written after the others, by the thread that has it.
 template <bool kFromSlots, typename T, TargetKind kTarget, int kWidth, typename Factors>
 __device__ __forceinline__ void write_columns(const ThreadColumns<T, kTarget, kWidth>& rows, const Factors& factors) {
   using A = AccumulateType<T>;
@@ -166,7 +166,7 @@ __device__ __forceinline__ void write_columns(const ThreadColumns<T, kTarget, kW
   for (int i = 0; i < kWidth; ++i) {
     const int y = factors.target(rows, i);
     if (y < 0) continue;
-    const int64_t in_row = kWidth == 1 ? 0 : i;  // of several rows, the next one is the next element
+    const int64_t in_row = kWidth == 1 ? 0 : i;  // a thread's neighbouring rows are neighbouring elements
     rows.grad[in_row + y * stride] = factors.of_target(i);
   }
 }

@@ -1,5 +1,5 @@
-// Columns as one thread sees them: kWidth neighbouring rows side by side, the tiles that it takes of their classes, and
-// their statistics, which are accumulated tile by tile.
+// One thread's part of the columns: kWidth neighbouring rows side by side, the tiles that the thread takes of their
+// classes, and the rows' statistics, which are accumulated tile by tile.
 #pragma once
 
 #include <cfloat>
@@ -11,11 +11,11 @@
 
 namespace fusedloss::cuda {
 
-// The least finite number.
+// The lowest finite number.
 template <typename A>
 constexpr A kLowest = sizeof(A) == 8 ? A(-DBL_MAX) : A(-FLT_MAX);
 
-// Where the classes of a row lie, from the start of a tensor with these strides.
+// The offset of a row's first class in a tensor with given strides.
 template <typename T>
 struct ColumnPosition {
   int64_t outer, inner;
@@ -27,7 +27,7 @@ struct ColumnPosition {
   }
 };
 
-// The larger element at each place, or the other one where one is NaN.
+// The larger of both elements in each position; if one of them is NaN, the other.
 template <typename T, int kWidth>
 __device__ __forceinline__ Vector<T, kWidth> elementwise_max(const Vector<T, kWidth>& a, const Vector<T, kWidth>& b) {
   Vector<T, kWidth> larger;
@@ -52,18 +52,18 @@ __device__ __forceinline__ Vector<T, kWidth> elementwise_max(const Vector<T, kWi
   return larger;
 }
 
-// The classes first, first + step, … of kWidth neighbouring rows, up to a block's last one.
+// The classes first, first + step, … of kWidth neighbouring rows, up to the end of the block's classes.
 template <typename T, TargetKind kTarget, int kWidth>
 struct ThreadColumns {
   using A = AccumulateType<T>;
 
   const TypedOptions<T>& o;
-  const T* logits;       // of the first row, class 0
+  const T* logits;       // class 0 of the first row
   const T* probability;  // null for class indices
-  T* grad;               // null if it is not wanted
+  T* grad;               // null if no gradient is written
   int first, end;
-  int classes;  // of the block
-  int shift;    // of step, a power of two
+  int classes;  // number of classes of the block
+  int shift;    // log2 of step
 
   __device__ __forceinline__ ThreadColumns(const TypedOptions<T>& options, int64_t unit, int thread)
       : ThreadColumns(options, unit, thread, 0, int(options.classes)) {}
@@ -77,10 +77,10 @@ struct ThreadColumns {
     grad = o.grad_logits ? static_cast<T*>(o.grad_logits) + position.in(o.grad_strides) : nullptr;
   }
   __device__ __forceinline__ bool has_probabilities() const { return kTarget == TargetKind::kProbabilities; }
-  // Of the thread's classes; 0 or less where it has none.
+  // The number of the thread's classes; 0 or less if it has none.
   __device__ __forceinline__ int count() const { return (end - first + (1 << shift) - 1) >> shift; }
 
-  // Of class c in row i, if the thread has all classes; from what it has kept, if it has.
+  // The logit of class c in row i, if the thread has all classes. Read from the thread's slots if it has any.
   template <bool kMayBeStaged>
   __device__ __forceinline__ T logit(int c, int i) const {
     if constexpr (kMayBeStaged) {
@@ -90,7 +90,8 @@ struct ThreadColumns {
   }
 };
 
-// kVectors classes of a thread, a vector of kWidth rows each, from memory or, if kFromSlots, from the thread's slots.
+// kVectors classes of a thread. Each is a vector of kWidth rows, from memory or, if kFromSlots, from the thread's
+// slots.
 template <typename T, TargetKind kTarget, int kWidth, int kVectors, bool kFromSlots, bool kWhole>
 struct ColumnTile : VectorTile<T, kTarget, kWidth, kVectors, kWhole> {
   using Rows = ThreadColumns<T, kTarget, kWidth>;
@@ -112,7 +113,7 @@ struct ColumnTile : VectorTile<T, kTarget, kWidth, kVectors, kWhole> {
   __device__ __forceinline__ int class_of(const Rows& rows, int k) const { return first + (k << rows.shift); }
 
  private:
-  // What is not there is 0, as in load_from_slots.
+  // Zero-fills what does not exist, as load_from_slots does.
   __device__ __forceinline__ void load_all(const T* p, int64_t stride, const Rows& rows,
                                            Vector<T, kWidth> (&vectors)[kVectors]) {
     p += first * stride;
@@ -123,8 +124,9 @@ struct ColumnTile : VectorTile<T, kTarget, kWidth, kVectors, kWhole> {
   }
 };
 
-// Calls wait(number), then f(tile) for all tiles of a thread, from the last to the first if kReverse: what has no slots
-// is then read again while the cache may still hold it. `whole` tiles are whole for every thread of the rows.
+// Calls wait(number), then f(tile) for each of a thread's tiles. If kReverse, the order is from the last to the first:
+// classes without slots are then read again while the cache may still hold them. The `whole` tiles are whole for every
+// thread of the rows.
 template <int kVectors, bool kReverse, bool kFromSlots, typename T, TargetKind kTarget, int kWidth, typename Wait,
           typename F>
 __device__ __forceinline__ void for_each_tile(const ThreadColumns<T, kTarget, kWidth>& rows, Wait wait, F f) {
@@ -145,8 +147,8 @@ __device__ __forceinline__ void for_each_tile(const ThreadColumns<T, kTarget, kW
   if (!kReverse) last();
 }
 
-// Starts to copy a thread's classes to its slots, so that all of them are under way at once. Those of a tile are one
-// group, which is waited for together.
+// Starts to copy a thread's classes to its slots, all of them at once. The copies of a tile are one group, because they
+// are waited for together.
 template <int kGroup, typename T, TargetKind kTarget, int kWidth>
 __device__ __forceinline__ void start_copies(const ThreadColumns<T, kTarget, kWidth>& rows) {
   const Slots<T, kTarget> slots(rows.o);
@@ -172,7 +174,8 @@ __device__ __forceinline__ void start_copies(const ThreadColumns<T, kTarget, kWi
 
 // ---- The statistics
 
-// As rescale does. A sum alone is 0 or NaN as long as the maximum is -inf, so that it takes fewer comparisons.
+// Does what rescale does. Without dot and mass fewer comparisons suffice, because the sum is 0 or NaN as long as the
+// maximum is -inf.
 template <bool kSpread, typename A>
 __device__ __forceinline__ void raise_maximum(RowState<A>& state, A max) {
   if constexpr (kSpread) {
@@ -190,14 +193,15 @@ __device__ __forceinline__ void accumulate_column_tile(
     const ColumnTile<T, kTarget, kWidth, kVectors, kFromSlots, kWhole>& tile) {
   auto largest = splat<kWidth>(narrow<T>(A(-INFINITY)));
   tile.for_each_vector([&](int k) { largest = elementwise_max(largest, tile.x[k]); });
-  // Not only where a maximum grows: a warp has so many rows that mostly one of them does, and there is no branch so.
+  // All rows are rescaled, not only those whose maximum grows. This avoids a branch, and a warp has so many rows that
+  // in most cases one of them needs it.
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) raise_maximum<is_spread(kTarget)>(state[i], math::max(state[i].max, largest[i]));
   tile.for_each_vector([&](int k) {
     const A w = is_weighted(kKind) ? rows.o.weight_of(tile.class_of(rows, k)) : A(1);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      // As shift; -inf is as far from any other number as from 0, and one instruction finds that.
+      // Like shift(max), but one instruction: -inf minus the lowest finite number is -inf, as is -inf minus 0.
       const A reference = is_spread(kTarget) ? shift(state[i].max) : math::max(state[i].max, kLowest<A>);
       const A distance = tile.x[k][i] - reference;
       add_class<is_spread(kTarget)>(state[i], distance, math::exp_nonpositive(distance),
@@ -206,7 +210,7 @@ __device__ __forceinline__ void accumulate_column_tile(
   });
 }
 
-// Whether a thread's classes are copied to its slots, which the gradient is then computed from.
+// Whether a thread copies its classes to slots, from which the gradient is computed later.
 enum class Staging { kNever, kIfSlots, kAlways };
 
 template <Staging kStaging, typename T, TargetKind kTarget, int kWidth, typename A>

@@ -2,18 +2,18 @@
 // cross_entropy_few_classes.cuh cannot take.
 //
 // A thread takes kWidth neighbouring rows side by side: one 16-byte load brings one class of all of them. Where
-// alignment does not allow that, kWidth is 1. A block is (threads side by side, threads along the classes), and keeps
-// all classes of its rows in shared memory. Where it cannot, several blocks share the same rows ("split"), and the
-// logits are read twice (cross_entropy_plan_columns.h decides).
+// alignment does not allow this, kWidth is 1. A block has (threads side by side, threads along the classes) threads,
+// and keeps all classes of its rows in shared memory. If they do not fit, several blocks share the same rows ("split"),
+// and the logits are read twice (cross_entropy_plan_columns.h decides).
 //
-// A block goes from the threads' view to the rows' view and back, by way of shared memory:
-//   1. each thread reads its classes, and has the statistics of kWidth rows (cross_entropy_column_tiles.cuh);
-//   2. the statistics are merged: in a warp by shuffles, then in shared memory (cross_entropy_column_exchange.cuh);
-//   3. one thread for each row computes the row's loss, and stores what the gradient needs to know of the row;
-//   4. each thread takes that of its kWidth rows, and reads its classes again to write the gradient
+// A block goes through four steps. Shared memory carries the data from one to the next:
+//   1. Each thread reads its classes, and computes the statistics of kWidth rows (cross_entropy_column_tiles.cuh).
+//   2. The statistics are merged: with shuffles in a warp, then in shared memory (cross_entropy_column_exchange.cuh).
+//   3. For each row, one thread computes the row's loss, and stores what the gradient needs of the row.
+//   4. Each thread loads this for its kWidth rows, and reads its classes again to write the gradient
 //      (cross_entropy_column_gradient.cuh).
-// Split rows go through 1 and 2; finish_split_rows merges the statistics of their blocks. The backward pass reads
-// the statistics, so it begins in 3, with what the gradient needs to know.
+// Blocks that share rows do steps 1 and 2, and finish_split_rows merges their statistics. The backward pass has the
+// statistics already, so it starts in step 3 by storing what the gradient needs.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_column_exchange.cuh"
@@ -25,13 +25,13 @@
 
 namespace fusedloss::cuda {
 
-// Which of the blocks that share rows this is, and its classes. Blocks that are neighbours have the same classes of
-// neighbouring rows, so that together they read what lies side by side. The blocks of the backward pass go from the end
-// to the beginning: the cache may still hold what was read last.
+// A block's number among the blocks that share its rows, and its range of classes. Neighbouring blocks have the same
+// classes of neighbouring rows, so that together they read contiguous memory. The backward pass takes the blocks in
+// reverse order, because the cache may still hold what was read last.
 struct ColumnBlock {
   int rank;
   unsigned group;
-  int begin, end;  // classes
+  int begin, end;  // range of classes
 
   __device__ __forceinline__ ColumnBlock(const CrossEntropyOptions& o, const RowPlan& plan, bool reverse) {
     const unsigned index = reverse ? plan.grid - 1 - blockIdx.x : blockIdx.x, groups = plan.columns.groups;
@@ -42,12 +42,12 @@ struct ColumnBlock {
   }
 };
 
-// A block takes all classes of its rows.
+// Loss and gradient, or loss only. A block takes all classes of its rows.
 template <typename T, TargetKind kTarget, int kWidth>
 __global__ void __launch_bounds__((for_target<T, kTarget>(kColumnThreads)), (for_target<T, kTarget>(kColumnsBlocks)))
     forward_columns(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
-  constexpr bool kStages = kWidth > 1;  // what the gradient is made of; others read it again
+  constexpr bool kStages = kWidth > 1;  // slots keep the classes for the gradient; otherwise they are read again
   const RowPlan& plan = o.plan;
   const ColumnPlan& columns = plan.columns;
   const ColumnSharedMemory<T, kTarget, kWidth> memory(columns);
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__((for_target<T, kTarget>(kColumnThreads)), (for
       accumulate_columns<kStages ? Staging::kIfSlots : Staging::kNever>(
           state, ThreadColumns<T, kTarget, kWidth>(o, first + threadIdx.x, int(threadIdx.y)));
     const int threads = int(blockDim.x * blockDim.y), in_block = threadIdx.y * blockDim.x + threadIdx.x;
-    // The target of this thread's next row in step 3 is loaded ahead.
+    // The target of this thread's next row in step 3, loaded ahead.
     int64_t next_target = o.target_at(first * kWidth + (in_block >> columns.sets_shift));
     store_states(memory, state);
     wait_for_launch_before();  // scale_grad_output reads total_weight
@@ -90,9 +90,9 @@ __global__ void __launch_bounds__((for_target<T, kTarget>(kColumnThreads)), (for
   store_block_sum_of_threads(o, sum);
 }
 
-// A thread takes all classes of its rows: nothing is exchanged, and what a row costs besides its classes is done for
-// the thread's rows side by side. Without a gradient, registers suffice for more threads, if the targets, which would
-// take registers, are only prefetched to the cache before the classes are read.
+// A thread takes all classes of its rows. Nothing is exchanged, and the work for a row besides its classes is done for
+// all of the thread's rows side by side. Without a gradient, there are registers for more threads if targets do not
+// occupy any while the classes are read; so they are only prefetched to the cache before that.
 template <typename T, TargetKind kTarget, int kWidth, bool kWithGradient>
 __global__ void __launch_bounds__(kColumnThreadsAcross, (for_target<T, kTarget>(kThreadColumnsBlocks<kWithGradient>)))
     forward_columns_of_thread(const TypedOptions<T> o) {
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kColumnThreadsAcross, (for_target<T, kTarget>(
   store_block_sum_of_threads(o, sum);
 }
 
-// A block takes a part of the classes of its rows, and stores the statistics of each row for finish_split_rows.
+// A block takes a range of the classes of its rows, and stores each row's statistics for finish_split_rows.
 template <typename T, TargetKind kTarget, int kWidth>
 __global__ void __launch_bounds__(kSplitColumnThreads, (for_target<T, kTarget>(kSplitColumnsBlocks)))
     forward_columns_split(const TypedOptions<T> o) {
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kSplitColumnThreads, (for_target<T, kTarget>(k
   }
 }
 
-// The backward pass: no thread waits for another block, since the rows' statistics are known.
+// The backward pass. The rows' statistics are known, so no thread waits for another block.
 template <typename T, TargetKind kTarget, int kWidth>
 __global__ void __launch_bounds__(kSplitColumnThreads, (for_target<T, kTarget>(kSplitColumnsBlocks)))
     backward_columns(const TypedOptions<T> o) {
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kSplitColumnThreads, (for_target<T, kTarget>(k
   const int threads = int(blockDim.x * blockDim.y);
   A grad_output = o.scale_grad_output(grad_output_at<T>(o, 0));
   for (int64_t first = int64_t(block.group) * blockDim.x; first < columns.units; first += plan.step) {
-    __syncthreads();  // the rows before have been read
+    __syncthreads();  // all threads have read the factors of the previous rows
 #pragma unroll 2
     for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < int(blockDim.x) * kWidth; i += threads) {
       const int64_t number = first * kWidth + i;

@@ -1,39 +1,63 @@
-// Cross entropy on the GPU: how rows of logits become a loss, and a gradient. Start here.
+// Cross entropy on the GPU: how a row of logits becomes a loss and a gradient. Start here.
 //
-// The threads that share a row read its classes, a tile of several 16-byte vectors each at a time, and keep statistics
-// of what they have read: the maximum, and the sum of exponentials relative to it (online softmax,
-// formulas/cross_entropy-inl.h). They merge their statistics, and one of them computes the row's loss. If the gradient
-// is wanted in the forward pass, they keep what they have read in registers or in shared memory, if there is room, and
-// write the gradient from there. So the logits are read from memory once, the gradient is written once, and nothing
-// else is of that size. A backward pass reads the logits once more, and takes the statistics that the forward pass has
-// stored. The steps of a row are in
-//   cross_entropy_tile.cuh           what a thread holds of its rows, in registers and in shared memory
-//   cross_entropy_row.cuh            a thread's tiles of a row, and the statistics
-//   cross_entropy_row_loss.cuh       from the statistics to the loss
-//   cross_entropy_row_gradient.cuh   from the statistics to the gradient; with cross_entropy_shifted_stores.cuh, where
-//                                    it is aligned otherwise than the logits
+// How a row becomes a loss. A row is the logits of one sample, one per class; several threads share it.
+//   1. Each thread reads its part of the row in tiles of several 16-byte vectors. It keeps running statistics of what
+//      it has read: the maximum, and the sum of exponentials relative to that maximum. Where a tile has a larger
+//      maximum, the sum is rescaled to it (online softmax, formulas/cross_entropy-inl.h). So one read of the row
+//      suffices.
+//   2. The threads merge their statistics: with shuffles in a warp, through shared memory in a block, and by
+//      asynchronous stores between the blocks of a cluster.
+//   3. One thread computes the row's loss. It stores two numbers for the backward pass: the row's maximum, and
+//      sum(q) / sum(exp(x - max)), where q is the target distribution with weights and smoothing.
+//   4. If the forward pass also writes the gradient, each thread computes it from the logits that it has read.
+// The code of these steps is in
+//   cross_entropy_tile.cuh           what a thread holds of its rows: a tile in registers, slots in shared memory
+//   cross_entropy_row.cuh            step 1: a thread's tiles of a row, and its statistics
+//   reduce.cuh                       step 2: the merge of statistics
+//   cross_entropy_row_loss.cuh       step 3: from the statistics to the loss
+//   cross_entropy_row_gradient.cuh   step 4: from the statistics to the gradient; cross_entropy_shifted_stores.cuh
+//                                    helps where the gradient's rows are aligned differently from the logits' rows
 //
-// Which kernel takes a row is decided in make_plan, below, by its length, its layout, and how many rows there are:
-//   forward_few_classes        a thread takes a row of up to 16 classes, where the rows lie one behind another
-//                              (cross_entropy_few_classes.cuh)
-//   forward_rows_in_registers  some lanes of a warp take a row of up to 4 KB, whose gradient is wanted
-//                              (this one and the next two: cross_entropy_rows.cuh)
-//   forward_rows               some lanes, a block, or a cluster of blocks takes a longer row whose gradient is wanted;
-//                              the row comes by a pipeline in shared memory (cross_entropy_row_pipeline.cuh)
-//   forward_rows_loss_only     some lanes or a block takes a row whose gradient is not wanted; or several blocks share
-//                              one of few, long rows ("split rows"), and a second kernel merges their statistics
-//   forward_columns_of_thread  a thread takes all classes of some rows that are neighbours in memory, as in
-//                              (N, C, d1, …): "columns" (this one and the next two: cross_entropy_columns.cuh)
-//   forward_columns            the threads of a block share columns, where one thread could not keep all their classes
-//   forward_columns_split      several blocks share columns, where one block could not keep all their classes
-// The backward pass has backward_few_classes, backward_rows and backward_columns. After split rows, the forward pass
-// launches it for the gradient.
+// Why this is fast. What a pass must move through memory bounds its time from below, so the kernels move little else,
+// and keep the memory busy:
+//   - The logits are read once and the gradient is written once; nothing else is of that size. For this, the threads
+//     keep what they have read in registers or in shared memory until they write the gradient. There are exceptions
+//     that are read twice: what does not fit there, split rows and columns (below), and columns whose alignment does
+//     not allow 16-byte accesses. A separate backward pass reads the logits once more, and takes the statistics from
+//     the forward pass.
+//   - A load moves 16 bytes where alignment allows, and each thread has several loads in flight.
+//   - Long rows whose gradient is written are copied to shared memory asynchronously, with all copies under way
+//     at once. Where a block takes several rows, the next row arrives while the threads still work on this one
+//     (cross_entropy_row_pipeline.cuh).
+//   - Work for a row that does not depend on its length (the target, the merge, the loss) costs each thread of the row.
+//     So few threads share a short row, and many share a long one.
 //
-// Launches: before the rows, the sum of their target classes' weights, if the mean's gradient needs it; the rows, and
-// of split rows their statistics and their gradient; the sum of the blocks' losses (cross_entropy_sums.cuh). Every sum
-// is taken in a fixed order, and no launch waits for the host.
+// Which kernel takes a row is decided in make_plan, below, by the row's length, its layout, and the number of rows.
+//   In cross_entropy_few_classes.cuh:
+//     forward_few_classes        one thread takes a row of up to 16 classes, where rows follow one another directly
+//   In cross_entropy_rows.cuh, where the classes of a row are contiguous:
+//     forward_rows_in_registers  some lanes of a warp take a row of up to 4 KB and write its gradient
+//     forward_rows               some lanes, a block, or a cluster of blocks takes a longer row, keeps it in shared
+//                                memory, and writes its gradient
+//     forward_rows_loss_only     some lanes or a block takes a row and writes no gradient; or, where rows are few and
+//                                long, several blocks share a row ("split rows")
+//   In cross_entropy_columns.cuh, where neighbours in memory belong to different rows, as in (N, C, d1, …) ("columns"):
+//     forward_columns_of_thread  one thread takes all classes of a few neighbouring rows
+//     forward_columns            the threads of a block share columns with too many classes for one thread
+//     forward_columns_split      several blocks share columns with too many classes for one block
+// The backward pass has backward_few_classes, backward_rows and backward_columns. After split rows or columns, a second
+// kernel merges the blocks' statistics (finish_split_rows). If the forward pass is to write their gradient, it then
+// launches the kernel of the backward pass.
 //
-// Each type of the logits has a .cu file that includes this one, so that the types compile side by side.
+// The launches of a forward pass, in order (the sums are in cross_entropy_sums.cuh):
+//   1. the sum of the target classes' weights, if the gradient of a mean needs it
+//   2. the rows
+//   3. the merge of the statistics, for split rows and columns
+//   4. the sum of the blocks' losses, if there is a reduction
+//   5. the gradient, if it is to be written, for split rows and columns
+// Every sum is taken in a fixed order, so results are bitwise identical from run to run. No launch waits for the host.
+//
+// Each logits dtype has its own .cu file that includes this one, so that the dtypes compile in parallel.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_columns.cuh"
@@ -48,7 +72,7 @@
 namespace fusedloss::cuda {
 namespace {
 
-// `o` has at least one row.
+// The options must have at least one row.
 RowPlan make_plan(const CrossEntropyOptions& o, Pass pass) {
   if (have_few_classes(o)) return plan_few_classes(o, pass);
   const bool classes_are_neighbours = o.logits_strides.classes == 1 &&
@@ -57,7 +81,7 @@ RowPlan make_plan(const CrossEntropyOptions& o, Pass pass) {
   return classes_are_neighbours && o.classes > o.tuning.thread_classes ? plan_rows(o, pass) : plan_columns(o, pass);
 }
 
-// ---- The kernel that a plan names
+// ---- The kernel that a plan selects
 
 template <typename T>
 using Kernel = void (*)(TypedOptions<T>);
@@ -103,7 +127,8 @@ Kernel<T> kernel_of(const CrossEntropyOptions& o, const RowPlan& plan) {
   });
 }
 
-// Launches the kernel that the plan names. It is prepared for its shared memory before, and its grid is limited.
+// Launches the kernel that the plan selects. Before that, it sets the kernel's limit of shared memory, and limits the
+// grid.
 template <typename T>
 cudaError_t launch_rows(const CrossEntropyOptions& o, RowPlan& plan, bool overlaps, cudaStream_t stream) {
   const Kernel<T> kernel = kernel_of<T>(o, plan);
@@ -118,7 +143,7 @@ cudaError_t launch_rows(const CrossEntropyOptions& o, RowPlan& plan, bool overla
 
 // ---- The launches of a pass
 
-// The grid of the kernel that adds up the weights of target classes; 0 where the mean's gradient does not need them.
+// The grid of the kernel that sums the weights of the target classes; 0 where the gradient of a mean does not need it.
 unsigned target_weights_grid(const CrossEntropyOptions& o, const RowPlan& plan) {
   if (o.reduction != Reduction::kMean || o.grad_logits == nullptr || plan.is_split() || o.target_probability) return 0;
   return grid_size(o, o.tuning.target_weight_rows);
@@ -146,7 +171,8 @@ cudaError_t launch_backward(CrossEntropyOptions o, cudaStream_t stream) {
   return launch_rows<T>(o, plan, /*overlaps=*/true, stream);
 }
 
-// What the blocks of split rows store in scratch, before the sums of finish_split_rows' blocks.
+// Bytes of scratch for the statistics that the blocks of split rows store. The sums of finish_split_rows' blocks follow
+// them.
 int64_t split_states_bytes(const CrossEntropyOptions& o, const RowPlan& plan) {
   return o.rows() * plan.blocks * (o.dtype == DType::kFloat64 ? sizeof(RowState<double>) : sizeof(RowState<float>));
 }
@@ -155,7 +181,7 @@ unsigned split_grid(const RowPlan& plan) {
   return unsigned(smaller(larger(blocks, 1), kMaxSplitBlocks));
 }
 
-// Of split rows, after their statistics: the losses, and the gradient.
+// What follows the statistics of split rows: the losses, and the gradient.
 template <typename T>
 cudaError_t launch_split_rest(const CrossEntropyOptions& o, const RowPlan& plan, cudaStream_t stream) {
   const unsigned blocks = split_grid(plan);
@@ -175,16 +201,16 @@ cudaError_t launch_forward(const CrossEntropyOptions& o, cudaStream_t stream) {
   RowPlan plan = make_plan(o, Pass::kForward);
   const bool has_total_weight = target_weights_grid(o, plan) > 0;
   cudaError_t error = launch_target_weights<T>(o, plan, stream);
-  // The rows overlap no launch but that of the weights: others may write the logits.
+  // This launch may overlap the sum of the weights, but no kernel before that: an earlier kernel may write the logits.
   if (error == cudaSuccess) error = launch_rows<T>(o, plan, /*overlaps=*/has_total_weight, stream);
   if (error != cudaSuccess) return error;
   return plan.is_split() ? launch_split_rest<T>(o, plan, stream)
                          : launch_finish_loss<T>(o, int(plan.grid), has_total_weight, stream);
 }
 
-// ---- What the device has
+// ---- The properties of the device
 
-// Fills in what is not given as the device has it; and no more than the kernels were compiled for.
+// Fills in what the caller has left to the device, and lowers what exceeds the limits of the compiled kernels.
 template <typename T>
 cudaError_t complete_tuning(CudaTuning& tuning) {
   const cudaError_t error = complete(tuning, reinterpret_cast<const void*>(&finish_loss<T>));
@@ -194,7 +220,7 @@ cudaError_t complete_tuning(CudaTuning& tuning) {
   return error;
 }
 
-// Without clusters where the device can hold none of the size that the plan asks for, as on a part of a GPU.
+// Turns clusters off where the device cannot hold one of the planned size, as may happen on a partition of a GPU.
 template <typename T>
 cudaError_t limit_clusters(CrossEntropyOptions& o) {
   const RowPlan plan = make_plan(o, Pass::kForward);

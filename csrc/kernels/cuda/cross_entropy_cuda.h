@@ -6,14 +6,14 @@
 
 namespace fusedloss::cuda {
 
-constexpr int64_t kMaxClasses = int64_t(1) << 30;  // within a row, the kernels count classes in int
+constexpr int64_t kMaxClasses = int64_t(1) << 30;  // the kernels count the classes of a row in int
 
-// The launchers for logits of one type. Each returns the first error; no launch synchronises with the host.
+// The launchers for logits of one dtype. Each returns the first error. No launch synchronises with the host.
 struct CrossEntropyLaunchers {
-  // Called before the other two of the forward pass: fills in what options.tuning leaves to the device. Everything else
-  // in the options is set, but for scratch.
+  // Must be called before scratch_bytes and forward. Fills in what options.tuning leaves to the device. All other
+  // options must be set, except scratch.
   cudaError_t (*prepare_forward)(CrossEntropyOptions&);
-  // Bytes that options.scratch must have for the forward pass.
+  // The size in bytes that options.scratch must have for the forward pass.
   int64_t (*scratch_bytes)(const CrossEntropyOptions&);
   cudaError_t (*forward)(const CrossEntropyOptions&, cudaStream_t);
 

@@ -1,10 +1,10 @@
-// The kernels for rows of a few classes that lie one behind another in memory: a thread takes a row, and keeps its
+// The kernels for rows of a few classes that follow one another without gaps. A thread takes a row, and keeps its
 // exponentials in registers.
 //
-// If each thread read and wrote its row in memory, a warp's accesses would lie a row apart: each would move 32 bytes
-// for 2 or 4 that it wants. So a block copies the logits of all its rows to shared memory as one piece, by 16-byte
-// accesses. Its threads put the gradient in their place, and the block copies that to memory as one piece. Class
-// probabilities are read where they are.
+// If each thread accessed its row in memory, a warp's accesses would lie a row apart. Each would move 32 bytes, of
+// which it needs 2 or 4. So a block copies the logits of all its rows to shared memory as one piece, with 16-byte
+// accesses. The threads replace them with the gradient there, and the block copies it to memory as one piece. Class
+// probabilities are read directly from memory.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -24,7 +24,7 @@ namespace fusedloss::cuda {
 template <typename T>
 class StagedRows {
  public:
-  // The rows from `first` on. All threads of the block call load and store.
+  // The rows from `first` on. All threads of the block must call load and store.
   __device__ __forceinline__ StagedRows(const TypedOptions<T>& options, int64_t first)
       : o(options), pitch(o.plan.row_pitch), first(first) {}
 
@@ -33,7 +33,7 @@ class StagedRows {
 
   __device__ __forceinline__ void load() const {
     const T* const from = static_cast<const T*>(o.logits) + first * o.classes;
-    __syncthreads();  // the rows before have been read, or stored
+    __syncthreads();  // all threads have read or stored the previous rows
     for_each_vector([&](int i, char* staged, auto piece) {
       constexpr int kPiece = decltype(piece)::value;
 #pragma unroll
@@ -48,7 +48,7 @@ class StagedRows {
 
   __device__ __forceinline__ void store() const {
     T* const to = static_cast<T*>(o.grad_logits) + first * o.classes;
-    __syncthreads();  // all rows are written
+    __syncthreads();  // all threads have written their rows
     for_each_vector([&](int i, const char* staged, auto piece) {
       constexpr int kPiece = decltype(piece)::value;
       using Piece = std::conditional_t<kPiece == 16, uint4, std::conditional_t<kPiece == 8, uint2, uint32_t>>;
@@ -71,8 +71,8 @@ class StagedRows {
     return int(smaller(o.plan.rows - first, int64_t(kFewClassesThreads)) * o.classes);
   }
 
-  // Calls f(its first element's number, its place in shared memory, bytes that can be copied at a time) for each vector
-  // of the block's rows.
+  // Calls f(number of the first element, place in shared memory, bytes that can be copied at a time) for each vector of
+  // the block's rows.
   template <typename F>
   __device__ __forceinline__ void for_each_vector(F f) const {
     const int vectors = elements() / kVectorSize<T>;
@@ -86,8 +86,8 @@ class StagedRows {
           std::integral_constant<int, row_gap_bytes(sizeof(T))>());
     }
   }
-  // Calls f(number, place) for the elements behind the last vector, in the last block. There are no gaps between rows
-  // then.
+  // Calls f(number, place) for the elements after the last vector, which only the last block has. Rows have no gaps
+  // between them in that case.
   template <typename F>
   __device__ __forceinline__ void for_each_element_behind(F f) const {
     const int i = elements() / kVectorSize<T> * kVectorSize<T> + int(threadIdx.x);
@@ -101,7 +101,7 @@ struct RowOfThread {
   using A = AccumulateType<T>;
 
   const RowTarget<T, kTarget>& row;
-  T* const staged;             // the logits, in whose place the gradient is written
+  T* const staged;             // the logits, which the gradient replaces
   const T* const probability;  // null for a class index
   A x[kFewClasses];
 
@@ -121,7 +121,7 @@ struct RowOfThread {
       if (c < row.o.classes) f(c);
   }
 
-  // q of class c; for a class index, without what the target class has above the others.
+  // q of class c. For a class index, this leaves out the term kept * w_y, which only the target class has.
   __device__ __forceinline__ A coefficient(int c) const {
     const TypedOptions<T>& o = row.o;
     const A w = is_weighted(kKind) ? o.weight_of(c) : A(1);
@@ -144,13 +144,14 @@ struct RowOfThread {
     return state;
   }
 
-  // For the backward pass, which knows the statistics.
+  // For the backward pass, where the statistics are known.
   __device__ __forceinline__ void compute_exponentials(A max) {
     const A reference = shift(max);
     for_each_class([&](int c) { x[c] = math::exp_nonpositive(x[c] - reference); });
   }
 
-  // From the exponentials. As in other rows, the target class is written after the others. x_y: its logit.
+  // Computes the gradient from the exponentials. As in other kernels, the target class is written after the others. x_y
+  // is its logit.
   __device__ __forceinline__ void write_gradient(A max, A scale, A grad_output, T x_y) const {
     const bool contributes = row.contributes();
     const A factor = scale * grad_output;

@@ -1,6 +1,6 @@
-// The launch bounds of the cross entropy kernels, in one table: the threads of a block, at most, and how many such
-// blocks a multiprocessor must hold at once. Without that number the compiler spills registers to make room for a few
-// more blocks.
+// The launch bounds of the cross entropy kernels, in one table: the maximum number of threads of a block, and how many
+// such blocks a multiprocessor must be able to hold at once. Without the second number, the compiler spills registers
+// to make room for a few more blocks.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_target.h"
@@ -8,7 +8,7 @@
 
 namespace fusedloss::cuda {
 
-// For float64 with any target, and for the other types by the kind of target.
+// A number for float64 with any kind of target, and one for each kind of target with the other dtypes.
 struct ByTarget {
   int float64, index, smoothed_index, probabilities;
 
@@ -25,12 +25,12 @@ constexpr int for_target(const ByTarget& numbers) {
   return numbers.of(sizeof(T) == 8, kTarget);
 }
 
-constexpr int kFewClassesThreads = 128;   // of a block whose threads take a row of a few classes each
-constexpr int kLaneBlockThreads = 128;    // of a block in which some lanes of a warp take a row
-constexpr int kRowThreads = 256;          // of a block that takes one row, at most
-constexpr int kColumnThreadsAcross = 64;  // side by side, of a block that takes columns, at most
-constexpr int kSplitColumnThreads = 256;  // of a block that shares its columns with others, at most
-// Of a block that has its columns for itself, at most.
+constexpr int kFewClassesThreads = 128;   // threads of a block where each thread takes a row of a few classes
+constexpr int kLaneBlockThreads = 128;    // threads of a block where some lanes of a warp take a row
+constexpr int kRowThreads = 256;          // maximum threads of a block that takes one row
+constexpr int kColumnThreadsAcross = 64;  // maximum threads side by side of a block that takes columns
+constexpr int kSplitColumnThreads = 256;  // maximum threads of a block that shares its columns with other blocks
+// Maximum threads of a block that does not share its columns with other blocks.
 constexpr ByTarget kColumnThreads = {256, 512, 256, 256};
 
 // clang-format off
@@ -43,7 +43,7 @@ template <bool kShifted>
 constexpr ByTarget kRowsBlocks =           {1, 3, kShifted ? 2 : 3, 2};
 template <bool kWithGradient>
 constexpr ByTarget kThreadColumnsBlocks =  {4, kWithGradient ? 8 : 12, 8, 6};
-// For six blocks, smoothing would spill registers in float32, and on GPUs before Hopper.
+// With smoothing, six blocks would make the compiler spill registers in float32, and on GPUs before Hopper.
 template <typename T, bool kShifted>
 constexpr ByTarget kRegisterRowsBlocks =   {2, kShifted ? 5 : 6,
                                             kShifted || sizeof(T) == 4 || FUSEDLOSS_CUDA_ARCH < 900 ? 5 : 6, 4};

@@ -1,4 +1,4 @@
-// What every cross entropy kernel is given, and what it asks of a row wherever the row's logits lie.
+// The parameter of every cross entropy kernel, and the target of a row, whatever the layout of the logits.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 
 namespace fusedloss::cuda {
 
-// A kernel's parameter.
+// The options and the plan, as a kernel receives them.
 template <typename T>
 struct TypedOptions : CrossEntropyOptions {
   using A = AccumulateType<T>;
@@ -24,11 +24,12 @@ struct TypedOptions : CrossEntropyOptions {
   RowPlan plan;
   Smoothing<A> smoothing;
 
-  // -1 where there is none: the target is ignored or, behind an assert, out of range.
+  // Returns the target class, or -1 if there is none: the target is ignore_index, or it is out of range. An assert at
+  // the end of the kernel reports the latter.
   __device__ __forceinline__ int class_of(int64_t index) const {
     return index == ignore_index || uint64_t(index) >= uint64_t(classes) ? -1 : int(index);
   }
-  // What stands in the target for a row; something that is no class for probabilities, and behind the last row.
+  // The row's entry in target_index; -1, which is no class, for class probabilities and past the last row.
   __device__ __forceinline__ int64_t target_at(int64_t row) const {
     return target_index && row < plan.rows ? target_index[row] : -1;
   }
@@ -37,7 +38,8 @@ struct TypedOptions : CrossEntropyOptions {
     const void* const sum = CrossEntropyOptions::weight_sum;
     return sum ? *static_cast<const A*>(sum) : A(classes);
   }
-  // What a row's loss is multiplied by: grad_output, which the mean divides. With probabilities each row weighs 1.
+  // Multiplies grad_output by what the reduction applies to each row's loss: the mean divides by total_weight. With
+  // class probabilities each row has weight 1.
   __device__ __forceinline__ A scale_grad_output(A grad_output) const {
     if (reduction != Reduction::kMean) return grad_output;
     return divide_by_total_weight(grad_output,
@@ -59,21 +61,21 @@ __device__ __forceinline__ void on_spread(const TypedOptions<T>& o, F f) {
   }
 }
 
-// A row's target.
+// The target of one row.
 template <typename T, TargetKind kTarget>
 struct RowTarget {
   using A = AccumulateType<T>;
 
   const TypedOptions<T>& o;
   const int64_t number;
-  const int y;  // the target class; -1 for probabilities, and where there is none
-  const A w_y;  // its weight
+  const int y;  // the target class; -1 for probabilities, and if there is none
+  const A w_y;  // the weight of class y
 
   __device__ __forceinline__ RowTarget(const TypedOptions<T>& options, int64_t row, int target)
       : o(options), number(row), y(target), w_y(y < 0 ? A(0) : o.weight_of(y)) {}
 
   __device__ __forceinline__ bool has_probabilities() const { return kTarget == TargetKind::kProbabilities; }
-  // Whether the row contributes to the loss; an ignored row does not. A row of some length is then not even read.
+  // False for an ignored row, which adds nothing to the loss. The kernels for longer rows do not even read its logits.
   __device__ __forceinline__ bool contributes() const { return has_probabilities() || y >= 0; }
   // q of the target class.
   __device__ __forceinline__ A coefficient() const {

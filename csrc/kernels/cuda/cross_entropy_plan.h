@@ -1,5 +1,6 @@
-// Which kernel takes the rows, and which threads share a row. The plan is made on the host, from sizes, layout and what
-// the device has (cross_entropy_plan_rows.h, cross_entropy_plan_columns.h); the kernels only follow it.
+// A plan selects the kernel for the rows, and the threads that share a row. The host makes it from the sizes, the
+// layout and the properties of the device (cross_entropy_plan_rows.h, cross_entropy_plan_columns.h). The kernels only
+// follow it.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_target.h"
@@ -9,58 +10,58 @@
 
 namespace fusedloss::cuda {
 
-// The forward pass writes the gradient, too, if options.grad_logits is not null.
+// The forward pass also writes the gradient if options.grad_logits is not null.
 enum class Pass { kForward, kBackward };
 
 enum class RowKernel : int32_t {
-  // Of the forward pass
+  // Forward pass.
   kFewClasses,          // forward_few_classes: a thread takes a row
   kRowsInRegisters,     // forward_rows_in_registers: some lanes of a warp take a row, and keep it for its gradient
   kRowsInSharedMemory,  // forward_rows: lanes, a block or a cluster takes a row, and keeps it for its gradient
-  kRowsLossOnly,        // forward_rows_loss_only: lanes or a block; no gradient is wanted
+  kRowsLossOnly,        // forward_rows_loss_only: lanes or a block takes a row; no gradient is written
   kSplitRows,           // the same kernel, where several blocks share a row; finish_split_rows follows
   kColumnsOfThread,     // forward_columns_of_thread: a thread takes all classes of its rows
-  kColumnsOfBlock,      // forward_columns: a block does
+  kColumnsOfBlock,      // forward_columns: a block takes all classes of its rows
   kSplitColumns,        // forward_columns_split: several blocks share the rows; finish_split_rows follows
-  // Of the backward pass, and of the gradient of split rows
+  // Backward pass, and the gradient of split rows.
   kBackwardFewClasses,
   kBackwardRows,
   kBackwardColumns,
 };
 
-// Columns: rows that are neighbours in memory. See cross_entropy_columns.cuh.
+// Columns are rows that are neighbours in memory. See cross_entropy_columns.cuh.
 struct ColumnPlan {
-  int width = 1;         // rows that a thread takes side by side
-  int64_t units = 0;     // of so many rows, in all; a step counts these
-  int kept_vectors = 0;  // of 16 bytes, of the block, before what its threads exchange
-  int64_t exchange_bytes = 0;
-  int classes_of_block = 0;  // where blocks share rows, each has so many classes; the last one may have fewer
-  unsigned groups = 1;       // of blocks that share rows
-  // Sets of statistics in shared memory, see ColumnSharedMemory:
-  int sets_shift = 0;  // log2 of the sets that a block's threads store, from set 0 on
-  int last_set = 0;    // what the gradient needs
+  int width = 1;               // neighbouring rows that a thread takes together: one unit
+  int64_t units = 0;           // units of all rows; RowPlan::step counts units
+  int kept_vectors = 0;        // 16-byte vectors that the block keeps in shared memory, before its exchange area
+  int64_t exchange_bytes = 0;  // shared memory through which the block's threads exchange statistics and factors
+  int classes_of_block = 0;    // if blocks share rows: classes of each block; the last block may have fewer
+  unsigned groups = 1;         // groups of blocks that share rows
+  // Sets of statistics in shared memory, see ColumnSharedMemory.
+  int sets_shift = 0;  // log2 of the number of sets that the block's threads store, starting with set 0
+  int last_set = 0;    // the set that holds what the gradient needs
   int sets = 1;
 };
 
-// A block has (threads of a row, rows) threads. In columns it has (threads side by side, threads of a row), since there
-// the neighbours of an element in memory are of other rows.
+// A block has (threads of a row, rows) threads. For columns it has (threads side by side, threads of a row) instead,
+// because the neighbours of an element in memory belong to other rows.
 struct RowPlan {
   dim3 block = 1;
   unsigned grid = 1;
   RowKernel kernel = RowKernel::kRowsLossOnly;
-  int64_t rows = 0, step = 0;  // a block's rows of one turn and of the next are a step apart
-  int blocks = 1;              // that share a row; in a cluster, or split
-  int blocks_shift = 0;        // log2 of them, where they are a power of two
-  int threads_shift = 0;       // log2 of the threads that share a row, in all its blocks
+  int64_t rows = 0, step = 0;  // step: from a row of a block to the row that it takes next
+  int blocks = 1;              // blocks that share a row, as a cluster or split
+  int blocks_shift = 0;        // log2 of `blocks`, if that is a power of two
+  int threads_shift = 0;       // log2 of the threads that share a row, over all its blocks
   bool cluster = false;        // the blocks that share a row are a cluster
-  bool shifted = false;        // a gradient's rows are aligned otherwise than the logits'
-  int row_pitch = 0;           // of few classes: bytes from one row to the next in shared memory
-  // Of kRowsInSharedMemory, see cross_entropy_row_pipeline.cuh; columns have slots, too.
-  int tiles = 0;  // of a thread, in a row
-  int depth = 0;  // so many tiles of a thread have slots in shared memory
-  int slots = 0;  // of a thread, each for a vector; fewer than `depth` tiles take where a row ends
+  bool shifted = false;        // the gradient's rows are aligned differently from the logits' rows
+  int row_pitch = 0;           // few classes: bytes from one row to the next in shared memory
+  // For kRowsInSharedMemory, see cross_entropy_row_pipeline.cuh. Columns use `slots`, too.
+  int tiles = 0;  // tiles that a thread has of a row
+  int depth = 0;  // how many of these tiles have slots in shared memory
+  int slots = 0;  // slots of a thread, one vector each; fewer than `depth` whole tiles need if the row ends earlier
   ColumnPlan columns;
-  int64_t shared_bytes = 0;  // of a block
+  int64_t shared_bytes = 0;  // per block
 
   bool is_split() const { return kernel == RowKernel::kSplitRows || kernel == RowKernel::kSplitColumns; }
 
@@ -68,16 +69,17 @@ struct RowPlan {
     return {grid, block, cluster ? blocks : 1, shared_bytes, overlaps && o.tuning.overlap};
   }
 
-  // Does the grid depend on how many blocks the device holds at once? See limit_grid.
+  // True if the grid depends on how many blocks the device holds at once. See limit_grid.
   bool has_limited_grid() const {
     return kernel == RowKernel::kRowsInSharedMemory || kernel == RowKernel::kRowsLossOnly;
   }
 
-  // There are no more blocks than the device holds at once, some times over, and each takes several rows in turn; but
-  // not where a gradient of class indices or of float32 is written, which was up to 8 % slower so on an H200, as if
-  // blocks that never end stayed in step with one another, and read and wrote at the same times. Only of rows so long
-  // that a multiprocessor holds no more than two blocks, a block takes two, and copies the second while it still works
-  // on the first: 2 to 3 % faster with 16-bit elements.
+  // Limits the grid so that each block takes several rows in turn. Loss-only rows, and 16-bit rows of class
+  // probabilities, get a few times as many blocks as the device holds at once (tuning.waves). Where a gradient of class
+  // indices or of float32 is written, such a limit was up to 8 % slower on an H200, as if blocks that never end stayed
+  // in step with one another, and read and wrote at the same times. There is one exception: where rows of 16-bit
+  // elements are so long that a multiprocessor holds no more than two blocks, a block takes two rows. It copies the
+  // second while it still works on the first, which is 2 to 3 % faster.
   void limit_grid(const CrossEntropyOptions& o, int64_t resident_blocks) {
     const bool is_16_bit = bytes_of(o.dtype) == 2;
     if (kernel == RowKernel::kRowsLossOnly || (o.target_probability != nullptr && is_16_bit)) {
@@ -106,21 +108,23 @@ inline unsigned grid_size(const CrossEntropyOptions& o, int64_t rows_of_block, i
   return unsigned(smaller(groups, most) * blocks_together);
 }
 
-// ---- What plans and kernels agree on
+// ---- Constants that plans and kernels share
 
-constexpr int kFullDeviceBlocks = 8;  // of a multiprocessor: so many blocks fill the device, and fewer rows are few
+// Blocks per multiprocessor that fill the device. With fewer rows than such blocks, more threads share a row.
+constexpr int kFullDeviceBlocks = 8;
 
-// How many vectors of logits a thread holds at a time, and as many of probabilities: bytes in flight against registers.
-// In columns, where a vector is one class. The loop that writes the gradient takes half of them: half of its traffic is
-// its stores.
+// Vectors of logits that a thread holds at a time, and as many vectors of probabilities. More vectors mean more bytes
+// in flight, but also more registers. The loop that writes the gradient takes half as many, because half of its traffic
+// is stores.
 FUSEDLOSS_ANYWHERE constexpr int tile_vectors(TargetKind kind) { return kind == TargetKind::kProbabilities ? 2 : 4; }
 template <TargetKind kTarget>
 constexpr int kTileVectors = tile_vectors(kTarget);
+// The same for columns, where a vector is one class of several rows.
 template <bool kSpread>
 constexpr int kColumnTileVectors = kSpread ? 4 : 8;
-constexpr int kRegisterVectors = 8;  // of a row that some lanes of a warp keep in registers, for each lane
+constexpr int kRegisterVectors = 8;  // vectors of a row that a lane keeps in registers, in forward_rows_in_registers
 
-// In shared memory, of each vector of logits that is kept: probabilities are kept beside them.
+// Shared memory for each vector of logits that is kept. Probabilities are kept beside the logits.
 inline int64_t kept_bytes_of_vector(const CrossEntropyOptions& o) {
   return o.target_probability ? 2 * kVectorBytes : kVectorBytes;
 }

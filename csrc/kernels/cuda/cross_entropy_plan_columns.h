@@ -6,38 +6,38 @@
 
 namespace fusedloss::cuda {
 
-// Of a thread, where there is a choice: as many loads as it has in flight.
+// Minimum classes of a thread, where there is a choice: as many as it has loads in flight.
 constexpr int64_t kMinColumnClasses = 8;
 
-// Where a block keeps all classes of its rows:
-constexpr int kKeptBytesAcross = 64;     // of a class, that a block reads side by side, at least
-constexpr int kUnkeptBytesAcross = 128;  // the same where that costs no room to keep them in
-constexpr int kSmallColumnBlock = 128;   // threads
-// Threads that a multiprocessor must have room for at once, and in small blocks.
+// Where one block takes all classes of its rows.
+constexpr int kKeptBytesAcross = 64;     // minimum bytes of a class that a block reads side by side, if it keeps them
+constexpr int kUnkeptBytesAcross = 128;  // the same if it keeps nothing, so that they take no shared memory
+constexpr int kSmallColumnBlock = 128;   // maximum threads of a small block
+// Threads that a multiprocessor must be able to hold at once, in larger and in small blocks.
 constexpr int kResidentColumnThreads = 512, kResidentSmallBlockThreads = 384;
 
-// Where several blocks share the same rows:
-constexpr int kSplitBytesAcross = 256;   // of a class, that a block reads side by side
-constexpr int64_t kSplitTiles = 4;       // of kMinColumnClasses, that a thread has at least, where there is a choice
-constexpr int64_t kSplitWaves = 2;       // of blocks, at least, if their threads then have as many tiles
-constexpr int64_t kSplitWavesTried = 4;  // from the least number of waves on
-constexpr int64_t kSplitStart = 2;       // tiles that a block could take in the time until its first one is there
+// Where several blocks share the same rows.
+constexpr int kSplitBytesAcross = 256;  // bytes of a class that a block reads side by side
+constexpr int64_t kSplitTiles = 4;  // minimum tiles of kMinColumnClasses classes per thread, where there is a choice
+constexpr int64_t kSplitWaves = 2;  // minimum waves of blocks, if each thread then has kSplitTiles tiles
+constexpr int64_t kSplitWavesTried = 4;  // how many numbers of waves are tried, from the fewest on
+constexpr int64_t kSplitStart = 2;       // the wait for a block's first tile, in tiles that it could take meanwhile
 
-// Statistics of a row that are exchanged: its maximum and sum; of spread targets also dot and mass.
+// Statistics of a row that threads exchange: its maximum and sum; for spread targets also dot and mass.
 template <bool kSpread>
 constexpr int kStateArrays = kSpread ? 4 : 2;
 
-constexpr int kBanks = 32;  // of shared memory
+constexpr int kBanks = 32;  // banks of shared memory
 
-// In shared memory, what belongs to the i-th rows of all threads side by side begins i strides behind what belongs to
-// the first ones. A multiple of kBanks would have the rows of one thread meet in one bank.
+// In shared memory, the values for the i-th rows of all threads side by side begin i strides after the values for their
+// first rows. If the stride were a multiple of kBanks, all rows of a thread would lie in the same bank.
 FUSEDLOSS_ANYWHERE int column_stride(int threads, int width) {
   return threads >= kBanks && width > 1 ? threads + kBanks / width : threads;
 }
 FUSEDLOSS_ANYWHERE int column_places(int threads, int width) { return column_stride(threads, width) * width; }
 
-// Rows that one 16-byte access can reach together, or 1. Loads and stores must be aligned, and the rows must lie side
-// by side: of one outer index, so that the inner size must be a multiple as well.
+// The number of rows that one 16-byte access reaches, or 1. Loads and stores must be aligned. The rows must be
+// neighbours in memory, which means they share one outer index; so the inner size must be a multiple of that number.
 inline int column_width(const CrossEntropyOptions& o) {
   const int64_t width = kVectorBytes / bytes_of(o.dtype);
   const auto fits = [&](const void* p, const Strides& strides) {
@@ -49,14 +49,14 @@ inline int column_width(const CrossEntropyOptions& o) {
   return all_fit ? int(width) : 1;
 }
 
-// Sizes and places of what is in shared memory. A warp's threads that have the same rows store one set of statistics
-// together, each of the others a set of its own.
+// Lays out the shared memory. Threads of a warp that have the same rows store one set of statistics together. Each
+// other thread along the classes stores a set of its own.
 inline void plan_column_memory(const CrossEntropyOptions& o, RowPlan& plan) {
   ColumnPlan& c = plan.columns;
   const int threads_of_set = plan.block.x < kWarp ? int(kWarp / plan.block.x) : 1;
   const int sets = int(plan.block.y) / threads_of_set;
   c.sets_shift = log2_of(sets);
-  c.last_set = sets > 1 ? sets : 0;  // if there is one set, each row's thread puts one in the other's place
+  c.last_set = sets > 1 ? sets : 0;  // if there is one set, what the gradient needs of a row replaces its statistics
   c.sets = c.last_set + 1;
   const int64_t places = column_places(int(plan.block.x), c.width), bytes = bytes_of(o.dtype);
   const int64_t arrays = o.is_spread() ? kStateArrays<true> : kStateArrays<false>;
@@ -65,19 +65,19 @@ inline void plan_column_memory(const CrossEntropyOptions& o, RowPlan& plan) {
   c.exchange_bytes = divide_up(all, kVectorBytes) * kVectorBytes;
 }
 
-// Plans a block for all classes of its rows, if it can keep them in shared memory; false where they do not fit. Rows
-// that are not taken side by side are never kept, but a block takes all classes of as many of them as it could keep:
-// the cache may hold them until they are read again.
+// Plans blocks that take all classes of their rows. Returns false if a block cannot keep them in shared memory. Rows
+// that are not taken side by side are never kept. A block still takes all classes of as many of them as it could keep,
+// because the cache may hold them until they are read again.
 inline bool plan_whole_columns(const CrossEntropyOptions& o, RowPlan& plan) {
   const CudaTuning& t = o.tuning;
   ColumnPlan& c = plan.columns;
   const bool keeps = o.grad_logits != nullptr && c.width > 1;
-  const int64_t bytes_of_class = c.width == 1 ? bytes_of(o.dtype) : kept_bytes_of_vector(o);  // of a thread
+  const int64_t bytes_of_class = c.width == 1 ? bytes_of(o.dtype) : kept_bytes_of_vector(o);  // per thread
   const unsigned most_threads = unsigned(kColumnThreads.of(o.dtype == DType::kFloat64, target_kind(o)));
   const unsigned least_x = unsigned((keeps ? kKeptBytesAcross : kUnkeptBytesAcross) / (c.width * bytes_of(o.dtype)));
 
   unsigned x = kColumnThreadsAcross, y = 1;
-  // Of a block's shared memory; tuning.kept_bytes is half of what a multiprocessor has.
+  // Shared memory for a block. tuning.kept_bytes is half of what a multiprocessor has.
   const auto room = [&] {
     const int resident = x * y > kSmallColumnBlock ? kResidentColumnThreads : kResidentSmallBlockThreads;
     return 2 * t.kept_bytes * (x * y) / resident;
@@ -85,7 +85,7 @@ inline bool plan_whole_columns(const CrossEntropyOptions& o, RowPlan& plan) {
   const auto fits = [&] {
     plan.block = dim3(x, y);
     plan_column_memory(o, plan);
-    if (y == 1) c.exchange_bytes = 0;  // a thread has its rows for itself
+    if (y == 1) c.exchange_bytes = 0;  // no other thread has the thread's rows
     return o.classes * x * bytes_of_class <= room() - c.exchange_bytes;
   };
   const auto more_threads = [&] {
@@ -103,8 +103,9 @@ inline bool plan_whole_columns(const CrossEntropyOptions& o, RowPlan& plan) {
   return true;
 }
 
-// The threads of a block that shares its rows with others. Of a class, it reads 256 bytes side by side: on an H200 more
-// or less of them took longer, and with more threads along the classes, fewer blocks leave statistics to be merged.
+// The threads of a block that shares its rows with other blocks. It reads 256 bytes of a class side by side: on an
+// H200, both more and fewer bytes took longer. With more threads along the classes, there are fewer blocks whose
+// statistics must be merged.
 inline dim3 split_column_threads(const CrossEntropyOptions& o, const ColumnPlan& c) {
   unsigned x = kColumnThreadsAcross, y = 1;
   const auto has_tiles_for = [&](int64_t threads, int64_t tiles) {
@@ -118,9 +119,10 @@ inline dim3 split_column_threads(const CrossEntropyOptions& o, const ColumnPlan&
   return dim3(x, y);
 }
 
-// Plans several blocks for the same rows: nothing is kept, and no thread waits for another block. Each block has a
-// range of classes that is a whole number of tiles, so that the blocks can be as many as fill the device to the end: a
-// few times over, for they do not all take the same time, if their threads have classes enough.
+// Plans several blocks for the same rows. Nothing is kept, and no thread waits for another block. Each block has a
+// range of classes that is a whole number of tiles, so that the number of blocks can be chosen to fill the device to
+// the end. They fill it a few times over if their threads then have enough classes, because blocks differ in how long
+// they take.
 inline void plan_split_columns(const CrossEntropyOptions& o, RowPlan& plan) {
   ColumnPlan& c = plan.columns;
   plan.kernel = RowKernel::kSplitColumns;

@@ -1,5 +1,5 @@
-// The plans for rows whose classes are neighbours in memory: those taken by a thread, by some lanes of a warp, by a
-// block or a cluster of blocks, and split rows.
+// The plans for rows whose classes are contiguous: rows taken by a thread, by some lanes of a warp, by a block or a
+// cluster of blocks, and split rows.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_launch_bounds.h"
@@ -9,10 +9,10 @@ namespace fusedloss::cuda {
 
 // ---- Rows of a few classes
 
-constexpr int kFewClasses = 16;  // a thread keeps a row of up to so many in registers
+constexpr int kFewClasses = 16;  // maximum number of classes that a thread keeps in registers
 
-// Rows of a few classes that lie one behind another from a 16-byte boundary: then a block's rows are one piece of
-// memory, which 16-byte accesses can take.
+// True for rows of a few classes that follow one another without gaps, starting at a 16-byte boundary. A block's rows
+// are then one piece of memory that 16-byte accesses can read and write.
 inline bool have_few_classes(const CrossEntropyOptions& o) {
   const auto fits = [&](const void* p, const Strides& strides) {
     return p == nullptr || (reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0 && strides.classes == 1 &&
@@ -33,8 +33,9 @@ inline RowPlan plan_few_classes(const CrossEntropyOptions& o, Pass pass) {
   plan.block = dim3(kFewClassesThreads);
   plan.grid = grid_size(o, kFewClassesThreads);
   plan.step = int64_t(plan.grid) * kFewClassesThreads;
-  // Rows of whole vectors lie a word further apart: a warp would else read its rows from every fourth bank or fewer.
-  // Other rows meet in every second one at worst, and could not be copied by 16 bytes if they lay apart.
+  // Rows that are whole 16-byte vectors get a gap of one word. Without it, the threads of a warp, which take a row
+  // each, would use only every fourth bank or fewer. Other rows use every second bank at worst, and gaps between them
+  // would rule out copies of 16 bytes.
   plan.row_pitch = int(row % kVectorBytes == 0 ? row + row_gap_bytes(bytes) : row);
   plan.shared_bytes = int64_t(plan.row_pitch) * kFewClassesThreads;
   return plan;
@@ -42,19 +43,19 @@ inline RowPlan plan_few_classes(const CrossEntropyOptions& o, Pass pass) {
 
 // ---- Longer rows
 
-constexpr int64_t kManyRows = 16;           // of each multiprocessor: rows enough that few threads may take each
-constexpr int64_t kFewRowsLaneDivisor = 4;  // where rows are not many, lanes take rows of tuning.warp_bytes / so many
-constexpr int64_t kNoGradientFactor = 2;    // without a gradient, lanes take rows so many times as long
-constexpr int64_t kFewLanes = 8;            // rows for which so many lanes suffice do not get that factor for each lane
-constexpr int kMinBlockThreads = 128;       // of a block that takes a row
-constexpr int64_t kTilesForTwice = 6;       // tiles of a thread, at least, for twice as many threads to take the row
+constexpr int64_t kManyRows = 16;           // per multiprocessor: with as many rows, few threads may take each
+constexpr int64_t kFewRowsLaneDivisor = 4;  // with fewer rows, lanes take rows of up to tuning.warp_bytes / this
+constexpr int64_t kNoGradientFactor = 2;    // without a gradient, lanes take rows this many times as long
+constexpr int64_t kFewLanes = 8;            // rows that this many lanes can take do not get that factor per lane
+constexpr int kMinBlockThreads = 128;       // minimum threads of a block that takes a row
+constexpr int64_t kTilesForTwice = 6;       // minimum tiles of a thread before the number of threads doubles
 
-// What a plan of rows is made from.
+// The properties of a row that its plan depends on.
 struct RowShape {
-  int64_t bytes, vectors;  // of a row
-  int64_t tile_vectors;    // of a thread at a time
-  bool are_many;           // what a row costs besides its classes, it costs each of its threads: so few take each
-  bool keeps;              // the row is kept for the gradient that this pass writes
+  int64_t bytes, vectors;  // per row
+  int64_t tile_vectors;    // that a thread takes at a time
+  bool are_many;  // then few threads take each row, because each of them pays the cost of a row besides its classes
+  bool keeps;     // the row is kept for the gradient, which this pass writes
 
   RowShape(const CrossEntropyOptions& o, Pass pass)
       : bytes(o.classes * bytes_of(o.dtype)),
@@ -70,7 +71,7 @@ struct RowShape {
   }
 };
 
-// Do the rows of the logits and of their gradient begin equally far behind 16-byte boundaries?
+// True if the rows of the logits and of their gradient have the same offset from 16-byte boundaries.
 inline bool are_aligned_alike(const CrossEntropyOptions& o) {
   const auto differ = [&](int64_t elements) { return elements * bytes_of(o.dtype) % kVectorBytes != 0; };
   const auto apart = reinterpret_cast<uintptr_t>(o.logits) - reinterpret_cast<uintptr_t>(o.grad_logits);
@@ -85,7 +86,7 @@ inline bool fit_lanes(const CrossEntropyOptions& o, const RowShape& row) {
 
 inline RowPlan plan_lane_rows(const CrossEntropyOptions& o, Pass pass, const RowShape& row) {
   const CudaTuning& t = o.tuning;
-  // A gradient takes the row's vectors once more, so that they should lie in registers.
+  // With a gradient the row's vectors are used twice, so they should stay in registers.
   const bool in_registers = row.keeps || row.vectors <= kFewLanes * t.lane_vectors;
   const int64_t of_lane = !row.are_many  ? row.tile_vectors
                           : in_registers ? t.lane_vectors
@@ -101,7 +102,7 @@ inline RowPlan plan_lane_rows(const CrossEntropyOptions& o, Pass pass, const Row
 
 // The threads of each of the `blocks` that share a row.
 inline dim3 threads_of_row(const CrossEntropyOptions& o, const RowShape& row, int blocks) {
-  // Without a gradient, many threads only where there are too few rows to fill the device otherwise.
+  // Without a gradient, take many threads only where there are too few rows to fill the device with fewer threads.
   const bool many =
       row.keeps ? o.target_probability == nullptr : o.rows() < kFullDeviceBlocks * o.tuning.multiprocessors;
   const int64_t most = many ? o.tuning.block_threads : o.tuning.other_threads;
@@ -110,7 +111,7 @@ inline dim3 threads_of_row(const CrossEntropyOptions& o, const RowShape& row, in
   return dim3(threads);
 }
 
-// The blocks that share a row where rows are few and long; 1 where they are not.
+// The number of blocks that share a row: more than 1 only where rows are few and long.
 inline int64_t split_blocks(const CrossEntropyOptions& o) {
   const CudaTuning& t = o.tuning;
   if (o.rows() >= t.multiprocessors) return 1;
@@ -128,7 +129,7 @@ inline RowPlan plan_split_rows(const CrossEntropyOptions& o, Pass pass, const Ro
   return plan;
 }
 
-// A block takes a row; or a cluster of blocks does, as large as it takes to keep the row in shared memory.
+// One block takes a row, or a cluster of as many blocks as it takes to keep the row in shared memory.
 inline RowPlan plan_block_rows(const CrossEntropyOptions& o, Pass pass, const RowShape& row) {
   const CudaTuning& t = o.tuning;
   const int64_t kept_bytes = row.vectors * kept_bytes_of_vector(o);
@@ -141,7 +142,7 @@ inline RowPlan plan_block_rows(const CrossEntropyOptions& o, Pass pass, const Ro
   return plan;
 }
 
-// Gives all tiles of a row slots in shared memory if there is room, else as many whole tiles as there is room for.
+// Gives slots in shared memory to all tiles of a row, or to as many whole tiles as fit.
 inline void plan_slots(const CrossEntropyOptions& o, const RowShape& row, RowPlan& plan) {
   const int64_t of_thread = divide_up(row.vectors, int64_t(plan.block.x) * plan.blocks);
   const int64_t slot_bytes = kept_bytes_of_vector(o) * plan.block.x * plan.block.y;

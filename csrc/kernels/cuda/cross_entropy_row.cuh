@@ -1,4 +1,4 @@
-// A row of logits as the threads that share it see it: where it lies, the tiles that a thread takes of it, and its
+// A row of logits, which several threads share: where it lies, the tiles that each thread takes of it, and its
 // statistics, which are accumulated tile by tile (online softmax).
 #pragma once
 
@@ -13,10 +13,10 @@ template <typename T, TargetKind kTarget>
 struct Row : RowTarget<T, kTarget> {
   using RowTarget<T, kTarget>::o;
 
-  const int64_t outer;         // its position, if there are inner sizes
+  const int64_t outer;         // the row's index in the outer dimension
   const T* const logits;       // [classes]
   const T* const probability;  // [classes]; null for a class index
-  T* const grad;               // [classes]; null if it is not wanted
+  T* const grad;               // [classes]; null if no gradient is written
 
   __device__ __forceinline__ Row(const TypedOptions<T>& options, int64_t row)
       : Row(options, row, options.class_of(options.target_at(row))) {}
@@ -27,7 +27,7 @@ struct Row : RowTarget<T, kTarget> {
         probability(kTarget == TargetKind::kProbabilities ? at(o.target_probability, o.target_strides) : nullptr),
         grad(o.grad_logits ? const_cast<T*>(at(o.grad_logits, o.grad_strides)) : nullptr) {}
 
-  // The row's first element in a tensor like the logits.
+  // The row's first element in a tensor of the logits' shape.
   __device__ __forceinline__ const T* at(const void* tensor, const Strides& strides) const {
     const int64_t offset = outer * strides.outer;
     return static_cast<const T*>(tensor) +
@@ -35,38 +35,38 @@ struct Row : RowTarget<T, kTarget> {
   }
 };
 
-// The logit of the target class. It is loaded before the row's tiles, so that no thread waits for it after them; and it
-// is not widened yet, so that no thread waits for it before them.
+// Loads the logit of the target class. This comes before the row's tiles, so that no thread waits for the load after
+// them. The logit is not widened here, because the conversion would make the thread wait for the load before the tiles.
 template <typename T, TargetKind kTarget>
 __device__ __forceinline__ T prefetch_target_logit(const Row<T, kTarget>& row) {
   return row.y < 0 ? T() : row.logits[row.y * row.o.logits_strides.classes];
 }
 
-// A thread's part of the classes of a row that several threads share; thread: its number among them. The vectors are
-// those of the logits. Where the gradient is aligned otherwise, as that of a slice of a padded vocabulary, only its
-// stores differ: see cross_entropy_shifted_stores.cuh.
+// A thread's part of a row that several threads share. `thread` is its number among them. The vectors are aligned in
+// the logits. Where the gradient is aligned differently, as for a slice of a padded vocabulary, only the stores differ:
+// see cross_entropy_shifted_stores.cuh.
 template <typename T, TargetKind kTarget>
 __device__ __forceinline__ ThreadRange<T> range_of_thread(const Row<T, kTarget>& row, int thread) {
   const auto elements = vectorized_range(int(row.o.classes), row.logits, row.probability);
   return {elements, thread, row.o.plan.threads_shift};
 }
 
-// Which of the blocks of its rows this one is, and how many groups of such blocks come before it.
+// The block's number among the blocks that share its rows, and the number of groups of such blocks before it.
 __device__ __forceinline__ int rank_of_block(const RowPlan& plan) {
   return int(blockIdx.x & ((1u << plan.blocks_shift) - 1));
 }
 __device__ __forceinline__ int64_t group_of_block(const RowPlan& plan) { return blockIdx.x >> plan.blocks_shift; }
 
-// Neighbouring classes of a row; with kWidth = 1 they may lie apart.
+// A tile of neighbouring classes of a row. With kWidth = 1, the classes may lie apart.
 template <typename T, TargetKind kTarget, int kWidth, int kVectors, bool kWhole>
 struct RowTile : VectorTile<T, kTarget, kWidth, kVectors, kWhole> {
   using Base = VectorTile<T, kTarget, kWidth, kVectors, kWhole>;
   using Base::count, Base::is_there;
 
-  int begin;  // unit of the first vector
+  int begin;  // the first vector's unit in the range
   const ThreadRange<T>& range;
 
-  // A tile of the range, from memory.
+  // Loads a tile of the range from memory.
   __device__ __forceinline__ RowTile(const Row<T, kTarget>& row, const ThreadRange<T>& range, int number)
       : range(range) {
     find(number);
@@ -74,7 +74,7 @@ struct RowTile : VectorTile<T, kTarget, kWidth, kVectors, kWhole> {
     if constexpr (kTarget == TargetKind::kProbabilities) load_all(row.probability, row.o.target_strides, this->t);
   }
 
-  // The same from the thread's slots, where a RowPipeline has copied it.
+  // Loads the tile from the thread's slots, to which a RowPipeline has copied it.
   __device__ __forceinline__ RowTile(const ThreadRange<T>& range, int number, const Slots<T, kTarget>& slots)
       : range(range) {
     find(number);
@@ -101,7 +101,7 @@ struct RowTile : VectorTile<T, kTarget, kWidth, kVectors, kWhole> {
     begin = range.thread + (number * kVectors << range.step_shift);
     count = (range.template units<kWidth>() - begin + (1 << range.step_shift) - 1) >> range.step_shift;
   }
-  // What is not there is 0, as in load_from_slots.
+  // Zero-fills what does not exist, as load_from_slots does.
   __device__ __forceinline__ void load_all(const T* p, const Strides& strides, Vector<T, kWidth> (&vectors)[kVectors]) {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k)
@@ -109,9 +109,10 @@ struct RowTile : VectorTile<T, kTarget, kWidth, kVectors, kWhole> {
   }
 };
 
-// A thread's tiles: first `whole` ones, as many for every thread of the row. If any thread of the warp has classes
-// left, all threads of the warp have one more tile, which ends behind the row: its stores may take shuffles. The
-// threads that share a row are a power of two.
+// The tiles of a thread. The first `whole` ones are whole, and their number is the same for all threads of the row. If
+// any thread of the warp has classes left after them, all threads of the warp have one more tile, which extends past
+// the end of the row. Its stores may use shuffles, so all of them must take part. The number of threads that share a
+// row is a power of two.
 struct RowTileCount {
   int whole, all;
 
@@ -124,7 +125,8 @@ struct RowTileCount {
 
 // ---- Statistics
 
-// Adds in pairs: fewer roundings in a row, and fewer additions that wait for one another, than one after the other.
+// Adds in pairs. Compared with adding one after the other, each term is rounded fewer times, and fewer additions wait
+// for one another.
 template <typename A, int kCount>
 __device__ __forceinline__ A sum_of(A (&values)[kCount]) {
 #pragma unroll
@@ -160,7 +162,7 @@ __device__ __forceinline__ void accumulate_tile(RowState<A>& state, const Row<T,
   });
 }
 
-// Adds the tiles of a thread's range to its statistics, from number `first` on, each as it is loaded from memory.
+// Loads the tiles of a thread's range from memory, starting with number `first`, and adds each to the statistics.
 template <int kWidth, int kVectors, typename T, TargetKind kTarget, typename A>
 __device__ __forceinline__ void accumulate_tiles(RowState<A>& state, const Row<T, kTarget>& row,
                                                  const ThreadRange<T>& range, int first = 0) {

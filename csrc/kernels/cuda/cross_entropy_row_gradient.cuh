@@ -1,4 +1,4 @@
-// The gradient of a row, from its statistics and its logits. A thread writes the same classes that it has read:
+// The gradient of a row, from its statistics and its logits. A thread writes the classes that it has read:
 //
 //   d loss/dx_c = scale * exp(x_c - max) - q_c      scale = sum(q) / sum(exp(x - max))
 //
@@ -14,14 +14,14 @@
 
 namespace fusedloss::cuda {
 
-// What the gradient of all classes of a row is computed from.
+// The values that the gradient of every class of a row depends on.
 template <typename A>
 struct GradientFactors {
   A max, scale, grad_output;
   A scale_times_grad_output, uniform_times_grad_output;
 };
 
-// grad_output: scaled, see TypedOptions::scale_grad_output.
+// grad_output must be scaled, see TypedOptions::scale_grad_output.
 template <typename T, typename A>
 __device__ __forceinline__ GradientFactors<A> gradient_factors(const TypedOptions<T>& o, A max, A scale,
                                                                A grad_output) {
@@ -34,15 +34,15 @@ __device__ __forceinline__ A gradient_of(const GradientFactors<A>& factors, A x,
   return logit_gradient(math::exp_nonpositive(x - factors.max), factors.scale, q, factors.grad_output);
 }
 
-// Stores a vector's elements one after another, where they are not aligned as a vector must be.
+// Stores a vector's elements one by one, where their address is not aligned for a vector.
 template <typename T, int kWidth>
 __device__ __forceinline__ void store_elements(T* p, const Vector<T, kWidth>& vector) {
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) p[j] = narrow<T>(vector[j]);
 }
 
-// Writes the gradient of a tile as if none of its classes were the target class. There is one branch between both kinds
-// of stores for the whole tile: of a branch for a few stores the compiler would make predicates, and issue both.
+// Writes the gradient of a tile as if none of its classes were the target class. One branch selects the kind of stores
+// for the whole tile. From a branch around a few stores, the compiler would make predicates, and issue both kinds.
 template <SpreadKind kKind, bool kShifted, typename T, TargetKind kTarget, int kWidth, int kVectors, bool kWhole,
           typename A>
 __device__ __forceinline__ void write_tile(const Row<T, kTarget>& row, const GradientFactors<A>& factors,
@@ -65,7 +65,7 @@ __device__ __forceinline__ void write_tile(const Row<T, kTarget>& row, const Gra
   if constexpr (kWidth == 1 || !kShifted) {
     tile.for_each_vector([&](int k) { store(place_of(k), vector_of(k)); });
   } else {
-    if (range.step_shift < kWarpShift) {  // a row of a few lanes: those of the warp's other rows need not be here
+    if (range.step_shift < kWarpShift) {  // a row of a few lanes: the warp's other rows may not reach this point
       tile.for_each_vector([&](int k) { store_elements(place_of(k), vector_of(k)); });
       return;
     }
@@ -86,8 +86,8 @@ __device__ __forceinline__ void write_tile(const Row<T, kTarget>& row, const Gra
   }
 }
 
-// Writes the gradient of the tiles of a thread's range, from the last one to number `first`. They are loaded from
-// memory once more, and the cache may still hold the last ones.
+// Writes the gradient of the tiles of a thread's range, in reverse order from the last one to number `first`. They are
+// loaded from memory again, and the cache may still hold the last ones.
 template <bool kShifted, int kWidth, int kVectors, typename T, TargetKind kTarget, typename A>
 __device__ __forceinline__ void write_tiles(const Row<T, kTarget>& row, const GradientFactors<A>& factors,
                                             const ThreadRange<T>& range, int first = 0) {
@@ -106,7 +106,7 @@ __device__ __forceinline__ void write_tiles(const Row<T, kTarget>& row, const Gr
   });
 }
 
-// Is the row's target class in this thread's range?
+// True if the row's target class is in this thread's range.
 template <typename T, TargetKind kTarget>
 __device__ __forceinline__ bool has_target(const Row<T, kTarget>& row, const ThreadRange<T>& range) {
   if (row.y < 0) return false;
@@ -117,9 +117,10 @@ __device__ __forceinline__ bool has_target(const Row<T, kTarget>& row, const Thr
   return (unit & ((1 << range.step_shift) - 1)) == range.thread;
 }
 
-// Writes a thread's range of the gradient, of which write_vectors writes the vectors. The target class is written after
-// the others: to look for it in every vector costs more. Its value is computed first, so that a thread holds one number
-// for it. x_y is its logit, which must have been read before, as the gradient may be written over it.
+// Writes a thread's range of the gradient; write_vectors writes the vectors of the range. The target class is written
+// after the others, because looking for it in every vector costs more. Its value is computed before them, so that the
+// thread holds only one number for it. x_y is the logit of the target class. It must have been read before, because the
+// gradient may overwrite the logits.
 template <typename T, TargetKind kTarget, typename A, typename F>
 __device__ __forceinline__ void write_gradient(const Row<T, kTarget>& row, const GradientFactors<A>& factors,
                                                const ThreadRange<T>& range, T x_y, F write_vectors) {
@@ -139,8 +140,8 @@ __device__ __forceinline__ void write_zeros(const Row<T, kTarget>& row, const Th
   }
 }
 
-// Writes zeros for a row that does not contribute, even where its logits are NaN. Nothing is read, so the vectors are
-// those of the gradient.
+// Writes zeros for a row that does not contribute, even if its logits are NaN. The logits are not read, so the vectors
+// are aligned in the gradient instead.
 template <typename T, TargetKind kTarget>
 __device__ __forceinline__ void write_row_of_zeros(const Row<T, kTarget>& row, const ThreadRange<T>& range) {
   const ThreadRange<T> of_gradient = {vectorized_range(int(row.o.classes), row.grad), range.thread, range.step_shift};
@@ -148,12 +149,12 @@ __device__ __forceinline__ void write_row_of_zeros(const Row<T, kTarget>& row, c
   write_zeros<1>(row, of_gradient);
 }
 
-// Writes a thread's range of the gradient of any row, from the row's statistics and the logits in memory.
+// Writes a thread's range of any row's gradient, from the row's statistics and the logits in memory.
 template <bool kShifted, typename T, TargetKind kTarget, typename A>
 __device__ __forceinline__ void write_row(const Row<T, kTarget>& row, A max, A scale, const ThreadRange<T>& range) {
   if (!row.contributes()) return write_row_of_zeros(row, range);
   const A g = row.o.scale_grad_output(grad_output_at<T>(row.o, row.number));
-  // Only the thread that writes the target class reads its logit: the gradient may be written over the logits.
+  // Only the thread that writes the target class may read its logit, because the gradient may overwrite the logits.
   const T x_y = has_target(row, range) ? row.logits[row.y * row.o.logits_strides.classes] : T();
   write_gradient(row, gradient_factors(row.o, max, scale, g), range, x_y, [&](const GradientFactors<A>& factors) {
     write_tiles<kShifted, kVectorSize<T>, kTileVectors<kTarget> / 2>(row, factors, range);

@@ -1,12 +1,11 @@
-// The software pipeline by which a block's rows, one after another, come into shared memory.
+// The software pipeline that brings a block's rows into shared memory, one after another.
 //
-// Each thread copies its own vectors asynchronously (cp.async) into slots of its own. A block starts the copies of a
-// row while it still works on the row before, so that memory is never idle while threads compute, or wait for one
-// another.
-//
-// The slots hold a whole row, if there is room. Its statistics are accumulated from the slots. After they are merged,
-// the gradient of each tile is computed from the slots again, and the copy of the next row's tile into the same slots
-// is started. What is beyond the slots is read from memory both times.
+// Each thread copies its own vectors asynchronously (cp.async) into its own slots. A block starts to copy the next row
+// while it still works on the current one, so that memory stays busy while threads compute or wait for one another:
+//   1. The statistics of a row are accumulated from the slots, tile by tile as the copies arrive, and merged.
+//   2. The gradient of each tile is computed from the slots again. As soon as a tile's gradient is written, the copy of
+//      the next row's tile into the same slots is started.
+// The slots hold a whole row if there is room. Tiles without slots are read from memory in both steps.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -27,7 +26,7 @@ class RowPipeline {
   __device__ __forceinline__ RowPipeline(const TypedOptions<T>& o, int thread)
       : tiles(o.plan.tiles), depth(o.plan.depth), thread(thread), threads_shift(o.plan.threads_shift), slots(o) {}
 
-  // The vectors of a row, as many as have to be read.
+  // The vectors of a row that must be copied; none if the row does not contribute.
   struct Source {
     const T* logits = nullptr;
     const T* probability = nullptr;
@@ -39,13 +38,13 @@ class RowPipeline {
             row.contributes() ? elements.vectors : 0};
   }
 
-  // Starts to copy the first tiles of the first row.
+  // Starts to copy the tiles that have slots.
   __device__ __forceinline__ void start(const Source& first) {
 #pragma unroll 1
     for (int number = 0; number < depth; ++number) start_copy(first, number);
   }
 
-  // Adds what a thread has of a row to the statistics.
+  // Adds the thread's vectors of a row to the statistics.
   __device__ __forceinline__ void accumulate_row(RowState<A>& state, const Row<T, kTarget>& row,
                                                  const ThreadRange<T>& range) {
     on_spread<kTarget>(row.o, [&](auto spread) {
@@ -75,11 +74,11 @@ class RowPipeline {
   template <bool kWhole>
   using SlotTile = RowTile<T, kTarget, kVectorSize<T>, kVectors, kWhole>;
 
-  const int tiles, depth;  // of a row; that have slots
+  const int tiles, depth;  // tiles of a row; how many of them have slots
   const int thread, threads_shift;
   const Slots<T, kTarget> slots;
 
-  // Calls f(is it whole, its number) for the first `count` tiles of a row.
+  // Calls f(std::bool_constant of whether it is whole, its number) for the first `count` tiles of a row.
   template <typename F>
   __device__ __forceinline__ void for_each_tile(int count, const ThreadRange<T>& range, F f) {
     const int whole = RowTileCount::of<kVectorSize<T>, kVectors>(range).whole;
@@ -90,8 +89,8 @@ class RowPipeline {
     for (; number < count; ++number) f(std::false_type(), number);
   }
 
-  // Starts to copy a tile to its slots, but nothing of a source without vectors, such as that of a row which does not
-  // exist. It commits a group all the same, because wait_for_copies counts groups.
+  // Starts to copy a tile to its slots. Nothing is copied if the source has no vectors, for example because its row
+  // does not exist. A group is committed even then, because wait_for_copies counts groups.
   __device__ __forceinline__ void start_copy(const Source& source, int number) {
     const int first = thread + (number * kVectors << threads_shift);
     if (first < source.vectors) {

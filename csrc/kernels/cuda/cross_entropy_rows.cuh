@@ -1,4 +1,4 @@
-// The kernels for rows whose classes are neighbours in memory. A block has (threads of a row, rows) threads.
+// The kernels for rows whose classes are contiguous. A block has (threads of a row, rows) threads.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_launch_bounds.h"
@@ -10,14 +10,14 @@
 #include "kernels/cuda/reduce.cuh"
 
 namespace fusedloss::cuda {
-namespace {  // internal linkage: the compiler then gives shared memory addresses that cost fewer instructions
-constexpr int kMaxRowsOfBlock = kLaneBlockThreads;  // where each is taken by one lane
+namespace {  // internal linkage lets the compiler use shared memory addresses that cost fewer instructions
+constexpr int kMaxRowsOfBlock = kLaneBlockThreads;  // reached where one lane takes a row
 
 template <typename T, TargetKind kTarget, bool kShifted>
 constexpr int kRowsMinBlocks = for_target<T, kTarget>(kRowsBlocks<kShifted>);
 
-// A row's loss and its gradient: lanes of a warp, a block or a cluster of blocks take the row, and keep it in shared
-// memory.
+// Loss and gradient. Some lanes of a warp, a block or a cluster of blocks takes a row, and keeps it in shared memory
+// from the read to the gradient.
 template <typename T, TargetKind kTarget, bool kShifted>
 __global__ void __launch_bounds__(kRowThreads, (kRowsMinBlocks<T, kTarget, kShifted>))
     forward_rows(const TypedOptions<T> o) {
@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(kRowThreads, (kRowsMinBlocks<T, kTarget, kShif
   using Pipeline = RowPipeline<T, kTarget>;
   const RowPlan& plan = o.plan;
   const int rank = rank_of_block(plan);                          // among the blocks of a row
-  const int thread = rank * int(blockDim.x) + int(threadIdx.x);  // among those of a row
-  __shared__ LossAccumulator sums[kMaxRowsOfBlock];  // a row's first thread has one for itself: registers are scarce
+  const int thread = rank * int(blockDim.x) + int(threadIdx.x);  // among the threads of a row
+  __shared__ LossAccumulator sums[kMaxRowsOfBlock];  // one per row, for the row's first thread: registers are scarce
   if (threadIdx.x == 0) sums[threadIdx.y] = {};
   let_next_launch_start();
   if (plan.cluster) start_cluster_merge<A>();
@@ -41,11 +41,11 @@ __global__ void __launch_bounds__(kRowThreads, (kRowsMinBlocks<T, kTarget, kShif
   for (int turn = 0; number - threadIdx.y < plan.rows; ++turn) {
     const bool is_row = number < plan.rows;
     const int64_t next_number = number + plan.step;
-    // Loaded here and used after this row: no thread waits for it.
+    // Loaded here and used after this row, so that no thread waits for the load.
     const int64_t later_target = o.target_at(next_number + plan.step);
     const auto next = source_of(next_number, next_y);
-    // All lanes of a warp take part when statistics are merged, also those behind the last row. Their row does not
-    // exist: its addresses are computed, and never accessed.
+    // All lanes of a warp must take part in the merge of statistics, even those past the last row. The row of such a
+    // lane does not exist: its addresses are computed but never accessed.
     const Row<T, kTarget> row(o, number, y);
     const bool contributes = is_row && row.contributes();
     const auto range = range_of_thread(row, thread);
@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(kRowThreads, (kRowsMinBlocks<T, kTarget, kShif
     if (plan.cluster) state = cluster_merge<is_spread(kTarget)>(state, rank, plan.blocks, turn);
     const A scale = row.scale_of(state);
     if (is_row && thread == 0) store_row_result(row, state, scale, x_y, sums[threadIdx.y]);
-    wait_for_launch_before();  // for total_weight
+    wait_for_launch_before();  // scale_grad_output reads total_weight
     if (contributes) {
-      const A g = o.scale_grad_output(A(1));  // there is no grad_output yet
+      const A g = o.scale_grad_output(A(1));  // the forward pass has no grad_output
       write_gradient(row, gradient_factors(o, state.max, scale, g), range, x_y, [&](const GradientFactors<A>& factors) {
         pipeline.template write_row_vectors<kShifted>(row, factors, range, next);
       });
@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kRowThreads, (kRowsMinBlocks<T, kTarget, kShif
   store_block_sum_of_rows(o, sums);
 }
 
-// The same where no gradient is written: every class is read once, and nothing is kept, which leaves registers and
-// shared memory for more threads. Of split rows, each block has a part, and stores its statistics.
+// Loss only. Each class is read once and nothing is kept, which leaves registers and shared memory for more threads.
+// For split rows, each block takes a part of a row and stores its statistics for finish_split_rows.
 template <typename T, TargetKind kTarget>
 __global__ void __launch_bounds__(kRowThreads, (for_target<T, kTarget>(kLossOnlyBlocks)))
     forward_rows_loss_only(const TypedOptions<T> o) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kRowThreads, (for_target<T, kTarget>(kLossOnly
   for (int turn = 0; number - threadIdx.y < plan.rows; number += plan.step, ++turn) {
     const bool is_row = number < plan.rows;
     const Row<T, kTarget> row(o, number, o.class_of(target));
-    target = o.target_at(number + plan.step);  // no thread waits for it before the next row
+    target = o.target_at(number + plan.step);  // used for the next row, so that no thread waits for the load
     const auto range = range_of_thread(row, thread);
     const T x_y = prefetch_target_logit(row);
     auto state = empty_row_state<A>();
@@ -110,23 +110,23 @@ __global__ void __launch_bounds__(kRowThreads, (for_target<T, kTarget>(kLossOnly
   if (plan.kernel != RowKernel::kSplitRows) store_block_sum_of_rows(o, sums);
 }
 
-// Short rows whose gradient is wanted: some lanes of a warp take one, and each keeps its part of it in registers, so
-// that the row is read once.
+// Loss and gradient of short rows. Some lanes of a warp take a row, and each lane keeps its part in registers, so that
+// the row is read once.
 template <typename T, TargetKind kTarget, bool kShifted>
 __global__ void __launch_bounds__(kLaneBlockThreads, (for_target<T, kTarget>(kRegisterRowsBlocks<T, kShifted>)))
     forward_rows_in_registers(const TypedOptions<T> o) {
   using A = AccumulateType<T>;
-  __shared__ LossAccumulator sums[kMaxRowsOfBlock];  // a row's first lane has one for itself
+  __shared__ LossAccumulator sums[kMaxRowsOfBlock];  // one per row, for the row's first lane
   if (threadIdx.x == 0) sums[threadIdx.y] = {};
   let_next_launch_start();
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < o.plan.rows; first += o.plan.step) {
     const int64_t number = first + threadIdx.y;
-    // All lanes of a warp take part when statistics are merged; those behind the last row take the block's first one
+    // All lanes of a warp must take part in the merge of statistics. Lanes past the last row read the block's first row
     // again.
     const bool is_row = number < o.plan.rows;
     const Row<T, kTarget> row(o, is_row ? number : first);
     const auto range = range_of_thread(row, int(threadIdx.x));
-    // Loaded whether the row contributes or not, so that no thread waits for its target first.
+    // Loaded whether the row contributes or not: the load would otherwise wait for the target.
     const RowTile<T, kTarget, kVectorSize<T>, kRegisterVectors, false> tile(row, range, 0);
     const T x_y = prefetch_target_logit(row);
     auto state = empty_row_state<A>();
@@ -135,13 +135,13 @@ __global__ void __launch_bounds__(kLaneBlockThreads, (for_target<T, kTarget>(kRe
     state = lanes_merge<is_spread(kTarget)>(state, int(blockDim.x));
     const A scale = row.scale_of(state);
     if (is_row && threadIdx.x == 0) store_row_result(row, state, scale, x_y, sums[threadIdx.y]);
-    wait_for_launch_before();  // for total_weight
+    wait_for_launch_before();  // scale_grad_output reads total_weight
     if (!is_row) continue;
     if (!row.contributes()) {
       write_row_of_zeros(row, range);
       continue;
     }
-    const A g = o.scale_grad_output(A(1));  // there is no grad_output yet
+    const A g = o.scale_grad_output(A(1));  // the forward pass has no grad_output
     write_gradient(row, gradient_factors(o, state.max, scale, g), range, x_y, [&](const GradientFactors<A>& factors) {
       on_spread<kTarget>(o, [&](auto spread) { write_tile<decltype(spread)::value, kShifted>(row, factors, tile, 0); });
     });
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kLaneBlockThreads, (for_target<T, kTarget>(kRe
   store_block_sum_of_rows(o, sums);
 }
 
-// The backward pass, from the statistics that the forward pass has stored: no thread waits for another.
+// The backward pass. It takes the statistics from the forward pass, so that no thread waits for another.
 template <typename T, TargetKind kTarget, bool kShifted>
 __global__ void __launch_bounds__(kRowThreads, (kRowsMinBlocks<T, kTarget, kShifted>))
     backward_rows(const TypedOptions<T> o) {
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kRowThreads, (kRowsMinBlocks<T, kTarget, kShif
   using A = AccumulateType<T>;
   const RowPlan& plan = o.plan;
   const int rank = rank_of_block(plan);
-  const int thread = rank * int(blockDim.x) + int(threadIdx.x);  // among those of a row
+  const int thread = rank * int(blockDim.x) + int(threadIdx.x);  // among the threads of a row
   for (int64_t i = group_of_block(plan) * blockDim.y + threadIdx.y; i < plan.rows; i += plan.step) {
     const Row<T, kTarget> row(o, i);
     const auto range = range_of_thread(row, thread);

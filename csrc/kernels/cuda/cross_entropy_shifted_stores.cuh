@@ -1,11 +1,13 @@
-// Stores of 16 bytes where the gradient's rows are aligned otherwise than those of the logits, as they are for a slice
+// Stores of 16 bytes where the gradient's rows are aligned differently from the logits' rows, as they are for a slice
 // of a padded vocabulary.
 //
-// The vectors that the lanes of a warp have computed are neighbours in the gradient, but each begins behind a 16-byte
-// boundary. So each lane stores the aligned vector that ends within its computed one; the beginning of it comes from
-// the lane before. The first lane's aligned vector has two parts that lie apart: its end is the beginning of what the
-// warp stores, and its beginning, which comes from the last lane, is the end of that. The elements of these vectors are
-// stored one by one, for all vectors of a tile at once: the lanes find them in shared memory.
+// The vectors that the lanes of a warp have computed are neighbours in the gradient, but each begins between two
+// 16-byte boundaries. So each lane stores the aligned vector that ends inside its computed vector. It gets the
+// beginning of the aligned vector from the lane before. Lane 0 is different, because the two parts of its aligned
+// vector belong to different places: the end of it, which lane 0 has computed, is the beginning of what the warp
+// stores, and the beginning of it, which comes from the last lane, is the end of what the warp stores. The elements of
+// these "edge" vectors are stored one by one, for all vectors of a tile at once, after an exchange through shared
+// memory.
 #pragma once
 
 #include "kernels/cuda/reduce.cuh"
@@ -13,16 +15,16 @@
 
 namespace fusedloss::cuda {
 
-constexpr int kMaxTileVectors = 8;  // that a thread has of a tile
+constexpr int kMaxTileVectors = 8;  // maximum vectors of a tile that a thread has
 
-// The aligned vectors of the first lane, for each warp of a block.
+// The edge vectors: those of lane 0, for each warp of a block.
 __device__ __forceinline__ uint4 (&edges_of_warps()) [kMaxRowWarps][kMaxTileVectors] {
   __shared__ uint4 edges[kMaxRowWarps][kMaxTileVectors];
   return edges;
 }
 
-// Hides from the compiler where the value comes from. It would else compute what follows from a thread's number before
-// the loop over the rows, and keep that in registers that are needed elsewhere.
+// Hides from the compiler where the value comes from. Otherwise the compiler would compute everything that follows from
+// a thread's number before the loop over the rows, and keep it in registers that are needed elsewhere.
 __device__ __forceinline__ int opaque(int value) {
 #if FUSEDLOSS_CUDA_ARCH
   asm volatile("" : "+r"(value));
@@ -30,16 +32,16 @@ __device__ __forceinline__ int opaque(int value) {
   return value;
 }
 
-// A warp's vectors of a tile in the gradient, to be stored by all lanes of the warp together.
+// A warp's vectors of a tile in the gradient. All lanes of the warp store them together.
 template <typename T>
 struct ShiftedVectors {
-  char* boundary;  // the last one before the first lane's first vector
-  int bytes;       // from there to that vector: 0 where a row happens to be aligned like its logits
-  int lane, warp;  // the lane's number, and that of the warp in its block
+  char* boundary;  // the last 16-byte boundary before the first lane's first vector
+  int bytes;       // bytes from the boundary to that vector: 0 where a row happens to be aligned like its logits
+  int lane, warp;  // the lane's number, and the warp's number in the block
   int step;        // bytes from a vector of a lane to its next one
-  int vectors;     // of the row, from the first lane's first vector on
+  int vectors;     // vectors of the row, from the first lane's first vector on
 
-  // How many lanes have a k-th vector.
+  // The number of lanes that have a k-th vector.
   template <bool kWhole>
   __device__ __forceinline__ int lanes(int k) const {
     if constexpr (kWhole) return kWarp;
@@ -49,10 +51,10 @@ struct ShiftedVectors {
 
   template <bool kWhole>
   __device__ __forceinline__ void store(int k, const Vector<T, kVectorSize<T>>& vector) const {
-    constexpr bool kHalves = sizeof(T) == 2;  // words may come from two
+    constexpr bool kHalves = sizeof(T) == 2;  // then a word may combine halves of two words
     const int lanes_here = lanes<kWhole>(k), before = lane == 0 ? lanes_here - 1 : lane - 1;
-    // The words of a lane move to their places in a vector, and round from its end to its beginning: there they belong
-    // to the next lane.
+    // The words of a lane are rotated to their positions in the aligned vector. Those that wrap around from its end to
+    // its beginning belong to the next lane.
     const bool by_one = sizeof(T) < 8 && (bytes & 4), by_two = bytes & 8;
     uint32_t moved[4], words[4];
 #pragma unroll
@@ -72,7 +74,7 @@ struct ShiftedVectors {
     else if (kWhole || lane < lanes_here) store_vector(boundary + k * step + lane * kVectorBytes, shifted);
   }
 
-  // After all vectors.
+  // Called after the tile's vectors have been stored.
   template <bool kWhole, int kVectors>
   __device__ __forceinline__ void store_edges() const {
     static_assert(kVectors <= kMaxTileVectors);
@@ -85,11 +87,12 @@ struct ShiftedVectors {
       *reinterpret_cast<T*>(boundary + k * step + place + behind) =
           reinterpret_cast<const T*>(&edges_of_warps()[warp][k])[i];
     }
-    __syncwarp();  // the next tile's vectors take their place, and another lane puts the target class right
+    __syncwarp();  // before the next tile overwrites the edges, and before another lane writes the target class
   }
 
  private:
-  // Of values: a choice between elements of an array is one between addresses, for which the array must lie in memory.
+  // Takes values: a choice between elements of an array is a choice between addresses, for which the array must be in
+  // memory.
   static __device__ __forceinline__ uint32_t choose(bool first, uint32_t a, uint32_t b) { return first ? a : b; }
 };
 

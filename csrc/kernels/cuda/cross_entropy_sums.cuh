@@ -1,4 +1,4 @@
-// The kernels that add up what blocks have stored in scratch memory: the loss, the weights that the mean divides by,
+// The kernels that add up what blocks have stored in scratch memory: the losses, the weights that the mean divides by,
 // and the statistics of split rows. Every sum is taken in a fixed order.
 #pragma once
 
@@ -12,7 +12,7 @@
 namespace fusedloss::cuda {
 // ---- The loss, after the rows
 
-// One block: adds up the sums of the rows' blocks. has_total_weight: another kernel has stored it.
+// One block adds up the sums of the rows' blocks. has_total_weight: another kernel has stored total_weight.
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads)
     finish_loss(const CrossEntropyOptions o, int blocks, bool has_total_weight) {
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kSumThreads)
 constexpr int kSplitThreads = 256;
 constexpr int64_t kMaxSplitBlocks = 1024;
 
-// The lanes of a warp that merge the statistics of one row.
+// The number of lanes that merge the statistics of one row.
 FUSEDLOSS_ANYWHERE int lanes_of_split(int blocks) {
   int lanes = 1;
   while (lanes < kWarp && lanes < blocks) lanes *= 2;
@@ -36,7 +36,7 @@ FUSEDLOSS_ANYWHERE int lanes_of_split(int blocks) {
 }
 
 // Some lanes of a warp merge the statistics that a row's blocks have stored, and one of them stores the row's loss. If
-// there is only one block, it stores the loss of all rows, too; else it stores its sum for finish_loss.
+// this kernel has only one block, it also stores the reduced loss. Otherwise each block stores its sum for finish_loss.
 template <typename T, TargetKind kTarget>
 __global__ void __launch_bounds__(kSplitThreads) finish_split_rows(const TypedOptions<T> o, LossSum* sums) {
   using A = AccumulateType<T>;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kSplitThreads) finish_split_rows(const TypedOp
   store_result<T>(o, sum);
 }
 
-// ---- What the mean divides by, before the rows whose gradient needs it: the weights of their target classes
+// ---- The sum of the target classes' weights, which the mean divides by: before the rows, if their gradient needs it
 
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads) sum_target_weights(const TypedOptions<T> o) {
@@ -87,14 +87,14 @@ __global__ void __launch_bounds__(kSumThreads) sum_target_weights(const TypedOpt
 #pragma unroll
     for (int k = 0; k < kLoadsAtOnce; ++k) sum += double(weight[k]);
   }
-  let_next_launch_start();  // not sooner: the rows' loads would delay these, whose sum the rows wait for
+  let_next_launch_start();  // not earlier: the rows' loads would delay this kernel's, and the rows wait for this sum
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1) store_total_weight<T>(o, sum);
   else static_cast<double*>(o.scratch)[blockIdx.x] = sum;
 }
 
-// One block: adds up the sums of sum_target_weights' blocks.
+// One block adds up the sums of sum_target_weights' blocks.
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads) finish_target_weights(const CrossEntropyOptions o, int blocks) {
   let_next_launch_start();

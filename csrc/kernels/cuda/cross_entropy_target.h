@@ -1,4 +1,4 @@
-// The kinds of target distributions, q in formulas/cross_entropy-inl.h, which kernels are compiled for.
+// The kinds of target distributions (q in formulas/cross_entropy-inl.h) that the kernels are compiled for.
 #pragma once
 
 #include <type_traits>
@@ -8,11 +8,11 @@
 
 namespace fusedloss::cuda {
 
-// What the target distribution of a row is made of. The kernels are compiled for each: probabilities take registers
-// that other targets can do without.
+// What a row's target distribution is made from. The kernels are compiled for each kind, because probabilities take
+// registers that the other kinds do not need.
 enum class TargetKind { kIndex, kSmoothedIndex, kProbabilities };
 
-// The target distribution is not 0 outside of the target class.
+// True if classes other than the target class may have a nonzero q.
 FUSEDLOSS_ANYWHERE constexpr bool is_spread(TargetKind kind) { return kind != TargetKind::kIndex; }
 
 inline TargetKind target_kind(const CrossEntropyOptions& o) {
@@ -31,8 +31,8 @@ auto on_target(const CrossEntropyOptions& o, F f) {
   }
 }
 
-// What the target distribution has outside of the target class. A loop over a row's classes is compiled for each of
-// these: to ask at each class would cost as much as all else.
+// What q is made from outside the target class. A loop over a row's classes is compiled for each kind: to test the kind
+// at each class would cost as much as the rest of the loop.
 enum class SpreadKind { kNone, kUniform, kWeights, kProbabilities, kWeightedProbabilities };
 FUSEDLOSS_ANYWHERE constexpr bool is_weighted(SpreadKind kind) {
   return kind == SpreadKind::kWeights || kind == SpreadKind::kWeightedProbabilities;

@@ -1,5 +1,4 @@
-// What a thread holds of its rows at a time, whether they are rows or columns: a tile of vectors in registers, and its
-// slots in shared memory.
+// What a thread holds of its rows or columns at a time: a tile of vectors in registers, and its slots in shared memory.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -9,15 +8,16 @@
 
 namespace fusedloss::cuda {
 
-// A thread's own slots in shared memory, each for a vector of logits, and one more for the probabilities beside it. No
-// other thread reads or writes them, so no barrier is needed. Those of a warp lie together, and a thread's next slot a
-// warp further on: a constant that instructions can contain.
+// A thread's own slots in shared memory: one for each vector of logits, and one beside it for the probabilities. No
+// other thread uses them, so no barrier is needed. (One exception: in columns, another thread reads the logit of the
+// target class, after a barrier.) The slots of a warp are interleaved, so that a thread's next slot is a warp's width
+// further on. Instructions can contain this distance because it is a constant.
 template <typename T, TargetKind kTarget>
 class Slots {
  public:
   explicit __device__ __forceinline__ Slots(const TypedOptions<T>& o)
       : Slots(o, int(threadIdx.y * blockDim.x + threadIdx.x)) {}
-  // Those of another thread of the block. The block has whole warps.
+  // The slots of another thread of the block. The block must consist of whole warps.
   __device__ __forceinline__ Slots(const TypedOptions<T>& o, int thread)
       : own(dynamic_shared_memory + thread / kWarp * (o.plan.slots * kSlotsOfVector * kWarp) + thread % kWarp) {}
 
@@ -29,8 +29,8 @@ class Slots {
   uint4* own;
 };
 
-// Waits for this thread's copies, but for the last `groups` groups of them. The toolkit's function alone does not keep
-// the compiler from moving reads to before it.
+// Waits for this thread's copies, except for the last `groups` groups of them. The toolkit's function alone does not
+// keep the compiler from moving reads to before it.
 __device__ __forceinline__ void wait_for_copies(int groups) {
   __pipeline_wait_prior(size_t(groups));
 #if FUSEDLOSS_CUDA_ARCH
@@ -39,15 +39,15 @@ __device__ __forceinline__ void wait_for_copies(int groups) {
 }
 
 // kVectors vectors of kWidth elements that are neighbours in memory: classes of a row (RowTile), or one class of
-// several rows (ColumnTile). kWhole: all vectors exist, so that nothing stands between one vector's instructions and
-// the next one's.
+// several rows (ColumnTile). kWhole means that all vectors exist, so that no branch separates one vector's instructions
+// from the next one's.
 template <typename T, TargetKind kTarget, int kWidth, int kVectors, bool kWhole>
 struct VectorTile {
   using A = AccumulateType<T>;
 
   Vector<T, kWidth> x[kVectors];  // logits
   Vector<T, kWidth> t[kTarget == TargetKind::kProbabilities ? kVectors : 1] = {};
-  int count;  // of vectors that exist; kVectors or more if all of them do
+  int count;  // vectors that exist; kVectors or more if all do
 
   __device__ __forceinline__ bool is_there(int k) const { return kWhole || k < count; }
 
@@ -58,7 +58,7 @@ struct VectorTile {
       if (is_there(k)) f(k);
   }
 
-  // What is not there is 0: a register that is left as it was would have to be kept from the round before.
+  // Zero-fill what does not exist, or the register's value from the previous tile would stay live.
   __device__ __forceinline__ void load_from_slots(const Slots<T, kTarget>& slots, int number) {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
@@ -69,8 +69,8 @@ struct VectorTile {
     }
   }
 
-  // q of element i of vector k, w being its class's weight; for a class index, without what the target class has above
-  // the others: kept * w_y.
+  // q of element i of vector k, whose class has weight w. For a class index, this leaves out the term kept * w_y, which
+  // only the target class has.
   template <SpreadKind kKind>
   __device__ __forceinline__ A coefficient(const TypedOptions<T>& o, int k, int i, A w) const {
     return is_of_probabilities(kKind) ? probability_coefficient(t[k][i], w, o.smoothing)
