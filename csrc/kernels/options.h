@@ -19,13 +19,13 @@ struct Strides {
 // The thresholds by which the CUDA kernels divide the work (kernels/cuda/cross_entropy_plan.h). The defaults are for a
 // large GPU. Tests set smaller values so that small problems reach every kernel.
 struct CudaTuning {
-  int64_t thread_classes = 16;   // a thread computes a row of at most this many contiguous classes
-  int64_t warp_bytes = 8192;     // a warp or a part of one computes a row of at most this many bytes, and keeps it
-  int64_t lane_vectors = 8;      // maximum vectors of a row for each lane; twice as many if rows are not kept
-  int64_t min_lanes = 2;         // minimum lanes for each row, if the row has as many vectors
-  int64_t block_threads = 256;   // maximum threads of a block that computes class-index rows and their gradient
-  int64_t other_threads = 128;   // maximum threads of other blocks, unless rows are few; at least 128
-  int64_t split_classes = 8192;  // minimum classes for each block, if rows are few and several blocks share one
+  int64_t thread_classes = 16;         // a thread computes a row of at most this many contiguous classes
+  int64_t warp_bytes = 8192;           // lanes of one warp compute a row of at most this many bytes, and keep it
+  int64_t lane_vectors = 8;            // maximum vectors of a row for each lane; twice as many if rows are not kept
+  int64_t min_lanes = 2;               // minimum lanes for each row, if the row has as many vectors
+  int64_t block_threads = 256;         // maximum threads of a block that computes class-index rows and their gradient
+  int64_t other_threads = 128;         // maximum threads of other blocks, unless rows are few; at least 128
+  int64_t split_classes = 8192;        // minimum classes for each block, if rows are few and several blocks share one
   int64_t target_weight_rows = 16384;  // rows for each block of the kernel that sums the target classes' weights
   int64_t max_blocks = 8192;           // maximum blocks of a grid; in a larger problem, blocks loop over several parts
   int64_t waves = 2;                   // maximum waves of blocks that loop over rows; one wave fills the device

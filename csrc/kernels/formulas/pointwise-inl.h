@@ -112,8 +112,8 @@ struct KLDivLogTargetLoss {
 
 // -log P(target) of a Poisson distribution without its constant, log(target!): rate - target log(rate). If kLog, input
 // is the logarithm of the rate; else it is the rate, and eps is added to it before its logarithm is taken. If kFull,
-// the constant is added for targets above 1, in Stirling's approximation, target log(target) - target + log(2 pi
-// target) / 2. Its two logarithms are combined into one.
+// Stirling's approximation of the constant is added for targets above 1. It is
+// target log(target) - target + log(2 pi target) / 2, whose two logarithms are combined into one.
 template <bool kLog, bool kFull>
 struct PoissonNLLLossOf {
   static constexpr int kOperands = 2, kParameters = 1;
