@@ -1,4 +1,4 @@
-// The types that a tensor's elements are stored in, and the type that each is computed in.
+// The types in which a tensor's elements are stored, and the type in which each of them is computed.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace fusedloss {
 
 enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// The 16-bit types as they are stored, for sources that have no others.
+// The 16-bit types as they are stored, for sources that have no other definition of them.
 struct bfloat16 {
   uint16_t bits;
 };
@@ -16,12 +16,12 @@ struct float16 {
   uint16_t bits;
 };
 
-// What a template on the stored type is for each DType, in its order.
+// Instances of a template, one for each stored type, in the order of DType.
 #define FUSEDLOSS_FOR_EACH_DTYPE(name) \
   {name<float>, name<double>, name<::fusedloss::bfloat16>, name<::fusedloss::float16>}
 
-// The accumulate type of a stored type T: every sum, maximum and exponential is computed in it. It is double for
-// double, and float for the others.
+// The accumulate type of a stored type T: double for double, and float for all others. Every sum, maximum and
+// exponential is computed in it.
 template <typename T>
 using AccumulateType = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

@@ -1,4 +1,4 @@
-// Integer arithmetic that kernels of both devices, and what launches them, need.
+// Integer arithmetic for the kernels of both devices and for the code that launches them.
 #pragma once
 
 #include <cstdint>

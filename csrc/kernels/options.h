@@ -1,5 +1,5 @@
-// What a kernel is told: sizes, strides, pointers and choices, as plain structs.
-// No torch here: CPU kernels, CUDA kernels and the op files all include it.
+// The arguments of the kernels (sizes, strides, pointers and choices) as plain structs. CPU kernels, CUDA kernels and
+// the op files include this file, so it must not include torch.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace fusedloss {
 
-// The numbers are torch's own (at::Reduction).
+// The values are those of at::Reduction.
 enum class Reduction : int32_t { kNone = 0, kMean = 1, kSum = 2 };
 
 // Strides count elements, not bytes.
@@ -17,71 +17,71 @@ struct Strides {
 };
 
 // The thresholds by which the CUDA kernels divide the work (kernels/cuda/cross_entropy_plan.h). The defaults are for a
-// large GPU; smaller numbers bring small problems to every kernel, which is how the tests reach them.
+// large GPU. Tests set smaller values so that small problems reach every kernel.
 struct CudaTuning {
-  int64_t thread_classes = 16;         // up to so many neighbouring classes, a thread takes a row
-  int64_t warp_bytes = 8192;           // up to so many bytes, a warp or a part of one takes a row, and keeps it
-  int64_t lane_vectors = 8;            // of a row for each lane, at most; twice that if rows are not kept
-  int64_t min_lanes = 2;               // of a warp that take a row, where the row has as many vectors
-  int64_t block_threads = 256;         // at most, of a block that takes a row of class indices and writes its gradient
-  int64_t other_threads = 128;         // at most, of other blocks, unless rows are few; never fewer than 128
-  int64_t split_classes = 8192;        // for each block, at least, where rows are few and several blocks share one
-  int64_t target_weight_rows = 16384;  // of a block that adds up the weights of the rows' target classes
-  int64_t max_blocks = 8192;           // of a grid; where the problem is larger, a block takes several parts in turn
-  int64_t waves = 2;                   // at most, of blocks that take rows in turn; the device holds one at once
-  int64_t overlap = 1;                 // 1: a kernel may start while the one before runs, if the device can; 0: never
+  int64_t thread_classes = 16;         // a thread computes a row of at most this many contiguous classes
+  int64_t warp_bytes = 8192;           // lanes of one warp compute a row of at most this many bytes, and keep it
+  int64_t lane_vectors = 8;            // maximum vectors of a row for each lane; twice as many if rows are not kept
+  int64_t min_lanes = 2;               // minimum lanes for each row, if the row has as many vectors
+  int64_t block_threads = 256;         // maximum threads of a block that computes class-index rows and their gradient
+  int64_t other_threads = 128;         // maximum threads of other blocks, unless rows are few; at least 128
+  int64_t split_classes = 8192;        // minimum classes for each block, if rows are few and several blocks share one
+  int64_t target_weight_rows = 16384;  // rows for each block of the kernel that sums the target classes' weights
+  int64_t max_blocks = 8192;           // maximum blocks of a grid; in a larger problem, blocks loop over several parts
+  int64_t waves = 2;                   // maximum waves of blocks that loop over rows; one wave fills the device
+  int64_t overlap = 1;                 // 1: a kernel may start before its predecessor ends, if supported; 0: never
 
-  // 0: as the current device has them.
+  // Properties of the device; 0 means the value of the current device.
   int64_t multiprocessors = 0;
-  int64_t kept_bytes = 0;      // of shared memory, in which a block may keep its rows; its columns, in twice that
-  int64_t cluster_blocks = 0;  // at most, in one cluster; 1: there are no clusters
+  int64_t kept_bytes = 0;      // shared memory in which a block may keep its rows; columns may use twice as much
+  int64_t cluster_blocks = 0;  // maximum blocks of a cluster; 1 means no clusters
 };
 
-// Logits of shape (C), (N, C) or (N, C, d1, …) are seen as [outer, classes, inner]; a row is the classes of one
-// (outer, inner) position. Rows are numbered as the elements of a contiguous [outer, inner] are. The "accumulate type"
-// is float, and double for kFloat64.
+// Logits of shape (C), (N, C) or (N, C, d1, …) are viewed as [outer, classes, inner]. A row is the classes at one
+// (outer, inner) position, and rows are numbered like the elements of a contiguous [outer, inner] tensor. The
+// "accumulate type" is double for kFloat64 and float for the other types.
 struct CrossEntropyOptions {
   DType dtype;       // of logits, target_probability and grad_logits
   DType loss_dtype;  // of loss and grad_output: dtype or the accumulate type
   Reduction reduction;
   int64_t outer, classes, inner;
   int64_t ignore_index;
-  double label_smoothing;  // 0 is none; in [0, 1]
+  double label_smoothing;  // in [0, 1]; 0 means no smoothing
 
   const void* logits;  // [outer, classes, inner]
   Strides logits_strides;
   const int64_t* target_index;     // [outer, inner] contiguous; null for probabilities
   const void* target_probability;  // [outer, classes, inner]; null for class indices
   Strides target_strides;
-  const void* weight;  // [classes] contiguous, accumulate type; null is 1 for every class
+  const void* weight;  // [classes] contiguous, accumulate type; null means 1 for every class
 
-  // Written by the forward pass, read by the backward pass; all of the accumulate type. Where the number of rows is a
-  // multiple of so many elements as 16 bytes hold, row_max, row_scale and the loss of each row are 16-byte aligned.
+  // Written by the forward pass, read by the backward pass; all of the accumulate type. If the number of rows is a
+  // multiple of the number of elements in 16 bytes, row_max, row_scale and the rows' losses are 16-byte aligned.
   void* row_max;       // [rows]
   void* row_scale;     // [rows]  sum(q) / sum(exp(logit - row_max)), q as in formulas/cross_entropy-inl.h
-  void* total_weight;  // [1]     what the mean divides by; null for the other reductions
-  void* weight_sum;    // [1]     the sum of weight, before the first launch; null where it is not needed
+  void* total_weight;  // [1]     the divisor of the mean; null for the other reductions
+  void* weight_sum;    // [1]     the sum of weight, written before the first launch; null if it is not needed
 
   void* loss;     // [rows] for kNone, else [1]
   void* scratch;  // forward only; as many bytes as the launcher asks for, 16-byte aligned
 
-  const void* grad_output;     // [rows] for kNone, else [1]; null is 1
-  int64_t grad_output_stride;  // 0 where one value serves all rows
-  void* grad_logits;           // [outer, classes, inner]; not null in the forward pass: write it there already
+  const void* grad_output;     // [rows] for kNone, else [1]; null means 1
+  int64_t grad_output_stride;  // 0 if all rows have the same grad_output
+  void* grad_logits;           // [outer, classes, inner]; if not null, the forward pass writes the gradient too
   Strides grad_strides;
 
-  // CUDA's backward pass, where one value serves all rows:
-  bool grad_ready;               // grad_logits holds the gradient for a grad_output of 1
-  int32_t* grad_output_was_one;  // in memory that the host can read, or null; tells it
+  // Only for CUDA's backward pass, if all rows have the same grad_output:
+  bool grad_ready;               // grad_logits already holds the gradient for a grad_output of 1
+  int32_t* grad_output_was_one;  // receives whether grad_output is 1; host-readable memory, or null
 
   CudaTuning tuning;
 
   int64_t rows() const { return outer * inner; }
-  // Has the target distribution q of a row more than one class? See formulas/cross_entropy-inl.h.
+  // True if the target distribution q of a row may be nonzero for several classes; see formulas/cross_entropy-inl.h.
   bool is_spread() const { return target_probability != nullptr || label_smoothing > 0; }
 };
 
-// The negative log likelihood of class indices. Rows as above.
+// The negative log likelihood of class indices. Rows are defined as in CrossEntropyOptions.
 struct NLLLossOptions {
   DType dtype;       // of input and grad_input
   DType loss_dtype;  // of loss and grad_output: dtype or the accumulate type
@@ -92,15 +92,15 @@ struct NLLLossOptions {
   const void* input;  // [outer, classes, inner], log-probabilities; forward only
   Strides input_strides;
   const int64_t* target_index;  // [outer, inner] contiguous
-  const void* weight;           // [classes] contiguous, accumulate type; null is 1 for every class
-  void* total_weight;           // [1] accumulate type, what the mean divides by; null for the other reductions
+  const void* weight;           // [classes] contiguous, accumulate type; null means 1 for every class
+  void* total_weight;           // [1] accumulate type, the divisor of the mean; null for the other reductions
 
   void* loss;     // [rows] for kNone, else [1]
   void* scratch;  // forward only; as many bytes as the launcher asks for, 16-byte aligned
 
   const void* grad_output;     // [rows] for kNone, else [1]
-  int64_t grad_output_stride;  // 0 where one value serves all rows
-  void* grad_input;            // [outer, classes, inner]; its classes or its inner positions lie side by side
+  int64_t grad_output_stride;  // 0 if all rows have the same grad_output
+  void* grad_input;            // [outer, classes, inner]; its classes or its inner positions are contiguous
   Strides grad_strides;
 
   CudaTuning tuning;
@@ -109,32 +109,33 @@ struct NLLLossOptions {
 };
 
 constexpr int kMaxOperands = 8, kMaxParameters = 16;
-constexpr int kFewestOfRepeated = 3;  // operands of a loss that on CUDA takes a row of weights, say, as it is
+// On CUDA, only a loss with at least this many operands accepts one that repeats, such as a row of weights.
+constexpr int kFewestOfRepeated = 3;
 
-// A loss of one element of each of its operands (input, which comes first, target, weights, …): MSE, its family, and
-// losses of the user's own.
+// A pointwise loss, which is computed from one element of each operand (input, which comes first, target, weights, …):
+// MSE, its family, and the user's own losses.
 struct PointwiseOptions {
   DType dtype;       // of the operands and their gradients
   DType loss_dtype;  // of loss and grad_output: dtype or the accumulate type
   Reduction reduction;
   int64_t numel;
-  double divisor;  // what the mean divides by
+  double divisor;  // of the mean
 
   int operands;
-  const void* operand[kMaxOperands];     // of each operand, [numel] contiguous; the first repeats nothing
-  int64_t operand_period[kMaxOperands];  // 0, or after how many elements it repeats itself; it then is [period]. CUDA:
-                                         // more than 1 only where there are kFewestOfRepeated operands
+  const void* operand[kMaxOperands];  // [numel] contiguous, or [period] if the operand repeats
+  // The number of elements after which the operand repeats, or 0 if it does not. The first operand never repeats. On
+  // CUDA, a period above 1 needs kFewestOfRepeated operands.
+  int64_t operand_period[kMaxOperands];
   double parameter[kMaxParameters];
 
   void* loss;     // [numel] for kNone, else [1]; null in the backward pass
   void* scratch;  // forward only; as many bytes as the launcher asks for, 16-byte aligned
 
-  const void* grad_output;     // [numel] for kNone, else [1]; null is 1
-  int64_t grad_output_stride;  // 0 where one value serves all elements
-  void* grad[kMaxOperands];    // of each operand, [numel]; null where it is not wanted; in the forward pass: write it
-                               // there already
+  const void* grad_output;     // [numel] for kNone, else [1]; null means 1
+  int64_t grad_output_stride;  // 0 if all elements have the same grad_output
+  void* grad[kMaxOperands];    // [numel] for each operand, or null; if not null, the forward pass writes it too
 
-  bool grad_ready;  // as above
+  bool grad_ready;  // as in CrossEntropyOptions, like the next field
   int32_t* grad_output_was_one;
 
   CudaTuning tuning;

@@ -1,5 +1,5 @@
-// A tensor [outer, classes, inner] cut into tiles for threads to fill, where either its classes or its inner positions
-// lie side by side. For both devices.
+// Divides a tensor [outer, classes, inner] into tiles that threads fill. Either the classes or the inner positions of
+// the tensor are contiguous. For both devices.
 #pragma once
 
 #include "kernels/integers.h"
@@ -9,10 +9,10 @@ namespace fusedloss {
 
 struct Tile {
   int64_t outer, classes, inner;                  // sizes
-  int64_t first_outer, first_class, first_inner;  // where it begins
+  int64_t first_outer, first_class, first_inner;  // the position of its first element
 };
 
-// A tile's memory: count[0] * count[1] runs of `length` neighbours. Few and long where the tile lies in one piece.
+// A tile's memory: count[0] * count[1] runs of `length` contiguous elements. Runs that are adjacent are joined.
 struct Runs {
   int64_t start, length, count[2], step[2];
 };
@@ -20,7 +20,7 @@ struct Runs {
 struct Tiling {
   int64_t outer, classes, inner;  // of the tensor
   Strides strides;
-  Tile tile;  // the first one, the largest
+  Tile tile;  // the first tile; no other is larger
   int64_t inner_tiles, class_tiles, count;
 
   FUSEDLOSS_ANYWHERE Tile at(int64_t number) const {
@@ -53,14 +53,14 @@ struct Tiling {
   }
 };
 
-// No tile has more than about `elements`. Not for an empty tensor.
+// No tile has more than about `elements` elements. The tensor must not be empty.
 inline Tiling make_tiling(int64_t outer, int64_t classes, int64_t inner, const Strides& strides, int64_t elements) {
   Tiling g = {outer, classes, inner, strides, {}, 0, 0, 0};
   Tile& t = g.tile;
   if (strides.classes == 1) {
     t.classes = smaller(classes, elements);
     t.inner = smaller(inner, larger(1, elements / t.classes));
-  } else {  // rather fewer classes than runs too short to be worth it
+  } else {  // runs have at least elements / 32 inner positions if there are as many: shorter runs do not pay off
     t.inner = smaller(inner, larger(elements / classes, elements / 32));
     t.classes = smaller(classes, larger(1, elements / t.inner));
   }

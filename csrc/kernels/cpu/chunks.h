@@ -1,22 +1,22 @@
-// Work that is cut into chunks for threads, and what a chunk of rows leaves for the reduction.
+// How work is divided into chunks for threads, and what each chunk of rows stores for the reduction.
 #pragma once
 
 #include <cstdint>
 
 namespace fusedloss::cpu {
 
-// How a pass is cut. The bounds of chunks depend on the sizes alone, so that results do not depend on how many threads
-// share them.
+// How a pass is divided. The bounds of chunks depend on the sizes alone, so results do not depend on the number of
+// threads.
 struct Work {
   int64_t chunks;
-  int64_t grain;  // chunks that are worth a thread
+  int64_t grain;  // minimum chunks for each thread
 };
 
-// Elements of a chunk, roughly: what a thread should have to do before it is worth waking.
+// Approximate number of elements of a chunk: the least work for which it pays to wake a thread.
 constexpr int64_t kChunkElements = 32768;
 
-// A sum in double, in each lane of a V, with what its additions rounded off: for float64 a plain sum over thousands of
-// rows would lose a digit. cpu/reduce-inl.h adds to it.
+// A sum in double (one in each lane, if V is a vector) and the rounding errors of its additions: for float64, a plain
+// sum over thousands of rows would lose a digit. cpu/reduce-inl.h has the functions that add to it.
 template <typename V>
 struct CompensatedSum {
   V value, lost;

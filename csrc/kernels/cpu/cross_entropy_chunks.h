@@ -1,4 +1,4 @@
-// How cross entropy is cut for threads.
+// How cross entropy is divided into chunks for threads.
 #pragma once
 
 #include <algorithm>
@@ -9,9 +9,9 @@
 
 namespace fusedloss::cpu {
 
-// Either a row's classes lie side by side ("rows"), or the rows themselves do ("columns"): [outer, classes, inner] with
-// inner stride 1, as in (N, C, d1, …). One class lies beside itself whatever the layout is: its rows are columns if
-// they can be.
+// True for the layout "rows", where the classes of a row are contiguous. Else the layout is "columns", where
+// neighbouring rows are contiguous: [outer, classes, inner] with inner stride 1, as in (N, C, d1, …). A single class is
+// contiguous in any layout; it counts as columns if its rows can be processed as columns.
 inline bool in_rows(const CrossEntropyOptions& o) {
   if (o.logits_strides.classes != 1) return false;
   return o.classes != 1 || o.inner == 1 || o.logits_strides.inner != 1 ||
@@ -19,7 +19,7 @@ inline bool in_rows(const CrossEntropyOptions& o) {
          (o.grad_logits != nullptr && o.grad_strides.inner != 1);
 }
 
-// Rows of a chunk of columns: a kilobyte of each class, and statistics that stay in L1.
+// Rows of a chunk of columns. A chunk then has a kilobyte of each class, and its statistics stay in L1.
 constexpr int64_t kColumnChunk = 256;
 
 struct ChunkRange {
@@ -47,8 +47,8 @@ inline ChunkRange chunk_range(const CrossEntropyOptions& o, int64_t chunk) {
   return {chunk / chunks, begin, std::min(begin + kColumnChunk, o.inner)};
 }
 
-// Are the rows' weights added up as the forward pass reads the targets? Where it writes the gradient as well, their sum
-// must be known before.
+// True if the forward pass sums the rows' weights as it reads the targets. If it also writes the gradient, the sum must
+// be known beforehand.
 inline bool sums_target_weights_in_forward(const CrossEntropyOptions& o) {
   return o.total_weight != nullptr && o.grad_logits == nullptr;
 }

@@ -1,5 +1,5 @@
-// A chunk of neighbouring rows that lie side by side: what it knows of its target classes, and the end of its rows. A
-// vector holds one class of a group of neighbouring rows.
+// A chunk of neighbouring rows in the layout "columns" (cross_entropy_chunks.h): its target classes, and its losses
+// from the sums over all classes. A vector holds one class of a group of neighbouring rows.
 #if defined(FUSEDLOSS_CROSS_ENTROPY_COLUMN_CHUNK_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_CROSS_ENTROPY_COLUMN_CHUNK_INL
 #undef FUSEDLOSS_CROSS_ENTROPY_COLUMN_CHUNK_INL
@@ -15,14 +15,14 @@
 
 FUSEDLOSS_BEGIN_NAMESPACE
 
-// Up to kColumnChunk neighbouring rows, and within them groups of as many as a vector holds.
+// Up to kColumnChunk neighbouring rows. They are processed in groups, each of which fills a vector.
 template <typename T>
 struct ColumnChunk {
-  int64_t row;  // the first one's number
-  int n;        // how many
-  const T* x;   // [classes, n], classes logits_strides.classes apart
-  const T* t;   // [classes, n], classes target_strides.classes apart; probabilities only
-  T* grad;      // [classes, n], classes grad_strides.classes apart; null where it is not wanted
+  int64_t row;  // the number of the first row
+  int n;        // the number of rows
+  const T* x;   // [classes, n], classes are logits_strides.classes apart
+  const T* t;   // [classes, n], classes are target_strides.classes apart; probabilities only
+  T* grad;      // [classes, n], classes are grad_strides.classes apart; null if it is not wanted
 
   ColumnChunk(const TypedOptions<T>& p, ChunkRange range)
       : row(range.outer * p.o.inner + range.begin),
@@ -33,8 +33,8 @@ struct ColumnChunk {
                              : nullptr) {}
 };
 
-// q of class c for the group that starts at column i, without the target class's own part; of a smoothed target in
-// units of smoothing.uniform.
+// q of class c for the group that starts at column i, without the part that only the target class has. For a smoothed
+// class-index target, it is in units of smoothing.uniform.
 template <bool kWhole, typename T, bool kSpread>
 FUSEDLOSS_INLINE VectorOf<T> column_coefficients(const TypedOptions<T>& p, const ColumnChunk<T>& columns, int64_t c,
                                                  int i) {
@@ -48,14 +48,14 @@ FUSEDLOSS_INLINE VectorOf<T> column_coefficients(const TypedOptions<T>& p, const
 
 // ---- target classes
 
-// The target class of each of a chunk's rows, and -1 for what adds nothing: rows that are ignored or whose class does
-// not exist, and what follows the last row in its group. 0 for a row whose target is probabilities.
+// The target class of each row of a chunk. It is -1 for a row that adds nothing to the loss: one that is ignored, whose
+// class does not exist, or that only pads the last group. It is 0 for a row whose target is probabilities.
 template <typename T>
 struct TargetClasses {
   using A = AccumulateType<T>;
   using Index = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
 
-  typedef Index Narrow __attribute__((vector_size(Simd<double>::kLanes * sizeof(Index))));  // as many as in a DoubleI
+  typedef Index Narrow __attribute__((vector_size(Simd<double>::kLanes * sizeof(Index))));  // as many lanes as DoubleI
 
   alignas(64) Index y[kColumnChunk];
   bool all_count = true;
@@ -77,7 +77,7 @@ FUSEDLOSS_INLINE void read_target_classes(const TypedOptions<T>& p, const Column
     std::fill_n(classes.y, columns.n, Index(0));
     return;
   }
-  DoubleI some = {};  // negative where a row does not count
+  DoubleI some = {};  // negative in a lane where any row does not count
   for_each_vector<double>(0, columns.n, [&](auto whole, int begin) __attribute__((always_inline)) {
     if constexpr (whole) {
       const DoubleI y = p.target_classes(columns.row + begin);
@@ -95,10 +95,10 @@ FUSEDLOSS_INLINE void read_target_classes(const TypedOptions<T>& p, const Column
   for (int lane = 0; lane < Simd<double>::kLanes; ++lane) classes.all_count &= some[lane] >= 0;
 }
 
-// What a group's losses need of its target classes; 0 where there is none.
+// The target classes of a group, with their logits and weights, which are 0 for a row without a target class.
 template <typename T>
 struct GroupTarget {
-  typename Simd<AccumulateType<T>>::I y;  // as of TargetClasses
+  typename Simd<AccumulateType<T>>::I y;  // as in TargetClasses
   VectorOf<T> x = {}, w = {};
 };
 
@@ -116,9 +116,9 @@ FUSEDLOSS_INLINE GroupTarget<T> gather_target(const TypedOptions<T>& p, const Co
   return {classes.group(i), load(x), load(w)};
 }
 
-// ---- what comes after the classes
+// ---- losses and statistics, from the sums over all classes
 
-// From the sums over all classes to the losses and statistics of a group of rows. Returns what is the rows' row_scale.
+// Stores the losses and statistics of a group of rows. Returns the row_scale of the rows.
 template <bool kWhole, typename T, bool kSpread>
 FUSEDLOSS_INLINE VectorOf<T> finish_group(const TypedOptions<T>& p, const ColumnChunk<T>& columns, int i,
                                           RowState<VectorOf<T>> s, const GroupTarget<T>& target,
@@ -127,7 +127,7 @@ FUSEDLOSS_INLINE VectorOf<T> finish_group(const TypedOptions<T>& p, const Column
   using V = typename Simd<A>::V;
   const int n = columns.n - i;
   const int64_t row = columns.row + i;
-  // What adds nothing has a loss of 0, whatever its logits are.
+  // A row that adds nothing has a loss of 0, whatever its logits are.
   s.max = target.y < 0 ? V{} : s.max;
   s.sum = target.y < 0 ? V{} + 1 : s.sum;
   if constexpr (kSpread) {

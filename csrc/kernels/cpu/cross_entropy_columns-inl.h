@@ -1,5 +1,5 @@
-// Cross entropy where neighbouring rows lie side by side, as in (N, C, d1, …): a vector holds one class of
-// neighbouring rows, so that loads stay contiguous without a transposed copy.
+// Cross entropy for the layout "columns", where neighbouring rows are contiguous, as in (N, C, d1, …). A vector holds
+// one class of neighbouring rows, so that loads are contiguous without a transposed copy.
 #if defined(FUSEDLOSS_CROSS_ENTROPY_COLUMNS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_CROSS_ENTROPY_COLUMNS_INL
 #undef FUSEDLOSS_CROSS_ENTROPY_COLUMNS_INL
@@ -13,23 +13,25 @@
 
 FUSEDLOSS_BEGIN_NAMESPACE
 
-// Classes that are swept twice while L1 still holds this many of each of a chunk's rows; and classes that are added up
-// apart from the others: one sum over all of them in a row would round as often as there are classes.
+// kColumnBlock: classes that are read twice, for the maximum and for the sums, while L1 still holds them for all rows
+// of a chunk. kColumnPart: classes that are summed separately, because a single sum over all classes would be rounded
+// once for each class.
 constexpr int64_t kColumnBlock = 16, kColumnPart = 1024;
-// Up to so many classes, a group of rows is taken from its logits to its gradient at once, with its exponentials kept,
-// and its target classes are picked out as the classes come by: a comparison a class instead of loads a row.
+// Up to this many classes, a group of rows is computed from its logits to its gradient at once, and its exponentials
+// are kept. Its target classes are selected as the classes are read: one comparison for each class, instead of loads
+// for each row.
 constexpr int kFewColumnClasses = 32;
 
 // ---- few classes
 
-// What a chunk's gradient needs of each class.
+// The values of each class that the gradient of a chunk needs.
 template <typename T, bool kSpread>
 struct FewColumnClassesGradient {
   using A = AccumulateType<T>;
   using V = VectorOf<T>;
 
-  A unit = 1;                // of q: smoothing.uniform for a smoothed target
-  A q_y[kFewColumnClasses];  // q of the target class, if it is this one
+  A unit = 1;                // the unit of q: smoothing.uniform for a smoothed class-index target
+  A q_y[kFewColumnClasses];  // q of each class where it is the target class
 
   explicit FewColumnClassesGradient(const TypedOptions<T>& p) {
     if (!has_class<kSpread>(p)) return;
@@ -49,7 +51,8 @@ struct FewColumnClassesGradient {
   }
 };
 
-// A group's sums over its classes. target: of which y is known; exponentials: [classes], receives exp(x - max).
+// A group's sums over its classes. target: its y is given, its x and w are filled in. exponentials: [classes], receives
+// exp(x - max).
 template <bool kWhole, typename T, bool kSpread>
 FUSEDLOSS_INLINE RowState<VectorOf<T>> sweep_columns_of_few_classes(const TypedOptions<T>& p,
                                                                     const ColumnChunk<T>& columns, int i,
@@ -74,8 +77,7 @@ FUSEDLOSS_INLINE RowState<VectorOf<T>> sweep_columns_of_few_classes(const TypedO
   return s;
 }
 
-// Several groups take each step before any takes the next: what a step waits for is then computed for all of them at
-// once.
+// Several groups complete each step before any of them starts the next, so that their latencies overlap.
 template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void forward_columns_of_few_classes(const TypedOptions<T>& p, const ColumnChunk<T>& columns,
                                                      const TargetClasses<T>& classes, CompensatedSum<DoubleV>& loss) {
@@ -167,14 +169,14 @@ FUSEDLOSS_INLINE void forward_columns_of_many_classes(const TypedOptions<T>& p, 
   });
 }
 
-// What the gradient needs of each row of a chunk.
+// The values of each row of a chunk that its gradient needs.
 template <typename T>
 struct ColumnGradient {
   using A = AccumulateType<T>;
 
-  A max[kColumnChunk], scale[kColumnChunk], g[kColumnChunk];  // as of RowGradient
+  A max[kColumnChunk], scale[kColumnChunk], g[kColumnChunk];  // as in RowGradient
   A unit;
-  A at_target[kColumnChunk];  // the gradient at the target class, which the sweep over all classes gets wrong
+  A at_target[kColumnChunk];  // the gradient at the target class, which is written after that of all classes
 };
 
 template <bool kWhole, typename T, bool kSpread>
@@ -247,7 +249,7 @@ void forward_columns(const TypedOptions<T>& p, ChunkRange range, ChunkResult& ch
   add_lanes(chunk.loss, loss);
 }
 
-// grad may be x.
+// The gradient may be written over the logits.
 template <typename T, bool kSpread>
 void backward_columns(const TypedOptions<T>& p, ChunkRange range) {
   const ColumnChunk<T> columns(p, range);

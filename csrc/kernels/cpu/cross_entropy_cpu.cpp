@@ -1,5 +1,6 @@
-// How a row becomes a loss on the CPU: cpu/cross_entropy_rows-inl.h, or cpu/cross_entropy_columns-inl.h where
-// neighbouring rows lie side by side. This file compiles them for each instruction set and picks one.
+// Cross entropy on the CPU. cpu/cross_entropy_rows-inl.h computes it if the classes of a row are contiguous, and
+// cpu/cross_entropy_columns-inl.h if neighbouring rows are. This file compiles both for each instruction set and
+// selects the kernels of one.
 
 #include "kernels/cpu/cross_entropy_cpu.h"
 

@@ -1,4 +1,4 @@
-// The kernels of one instruction set, and the choice among them.
+// The cross entropy kernels for one instruction set, each of which selects the code for the layout and the target.
 #if defined(FUSEDLOSS_CROSS_ENTROPY_KERNELS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_CROSS_ENTROPY_KERNELS_INL
 #undef FUSEDLOSS_CROSS_ENTROPY_KERNELS_INL
@@ -25,10 +25,10 @@ void backward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   }
 }
 
-// Up to so many classes, counting the rows of each takes less time than looking each row's weight up.
+// Up to this many classes, counting the rows of each class is faster than looking up the weight of each row.
 constexpr int64_t kFewToCount = 8;
 
-// How many of the rows [begin, end) have a target class that `matches`, which takes one or a vector of them.
+// The number of rows in [begin, end) whose target class `matches`. `matches` takes a single class or a vector of them.
 template <typename Matches>
 FUSEDLOSS_INLINE int64_t count_targets(const CrossEntropyOptions& o, int64_t begin, int64_t end, Matches matches) {
   DoubleI minus_count = {};
@@ -44,7 +44,7 @@ FUSEDLOSS_INLINE int64_t count_targets(const CrossEntropyOptions& o, int64_t beg
   return count;
 }
 
-// What the mean divides by, of one chunk's rows.
+// The part of the mean's divisor that comes from the rows of one chunk.
 template <typename T>
 FUSEDLOSS_NOINLINE void sum_target_weights_of_chunk(const TypedOptions<T>& p, int64_t k) {
   const CrossEntropyOptions& o = p.o;
@@ -61,7 +61,7 @@ FUSEDLOSS_NOINLINE void sum_target_weights_of_chunk(const TypedOptions<T>& p, in
     for (int64_t c = 0; c < o.classes; ++c) {
       if (c == o.ignore_index) continue;
       const int64_t count = count_targets(o, begin, end, [&](auto y) __attribute__((always_inline)) { return y == c; });
-      if (count > 0) add(sum, double(count) * double(p.weight_of(c)));  // 0 of an infinite weight are nothing
+      if (count > 0) add(sum, double(count) * double(p.weight_of(c)));  // 0 times an infinite weight would be NaN
     }
   } else {
     for (int64_t row = begin; row < end; ++row)
@@ -70,13 +70,13 @@ FUSEDLOSS_NOINLINE void sum_target_weights_of_chunk(const TypedOptions<T>& p, in
   static_cast<ChunkResult*>(o.scratch)[k].target_weight = sum;
 }
 
-// Where grad_logits is given it is written too, while the cache holds the logits.
+// If grad_logits is not null, the gradient is written too, while the cache still holds the logits.
 template <typename T, bool kSpread>
 void forward_chunks(const CrossEntropyOptions& o, int64_t begin, int64_t end) {
   const TypedOptions<T> p(o);
   for (int64_t k = begin; k < end; ++k) {
     ChunkResult& result = static_cast<ChunkResult*>(o.scratch)[k];
-    if (!needs_total_weight_first(o)) result = {};  // else sum_target_weights has left the chunk's weights in it
+    if (!needs_total_weight_first(o)) result = {};  // else it holds the chunk's weights, from sum_target_weights
     if (sums_target_weights_in_forward(o)) sum_target_weights_of_chunk(p, k);
     if (in_rows(o)) {
       forward_rows<T, kSpread>(p, chunk_range(o, k), chunk_range(o, end - 1).end, result);
@@ -106,7 +106,7 @@ void weight_sum(const CrossEntropyOptions& o) {
   *static_cast<A*>(o.weight_sum) = sum_of_lanes<A>(sum);
 }
 
-// The weights that the mean divides by, known before the first row's gradient is written.
+// Sums the weights for the mean's divisor before the first row's gradient is written.
 template <typename T>
 void sum_target_weights(const CrossEntropyOptions& options, int64_t begin, int64_t end) {
   CrossEntropyOptions o = options;

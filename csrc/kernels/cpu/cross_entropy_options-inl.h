@@ -1,4 +1,4 @@
-// What every row of one call shares, and the loss of a row from the sums over its classes.
+// The values that all rows of a call share, and the loss of a row from the sums over its classes.
 #if defined(FUSEDLOSS_CROSS_ENTROPY_OPTIONS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_CROSS_ENTROPY_OPTIONS_INL
 #undef FUSEDLOSS_CROSS_ENTROPY_OPTIONS_INL
@@ -13,7 +13,7 @@
 
 FUSEDLOSS_BEGIN_NAMESPACE
 
-// The options with typed pointers, and what follows from them for all rows.
+// The options with typed pointers, and values computed from them that are the same for all rows.
 template <typename T>
 struct TypedOptions {
   using A = AccumulateType<T>;
@@ -26,7 +26,7 @@ struct TypedOptions {
   Smoothing<A> smoothing;
   A* row_max;            // [rows]
   A* row_scale;          // [rows]
-  A common_grad_output;  // what every row's gradient is multiplied by, where one value serves all
+  A common_grad_output;  // scaled_grad_output, if it is the same for all rows
 
   explicit TypedOptions(const CrossEntropyOptions& options)
       : o(options),
@@ -47,8 +47,8 @@ struct TypedOptions {
   }
   FUSEDLOSS_INLINE A weight_of(int64_t c) const { return weight ? weight[c] : A(1); }
 
-  // Does a row with the target class y have a loss, or which rows with those of a vector do? Not if they are ignored,
-  // nor if the class does not exist.
+  // True if a row with the target class y counts, i.e. it is not ignored and the class exists. If y is a vector, the
+  // result is a mask.
   template <typename Y>
   FUSEDLOSS_INLINE auto counts(Y y) const {
     return (y >= 0) & (y < o.classes) & (y != o.ignore_index);
@@ -58,17 +58,17 @@ struct TypedOptions {
     return y != o.ignore_index && y >= 0 && y < o.classes;
   }
 
-  // The target classes of as many rows as a vector of them holds; -1 for a row that does not count.
+  // The target classes of a vector of rows, from `row` on; -1 for a row that does not count.
   FUSEDLOSS_INLINE DoubleI target_classes(int64_t row) const {
     const DoubleI y = load_indices(o.target_index + row);
     return counts(y) ? y : DoubleI{} - 1;
   }
 
-  // What a row's gradient is multiplied by.
+  // The factor of a row's gradient: its grad_output, divided by total_weight for the mean.
   FUSEDLOSS_INLINE A scaled_grad_output(int64_t row) const {
     return o.grad_output_stride == 0 ? common_grad_output : scaled_grad_output_at(row);
   }
-  // Of neighbouring rows; where each has a grad_output of its own, nothing is divided by a total weight.
+  // The same for n neighbouring rows. If each row has its own grad_output, there is no mean and thus no division.
   template <bool kWhole>
   FUSEDLOSS_INLINE typename Simd<A>::V scaled_grad_outputs(int64_t row, int n) const {
     using V = typename Simd<A>::V;
@@ -82,15 +82,15 @@ struct TypedOptions {
   }
 };
 
-// Are targets class indices? kSpread says that their distribution is spread over all classes: probabilities, or
-// smoothed class indices; else it is known at compile time that q is 0 but for one class.
+// True if targets are class indices. If kSpread is false, q is known at compile time to be nonzero for one class only.
+// If it is true, targets are probabilities or smoothed class indices, and q may be nonzero for all classes.
 template <bool kSpread, typename T>
 FUSEDLOSS_INLINE bool has_class(const TypedOptions<T>& p) {
   return !kSpread || p.o.target_index != nullptr;
 }
 
-// The loss of a row from the sums over its classes, in W, a scalar or a vector of rows. x_y, w_y: the logit and the
-// weight of the target class.
+// The loss of a row from the sums over its classes. W is a scalar, or a vector with one row in each lane. x_y, w_y: the
+// logit and the weight of the target class.
 template <bool kSpread, typename T, typename W>
 FUSEDLOSS_INLINE W row_loss(const TypedOptions<T>& p, RowState<W> state, W logsum, W x_y, W w_y) {
   W loss = W{};

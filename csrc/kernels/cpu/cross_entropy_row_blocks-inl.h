@@ -1,4 +1,4 @@
-// A block of a row's classes, which lie side by side: its maximum, its sums, and its gradient. A vector holds
+// A block of a row's classes, which are contiguous: its maximum, its sums, and its gradient. A vector holds
 // neighbouring classes.
 #if defined(FUSEDLOSS_CROSS_ENTROPY_ROW_BLOCKS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_CROSS_ENTROPY_ROW_BLOCKS_INL
@@ -16,16 +16,16 @@
 
 FUSEDLOSS_BEGIN_NAMESPACE
 
-// Classes that are swept twice, for the maximum and for the sums, while L1 still holds them: memory is read once. Their
-// exponentials are taken relative to the block's own maximum, in both passes, so that both have the same ones. Doubles
-// fill L1 sooner.
+// Classes of a block. They are read twice, for the maximum and for the sums, while L1 still holds them, so that memory
+// is read once. The forward and the backward pass both compute exponentials relative to the block's own maximum, so
+// that these are identical. A block of doubles is shorter because they fill L1 sooner.
 template <typename A>
 constexpr int64_t kRowBlock = std::is_same_v<A, double> ? 512 : 2048;
-// Exponentials that the forward pass keeps for the gradient, where it writes that too, to spare the second exp. Those
-// of short rows, of one block each, lie on the stack: half of L1, the rest is for the logits.
+// If the forward pass also writes the gradient, it keeps exponentials for it, to avoid a second exp. Those of short
+// rows (of one block each) are kept on the stack, in half of L1; the other half is for the logits.
 template <typename A>
 constexpr int64_t kExponentialsOnStack = 16384 / sizeof(A);
-// Those of a longer row lie where its gradient will be, as long as L2 holds them.
+// Those of a longer row are kept where its gradient will be, if L2 holds them.
 template <typename A>
 constexpr int64_t kExponentialsInGradient = 524288 / sizeof(A);
 // Independent accumulators, to hide the latency of an addition and of exp.
@@ -36,8 +36,8 @@ FUSEDLOSS_INLINE bool is_short_row(int64_t classes) {
   return classes <= kRowBlock<AccumulateType<T>>;
 }
 
-// q of neighbouring classes, without the target class's own part; of a smoothed target in units of smoothing.uniform,
-// in which the sums of equal weights are exact.
+// q of neighbouring classes, without the part that only the target class has. For a smoothed class-index target, it is
+// in units of smoothing.uniform, in which the sums of equal weights are exact.
 template <typename T, bool kSpread>
 struct RowCoefficients {
   using A = AccumulateType<T>;
@@ -69,8 +69,9 @@ struct RowCoefficients {
   }
 };
 
-// Writes the largest of every kLanes-th of n classes to max, of lanes without a class -inf. Returns the classes in the
-// accumulate type: x itself, or widened ([n]), which they are written to for all that comes after.
+// Writes to each lane of `max` the maximum of the classes that fall into it (every kLanes-th of n), or -inf if there
+// are none. Returns the classes in the accumulate type: x itself, or `widened` ([n]), into which they are converted
+// once for all later steps.
 template <typename T>
 FUSEDLOSS_NOINLINE const AccumulateType<T>* max_of_block(const T* x, int n, AccumulateType<T>* widened,
                                                          VectorOf<T>* max) {
@@ -79,7 +80,7 @@ FUSEDLOSS_NOINLINE const AccumulateType<T>* max_of_block(const T* x, int n, Accu
   V largest[kUnroll];
   FUSEDLOSS_UNROLL for (int k = 0; k < kUnroll; ++k) largest[k] = V{} - INFINITY;
   for_each_vector_unrolled<T, kUnroll>(n, [&](auto whole, int64_t i, int k) __attribute__((always_inline)) {
-    const int lanes = int(n - i);  // or more, where the vector is whole
+    const int lanes = int(n - i);  // not used for a whole vector
     V v = load_lanes<whole>(x + i, lanes);
     if constexpr (!std::is_same_v<T, A>) store_lanes<whole>(widened + i, v, lanes);
     if constexpr (!whole) v = lanes_from<A>(lanes) ? V{} - INFINITY : v;
@@ -107,7 +108,7 @@ FUSEDLOSS_INLINE void add_classes(RowState<VectorOf<T>>& s, const AccumulateType
   add_class<kSpread>(s, d, e, q.template at<kWhole>(c, n));
 }
 
-// What is read, and written, soon after a sweep, is prefetched while the arithmetic goes on.
+// Prefetches, during the arithmetic of a sweep, the memory that is read and the memory that is written soon after it.
 template <typename T>
 struct Prefetch {
   static constexpr int kVectorsOfLine = std::max(1, 64 / int(sizeof(T)) / kLanesOf<T>);  // of a cache line
@@ -120,8 +121,8 @@ struct Prefetch {
   }
 };
 
-// The sums over classes [begin, begin + n), of every kLanes-th one; without their maximum. x: [n]; exponentials: [n],
-// where they are to be kept, or null; it may be x.
+// The sums over classes [begin, begin + n), of every kLanes-th class in each lane; `max` is not set. x: [n].
+// exponentials: [n], where they are kept, or null; it may be x.
 template <typename T, bool kSpread>
 FUSEDLOSS_INLINE RowState<VectorOf<T>> sweep_block(const AccumulateType<T>* x, const RowCoefficients<T, kSpread>& q,
                                                    int64_t begin, int n, AccumulateType<T> relative_to,
@@ -154,11 +155,11 @@ struct RowGradient {
   A max;           // of the row
   A scale;         // sum(q) / sum(exp(x - max))
   A g;             // grad_output
-  A unit = 1;      // of q: smoothing.uniform for a smoothed target
+  A unit = 1;      // the unit of q: smoothing.uniform for a smoothed class-index target
   int64_t y = -1;  // the target class
-  A q_y = 0;       // what q has at y above the others
+  A q_y = 0;       // the part of q that only the target class has
 
-  // The row's statistics are known.
+  // row_max and row_scale of the row must have been written.
   RowGradient(const TypedOptions<T>& p, int64_t row, const RowCoefficients<T, kSpread>& coefficients)
       : q(coefficients),
         grad(p.grad_of(row)),
@@ -172,12 +173,12 @@ struct RowGradient {
     }
   }
 
-  // scale for exponentials relative to the maximum of a block.
+  // The scale for exponentials that are relative to the maximum of a block.
   FUSEDLOSS_INLINE A scale_of_block(A block_max) const {
     return block_max == max ? scale : scale * math::exp_nonpositive(block_max - max);
   }
 
-  // Of classes [c, c + n), all as if none were the target class.
+  // Writes the gradient of classes [c, c + n), as if none of them were the target class.
   template <bool kWhole>
   FUSEDLOSS_INLINE void write(int64_t c, int n, V e, A scale_of_e) const {
     if constexpr (kSpread) {
@@ -188,7 +189,7 @@ struct RowGradient {
     store_lanes<kWhole>(grad + c, e, n);
   }
 
-  // Of the target class.
+  // Writes the gradient of the target class.
   FUSEDLOSS_INLINE void write_target(A e, A scale_of_e) const {
     A q_c = q_y;
     if constexpr (kSpread) q_c += prevent_contraction((q.weight ? q.weight[y] : A(1)) * unit);
@@ -196,7 +197,7 @@ struct RowGradient {
   }
 };
 
-// Exponentials of a block that were kept; they may lie where the gradient will.
+// Exponentials of a block that were kept, possibly in the memory of the gradient.
 template <typename A>
 struct KeptExponentials {
   const A* e;  // [n]
@@ -208,7 +209,7 @@ struct KeptExponentials {
   FUSEDLOSS_INLINE A one(int i) const { return e[i]; }
 };
 
-// Exponentials of a block that are computed again. x: [n], of T or of the accumulate type; the gradient may be written
+// Exponentials of a block that are recomputed. x: [n], of type T or the accumulate type; the gradient may be written
 // over it.
 template <typename X, typename T>
 struct RecomputedExponentials {
@@ -227,12 +228,12 @@ struct RecomputedExponentials {
   FUSEDLOSS_INLINE A one(int i) const { return math::exp_nonpositive(V{} + load_one(x + i) - relative_to)[0]; }
 };
 
-// Of classes [begin, begin + n), from their exponentials.
+// Writes the gradient of classes [begin, begin + n) from their exponentials.
 template <typename T, bool kSpread, typename Exponentials>
 FUSEDLOSS_INLINE void write_block(const RowGradient<T, kSpread>& gradient, int64_t begin, int n,
                                   AccumulateType<T> block_max, const Exponentials& e) {
   const auto scale = gradient.scale_of_block(block_max);
-  // The target class is put right afterwards: looking out for it costs more.
+  // The target class is corrected afterwards: a comparison for each class would cost more.
   const int64_t y = gradient.y - begin;
   const bool has_target = uint64_t(y) < uint64_t(n);
   const auto e_y = has_target ? e.one(int(y)) : 0;

@@ -1,5 +1,5 @@
-// Cross entropy where a row's classes lie side by side: rows of a few blocks, joined from their blocks, and short rows
-// of one block each, several at once.
+// Cross entropy for the layout "rows", where the classes of a row are contiguous. A long row is merged from several
+// blocks. Short rows have one block each, and several of them are computed at once.
 #if defined(FUSEDLOSS_CROSS_ENTROPY_ROWS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_CROSS_ENTROPY_ROWS_INL
 #undef FUSEDLOSS_CROSS_ENTROPY_ROWS_INL
@@ -17,13 +17,14 @@
 
 FUSEDLOSS_BEGIN_NAMESPACE
 
-// What a row's sums are joined and its loss computed in: more than the accumulate type, for a few numbers a row.
+// The type in which blocks are merged and the loss of a row is computed. It is more precise than the accumulate type; a
+// row has only a few such numbers.
 template <typename A>
 using Wide = std::conditional_t<std::is_same_v<A, double>, long double, double>;
 
 // ---- the end of a row
 
-// A row that adds nothing: its target is ignored or does not exist.
+// For a row that adds nothing to the loss: its target class is ignored or does not exist.
 template <typename T>
 FUSEDLOSS_INLINE void skip_row(const TypedOptions<T>& p, int64_t row, ChunkResult& chunk) {
   p.row_max[row] = p.row_scale[row] = 0;
@@ -36,8 +37,8 @@ FUSEDLOSS_INLINE void write_zeros(const TypedOptions<T>& p, int64_t row) {
   std::memset(p.grad_of(row), 0, size_t(p.o.classes) * sizeof(T));
 }
 
-// x: the row's first class, its classes side by side. logsum: log(state.sum); inverse_sum: its inverse. loss_sum: of a
-// few rows, so that it rounds a few times.
+// Stores the loss and the statistics of a row. x: [classes]; logsum: log(state.sum); inverse_sum: 1 / state.sum.
+// loss_sum: the sum of the losses of a few rows, which is therefore rounded only a few times.
 template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void finish_row(const TypedOptions<T>& p, int64_t row, const T* x,
                                  RowState<Wide<AccumulateType<T>>> state, Wide<AccumulateType<T>> logsum,
@@ -59,7 +60,7 @@ FUSEDLOSS_INLINE void finish_row(const TypedOptions<T>& p, int64_t row, const T*
   loss_sum += double(loss);
 }
 
-// ---- the gradient from the logits, whose exponentials are computed again
+// ---- the gradient from the logits, with recomputed exponentials
 
 template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void write_short_row(const RowGradient<T, kSpread>& gradient, const T* x, int classes) {
@@ -83,8 +84,8 @@ FUSEDLOSS_NOINLINE void write_long_row(const RowGradient<T, kSpread>& gradient, 
 
 // ---- the forward pass
 
-// Elements from one short row's exponentials to the next one's, and how many such rows are taken at once: as many as a
-// vector has lanes, and exponentials have room.
+// The distance, in elements, between the exponentials of neighbouring short rows; and how many short rows are computed
+// at once, which is limited by the lanes of a vector and by kExponentialsOnStack.
 template <typename T>
 FUSEDLOSS_INLINE int64_t pitch_of_exponentials(int64_t classes) {
   return divide_up(classes, kLanesOf<T>) * kLanesOf<T>;
@@ -95,7 +96,7 @@ FUSEDLOSS_INLINE int short_rows_at_once(int64_t classes) {
   return int(std::min<int64_t>(kLanesOf<T>, kExponentialsOnStack<AccumulateType<T>> / pitch));
 }
 
-// The sums over the classes of `count` short rows, each in a lane of its own. x: each one's first class; exponentials:
+// The sums over the classes of `count` short rows, one row in each lane. x: the first class of each row; exponentials:
 // [count, pitch].
 template <typename T, bool kSpread>
 FUSEDLOSS_INLINE RowState<VectorOf<T>> sweep_short_rows(const TypedOptions<T>& p, const int64_t* rows, int count,
@@ -126,8 +127,8 @@ FUSEDLOSS_INLINE RowState<VectorOf<T>> sweep_short_rows(const TypedOptions<T>& p
   return {max[0], sum[0], dot[0], mass[0]};
 }
 
-// Rows of one block each, of up to kLanes: what comes after the classes, which would take longer than a very short
-// row's classes do, is computed for all of them at once.
+// Up to kLanes short rows. The steps after the sums are computed for all of them at once: for a single very short row,
+// they would take longer than its sums.
 template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void forward_short_rows(const TypedOptions<T>& p, const int64_t* rows, int count, ChunkResult& chunk) {
   using A = AccumulateType<T>;
@@ -152,8 +153,9 @@ FUSEDLOSS_INLINE void forward_short_rows(const TypedOptions<T>& p, const int64_t
   }
 }
 
-// Where the exponentials of a longer row can be kept until its gradient is written over them, or null: in that
-// gradient, and if it is narrower than they are in the next row's, which must then be the caller's to write, later.
+// Memory in which the exponentials of a longer row are kept until its gradient overwrites them, or null if there is
+// none. It is the memory of that gradient. If the gradient has 16-bit elements, it is also that of the next row's
+// gradient, which must belong to the same caller and be written later.
 template <typename T>
 FUSEDLOSS_INLINE AccumulateType<T>* exponentials_in_gradient(const TypedOptions<T>& p, int64_t row, int64_t end_row) {
   using A = AccumulateType<T>;
@@ -165,7 +167,7 @@ FUSEDLOSS_INLINE AccumulateType<T>* exponentials_in_gradient(const TypedOptions<
   return reinterpret_cast<A*>(p.grad_of(row));
 }
 
-// exponentials: [classes], where they are to be kept, or null.
+// exponentials: [classes], where they are kept, or null.
 template <typename T, bool kSpread>
 FUSEDLOSS_INLINE void forward_long_row(const TypedOptions<T>& p, int64_t row, AccumulateType<T>* exponentials,
                                        ChunkResult& chunk) {
@@ -182,7 +184,7 @@ FUSEDLOSS_INLINE void forward_long_row(const TypedOptions<T>& p, int64_t row, Ac
     const A* block_x = max_of_block(x + c, n, widened, &largest);
     const A max = max_of_lanes<A>(largest);
     if (keeps) block_max[c / kRowBlock<A>] = max;
-    const Prefetch<T> prefetch = {x + c + n, x + c};  // the stores of what is kept go on by themselves
+    const Prefetch<T> prefetch = {x + c + n, x + c};  // the stores of exponentials need no prefetch
     const auto s = sweep_block(block_x, q, c, n, shift(max), keeps ? exponentials + c : nullptr, prefetch);
     RowState<Wide<A>> block = {max, sum_of_lanes<A>(s.sum), 0, 0};
     if constexpr (kSpread) {
@@ -202,7 +204,7 @@ FUSEDLOSS_INLINE void forward_long_row(const TypedOptions<T>& p, int64_t row, Ac
                 KeptExponentials<A>{exponentials + c});
 }
 
-// Rows [range.begin, range.end), of which the caller goes on to end_row.
+// Rows [range.begin, range.end). The caller then continues with the rows up to end_row.
 template <typename T, bool kSpread>
 void forward_rows(const TypedOptions<T>& p, ChunkRange range, int64_t end_row, ChunkResult& chunk) {
   const bool is_short = is_short_row<T>(p.o.classes);

@@ -1,6 +1,6 @@
-// Compiles the file named by FUSEDLOSS_KERNELS once for each instruction set, in a namespace of its own, so that
-// one build runs on every x86-64 machine and at full width on each. Target attributes do it, not flags: neither
-// setup() nor torch.utils.cpp_extension.load() has flags per file.
+// Compiles the file named by FUSEDLOSS_KERNELS once for each instruction set, each time in a different namespace, so
+// that one build runs on every x86-64 machine and uses its full vector width. It uses target attributes instead of
+// compiler flags, because neither setup() nor torch.utils.cpp_extension.load() supports flags for single files.
 
 #include "kernels/cpu/instruction_set.h"
 #include "kernels/cpu/instruction_set_macros.h"
@@ -33,7 +33,7 @@
 #undef FUSEDLOSS_PUSH_TARGET
 #undef FUSEDLOSS_POP_TARGET
 
-// What a name stands for in each instruction set, in the order of InstructionSet.
+// A name's definitions for all instruction sets, in the order of InstructionSet.
 #define FUSEDLOSS_FOR_EACH_INSTRUCTION_SET(...) {portable::__VA_ARGS__, avx2::__VA_ARGS__, avx512::__VA_ARGS__}
 
 #else

@@ -9,7 +9,7 @@ namespace {
 InstructionSet best_of_machine() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  // f16c, which clang's builtin does not know by name, came before AVX2 on every processor that has that.
+  // f16c is not checked, because clang's builtin does not know its name. Every processor with AVX2 has it.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))

@@ -1,4 +1,4 @@
-// Which of the compiled instruction sets this machine runs.
+// The choice of one of the compiled instruction sets for this machine.
 #pragma once
 
 #include <string>
@@ -8,16 +8,18 @@ namespace fusedloss::cpu {
 enum class InstructionSet { kPortable, kAvx2, kAvx512 };
 constexpr int kInstructionSets = 3;
 
-// The best one this machine has, or the one that the environment variable FUSEDLOSS_CPU names, which is read once.
+// The best instruction set of this machine, or the one that the environment variable FUSEDLOSS_CPU names. The variable
+// is read once.
 InstructionSet instruction_set();
 
 const char* name_of(InstructionSet set);
 
-// wanted: portable, avx2 or avx512. Throws std::runtime_error if it is beyond `best`, std::invalid_argument if it is
-// none of them.
+// wanted: portable, avx2 or avx512. Throws std::runtime_error if it is above `best`, and std::invalid_argument for any
+// other name.
 InstructionSet choose_instruction_set(const std::string& wanted, InstructionSet best);
 
-// Has this machine's AVX-512 those for bfloat16? Asked in each library: that of a user's expression cannot see ours.
+// True if this machine has AVX-512's instructions for bfloat16. Each library checks this for itself, because the
+// library of a user's expression cannot access the variables of this one.
 inline const bool has_bfloat16_instructions = [] {
 #if defined(__x86_64__)
   __builtin_cpu_init();

@@ -1,10 +1,10 @@
-// What a file that is compiled for each instruction set is written with. Its own code stands between
-// FUSEDLOSS_BEGIN_NAMESPACE and FUSEDLOSS_END_NAMESPACE, its includes before: what they bring, such as std::min, must
-// not be compiled for an instruction set that the machine may lack, since the linker keeps one copy for the whole
-// program.
+// Macros for files that are compiled for each instruction set. Such a file puts its own code between
+// FUSEDLOSS_BEGIN_NAMESPACE and FUSEDLOSS_END_NAMESPACE, and its includes before them. The functions in its includes,
+// such as std::min, must not be compiled for an instruction set that the machine may lack, because the linker keeps one
+// copy of them for the whole program.
 //
-// What stands between them may call only what is compiled for the same instruction set, or scalars: a vector that
-// crosses the border would be passed by another convention.
+// Code between the two macros may pass vectors only to functions that are compiled for the same instruction set, since
+// other functions have another calling convention for vectors. It may pass scalars to any function.
 #pragma once
 
 #if defined(__x86_64__)
@@ -12,9 +12,9 @@
 #endif
 
 #define FUSEDLOSS_INLINE inline __attribute__((always_inline))
-// What is called once a row or less, and would otherwise be compiled into every kernel that does.
+// For functions that are called at most once for each row: inlining would only make every kernel larger.
 #define FUSEDLOSS_NOINLINE __attribute__((noinline))
-// Accumulators in an array are kept in registers only where the loop over them is unrolled.
+// Accumulators in an array are kept in registers only if the loop over them is unrolled.
 #if defined(__clang__)
 #define FUSEDLOSS_UNROLL _Pragma("unroll")
 #else
@@ -33,7 +33,7 @@
   }                             \
   FUSEDLOSS_POP_TARGET
 
-// target_name: what the compiler calls the instruction set.
+// target_name: the compiler's name for the instruction set.
 #if defined(__clang__)
 #define FUSEDLOSS_PUSH_TARGET_OF(target_name) \
   FUSEDLOSS_PRAGMA(clang attribute push(__attribute__((target(target_name))), apply_to = function))
@@ -44,7 +44,8 @@
 #define FUSEDLOSS_POP_TARGET_OF FUSEDLOSS_PRAGMA(GCC pop_options)
 #endif
 
-// What every machine has, first of all and for a file that is opened by itself; cpu/foreach_instruction_set.h goes on.
+// The portable instruction set comes first. It is also the one with which an editor parses a single file.
+// cpu/foreach_instruction_set.h then defines the others.
 #define FUSEDLOSS_ISA portable
 #define FUSEDLOSS_VECTOR_BYTES 16
 #define FUSEDLOSS_PUSH_TARGET

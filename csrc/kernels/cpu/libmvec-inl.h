@@ -1,5 +1,5 @@
-// The elementary functions that are the C library's: in its vector version, libmvec, which comes with it on x86-64, or
-// else lane by lane.
+// The elementary functions that come from the C library. On x86-64 with glibc most use its vector library, libmvec;
+// otherwise the scalar function is called for each lane.
 #if defined(FUSEDLOSS_LIBMVEC_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_LIBMVEC_INL
 #undef FUSEDLOSS_LIBMVEC_INL
@@ -14,7 +14,7 @@
 FUSEDLOSS_BEGIN_NAMESPACE
 
 #if defined(__x86_64__) && defined(__GLIBC__)
-// Their names hold the instruction set (b: SSE, d: AVX2, e: AVX-512), the number of lanes and the arguments.
+// The names contain the instruction set (b: SSE, d: AVX2, e: AVX-512), the number of lanes and the arguments.
 #define FUSEDLOSS_CONCATENATE_(a, b, c) a##b##c
 #define FUSEDLOSS_CONCATENATE(a, b, c) FUSEDLOSS_CONCATENATE_(a, b, c)
 #if FUSEDLOSS_VECTOR_BYTES == 64
@@ -27,7 +27,7 @@ FUSEDLOSS_BEGIN_NAMESPACE
 #define FUSEDLOSS_LIBMVEC(arguments, name) FUSEDLOSS_CONCATENATE(_ZGVbN4, arguments##_, name##f)
 #define FUSEDLOSS_LIBMVEC_DOUBLE(arguments, name) FUSEDLOSS_CONCATENATE(_ZGVbN2, arguments##_, name)
 #endif
-// The compiler may leave out what is not used, such as a derivative that is not wanted.
+// Lets the compiler remove a call whose result is not used, such as that of an unwanted derivative.
 #define FUSEDLOSS_PURE __attribute__((const))
 extern "C" {
 FloatV FUSEDLOSS_LIBMVEC(v, sin)(FloatV) FUSEDLOSS_PURE;

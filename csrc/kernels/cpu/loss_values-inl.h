@@ -1,4 +1,5 @@
-// Values of loss and grad_output, which are of dtype T or of the accumulate type, of any loss's options.
+// Reads and writes values of loss and grad_output, for the options of any loss. They have type T or the accumulate
+// type.
 #if defined(FUSEDLOSS_LOSS_VALUES_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_LOSS_VALUES_INL
 #undef FUSEDLOSS_LOSS_VALUES_INL
@@ -22,7 +23,7 @@ FUSEDLOSS_INLINE void write_loss(const Options& o, int64_t i, AccumulateType<T> 
   }
 }
 
-// Of neighbouring rows or elements, n of them.
+// Writes the losses of n neighbouring rows or elements.
 template <bool kWhole, typename T, typename Options>
 FUSEDLOSS_INLINE void write_losses(const Options& o, int64_t i, VectorOf<T> values, int n) {
   if (o.loss_dtype == o.dtype) {
@@ -32,7 +33,7 @@ FUSEDLOSS_INLINE void write_losses(const Options& o, int64_t i, VectorOf<T> valu
   }
 }
 
-// The mean or the sum of all rows' losses, rounded once.
+// Writes the mean or the sum of all rows' losses, rounded once.
 template <typename T, typename Options>
 void write_reduced_loss(const Options& o, const ChunkResult& all) {
   if (o.reduction == Reduction::kNone) return;
@@ -46,7 +47,7 @@ void write_total_weight(const Options& o, const ChunkResult& all) {
   *static_cast<AccumulateType<T>*>(o.total_weight) = AccumulateType<T>(total(all.target_weight));
 }
 
-// grad_output of row or element i; 1 where there is none.
+// grad_output of row or element i, or 1 if there is no grad_output.
 template <typename T, typename Options>
 FUSEDLOSS_INLINE AccumulateType<T> read_grad_output(const Options& o, int64_t i) {
   if (o.grad_output == nullptr) return 1;
@@ -55,7 +56,7 @@ FUSEDLOSS_INLINE AccumulateType<T> read_grad_output(const Options& o, int64_t i)
                                  : static_cast<const AccumulateType<T>*>(o.grad_output)[i];
 }
 
-// Of neighbouring rows or elements, n of them, each with one of its own.
+// grad_output of n neighbouring rows or elements, each of which has its own.
 template <bool kWhole, typename T, typename Options>
 FUSEDLOSS_INLINE VectorOf<T> read_grad_outputs(const Options& o, int64_t i, int n) {
   return o.loss_dtype == o.dtype ? load_lanes<kWhole>(static_cast<const T*>(o.grad_output) + i, n)

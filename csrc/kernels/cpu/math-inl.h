@@ -1,5 +1,6 @@
-// The functions of a vector that the formulas take; those of an elementary function's name are within a few ulp over
-// its whole domain. What most losses are made of is written out here. The rest is the C library's (cpu/libmvec-inl.h).
+// The vector functions that the formulas use. A function with the name of an elementary function is accurate to a few
+// ulp over its whole domain. The functions that most losses use are written here; the others come from the C library
+// (cpu/libmvec-inl.h).
 #if defined(FUSEDLOSS_MATH_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_MATH_INL
 #undef FUSEDLOSS_MATH_INL
@@ -29,13 +30,13 @@ FUSEDLOSS_INLINE V constant(double value) {
   return V{} + ElementOf<V>(value);
 }
 
-// How float and double are stored.
+// The binary formats of float and double.
 template <typename A>
 constexpr int kFractionBits = sizeof(A) == 8 ? 52 : 23;
 template <typename A>
 constexpr int kExponentBias = sizeof(A) == 8 ? 1023 : 127;
 
-// Does it hold in any lane?
+// True if the condition holds in any lane.
 template <typename M>
 FUSEDLOSS_INLINE bool any(M condition) {
 #if FUSEDLOSS_VECTOR_BYTES == 64
@@ -57,7 +58,7 @@ FUSEDLOSS_INLINE V select(M condition, V a, V b) {
 FUSEDLOSS_INLINE FloatV abs(FloatV x) { return (FloatV)((FloatI)x & 0x7fffffff); }
 FUSEDLOSS_INLINE DoubleV abs(DoubleV x) { return (DoubleV)((DoubleI)x & 0x7fffffffffffffff); }
 
-// The magnitude of one, the sign of the other.
+// The magnitude of `magnitude` with the sign of `sign`.
 FUSEDLOSS_INLINE FloatV with_sign(FloatV magnitude, FloatV sign) {
   return (FloatV)(((FloatI)magnitude & 0x7fffffff) | ((FloatI)sign & ~0x7fffffff));
 }
@@ -65,11 +66,11 @@ FUSEDLOSS_INLINE DoubleV with_sign(DoubleV magnitude, DoubleV sign) {
   return (DoubleV)(((DoubleI)magnitude & 0x7fffffffffffffff) | ((DoubleI)sign & ~0x7fffffffffffffff));
 }
 
-// x with the upper half of its digits, whose square is exact.
+// x with only the upper half of its digits, so that its square is exact.
 FUSEDLOSS_INLINE FloatV upper_half(FloatV x) { return (FloatV)((FloatI)x & ~0xfff); }
 FUSEDLOSS_INLINE DoubleV upper_half(DoubleV x) { return (DoubleV)((DoubleI)x & ~0x7ffffffll); }
 
-// x * x - squared, where that is x * x rounded.
+// x * x - squared, where `squared` is x * x rounded.
 template <typename V>
 FUSEDLOSS_INLINE V lost_by_squaring(V x, V squared) {
   const V upper = upper_half(x);
@@ -95,7 +96,7 @@ FUSEDLOSS_INLINE DoubleV sqrt(DoubleV x) {
 #endif
 }
 
-// Here division is one instruction, whatever is known of the divisor.
+// On the CPU, division is always one instruction, so these functions do not differ.
 template <typename V>
 FUSEDLOSS_INLINE V divide(V a, V b) {
   return a / b;
@@ -116,16 +117,16 @@ FUSEDLOSS_INLINE A rounded_product(A a, A b) {
 
 // ---- exp for arguments up to a little above 0
 //
-// exp(x) = 2^n exp(r) with n = round(x / ln 2), |r| <= ln 2 / 2; exp(r) = 1 + r + r^2 q(r), q fitted at Chebyshev
-// nodes to a relative error of exp of 8e-9 (float) and 1.3e-17 (double). Below kLowest the result is 0, as it is
-// for -inf; NaN stays NaN.
+// exp(x) = 2^n exp(r) with n = round(x / ln 2), |r| <= ln 2 / 2; exp(r) = 1 + r + r^2 q(r). q is fitted at Chebyshev
+// nodes, which gives exp a relative error of 8e-9 (float) and 1.3e-17 (double). The result is 0 below kLowest and for
+// -inf, and NaN for NaN.
 
-// Adding it leaves the nearest integer in the low bits of the sum.
+// Adding this number leaves the nearest integer in the low bits of the sum.
 template <typename A>
 constexpr A kRound = sizeof(A) == 8 ? A(0x1.8p52) : A(0x1.8p23);
 
-// x = n ln 2 + r, and n is also the difference of the bits of `shifted` and of kRound. exp(r) is 1 + r + r^2 q in
-// float, and 1 + r q in double.
+// x = n ln 2 + r. n is also the difference between the bits of `shifted` and those of kRound, as integers. exp(r) is
+// 1 + r + r^2 q in float, and 1 + r q in double.
 template <typename A>
 struct ReducedExp {
   using V = typename Simd<A>::V;
@@ -179,7 +180,7 @@ FUSEDLOSS_INLINE V exp_nonpositive(V x) {
     return (V)_mm512_maskz_scalef_ps(0xffff, (__m512)exp_r, (__m512)e.n);
   }
 #else
-  // 2^n in two factors: a subnormal result has no single one.
+  // 2^n is applied in two factors, because the 2^n of a subnormal result is not a normal number.
   const auto exponent = e.exponent(), half = exponent >> 1;
   const V first = (V)((half + kExponentBias<A>) << kFractionBits<A>);
   const V second = (V)((exponent - half + kExponentBias<A>) << kFractionBits<A>);
@@ -190,10 +191,10 @@ FUSEDLOSS_INLINE float exp_nonpositive(float x) { return std::exp(x); }
 FUSEDLOSS_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 FUSEDLOSS_INLINE long double exp_nonpositive(long double x) { return std::exp(x); }
 
-// ---- log, of 0, of normal numbers above it, of infinity and NaN ----
+// ---- log for 0, positive normal numbers, infinity and NaN ----
 //
 // log(x) = e ln 2 + log(1 + f) with x = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) = f - f^2 / 2 +
-// f^3 q(f), q fitted to a relative error of the result of 6e-9.
+// f^3 q(f). q is fitted so that the relative error of the result is 6e-9.
 
 FUSEDLOSS_INLINE FloatV log_of_normal(FloatV x) {
   constexpr int32_t kSqrtHalf = 0x3f3504f3;
@@ -215,8 +216,8 @@ FUSEDLOSS_INLINE FloatV log_of_normal(FloatV x) {
   return (x > 0.f) & (x < INFINITY) ? log : special;
 }
 
-// In double: with s = f / (2 + f), log(1 + f) = 2 s + s R = f - (f^2 / 2 - s (f^2 / 2 + R)); R = s^2 p(s^2), the rest
-// of the series of 2 atanh(s), p fitted to a relative error of the result of 5e-18.
+// In double: with s = f / (2 + f), log(1 + f) = 2 s + s R = f - (f^2 / 2 - s (f^2 / 2 + R)), where s R is the rest of
+// the series of 2 atanh(s), and R = s^2 p(s^2). p is fitted so that the relative error of the result is 5e-18.
 FUSEDLOSS_INLINE DoubleV log_of_normal(DoubleV x) {
   constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
   const DoubleI exponent = ((DoubleI)x - kSqrtHalf) >> 52;
@@ -237,9 +238,10 @@ FUSEDLOSS_INLINE DoubleV log_of_normal(DoubleV x) {
   return (x > 0.) & (x < INFINITY) ? log : special;
 }
 
-// ---- exp, log and their like over their whole domain; a NaN passes each `select`
+// ---- exp, log and similar functions over their whole domain; a NaN passes through each `select`
 
-// Infinite from where it overflows, and not by a last multiplication: fused with a sum, that would not overflow.
+// Infinity is selected above `highest`. It must not result from a final multiplication, which would not overflow if the
+// compiler fused it with an addition.
 template <typename V>
 FUSEDLOSS_INLINE V exp(V x) {
   const V highest = constant<V>(sizeof(ElementOf<V>) == 8 ? 709.782712893384 : 88.7228317f);
@@ -250,8 +252,8 @@ FUSEDLOSS_INLINE V exp(V x) {
 FUSEDLOSS_INLINE FloatV less_one(const ReducedExp<float>& e) { return e.r * e.r * e.q + e.r; }
 FUSEDLOSS_INLINE DoubleV less_one(const ReducedExp<double>& e) { return e.r * e.q; }
 
-// 2^n (exp(r) - 1) + (2^n - 1), with n and r as in reduce_exp: nothing cancels, whatever n is. Half of it is computed
-// first, because 2^n alone overflows where the result does not yet.
+// 2^n (exp(r) - 1) + (2^n - 1), with n and r as in reduce_exp. Nothing cancels, whatever n is. Half of it is computed
+// first, because 2^n alone overflows before the result does.
 template <typename V>
 FUSEDLOSS_INLINE V expm1(V given) {
   constexpr bool kIsDouble = sizeof(ElementOf<V>) == 8;
@@ -262,7 +264,7 @@ FUSEDLOSS_INLINE V expm1(V given) {
   return with_sign(half + half, given);
 }
 
-// As log_of_normal, and NaN for what is negative, exact for what is subnormal.
+// Extends log_of_normal to subnormal numbers, without losing precision, and to negative numbers, which give NaN.
 template <typename V>
 FUSEDLOSS_INLINE V log(V x) {
   constexpr bool kIsDouble = sizeof(ElementOf<V>) == 8;
@@ -273,7 +275,7 @@ FUSEDLOSS_INLINE V log(V x) {
   return select(x < V{}, constant<V>(NAN), log);
 }
 
-// log(u) with u = 1 + x rounded, and what the rounding took away. Where u is infinite there is nothing to put right.
+// log(u), with u = 1 + x rounded, plus a correction for the rounding error of u. An infinite u needs no correction.
 template <typename V>
 FUSEDLOSS_INLINE V log1p(V x) {
   const V zero = constant<V>(0), one = constant<V>(1);
@@ -281,8 +283,8 @@ FUSEDLOSS_INLINE V log1p(V x) {
   return with_sign(log(u) + select((u < constant<V>(INFINITY)) & (u > zero), lost / u, zero), x);
 }
 
-// The same where u is from 1 to 2: nothing special but NaN, and for what the rounding took away 1 / u is near enough to
-// 1 - x / 2, by which a result is off by a quarter of its last place.
+// log1p for x from 0 to 1 (or NaN), so that u is from 1 to 2. The correction approximates 1 / u by 1 - x / 2, which
+// changes the result by a quarter of its last place.
 template <typename V>
 FUSEDLOSS_INLINE V log1p_up_to_1(V x) {
   const V one = constant<V>(1), u = x + one, lost = x - (u - one);
@@ -297,7 +299,7 @@ FUSEDLOSS_INLINE FloatV polynomial(FloatV x, const float (&c)[kCount]) {
   return sum;
 }
 
-// x p(x^2) up to 1, and pi / 2 less that of 1 / x beyond; p fitted to a relative error of 3e-9.
+// x p(x^2) for |x| up to 1, and pi / 2 - atan(1 / x) beyond. p is fitted to a relative error of 3e-9.
 FUSEDLOSS_INLINE FloatV atan(FloatV x) {
   constexpr float kFitted[] = {9.999999973e-01f, -3.333327779e-01f, 1.999811347e-01f, -1.426039479e-01f,
                                1.093423499e-01f, -8.355068439e-02f, 5.717845688e-02f, -3.043831170e-02f,
@@ -309,8 +311,8 @@ FUSEDLOSS_INLINE FloatV atan(FloatV x) {
   return with_sign(select(is_large, 1.57079633f - angle, angle), x);
 }
 
-// x p(x^2) up to 1.5, and 1 - e^(-x^2) q(1 / (1 + x)) beyond; both fitted to a relative error of 1e-8. From 4 on it is
-// 1.
+// x p(x^2) for |x| up to 1.5, 1 - e^(-x^2) q(1 / (1 + x)) from there to 4, and 1 beyond. p and q are fitted to a
+// relative error of 1e-8.
 FUSEDLOSS_INLINE FloatV erf(FloatV x) {
   constexpr float kNear[] = {1.128379166e+00f,  -3.761263233e-01f, 1.128371659e-01f,
                              -2.686281633e-02f, 5.216358773e-03f,  -8.449447699e-04f,

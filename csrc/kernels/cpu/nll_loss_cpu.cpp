@@ -1,5 +1,5 @@
-// The negative log likelihood on the CPU: cpu/nll_loss_kernels-inl.h, compiled for each instruction set, for the sake
-// of its 16-bit loads and stores.
+// The negative log likelihood on the CPU. cpu/nll_loss_kernels-inl.h is compiled for each instruction set because of
+// its 16-bit loads and stores.
 
 #include "kernels/cpu/nll_loss_cpu.h"
 

@@ -6,10 +6,10 @@
 
 namespace fusedloss::cpu {
 
-// Rows of a chunk of the forward pass: each is a cache miss or two, of which a core has some ten under way.
+// Rows of a chunk of the forward pass. Each row costs one or two cache misses; a core can have about ten in flight.
 constexpr int64_t kNLLLossForwardRows = 2048;
 
-// The tiles of grad_input, each a chunk of the backward pass.
+// The tiles of grad_input. Each of them is a chunk of the backward pass.
 Tiling nll_loss_tiling(const NLLLossOptions& options);
 
 Work nll_loss_forward_work(const NLLLossOptions& options);
@@ -18,10 +18,10 @@ Work nll_loss_backward_work(const NLLLossOptions& options);
 // Bytes that options.scratch must have for the forward pass.
 int64_t nll_loss_scratch_bytes(const NLLLossOptions& options);
 
-// The functions that are compiled for each instruction set and stored type. A function that takes chunks is called once
-// for every chunk, from any thread.
+// The functions that are compiled for each instruction set and stored type. The calls of a function that takes chunks
+// cover every chunk once, and may come from any thread.
 struct NLLLossKernels {
-  // `finish` reduces what the chunks left in scratch, and returns the first row whose target is out of range, or -1.
+  // `finish` reduces the chunks' results in scratch, and returns the first row whose target is out of range, or -1.
   void (*forward)(const NLLLossOptions&, int64_t begin_chunk, int64_t end_chunk);
   int64_t (*finish)(const NLLLossOptions&);
   void (*backward)(const NLLLossOptions&, int64_t begin_chunk, int64_t end_chunk);

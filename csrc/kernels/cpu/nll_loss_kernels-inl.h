@@ -1,7 +1,8 @@
-// The kernels of one instruction set.
+// The kernels of the negative log likelihood for one instruction set.
 //
-// Both passes touch one element a row, in no order that a prefetcher knows. The forward pass asks for many before it
-// needs the first; the backward pass writes them into zeros that the cache still holds.
+// Both passes access one element of each row, in an order that a hardware prefetcher cannot predict. The forward pass
+// has many loads in flight at once. The backward pass writes the elements while the cache still holds the zeros that it
+// has filled the tile with.
 #if defined(FUSEDLOSS_NLL_LOSS_KERNELS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_NLL_LOSS_KERNELS_INL
 #undef FUSEDLOSS_NLL_LOSS_KERNELS_INL
@@ -21,7 +22,7 @@
 
 FUSEDLOSS_BEGIN_NAMESPACE
 
-// The options with typed weights. All is computed in double: a few operations a row.
+// The options with typed weights. All arithmetic is in double, since there are only a few operations for each row.
 template <typename T>
 struct TypedNLLLossOptions {
   using A = AccumulateType<T>;
@@ -35,7 +36,7 @@ struct TypedNLLLossOptions {
   FUSEDLOSS_INLINE bool counts(int64_t y) const { return y != o.ignore_index && y >= 0 && y < o.classes; }
   FUSEDLOSS_INLINE double weight_of(int64_t y) const { return weight ? double(weight[y]) : 1.0; }
 
-  // What a row's gradient is multiplied by.
+  // The factor of a row's gradient: its grad_output, divided by total_weight for the mean.
   FUSEDLOSS_INLINE double scaled_grad_output(int64_t row) const {
     const double g = double(read_grad_output<T>(o, row));
     if (o.reduction != Reduction::kMean) return g;
@@ -45,7 +46,7 @@ struct TypedNLLLossOptions {
 
 template <typename T>
 void forward(const NLLLossOptions& o, int64_t begin, int64_t end) {
-  constexpr int64_t kTogether = 16;  // rows that are added up before the sum keeps what it rounds off
+  constexpr int64_t kTogether = 16;  // rows whose plain sum is then added to the compensated sum
   const TypedNLLLossOptions<T> p(o);
   for (int64_t k = begin; k < end; ++k) {
     ChunkResult chunk;

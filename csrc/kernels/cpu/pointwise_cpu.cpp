@@ -1,4 +1,5 @@
-// Pointwise losses on the CPU: cpu/pointwise_kernels-inl.h, compiled for each instruction set, and the choice of one.
+// Pointwise losses on the CPU. This file compiles cpu/pointwise_kernels-inl.h for each instruction set and selects the
+// kernels of one.
 
 #include "kernels/cpu/pointwise_cpu.h"
 

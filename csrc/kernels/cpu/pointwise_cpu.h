@@ -6,12 +6,12 @@
 
 namespace fusedloss::cpu {
 
-// Elements of a block for which something goes by way of a buffer: all that it touches stays in the first cache.
+// Elements of a block, if any of its data goes through a buffer. All memory that a block accesses then stays in L1.
 constexpr int64_t kPointwiseBlock = 512;
-// Elements of a chunk, which is one block where nothing does.
+// Elements of a chunk. Without buffers, the whole chunk is one block.
 constexpr int64_t kPointwiseChunk = 16 * kPointwiseBlock;
 
-// Of either pass.
+// The work of the forward or the backward pass.
 Work pointwise_work(const PointwiseOptions& options);
 
 // Bytes that options.scratch must have for the forward pass.
@@ -19,8 +19,8 @@ int64_t pointwise_scratch_bytes(const PointwiseOptions& options);
 
 // The functions that are compiled for each instruction set and stored type.
 struct PointwiseKernels {
-  // Either pass: called for every chunk once, from any thread. After the forward pass `finish` reduces what the chunks
-  // left in scratch.
+  // `evaluate` computes either pass. Its calls cover every chunk once, and may come from any thread. After the forward
+  // pass, `finish` reduces the chunks' sums in scratch.
   void (*evaluate)(const PointwiseFormula&, const PointwiseOptions&, int64_t begin_chunk, int64_t end_chunk);
   void (*finish)(const PointwiseOptions&);
 };
@@ -28,7 +28,7 @@ struct PointwiseKernels {
 // Returns the functions for this machine's instruction set and the dtype of the operands.
 const PointwiseKernels& pointwise_kernels(const PointwiseOptions& options);
 
-// The formula of a loss of formulas/pointwise-inl.h, or null where there is none of this name.
+// The formula of the loss with this name in formulas/pointwise-inl.h, or null if there is none.
 const PointwiseFormula* find_pointwise_loss(const char* name);
 
 }  // namespace fusedloss::cpu

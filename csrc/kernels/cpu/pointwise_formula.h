@@ -1,6 +1,6 @@
-// What a formula is to the kernels of pointwise losses on the CPU: a function of one block of elements, for each
-// instruction set and type. The losses of this extension and those that a user's expression is compiled to look the
-// same.
+// The interface between formulas and the CPU kernels of pointwise losses: a function that computes one block of
+// elements, for each instruction set and type. Losses of this extension and those that are compiled from a user's
+// expression have the same interface.
 #pragma once
 
 #include <cstdint>
@@ -10,22 +10,22 @@
 
 namespace fusedloss::cpu {
 
-// Operands and gradients are of the type as stored, which the formula asks for each vector: it widens and narrows in
-// registers, and compiles once for all types that have float for their statistics. Losses and grad_output are of the
-// accumulate type.
+// Operands and gradients have their stored type. The formula checks `dtype` for each vector and converts in registers,
+// so that it is compiled once for all types whose accumulate type is float. Losses and grad_output have the accumulate
+// type.
 struct PointwiseBlock {
-  int64_t size;  // a multiple of a vector's elements
+  int64_t size;  // a multiple of the lanes of a vector
   DType dtype;
-  const void* const* operand;  // of each operand, [size]
+  const void* const* operand;  // [size] for each operand
   const double* parameter;
-  unsigned wrt;             // the operands whose gradients are wanted, a bit each; 0: the losses alone
-  void* loss;               // [size]; null: only their sum is wanted
-  const void* grad_output;  // what the gradients are multiplied by: [size], or
-  bool one_grad_output;     // one vector, which serves all elements
-  void* const* grad;        // of each operand, [size]; null where it is not wanted
+  unsigned wrt;             // one bit for each operand whose gradient is wanted; 0: only the losses are wanted
+  void* loss;               // [size]; null: only the sum of the losses is wanted
+  const void* grad_output;  // the factor of the gradients: [size], or one vector if one_grad_output is true
+  bool one_grad_output;     // all elements have the same grad_output
+  void* const* grad;        // [size] for each operand; null if it is not wanted
 };
 
-// -> the sum of the losses where `loss` is null, else 0.
+// Returns the sum of the losses if `loss` is null, else 0.
 using PointwiseFunction = double(const PointwiseBlock&);
 
 struct PointwiseFormula {

@@ -1,6 +1,6 @@
-// The formulas of one file, for one instruction set: what the kernels of pointwise losses, which know no formula, call
-// for each block of elements. FUSEDLOSS_FORMULAS names the file: that of fusedloss's own losses, or one made from a
-// user's expression.
+// Compiles the formulas of one file for one instruction set, as functions that the kernels of pointwise losses call for
+// each block of elements. The kernels themselves do not depend on a formula. FUSEDLOSS_FORMULAS names the file: that of
+// fusedloss's own losses, or one that was generated from a user's expression.
 #if defined(FUSEDLOSS_POINTWISE_FORMULA_TABLE_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_POINTWISE_FORMULA_TABLE_INL
 #undef FUSEDLOSS_POINTWISE_FORMULA_TABLE_INL
@@ -22,11 +22,12 @@
 
 FUSEDLOSS_BEGIN_NAMESPACE
 
-// Operands are prefetched so many bytes ahead of the arithmetic: the processor's own prefetching stops at the end of a
-// page.
+// Operands are prefetched this many bytes ahead of the arithmetic, because the hardware prefetcher stops at the end of
+// a page.
 constexpr int64_t kPrefetchDistance = 4096;
 
-// Where a block's arrays are, and the parameters: in registers, not in memory that a store could change.
+// A block's arrays and parameters as local variables, which the compiler can keep in registers: it would have to assume
+// that a store changes the PointwiseBlock.
 template <typename F, typename A>
 struct BlockArrays {
   DType dtype;
@@ -37,9 +38,9 @@ struct BlockArrays {
   A parameter[F::kParameters + 1];
 };
 
-// The vector of elements at i: its losses, which are returned, and its gradients by the operands of kWrt. Both are
-// computed in either pass, so that its gradients have the same bits: the compiler joins other operations to one where
-// it has less to compute.
+// Computes the vector of elements at i: returns its losses, and stores its gradients by the operands of kWrt. Both are
+// computed in either pass, so that the gradients of the two passes are bitwise identical. If the losses were left out,
+// the compiler would contract other operations.
 template <typename F, typename A, unsigned kWrt, int... kOperand, int... kParameter>
 FUSEDLOSS_INLINE auto evaluate(const BlockArrays<F, A>& b, int64_t i, int64_t grad_output_at,
                                std::integer_sequence<int, kOperand...>, std::integer_sequence<int, kParameter...>) {
@@ -57,7 +58,7 @@ FUSEDLOSS_INLINE auto evaluate(const BlockArrays<F, A>& b, int64_t i, int64_t gr
         }(),
         ...);
   }
-  return prevent_contraction(loss.value);  // by itself, whether it is stored or added up
+  return prevent_contraction(loss.value);  // the same value whether it is then stored or summed
 }
 
 template <typename F, typename A, unsigned kWrt>
@@ -75,7 +76,7 @@ double evaluate_block(const PointwiseBlock& block) {
   for (int i = 0; i < F::kParameters; ++i) b.parameter[i] = A(block.parameter[i]);
   A* const losses = static_cast<A*>(block.loss);
   const int64_t size = block.size, grad_output_step = block.one_grad_output ? 0 : 1;
-  // Eight vectors are added in their own type, and such sums in double.
+  // Eight vectors are added in the accumulate type, and the sums of eight in double.
   SumOfVectors<A> sum;
   for (int64_t i = 0; i < size;) {
     V part = {};
@@ -90,7 +91,8 @@ double evaluate_block(const PointwiseBlock& block) {
   return losses != nullptr ? 0 : sum.value();
 }
 
-// As PointwiseFormula has it. Mostly the gradient of the first operand is wanted, or none.
+// The function for PointwiseFormula. Most calls want no gradient, or only that of the first operand, so these two cases
+// are compiled separately.
 template <typename F, typename A>
 double on_block(const PointwiseBlock& b) {
   constexpr unsigned kFirst = 1, kAll = (1u << F::kOperands) - 1;
@@ -107,7 +109,7 @@ struct Blocks {
 
 FUSEDLOSS_END_NAMESPACE
 
-// The formula of this name, compiled for every instruction set.
+// The formula with this name, compiled for every instruction set.
 #undef FUSEDLOSS_FORMULA_TABLE
 #define FUSEDLOSS_FORMULA_TABLE(name) \
   {FUSEDLOSS_FOR_EACH_INSTRUCTION_SET(Blocks<float>::name), FUSEDLOSS_FOR_EACH_INSTRUCTION_SET(Blocks<double>::name)}

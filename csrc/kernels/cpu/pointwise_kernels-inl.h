@@ -1,6 +1,6 @@
-// Losses of one element of each operand, for one instruction set: whatever is not the formula. It is called for blocks
-// of elements, where they lie in memory; buffers serve what repeats itself, the end that fills no vector, and losses
-// and grad_output of 16 bit.
+// Pointwise losses for one instruction set, without the formula. The formula is called for blocks of elements, in place
+// where possible. Buffers are used for operands that repeat, for the elements at the end that do not fill a vector, and
+// for 16-bit losses and grad_output.
 #if defined(FUSEDLOSS_POINTWISE_KERNELS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_POINTWISE_KERNELS_INL
 #undef FUSEDLOSS_POINTWISE_KERNELS_INL
@@ -20,7 +20,7 @@ FUSEDLOSS_BEGIN_NAMESPACE
 template <typename T>
 void widen(const T* from, AccumulateType<T>* to, int n) {
   for_each_vector<T>(0, n, [&](auto whole, int i) __attribute__((always_inline)) {
-    store(to + i, load_lanes<whole>(from + i, n - i));  // whole vectors: the formula knows no others
+    store(to + i, load_lanes<whole>(from + i, n - i));  // stores a whole vector, because the formula reads it whole
   });
 }
 
@@ -54,7 +54,8 @@ class Evaluation {
     if (stores_losses() || !block_.one_grad_output) block_size_ = kPointwiseBlock;
   }
 
-  // A chunk -> the sum of its losses, where one is wanted. What does not fill a vector at its end goes by itself.
+  // Computes a chunk and returns the sum of its losses if it is wanted. The elements at the end that do not fill a
+  // vector are a separate block.
   double run(int64_t begin, int64_t end) {
     const int64_t end_of_vectors = end - (end - begin) % kLanes;
     double sum = 0;
@@ -73,8 +74,8 @@ class Evaluation {
   using A = AccumulateType<T>;
   static constexpr int kLanes = kLanesOf<T>;
 
-  // Elements [begin, begin + n), where n is the block's size, or less in its only vector: that must not reach beyond
-  // the tensors' end.
+  // Computes elements [begin, begin + n). n is the block's size, unless the block is a single vector that would extend
+  // beyond the end of the tensors: n is then less.
   double run_block(int64_t begin, int n) {
     const bool whole = block_.size == n;
     for (int k = 0; k < operands_; ++k) {
@@ -104,7 +105,7 @@ class Evaluation {
     return static_cast<U*>(memory) + i;
   }
 
-  // Of grad_output, which is one an element.
+  // The block's part of grad_output, if each element has its own.
   template <typename U>
   const void* read(const U* from, int n, bool whole) {
     if (std::is_same_v<U, A> && whole) return from;
@@ -120,12 +121,13 @@ class Evaluation {
     const int until_end = period != 0 ? int(std::min(int64_t(n), operand + period - from)) : n;
     if (whole && until_end == n) return from;
     std::copy_n(from, until_end, operand_[k]);
-    std::copy_n(operand, n - until_end, operand_[k] + until_end);  // it goes on at its beginning
+    std::copy_n(operand, n - until_end, operand_[k] + until_end);  // continues at the operand's beginning
     if (!whole) std::fill_n(operand_[k] + n, kLanes - n, T{});
     return operand_[k];
   }
 
-  // Of an operand with a period: so short a one is written out beforehand, for a block that begins anywhere in it.
+  // True if operand k repeats with a period of at most one block. It is then expanded beforehand, so that a block can
+  // begin anywhere in the period.
   bool repeats_within_block(int k) const {
     return o_.operand_period[k] != 0 && o_.operand_period[k] <= kPointwiseBlock;
   }
@@ -140,7 +142,7 @@ class Evaluation {
   bool stores_losses() const { return o_.loss != nullptr && o_.reduction == Reduction::kNone; }
   bool loss_is_wide() const { return o_.loss_dtype != o_.dtype; }
 
-  // With the mean's division.
+  // grad_output, if it is the same for all elements, divided by the divisor of the mean.
   A common_grad_output() const {
     const A g = read_grad_output<T>(o_, 0);
     return o_.reduction == Reduction::kMean ? g / A(o_.divisor) : g;
@@ -153,7 +155,8 @@ class Evaluation {
   PointwiseBlock block_ = {};
   const void* operand_of_block_[kMaxOperands];
   void* grad_of_block_[kMaxOperands];
-  // Not 4096 bytes from one to the next: a load would wait for a store whose address ends in the same twelve bits.
+  // The size avoids a distance of 4096 bytes between the buffers: a load would wait for an earlier store whose address
+  // has the same low twelve bits.
   alignas(64) T operand_[kMaxOperands][2 * kPointwiseBlock + 96];
   alignas(64) T grad_[kMaxOperands][kLanes];
   alignas(64) A loss_[kPointwiseBlock];
@@ -169,7 +172,7 @@ void evaluate(const PointwiseFormula& formula, const PointwiseOptions& o, int64_
   }
 }
 
-// The chunks' sums in their order, in double; rounded once.
+// Adds the chunks' sums in their order, in double, and rounds the result once.
 template <typename T>
 void finish(const PointwiseOptions& o) {
   if (o.reduction == Reduction::kNone) return;

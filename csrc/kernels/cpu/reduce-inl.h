@@ -1,5 +1,5 @@
-// Sums and maxima over the lanes of a vector, always in the same order: halves are folded until one lane is left. And
-// sums that keep what each addition rounds off.
+// Sums and maxima over the lanes of a vector, always in the same order: one half is folded onto the other until one
+// lane is left. Also sums that keep the rounding error of each addition.
 #if defined(FUSEDLOSS_REDUCE_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_REDUCE_INL
 #undef FUSEDLOSS_REDUCE_INL
@@ -21,7 +21,7 @@ struct Add {
   }
 };
 
-// The second where one is NaN.
+// Returns b if one of them is NaN.
 struct Larger {
   template <typename V>
   static FUSEDLOSS_INLINE V of(V a, V b) {
@@ -56,7 +56,7 @@ FUSEDLOSS_INLINE A max_of_lanes(typename Simd<A>::V v) {
   return fold<Larger, A, Simd<A>::kLanes>(v);
 }
 
-// Of many vectors, in double.
+// Sums many vectors in double.
 template <typename A>
 class SumOfVectors {
  public:
@@ -75,7 +75,7 @@ class SumOfVectors {
   DoubleV sum_[kParts] = {};
 };
 
-// Lanes of a, and of b where the index is kLanes or more.
+// Selects lanes by index: of a below kLanes, and of b from kLanes on.
 template <typename A, int... kIndex>
 FUSEDLOSS_INLINE typename Simd<A>::V shuffle(typename Simd<A>::V a, typename Simd<A>::V b,
                                              std::integer_sequence<int, kIndex...>) {
@@ -95,8 +95,8 @@ FUSEDLOSS_INLINE typename Simd<A>::V fold_pair(typename Simd<A>::V a, typename S
   return Op::of(shuffle<A>(a, b, Near{}), shuffle<A>(a, b, Far{}));
 }
 
-// The folds of as many vectors as there are lanes, that of v[i] in lane i, each in the order above. It takes about as
-// many steps as two single ones. They are left in v[0].
+// Folds as many vectors as there are lanes, each in the order of `fold`. The result of v[i] is left in lane i of v[0].
+// This takes about as many steps as two single folds.
 template <typename Op, typename A, int kBit>
 FUSEDLOSS_INLINE void fold_pairs(typename Simd<A>::V* v) {
   FUSEDLOSS_UNROLL for (int i = 0; i < kBit; ++i) v[i] =
@@ -108,7 +108,7 @@ FUSEDLOSS_NOINLINE void fold_each(typename Simd<A>::V* v) {
   fold_pairs<Op, A, Simd<A>::kLanes / 2>(v);
 }
 
-// ---- sums that keep what each addition rounds off (Knuth, "The Art of Computer Programming", 4.2.2)
+// ---- sums that keep the rounding error of each addition (Knuth, "The Art of Computer Programming", 4.2.2)
 
 template <typename V>
 FUSEDLOSS_INLINE void add(CompensatedSum<V>& sum, V x) {
@@ -125,10 +125,10 @@ FUSEDLOSS_INLINE void add_lanes(CompensatedSum<double>& sum, const CompensatedSu
     add(sum, CompensatedSum<double>{lanes.value[lane], lanes.lost[lane]});
 }
 FUSEDLOSS_INLINE double total(const CompensatedSum<double>& sum) {
-  return sum.lost - sum.lost == 0 ? sum.value + sum.lost : sum.value;  // infinity has lost NaN
+  return sum.lost - sum.lost == 0 ? sum.value + sum.lost : sum.value;  // `lost` is NaN if the sum is infinite
 }
 
-// What the chunks left in scratch, added up in their order.
+// Adds the chunks' results in scratch, in the order of the chunks.
 inline ChunkResult sum_of_chunks(const void* scratch, int64_t chunks) {
   ChunkResult all;
   for (int64_t k = 0; k < chunks; ++k) {

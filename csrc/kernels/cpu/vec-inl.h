@@ -1,4 +1,4 @@
-// Vectors of one instruction set, by the compilers' own vector extension: loads that widen to the accumulate type,
+// Vectors of one instruction set, with the compilers' vector extension: loads that widen to the accumulate type, and
 // stores that round once.
 #if defined(FUSEDLOSS_VEC_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_VEC_INL
@@ -42,17 +42,17 @@ using FloatH = Simd<float>::H;
 using DoubleV = Simd<double>::V;
 using DoubleI = Simd<double>::I;
 
-// The vector that T are computed in, and how many of them it holds.
+// The vector in which elements of type T are computed, and its number of lanes.
 template <typename T>
 using VectorOf = typename Simd<AccumulateType<T>>::V;
 template <typename T>
 constexpr int kLanesOf = Simd<AccumulateType<T>>::kLanes;
-// The same elements as they are stored.
+// The same number of elements as they are stored.
 template <typename T>
 using StoredVectorOf = std::conditional_t<std::is_same_v<T, AccumulateType<T>>, VectorOf<T>, FloatH>;
 
-// body(is_whole, i) for each vector of the T in [begin, end), of which i is the first: is_whole is std::true_type, and
-// std::false_type for the elements at the end that fill no vector.
+// Calls body(is_whole, i) for each vector of elements of type T in [begin, end), where i is its first element. is_whole
+// is std::true_type, or std::false_type for the elements at the end that do not fill a vector.
 template <typename T, typename Index, typename Body>
 FUSEDLOSS_INLINE void for_each_vector(Index begin, Index end, Body body) {
   Index i = begin;
@@ -60,8 +60,8 @@ FUSEDLOSS_INLINE void for_each_vector(Index begin, Index end, Body body) {
   if (i < end) body(std::false_type{}, i);
 }
 
-// The same for [0, n), with kUnroll neighbouring vectors at a time as long as there are as many: body(is_whole, i, k),
-// where k numbers those; it is 0 for the others.
+// Calls body(is_whole, i, k) for each vector of [0, n), unrolled: k numbers the vectors in each group of kUnroll
+// neighbouring ones. It is 0 for the vectors at the end that do not fill a group.
 template <typename T, int kUnroll, typename Body>
 FUSEDLOSS_INLINE void for_each_vector_unrolled(int64_t n, Body body) {
   int64_t i = 0;
@@ -73,7 +73,7 @@ FUSEDLOSS_INLINE void for_each_vector_unrolled(int64_t n, Body body) {
 // ---- 16-bit floats to float and back, round to nearest even ----
 
 FUSEDLOSS_INLINE FloatV widen(FloatH bits, bfloat16) {
-#if FUSEDLOSS_VECTOR_BYTES == 64  // the compiler would convert halves and join them
+#if FUSEDLOSS_VECTOR_BYTES == 64  // the compiler would convert two halves and join them
   const FloatU widened = (FloatU)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);
 #else
   const FloatU widened = __builtin_convertvector(bits, FloatU);
@@ -83,8 +83,8 @@ FUSEDLOSS_INLINE FloatV widen(FloatH bits, bfloat16) {
 
 FUSEDLOSS_INLINE FloatH narrow(FloatV v, bfloat16) {
 #if FUSEDLOSS_VECTOR_BYTES == 64
-  // The instruction makes 0 of subnormal numbers, so those go the long way. Written out: to the compiler it is one of
-  // an instruction set that not every machine with AVX-512 has.
+  // The instruction flushes subnormal numbers to 0, so these are rounded by the code below. It is written in assembly,
+  // because the compiler has it in an instruction set that not every machine with AVX-512 has.
   if (has_bfloat16_instructions && _mm512_fpclass_ps_mask((__m512)v, /*subnormal*/ 0x20) == 0) {
     FloatH narrowed;
     asm("vcvtneps2bf16 %1, %0" : "=v"(narrowed) : "v"(v));
@@ -99,7 +99,7 @@ FUSEDLOSS_INLINE FloatH narrow(FloatV v, bfloat16) {
 
 #if FUSEDLOSS_VECTOR_BYTES == 64
 FUSEDLOSS_INLINE FloatV widen(FloatH bits, float16) {
-  return (FloatV)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);  // g++ 12 warns of the unmasked ones
+  return (FloatV)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);  // g++ 12 warns about the unmasked intrinsics
 }
 FUSEDLOSS_INLINE FloatH narrow(FloatV v, float16) {
   return (FloatH)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -113,7 +113,7 @@ FUSEDLOSS_INLINE FloatH narrow(FloatV v, float16) {
 FUSEDLOSS_INLINE FloatV widen(FloatH bits, float16) {
   const FloatU half = __builtin_convertvector(bits, FloatU);
   const FloatU sign = (half & 0x8000u) << 16;
-  // Exponent and fraction in place are the value times 2^-112, subnormals included.
+  // With the exponent and the fraction moved into place, the float is the value times 2^-112, for subnormals too.
   const FloatU magnitude = (FloatU)((FloatV)((half & 0x7fffu) << 13) * 0x1p112f);
   const FloatU infinite = (half & 0x7c00u) == 0x7c00u ? FloatU{} + 0x7f800000u : FloatU{};
   return (FloatV)(sign | magnitude | infinite);
@@ -122,9 +122,9 @@ FUSEDLOSS_INLINE FloatH narrow(FloatV v, float16) {
   const FloatU bits = (FloatU)v;
   const FloatU sign = (bits >> 16) & 0x8000u;
   const FloatU magnitude = bits & 0x7fffffffu;
-  // Normal halves: rebias the exponent by 127 - 15 and round the 13 bits that go.
+  // Normal halves: rebias the exponent by 127 - 15, and round off the lowest 13 bits.
   const FloatU normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Subnormal halves: adding 0.5 leaves their bits, rounded by the addition, in the sum's fraction.
+  // Subnormal halves: adding 0.5 rounds their bits and leaves them in the fraction of the sum.
   const FloatU subnormal = (FloatU)((FloatV)magnitude + 0.5f) - 0x3f000000u;
   FloatU half = magnitude < (113u << 23) ? subnormal : normal;
   half = magnitude >= (143u << 23) ? FloatU{} + 0x7c00u : half;
@@ -162,8 +162,9 @@ FUSEDLOSS_INLINE void store(T* p, VectorOf<T> v) {
   }
 }
 
-// The vector from element i on, of a type that is known only at run time and has A for its statistics. A branch that is
-// always taken the same way costs less than another compile of all that is between load and store.
+// Loads (or stores) the vector that begins at element i. `dtype` is known only at run time, and its accumulate type is
+// A. The branch always goes the same way, and its cost is smaller than that of compiling all code between load and
+// store for each type.
 template <typename A>
 FUSEDLOSS_INLINE typename Simd<A>::V load_stored(const void* p, int64_t i, DType dtype) {
   if constexpr (std::is_same_v<A, double>) {
@@ -189,7 +190,7 @@ FUSEDLOSS_INLINE void store_as(void* p, int64_t i, typename Simd<A>::V v, DType 
   }
 }
 
-// Lanes n and up are all ones.
+// A mask in which lanes n and up are set.
 template <typename A>
 FUSEDLOSS_INLINE typename Simd<A>::I lanes_from(int n) {
   typename Simd<A>::I index;
@@ -198,7 +199,8 @@ FUSEDLOSS_INLINE typename Simd<A>::I lanes_from(int n) {
 }
 
 #if FUSEDLOSS_VECTOR_BYTES == 32
-// Less than 8 16-bit elements, in pieces that a register takes: by way of memory the load would wait for the stores.
+// Load and store fewer than 8 16-bit elements, in pieces that go directly into registers: with a buffer in memory, the
+// load of the vector would wait for the stores to the buffer.
 FUSEDLOSS_INLINE FloatH load_first_halves(const void* p, int n) {
   const char* from = static_cast<const char*>(p);
   uint64_t four = 0, rest = 0;
@@ -227,7 +229,7 @@ FUSEDLOSS_INLINE void store_first_halves(void* p, FloatH v, int n) {
 }
 #endif
 
-// The first n < lanes elements, and no byte beyond them; the other lanes are 0.
+// Loads the first n elements, n < lanes, and reads no byte beyond them. The other lanes are 0.
 template <typename T>
 FUSEDLOSS_INLINE VectorOf<T> load_first(const T* p, int n) {
 #if FUSEDLOSS_VECTOR_BYTES == 64
@@ -280,7 +282,7 @@ FUSEDLOSS_INLINE void store_first(T* p, VectorOf<T> v, int n) {
 #endif
 }
 
-// kWhole: a vector's worth, n being ignored; else the first n.
+// Load and store a whole vector (n is ignored) if kWhole is true, else the first n elements.
 template <bool kWhole, typename T>
 FUSEDLOSS_INLINE VectorOf<T> load_lanes(const T* p, int n) {
   if constexpr (kWhole) {
@@ -298,7 +300,7 @@ FUSEDLOSS_INLINE void store_lanes(T* p, VectorOf<T> v, int n) {
   }
 }
 
-// A single element, by way of a vector, so that it is rounded as its neighbours are.
+// Load and store a single element. A vector is used so that the element is rounded like the others.
 template <typename T>
 FUSEDLOSS_INLINE AccumulateType<T> load_one(const T* p) {
   if constexpr (std::is_same_v<T, AccumulateType<T>>) {
@@ -316,8 +318,8 @@ FUSEDLOSS_INLINE void store_one(T* p, AccumulateType<T> value) {
   }
 }
 
-// v, which the compiler may not join with a later addition into one operation: where the same product is computed in
-// two places, both then round it.
+// Returns v, and keeps the compiler from fusing the product v with a later addition. If the same product is computed in
+// two places, it is then rounded in both.
 template <typename V>
 FUSEDLOSS_INLINE V prevent_contraction(V v) {
 #if defined(__x86_64__)
@@ -328,7 +330,8 @@ FUSEDLOSS_INLINE V prevent_contraction(V v) {
   return v;
 }
 
-// ---- the lanes of a vector as doubles, a DoubleV at a time: parts 0 and 1 of floats, part 0 of doubles ----
+// ---- the lanes of a vector as doubles, one DoubleV at a time: a vector of floats has parts 0 and 1, one of doubles
+// has part 0 ----
 
 template <typename A>
 constexpr int kDoubleParts = sizeof(double) / sizeof(A);
@@ -339,7 +342,7 @@ FUSEDLOSS_INLINE DoubleV double_part(FloatV v, int part) {
   Half half;
   __builtin_memcpy(&half, reinterpret_cast<const char*>(&v) + part * sizeof half, sizeof half);
 #if FUSEDLOSS_VECTOR_BYTES == 64
-  return (DoubleV)_mm512_maskz_cvtps_pd(0xff, (__m256)half);  // g++ 12 makes two of the general conversion
+  return (DoubleV)_mm512_maskz_cvtps_pd(0xff, (__m256)half);  // g++ 12 splits the general conversion into two
 #else
   return __builtin_convertvector(half, DoubleV);
 #endif

@@ -1,15 +1,15 @@
-// Cross entropy as arithmetic on scalars or vectors, for both devices.
+// The formulas of cross entropy, on scalars or vectors, for both devices.
 //
 // With logits x, m = max(x), sum = sum(exp(x - m)), logsum = log(sum), softmax p = exp(x - m) / sum, and a target
-// distribution q over the classes (weights and smoothing folded in):
+// distribution q over the classes, which includes weights and smoothing:
 //
 //   loss       = sum_c q_c * (logsum - (x_c - m)) = mass * logsum - dot
 //   d loss/dx_c = mass * p_c - q_c                   where mass = sum(q), dot = sum(q * (x - m))
 //
-// A class-index target y with weights w and smoothing e has q_c = (1 - e) w_y [c = y] + (e / C) w_c; class
+// With weights w and smoothing e, a class-index target y has q_c = (1 - e) w_y [c = y] + (e / C) w_c, and class
 // probabilities t have q_c = w_c ((1 - e) t_c + e / C).
 //
-// m and sum stay apart: m + logsum in float32 would lose three digits at logits of 1e4.
+// m and sum are kept separate, because m + logsum in float32 would lose three digits for logits of 1e4.
 #if defined(FUSEDLOSS_CROSS_ENTROPY_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_CROSS_ENTROPY_INL
 #undef FUSEDLOSS_CROSS_ENTROPY_INL
@@ -24,11 +24,11 @@
 
 FUSEDLOSS_BEGIN_NAMESPACE
 
-// What a sweep over some of a row's classes knows; `dot` and `mass` are used only where q is not a single class.
-// V is a scalar, or a vector whose lanes are rows of their own; hence conditions are masks, joined by |.
+// Statistics of some of a row's classes. `dot` and `mass` are used only if q may be nonzero for several classes. V is a
+// scalar, or a vector with a separate row in each lane, so conditions are masks and are combined with |.
 template <typename V>
 struct RowState {
-  V max;   // -inf before the first class, or where all classes are masked
+  V max;   // -inf before the first class, or if all classes are -inf
   V sum;   // sum(exp(x - shift(max)))
   V dot;   // sum(q * (x - shift(max)))
   V mass;  // sum(q)
@@ -39,7 +39,8 @@ FUSEDLOSS_INLINE RowState<V> empty_row_state() {
   return {V{} - INFINITY, V{}, V{}, V{}};
 }
 
-// Exponents are taken relative to the maximum, or to 0 while every class seen is -inf: -inf - -inf is NaN.
+// The value that is subtracted before exp: the maximum, or 0 if all classes so far are -inf, because -inf - -inf is
+// NaN.
 template <typename V>
 FUSEDLOSS_INLINE V shift(V max) {
   return max == V{} - INFINITY ? V{} : max;
@@ -58,9 +59,10 @@ FUSEDLOSS_INLINE void add_class(RowState<V>& s, V distance, V e, V q) {
 // The same sums relative to a maximum that is at least as large.
 template <typename V>
 FUSEDLOSS_INLINE RowState<V> rescale(RowState<V> s, V max) {
-  // A sum whose classes are all -inf is 0, or NaN where a NaN was among them; it needs no factor.
+  // If the maximum is -inf, the sum is 0 (or NaN, if a class is NaN) and needs no factor.
   const V factor = ((s.max == V{} - INFINITY) | (s.max == max)) ? V{} + 1 : math::exp_nonpositive(s.max - max);
-  // NaN would come of 0 * inf, were the shift of an empty state taken, or an infinite mass moved by 0.
+  // Both conditions avoid 0 * inf, which is NaN: a mass of 0 times an infinite shift, and an infinite mass times a
+  // shift of 0.
   const V moved = ((s.mass == V{}) | (s.max == max)) ? V{} : s.mass * (shift(s.max) - shift(max));
   return {max, s.sum * factor, s.dot + moved, s.mass};
 }
@@ -73,11 +75,11 @@ FUSEDLOSS_INLINE RowState<V> merge(RowState<V> a, RowState<V> b) {
   return {max, a.sum + b.sum, a.dot + b.dot, a.mass + b.mass};
 }
 
-// What each row of one call shares.
+// Label smoothing, the same for all rows of a call.
 template <typename A>
 struct Smoothing {
-  A kept;     // 1 - e: how much of the target stays
-  A uniform;  // e / C: what every class receives
+  A kept;     // 1 - e: the factor of the original target
+  A uniform;  // e / C: the part that is added to every class
 };
 
 template <typename A>
@@ -91,8 +93,10 @@ FUSEDLOSS_INLINE A negative_log_likelihood(A x, A max, A logsum) {
   return logsum - (x - max);
 }
 
-// sum_c q_c (-log p_c) from a finished sweep. Of an infinite weight it is as infinite, but the difference is NaN: so is
-// dot already where that weight's class has the maximum, 0 away from it, and its -log p is not 0 unless logsum is.
+// sum_c q_c (-log p_c) from the statistics of all classes. With an infinite weight the result is usually infinite, but
+// the difference is NaN in two cases. If the weight's class has the maximum, dot is inf * 0, and -log p is logsum. If
+// logsum is 0, mass * logsum is inf * 0, and the result is infinite only if that class is below the maximum: dot is
+// then -mass.
 template <typename V>
 FUSEDLOSS_INLINE V expected_negative_log_likelihood(RowState<V> s, V logsum) {
   const auto is_infinite =
@@ -112,7 +116,7 @@ FUSEDLOSS_INLINE A index_coefficient(A w_y, Smoothing<A> s) {
   return math::rounded_product(s.kept, w_y) + math::rounded_product(s.uniform, w_y);
 }
 
-// sum(q) of such a target.
+// sum(q) of a class-index target.
 template <typename A>
 FUSEDLOSS_INLINE A index_mass(A w_y, A weight_sum, Smoothing<A> s) {
   return math::rounded_product(s.kept, w_y) + math::rounded_product(s.uniform, weight_sum);
@@ -124,8 +128,8 @@ FUSEDLOSS_INLINE V logit_gradient(V e, A scale, V q, A grad_output) {
   return (e * scale - q) * grad_output;
 }
 
-// What the mean makes of a sum or of a grad_output. Divided by 0 it is NaN, not infinity: torch divides the part of the
-// target classes, 0 where none has a weight, by itself.
+// Divides a sum of losses, or a grad_output, for the mean. A total weight of 0 gives NaN, never infinity, as in torch:
+// torch divides the target classes' part of the loss separately, and that part is 0 if no target class has a weight.
 template <typename A>
 FUSEDLOSS_INLINE A divide_by_total_weight(A value, A total_weight) {
   return total_weight == A(0) ? A(NAN) : value / total_weight;

@@ -1,9 +1,10 @@
-// Dual numbers: a value and its derivatives by a loss's operands, so that a formula that is written once gives both.
+// Dual numbers: a value and its derivatives by a loss's operands. A formula is written once and gives both.
 //
-// Dual<V, kWrt> carries the derivatives by the operands whose bits are set in kWrt; an operation's result carries those
-// of either of its arguments. What does not depend on an operand so has no derivative by it, rather than one of 0: that
-// costs nothing, and 0 times an infinite slope would be NaN where torch has none. A V is a scalar, or a vector whose
-// lanes are elements of their own; conditions are what comparing two V gives, joined by & and |.
+// Dual<V, kWrt> carries the derivatives by the operands whose bits are set in kWrt. The result of an operation carries
+// the derivatives of all its arguments. A value that does not depend on an operand therefore has no derivative by it,
+// rather than a derivative of 0: this costs nothing, and it avoids 0 times an infinite slope, which would be NaN where
+// torch has none. V is a scalar, or a vector with a separate element in each lane. A condition is the result of
+// comparing two V; conditions are combined with & and |.
 #if defined(FUSEDLOSS_DUAL_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_DUAL_INL
 #undef FUSEDLOSS_DUAL_INL
@@ -22,7 +23,7 @@ FUSEDLOSS_INLINE constexpr int count_bits(unsigned bits) {
   return bits == 0 ? 0 : int(bits & 1) + count_bits(bits >> 1);
 }
 
-// The place among the set bits of `bits` of its bit number `i`.
+// The place of bit `i` among the set bits of `bits`.
 FUSEDLOSS_INLINE constexpr int place_of(unsigned bits, int i) { return count_bits(bits & ((1u << i) - 1)); }
 
 // The number of the set bit at `place`.
@@ -47,7 +48,7 @@ FUSEDLOSS_INLINE Dual<V, 0> constant(double value) {
   return {math::constant<V>(value)};
 }
 
-// Operand number kOperand, with its derivative by itself if kWrt has it.
+// Operand number kOperand, with its derivative by itself if its bit is set in kWrt.
 template <int kOperand, unsigned kWrt, typename V>
 FUSEDLOSS_INLINE auto operand(V value) {
   constexpr unsigned kOwn = kWrt & (1u << kOperand);
@@ -68,7 +69,7 @@ FUSEDLOSS_INLINE V partial_by(const Dual<V, kWrt>& a) {
   }
 }
 
-// ---- the chain rule: value depends on a by the slope by_a (and on b by by_b)
+// ---- the chain rule: by_a is the slope of `value` with respect to a (and by_b, with respect to b)
 
 template <typename V, unsigned kA, int... kPlace>
 FUSEDLOSS_INLINE Dual<V, kA> chain_at(V value, V by_a, const Dual<V, kA>& a, std::integer_sequence<int, kPlace...>) {
@@ -110,7 +111,8 @@ FUSEDLOSS_INLINE Dual<V, kA | kB> chain(V value, V by_a, const Dual<V, kA>& a, V
   }
 }
 
-// For derivatives that are given by hand: a without any, and a with a further slope, by b.
+// For derivatives that are written by hand: `plain` drops the derivatives of a; `with_slope` adds to those of a the
+// derivatives that come from a slope with respect to b.
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, 0> plain(const Dual<V, kA>& a) {
   return {a.value};
@@ -120,7 +122,7 @@ FUSEDLOSS_INLINE auto with_slope(const Dual<V, kA>& a, const Dual<V, kSlope>& sl
   return chain(a.value, math::constant<V>(1), a, slope.value, b);
 }
 
-// An element's gradient, from the slope of its loss; of half of the slope where the formula F says so.
+// An element's gradient, from the slope of its loss, or from half of the slope if the formula F has kHasHalfSlope.
 template <typename F, typename = void>
 struct HasHalfSlope : std::false_type {};
 template <typename F>
@@ -132,7 +134,7 @@ FUSEDLOSS_INLINE V gradient(V grad_output, V slope) {
   return HasHalfSlope<F>::value ? V(product + product) : product;
 }
 
-// ---- arithmetic and comparisons, also with numbers
+// ---- arithmetic and comparisons of dual numbers, and of a dual number with a double
 
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> operator-(const Dual<V, kA>& a) {

@@ -1,10 +1,11 @@
-// torch's functions of dual numbers.
+// torch's functions on dual numbers.
 //
-// Each function has torch's name and, where its slope jumps, torch's derivative: 0 for abs at 0 and relu at 0, half to
-// each of two equal arguments of maximum and minimum; of clamp, what that torch has.
+// Each function has torch's name and, where its slope jumps, torch's derivative: 0 for abs at 0 and relu at 0, and half
+// for each of two equal arguments of maximum and minimum. The derivative of clamp at a bound depends on the version of
+// torch.
 //
-// Some functions of `math` are told that their argument is of a kind that a GPU takes fewer instructions for:
-// divide_by_moderate has a divisor neither near 0 nor near overflow, log1p_up_to_1 an argument from 0 to 1.
+// Some functions of `math` restrict their argument, because a GPU then needs fewer instructions: the divisor of
+// divide_by_moderate is neither near 0 nor near overflow, and the argument of log1p_up_to_1 is from 0 to 1.
 #if defined(FUSEDLOSS_DUAL_FUNCTIONS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_DUAL_FUNCTIONS_INL
 #undef FUSEDLOSS_DUAL_FUNCTIONS_INL
@@ -18,7 +19,7 @@
 
 FUSEDLOSS_BEGIN_NAMESPACE
 
-// a, where it is not less than b; where one is NaN, that. Both arguments of an equal pair have half of the slope.
+// The larger of a and b, or NaN if one of them is NaN. If they are equal, each has half of the slope.
 template <typename V, unsigned kA, unsigned kB>
 FUSEDLOSS_INLINE auto maximum(const Dual<V, kA>& a, const Dual<V, kB>& b) {
   const V zero = math::constant<V>(0), one = math::constant<V>(1), half = math::constant<V>(0.5);
@@ -32,14 +33,15 @@ FUSEDLOSS_INLINE auto minimum(const Dual<V, kA>& a, const Dual<V, kB>& b) {
   return -maximum(-a, -b);
 }
 
-// What is NaN comes through, x without a derivative. Not by `where`: the slope of what is not chosen is multiplied by
-// 0, as in torch, where one that is infinite becomes NaN.
+// The slope of clamp's result by one of its arguments: 1 if the argument was chosen, else 0. A NaN among the arguments
+// is returned, and x then has no derivative. `where` is not used here: as in torch, the slope of an argument that was
+// not chosen is multiplied by 0, so that an infinite slope becomes NaN.
 template <typename M, typename V>
 FUSEDLOSS_INLINE V slope_if(M condition, V) {
   return math::select(condition, math::constant<V>(1), math::constant<V>(0));
 }
-// Whose the derivative of clamp is where x equals a bound: before torch 2.14 always x's; since then the bound's where
-// bounds are numbers, which have no derivative, and where they are tensors half is x's and half the bound's.
+// Which argument has the derivative of clamp if x equals a bound. Before torch 2.14 it is always x. Since then it is
+// the bound if bounds are numbers, which have no derivative; if they are tensors, x and the bound have half each.
 enum class AtBound { kX, kBoth, kBound };
 
 template <AtBound kAtBound, typename V>
@@ -78,7 +80,7 @@ FUSEDLOSS_INLINE auto clamp(const Dual<V, kX>& x, const Dual<V, kLow>& low, cons
   return with_slope(chain(value, by_x, x, by_low, low), Dual<V, 0>{by_high}, high);
 }
 
-// At least `low`, with the derivative of x in either case.
+// x raised to at least `low`, with the derivative of x in either case.
 template <typename V, unsigned kX>
 FUSEDLOSS_INLINE Dual<V, kX> raise_to(Dual<V, kX> x, V low) {
   x.value = math::select(x.value < low, low, x.value);
@@ -97,8 +99,7 @@ template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> abs(const Dual<V, kA>& a) {
   return chain(math::abs(a.value), sign(a).value, a);
 }
-// |a| with a slope at 0 too, that of -a: for a term of a loss that has no kink there, because another term has the
-// opposite one.
+// |a|, with the slope of -a at 0. For a term of a loss that is smooth at 0 because another term has the opposite kink.
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> magnitude(const Dual<V, kA>& a) {
   const V one = math::constant<V>(1);
@@ -161,14 +162,15 @@ FUSEDLOSS_INLINE Dual<V, kA> atan(const Dual<V, kA>& a) {
   return chain(math::atan(a.value), math::inverse(V(one + a.value * a.value)), a);
 }
 
-// Of an odd function, its value at |x|: that at x, with the sign that 0 has.
+// The value of an odd function at x, from its value at |x| (`positive`). A zero keeps its sign.
 template <typename V>
 FUSEDLOSS_INLINE V odd(V positive, V x) {
   const V zero = math::constant<V>(0);
   return math::select(x > zero, positive, math::select(x < zero, V(-positive), x));
 }
 
-// From e^(-2|x|) and that less 1: neither the value near 0 nor the slope far from it, 1 - tanh(x)^2, is a difference.
+// Computed from e^(-2|x|) and e^(-2|x|) - 1, so that nothing cancels in the value near 0, nor in the slope,
+// 1 - tanh(x)^2, far from 0.
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> tanh(const Dual<V, kA>& a) {
   const V two = math::constant<V>(2), exponent = -two * math::abs(a.value);
@@ -178,10 +180,10 @@ FUSEDLOSS_INLINE Dual<V, kA> tanh(const Dual<V, kA>& a) {
                a);
 }
 
-// e^(-x^2), also of what rounding takes away from x^2, which would be a multiple of the result's last place.
+// e^(-x^2), corrected for the rounding error of x^2, which would otherwise cost several units in the last place.
 template <typename V>
 FUSEDLOSS_INLINE V gaussian(V x) {
-  const V limit = math::constant<V>(30), one = math::constant<V>(1);  // 0 beyond
+  const V limit = math::constant<V>(30), one = math::constant<V>(1);  // the result is 0 beyond the limit
   const V magnitude = math::abs(x);
   const V limited = math::select(magnitude > limit, limit, magnitude), squared = limited * limited;
   return math::exp(V(-squared)) * (one - math::lost_by_squaring(limited, squared));
@@ -191,8 +193,8 @@ FUSEDLOSS_INLINE Dual<V, kA> erf(const Dual<V, kA>& a) {
   return chain(math::erf(a.value), V(math::constant<V>(1.1283791670955126) * gaussian(a.value)), a);
 }
 
-// sinh and cosh from those of half of x, where exp does not overflow before they do: sinh(x / 2) from expm1, which is
-// exact near 0. Beyond the limit both overflow, and expm1 does not.
+// sinh and cosh, computed from those of x / 2, because exp(x) would overflow before they do. sinh(x / 2) comes from
+// expm1, which is exact near 0. Beyond the limit both results overflow, but expm1 of half the limit does not.
 template <typename V>
 struct Hyperbolic {
   V sinh, cosh;
@@ -219,7 +221,7 @@ FUSEDLOSS_INLINE Dual<V, kA> cosh(const Dual<V, kA>& a) {
   return chain(V(cosh), V(sinh), a);
 }
 
-// What has 1 + e^x in it, from e^-|x|: nothing overflows, and small results are exact.
+// The functions that contain 1 + e^x, computed from e^-|x|, so that nothing overflows and small results are exact.
 template <typename V>
 struct Logistic {
   V log_part, sigmoid, complement;  // log(1 + e^-|x|), 1 / (1 + e^-x), 1 / (1 + e^x)
@@ -242,7 +244,7 @@ FUSEDLOSS_INLINE Dual<V, kA> logsigmoid(const Dual<V, kA>& a) {
   const Logistic<V> of = logistic(a.value);
   return chain(V(-relu(Dual<V, 0>{-a.value}).value - of.log_part), of.complement, a);
 }
-// The softplus of what is not positive, in a third less instructions.
+// The softplus of an argument that is not positive, in a third fewer instructions.
 template <typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> softplus_below_0(const Dual<V, kA>& a) {
   const V small = math::exp(a.value);
@@ -271,14 +273,14 @@ FUSEDLOSS_INLINE V integer_power(V x) {
 }
 template <int kExponent, typename V, unsigned kA>
 FUSEDLOSS_INLINE Dual<V, kA> power(const Dual<V, kA>& a) {
-  if constexpr (kExponent == 0) {  // x^-1, which is infinite at 0, must not come into it
+  if constexpr (kExponent == 0) {  // the general case would compute x^-1, which is infinite at 0
     return chain(math::constant<V>(1), math::constant<V>(0), a);
   } else {
     return chain(integer_power<kExponent>(a.value),
                  V(math::constant<V>(kExponent) * integer_power<kExponent - 1>(a.value)), a);
   }
 }
-// a^(b - 1), from a^b where that is neither 0 nor subnormal nor infinite; mostly that is everywhere.
+// a^(b - 1), computed as a^b / a if a^b is neither 0 nor subnormal nor infinite, which usually holds for all lanes.
 template <typename V>
 FUSEDLOSS_INLINE V lower_power(V a, V b, V power) {
   const V smallest = math::constant<V>(sizeof(math::element(a)) == 8 ? 0x1p-1022 : 0x1p-126);
@@ -292,7 +294,7 @@ FUSEDLOSS_INLINE V lower_power(V a, V b, V power) {
 template <typename V, unsigned kA, unsigned kB>
 FUSEDLOSS_INLINE auto pow(const Dual<V, kA>& a, const Dual<V, kB>& b) {
   const V zero = math::constant<V>(0), two = math::constant<V>(2);
-  if constexpr (kB == 0)  // what a parameter mostly is
+  if constexpr (kB == 0)  // a parameter is usually 2
     if (!math::any(b.value != two)) return chain(V(a.value * a.value), V(two * a.value), a, zero, b);
   const V power = math::pow(a.value, b.value);
   V by_a = zero, by_b = zero;
@@ -302,7 +304,7 @@ FUSEDLOSS_INLINE auto pow(const Dual<V, kA>& a, const Dual<V, kB>& b) {
   return chain(power, by_a, a, by_b, b);
 }
 
-// a log(b), and 0 where a is 0 whatever b is.
+// a log(b), which is 0 where a is 0, for every b but NaN.
 template <typename V, unsigned kA, unsigned kB>
 FUSEDLOSS_INLINE auto xlogy(const Dual<V, kA>& a, const Dual<V, kB>& b) {
   const V zero = math::constant<V>(0), log = math::log(b.value);

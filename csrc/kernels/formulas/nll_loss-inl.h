@@ -1,4 +1,5 @@
-// The negative log likelihood of a class index, for both devices: of its log-probability x and its weight w
+// The negative log likelihood of a class index, for both devices. With the log-probability x and the weight w of the
+// class:
 //
 //   loss = -w x,   d loss/dx = -w   and 0 for every other class
 #if defined(FUSEDLOSS_NLL_LOSS_INL) == defined(FUSEDLOSS_ISA_TOGGLE)

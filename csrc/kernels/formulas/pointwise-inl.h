@@ -1,8 +1,8 @@
-// The family of losses with one element each of input and target. A formula is written once: on dual numbers it gives
-// its derivatives too, on the CPU and on the GPU. `loss` takes the operands, which are tensors, and then the
-// parameters, which are one number for a call.
+// The pointwise losses, each computed from one element of each of up to eight operands (input, target, weights, …). A
+// formula is written once for the CPU and the GPU, on dual numbers, which also give its derivatives. `loss` takes first
+// the operands, which are tensors, and then the parameters, each of which is one number for a whole call.
 //
-// A new loss is a struct here, its name in the list at the end, and its function and module in fusedloss/.
+// To add a loss, add a struct here, its name to the list at the end, and its function and module to fusedloss/.
 #if defined(FUSEDLOSS_POINTWISE_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_POINTWISE_INL
 #undef FUSEDLOSS_POINTWISE_INL
@@ -17,8 +17,8 @@
 FUSEDLOSS_BEGIN_NAMESPACE
 namespace {
 
-// (input - target)^2, with half of its slope: the kernels double the product with grad_output, which the mean has
-// divided. 2 (input - target) would be infinite where that product is not.
+// (input - target)^2, with half of its slope. The kernels double the product of that half and grad_output, which the
+// mean has already divided: 2 (input - target) could be infinite where the final product is not.
 struct MSELoss {
   static constexpr int kOperands = 2, kParameters = 0;
   static constexpr bool kHasHalfSlope = true;
@@ -38,8 +38,8 @@ struct L1Loss {
   }
 };
 
-// A parabola within beta, and beyond it the line with slope 1 that continues it. The slope is given by hand, so that it
-// has no 1/beta in it, which is infinite for a subnormal beta.
+// A parabola up to a distance of beta, and beyond it the line with slope 1 that continues it. The slope is written by
+// hand to avoid 1 / beta, which is infinite for a subnormal beta.
 struct SmoothL1Loss {
   static constexpr int kOperands = 2, kParameters = 1;
   template <typename V, typename X, typename T, typename P>
@@ -52,7 +52,7 @@ struct SmoothL1Loss {
   }
 };
 
-// The same, times delta.
+// SmoothL1Loss times delta.
 struct HuberLoss {
   static constexpr int kOperands = 2, kParameters = 1;
   template <typename V, typename X, typename T, typename P>
@@ -62,9 +62,10 @@ struct HuberLoss {
   }
 };
 
-// -(target log p + (1 - target) log(1 - p)) with p = sigmoid(input). Of log p and log(1 - p), one is the logarithm that
-// softplus_below_0 gives, and the other is that and |input|: with targets in [0, 1] all terms are positive, so that the
-// loss is precise however sure p is. The derivative by target would cancel, and is given as what it comes to.
+// -(target log p + (1 - target) log(1 - p)) with p = sigmoid(input). Of -log p and -log(1 - p), one is
+// softplus_below_0(-|input|), and the other is that plus |input|. With targets in [0, 1] no term is negative, so the
+// loss is precise even if p is close to 0 or 1. The derivative by target would cancel, so its result, -input, is
+// written by hand.
 struct BCEWithLogitsLoss {
   static constexpr int kOperands = 2, kParameters = 0;
   template <typename V, typename X, typename T>
@@ -75,7 +76,7 @@ struct BCEWithLogitsLoss {
   }
 };
 
-// The same with a weight for each element, and another for its positive part.
+// BCEWithLogitsLoss with a weight for each element, and another for the positive part of its target.
 struct WeightedBCEWithLogitsLoss {
   static constexpr int kOperands = 4, kParameters = 0;
   template <typename V, typename X, typename T, typename W, typename P>
@@ -84,14 +85,14 @@ struct WeightedBCEWithLogitsLoss {
     const auto if_0 = 1 - plain(target);
     const auto if_1 = plain(target) * pos_weight;
     const auto loss = where(input > 0, if_0, if_1) * size + (if_0 + if_1) * softplus_below_0(-size);
-    // The same twice: one does not cancel near 0, the other is no difference of infinities.
+    // Two forms of the derivative by target: `near` does not cancel near 0, and `far` does not subtract infinities.
     const auto near = (1 - pos_weight) * logsigmoid(input) - input;
     const auto far = -(softplus(input) + pos_weight * logsigmoid(input));
     return weight * with_slope(loss, where(abs(input) < 1, near, far), target);
   }
 };
 
-// target (log target - input), where input is a log-probability; 0 where target is.
+// target (log target - input), where input is a log-probability; 0 if target is 0.
 struct KLDivLoss {
   static constexpr int kOperands = 2, kParameters = 0;
   template <typename V, typename X, typename T>
@@ -100,7 +101,7 @@ struct KLDivLoss {
   }
 };
 
-// The same, where target is a log-probability too.
+// KLDivLoss where target is a log-probability, too.
 struct KLDivLogTargetLoss {
   static constexpr int kOperands = 2, kParameters = 0;
   template <typename V, typename X, typename T>
@@ -109,10 +110,10 @@ struct KLDivLogTargetLoss {
   }
 };
 
-// -log P(target) of a Poisson distribution without its constant, log(target!): rate - target log(rate). input is the
-// logarithm of the rate, or (kLog false) the rate, to which eps is added before its logarithm is taken. kFull: with
-// Stirling's approximation of the constant, for targets above 1: target log(target) - target + log(2 pi target) / 2,
-// the logarithms joined into one.
+// -log P(target) of a Poisson distribution without its constant, log(target!): rate - target log(rate). If kLog, input
+// is the logarithm of the rate; else it is the rate, and eps is added to it before its logarithm is taken. If kFull,
+// Stirling's approximation of the constant is added for targets above 1. It is
+// target log(target) - target + log(2 pi target) / 2, whose two logarithms are combined into one.
 template <bool kLog, bool kFull>
 struct PoissonNLLLossOf {
   static constexpr int kOperands = 2, kParameters = 1;
@@ -141,9 +142,9 @@ using PoissonNLLFullLoss = PoissonNLLLossOf<true, true>;
 using PoissonNLLRateLoss = PoissonNLLLossOf<false, false>;
 using PoissonNLLRateFullLoss = PoissonNLLLossOf<false, true>;
 
-// -log of the normal density with mean input and variance var, up to `constant_part`. A var below eps counts as eps,
-// but keeps its derivative, as torch has it. The loss of a negative var is -inf, which no other is, so that a sum shows
-// whether it contains one: see _refuse_negative in fusedloss/pointwise.py.
+// -log of the normal density with mean input and variance var; `constant_part` is its constant term, or 0. A var below
+// eps is raised to eps but keeps its derivative, as in torch. A negative var, and nothing else, has a loss of -inf, so
+// that a sum shows whether it contains one: see _refuse_negative in fusedloss/pointwise.py.
 struct GaussianNLLLoss {
   static constexpr int kOperands = 3, kParameters = 2;
   template <typename V, typename X, typename T, typename W, typename P>
@@ -154,7 +155,7 @@ struct GaussianNLLLoss {
   }
 };
 
-// log(1 + e^(-target input)), target being 1 or -1
+// log(1 + e^(-target input)), where target is 1 or -1
 struct SoftMarginLoss {
   static constexpr int kOperands = 2, kParameters = 0;
   template <typename V, typename X, typename T>
@@ -166,7 +167,7 @@ struct SoftMarginLoss {
 }  // namespace
 FUSEDLOSS_END_NAMESPACE
 
-// All of them, by the names that fusedloss/ knows them by.
+// All pointwise losses, with the names that fusedloss/ uses for them.
 #define FUSEDLOSS_POINTWISE_LOSSES(X)                                     \
   X(mse_loss, MSELoss)                                                    \
   X(l1_loss, L1Loss)                                                      \
