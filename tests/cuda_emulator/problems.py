@@ -51,7 +51,7 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 
 class Placement:
-    """The layout of a tensor [outer, classes, inner]: its strides, the offset of its start and the elements it spans."""
+    """The layout of a tensor [outer, classes, inner]: strides, the offset of the start, and the elements it spans."""
 
     def __init__(self, layout: str, shape: tuple[int, int, int], rng: random.Random, aligned: bool = False):
         outer, classes, inner = shape
