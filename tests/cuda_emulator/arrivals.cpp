@@ -32,11 +32,11 @@ const Piece& piece_of(Moment arrival) { return pieces[arrival.warp_syncs << kNum
 ArrivalBarrier& barrier_in(Block& block, const void* p, SourceLine caller) {
   const auto found = block.arrivals.find(place_in_shared_memory(p));
   if (found == block.arrivals.end()) {
-    complain("ARRIVAL BARRIER", "has not been started, at " + place(caller));
+    complain("ARRIVAL BARRIER", "used before it is initialised, at " + place(caller));
     stop();
   }
   if (!happened_before_now(found->second.started))
-    complain("DATA RACE", "the start of an arrival barrier conflicts with " + place(caller));
+    complain("DATA RACE", "the initialisation of an arrival barrier conflicts with its use at " + place(caller));
   return found->second;
 }
 
@@ -89,7 +89,8 @@ void let_a_piece_arrive() {
 void check_end_of_cluster() {
   for (const Piece& piece : pieces)
     if (piece.barrier->phases[piece.phase].waits.empty())
-      complain("BLOCK MAY HAVE ENDED", "which has not waited for what is sent to it at " + place(piece.sent_at));
+      complain("BLOCK MAY HAVE ENDED",
+               "it has not waited for the message that is sent to it at " + place(piece.sent_at));
 }
 
 extern "C" void emulator_start_arrivals(const void* p, SourceLine caller) {
@@ -97,14 +98,14 @@ extern "C" void emulator_start_arrivals(const void* p, SourceLine caller) {
     complain("MISALIGNED", "arrival barrier, at " + place(caller));
   const ArrivalBarrier fresh = {now(Access::kWrite), 0, false, std::vector<ArrivalBarrier::Phase>(1)};
   if (!running->block->arrivals.try_emplace(place_in_shared_memory(p), fresh).second)
-    complain("ARRIVAL BARRIER", "is started a second time, at " + place(caller));
+    complain("ARRIVAL BARRIER", "initialised a second time, at " + place(caller));
 }
 
 extern "C" void emulator_expect_arrivals(const void* p, unsigned bytes, SourceLine caller) {
   ArrivalBarrier& barrier = barrier_in(*running->block, p, caller);
   const size_t ended = barrier.phases.size() - 1;
   if (barrier.expects || (ended > 0 && !is_known_to_have_ended(barrier.phases[ended - 1]))) {
-    complain("ARRIVAL BARRIER", "the phase before may not have ended, at " + place(caller));
+    complain("ARRIVAL BARRIER", "the previous phase may not have ended, at " + place(caller));
     stop();
   }
   barrier.expects = true;

@@ -27,11 +27,11 @@ CHECKED = ["-O1", f"-fsanitize=thread,{UNDEFINED}", "--param=tsan-instrument-fun
 def missing() -> str:
     """Why the emulator cannot be built here; "" if it can."""
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
-        return "the emulator switches threads in x86-64 Linux's way"
+        return "the emulator runs on x86-64 Linux only"
     if shutil.which("g++") is None:
         return "there is no g++"
     if _build.find_toolkit() is None:
-        return "there is no CUDA toolkit, whose headers a .cu file needs"
+        return "there is no CUDA toolkit, whose headers the .cu files need"
     return ""
 
 

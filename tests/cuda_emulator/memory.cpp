@@ -118,7 +118,7 @@ Region* region_of(const char* p) {
   const auto it = buffers.upper_bound(p);
   if (it != buffers.begin()) {
     const Region& before = std::prev(it)->second;
-    text += ", ends " + std::to_string(p + size - before.end) + " bytes behind the end of '" + before.name + "'";
+    text += ", ends " + std::to_string(p + size - before.end) + " bytes after the end of '" + before.name + "'";
   }
   complain("OUT OF BOUNDS", text, pc);
   stop();
@@ -133,7 +133,7 @@ bool is_constant(const char* p) {
 void check_dynamic_shared_memory(const char* p, size_t size, const void* pc) {
   if (p + size > dynamic_begin() + dynamic_shared_bytes && p < dynamic_begin() + kMaxDynamicShared &&
       p >= dynamic_begin()) {
-    complain("OUT OF BOUNDS", "behind the " + std::to_string(dynamic_shared_bytes) + " bytes of dynamic shared memory",
+    complain("OUT OF BOUNDS", "after the " + std::to_string(dynamic_shared_bytes) + " bytes of dynamic shared memory",
              pc);
     stop();
   }
@@ -228,7 +228,7 @@ ptrdiff_t place_in_shared_memory(const void* p) {
   const Module& m = this_module();
   const char* at = static_cast<const char*>(p);
   if (at < m.shared_begin || at >= m.shared_end) {
-    complain("OUT OF BOUNDS", "what must lie in shared memory lies elsewhere");
+    complain("OUT OF BOUNDS", "an address that must be in shared memory is not");
     stop();
   }
   return at - m.shared_begin;
@@ -240,12 +240,12 @@ char* shared_memory_now(const Block& block) {
 
 Block& started_block(unsigned rank) {
   if (rank >= cluster.size()) {
-    complain("NO SUCH BLOCK", "in the cluster, of " + std::to_string(cluster.size()));
+    complain("NO SUCH BLOCK", "the cluster has " + std::to_string(cluster.size()) + " blocks");
     stop();
   }
   Block& other = cluster[rank];
   if (&other != running->block && !running->block->known.count(other.number))
-    complain("BLOCK MAY NOT HAVE STARTED", "whose memory is reached into before the first cluster barrier");
+    complain("BLOCK MAY NOT HAVE STARTED", "its shared memory is accessed before the first cluster barrier");
   return other;
 }
 

@@ -376,7 +376,7 @@ def listed_bugs(csrc: Path) -> list[Bug]:
     for what, file, where, wrong in LISTED:
         before, right, after = where.split("@")
         text = (csrc / "kernels" / "cuda" / file).read_text()
-        assert text.count(before + right + after) == 1, f"{file} has changed, say anew where to plant: {what}"
+        assert text.count(before + right + after) == 1, f"{file} has changed: update where to plant this bug: {what}"
         start = text.index(before + right + after) + len(before)
         found.append(Bug(f"{what} ({file})", file, start, start + len(right), wrong))
     return found

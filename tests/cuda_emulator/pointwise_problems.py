@@ -188,7 +188,7 @@ class Pointwise(Problem):
         left = {name: bits_of(grad) for name, grad in grads.items()}
         one = torch.ones(1, dtype=self.loss_dtype)
         assert self.backward(emulator, o, one, 0, ready=True), f"{self}: grad_output_was_one"
-        assert all(torch.equal(bits_of(grads[name]), left[name]) for name in grads), f"{self}: the hand-over"
+        assert all(torch.equal(bits_of(grads[name]), left[name]) for name in grads), f"{self}: ready gradient not kept"
         computed = self.set_grads(emulator, o)
         self.backward(emulator, o, one, 0, ready=False)
         same = all(torch.equal(bits_of(computed[name]), left[name]) for name in grads)

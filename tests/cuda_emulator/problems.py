@@ -241,7 +241,7 @@ class CrossEntropy(Problem):
         o.grad_output = emulator.input(torch.ones(1, dtype=self.loss_dtype), "one").data_ptr()
         o.grad_output_stride, o.grad_ready, o.grad_output_was_one = 0, True, was_one.data_ptr()
         self.call(emulator, "cross_entropy_backward", o)
-        assert was_one == 1 and torch.equal(bits_of(grad), bits_of(left)), f"{self}: the hand-over"
+        assert was_one == 1 and torch.equal(bits_of(grad), bits_of(left)), f"{self}: a ready gradient was not kept"
         o.grad_ready = False
         computed = self.place_grad.view(self.set_grad(emulator, o))
         self.call(emulator, "cross_entropy_backward", o)

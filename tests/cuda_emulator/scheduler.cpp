@@ -184,7 +184,7 @@ void try_warp_op(Block& block, uint32_t thread) {
 void thread_main() {
   kernel_thread(kernel_arguments);
   if (running->copies_done != running->copies.size())
-    complain("ASYNCHRONOUS COPY", "not waited for when its thread ends");
+    complain("ASYNCHRONOUS COPY", "not waited for before its thread ended");
   running->state = State::kDone;
   try_warp_op(*running->block, running->number);
   try_barrier(*running->block);
@@ -237,7 +237,7 @@ void report_deadlock() {
     for (Thread& t : block.threads)
       if (t.state != State::kDone) {
         running = &t;  // for the message
-        complain("DEADLOCK", "waits for threads, or bytes, that never come, at " + place(t.waits_at));
+        complain("DEADLOCK", "waits for threads or bytes that never arrive, at " + place(t.waits_at));
         running = nullptr;
         stopped = true;
         return;
@@ -323,7 +323,7 @@ void stop() {
 
 extern "C" void emulator_copy_later(void* to, const void* from, size_t size) {
   if (size != 4 && size != 8 && size != 16)
-    complain("ASYNCHRONOUS COPY", "of " + std::to_string(size) + " bytes, 4, 8 or 16 are expected");
+    complain("ASYNCHRONOUS COPY", "of " + std::to_string(size) + " bytes; only 4, 8 or 16 are allowed");
   running->copies.push_back({to, from, size, running->groups_committed});
 }
 extern "C" void emulator_commit_copies() { ++running->groups_committed; }
