@@ -1,1 +1,1 @@
-"""Executes the text of csrc/kernels/cuda/*.cu on the CPU and finds its races; see README.md."""
+"""Executes the sources csrc/kernels/cuda/*.cu on the CPU and finds their races; see README.md."""

@@ -1,8 +1,8 @@
-// What blocks of a cluster send to each other's shared memory, and the barriers in it that count the bytes.
+// Messages from the blocks of a cluster to each other's shared memory, and the arrival barriers that count their bytes.
 //
-// A piece may arrive at any time after it has been sent: the scheduler chooses one. For the checks it is written during
-// all of that time, and nobody may touch the place: earlier accesses must have happened before the sending, and later
-// ones after a wait for the end of the phase in which the barrier has counted the piece.
+// A piece may arrive at any time after it was sent: the scheduler chooses when. For the checks, it is being written
+// during this whole time, in which nobody may access its destination. Earlier accesses must have happened before the
+// sending, and later ones after a wait for the end of the phase in which the barrier counted the piece.
 #include <algorithm>
 #include <cstring>
 
@@ -18,13 +18,13 @@ struct Piece {
   ArrivalBarrier* barrier;
   Moment sent;
   SourceLine sent_at;
-  size_t phase;  // in which it has come; kOnItsWay before
+  size_t phase;  // in which it arrived; kOnItsWay before that
 };
 constexpr size_t kOnItsWay = ~size_t(0);
 constexpr unsigned kNumberBits = 17;
 
-std::vector<Piece> pieces;         // that the blocks which run have sent, by number
-std::vector<size_t> on_their_way;  // numbers
+std::vector<Piece> pieces;         // of the blocks that are running, by number
+std::vector<size_t> on_their_way;  // their numbers
 
 Moment arrival_of(size_t number) { return {kSent, 0, 0, number % (1u << kNumberBits), number >> kNumberBits}; }
 const Piece& piece_of(Moment arrival) { return pieces[arrival.warp_syncs << kNumberBits | arrival.barriers]; }
@@ -32,15 +32,15 @@ const Piece& piece_of(Moment arrival) { return pieces[arrival.warp_syncs << kNum
 ArrivalBarrier& barrier_in(Block& block, const void* p, SourceLine caller) {
   const auto found = block.arrivals.find(place_in_shared_memory(p));
   if (found == block.arrivals.end()) {
-    complain("ARRIVAL BARRIER", "has not been started, at " + place(caller));
+    complain("ARRIVAL BARRIER", "used before it is initialised, at " + place(caller));
     stop();
   }
   if (!happened_before_now(found->second.started))
-    complain("DATA RACE", "the start of an arrival barrier conflicts with " + place(caller));
+    complain("DATA RACE", "the initialisation of an arrival barrier conflicts with its use at " + place(caller));
   return found->second;
 }
 
-// Has the running thread waited for the phase's end, or another one before what orders the two threads?
+// Has the running thread waited for the phase's end, or is it ordered after another thread's wait?
 bool is_known_to_have_ended(const ArrivalBarrier::Phase& phase) {
   return std::any_of(phase.waits.begin(), phase.waits.end(),
                      [](Moment wait) { return wait.block != 0 && happened_before_now(wait); });
@@ -85,11 +85,12 @@ void let_a_piece_arrive() {
   try_end_of_phase(*piece.to, barrier);
 }
 
-// A block that has waited for a piece has not ended before it came.
+// A block that has waited for a piece cannot have ended before the piece arrived.
 void check_end_of_cluster() {
   for (const Piece& piece : pieces)
     if (piece.barrier->phases[piece.phase].waits.empty())
-      complain("BLOCK MAY HAVE ENDED", "which has not waited for what is sent to it at " + place(piece.sent_at));
+      complain("BLOCK MAY HAVE ENDED",
+               "it has not waited for the message that is sent to it at " + place(piece.sent_at));
 }
 
 extern "C" void emulator_start_arrivals(const void* p, SourceLine caller) {
@@ -97,14 +98,14 @@ extern "C" void emulator_start_arrivals(const void* p, SourceLine caller) {
     complain("MISALIGNED", "arrival barrier, at " + place(caller));
   const ArrivalBarrier fresh = {now(Access::kWrite), 0, false, std::vector<ArrivalBarrier::Phase>(1)};
   if (!running->block->arrivals.try_emplace(place_in_shared_memory(p), fresh).second)
-    complain("ARRIVAL BARRIER", "is started a second time, at " + place(caller));
+    complain("ARRIVAL BARRIER", "initialised a second time, at " + place(caller));
 }
 
 extern "C" void emulator_expect_arrivals(const void* p, unsigned bytes, SourceLine caller) {
   ArrivalBarrier& barrier = barrier_in(*running->block, p, caller);
   const size_t ended = barrier.phases.size() - 1;
   if (barrier.expects || (ended > 0 && !is_known_to_have_ended(barrier.phases[ended - 1]))) {
-    complain("ARRIVAL BARRIER", "the phase before may not have ended, at " + place(caller));
+    complain("ARRIVAL BARRIER", "the previous phase may not have ended, at " + place(caller));
     stop();
   }
   barrier.expects = true;
@@ -121,12 +122,12 @@ extern "C" void emulator_send(unsigned rank, const void* to, uint4 value, const 
   on_their_way.push_back(number);
 }
 
-// A barrier only tells whether the phase under way has the other parity: a thread that is woken asks again, since more
-// than one phase may have ended in the meantime.
+// An mbarrier only reports whether the current phase has the other parity. A thread that is woken therefore checks
+// again, since more than one phase may have ended in the meantime.
 extern "C" void emulator_wait_for_arrivals(const void* p, unsigned parity, SourceLine caller) {
   ArrivalBarrier& barrier = barrier_in(*running->block, p, caller);
   while ((barrier.phases.size() - 1) % 2 == parity) wait_as(State::kAtArrivals, caller);
-  if (barrier.phases.size() == 1) return;  // none has ended
+  if (barrier.phases.size() == 1) return;  // no phase has ended
   ArrivalBarrier::Phase& phase = *(barrier.phases.end() - 2);
   phase.waits.resize(running->block->threads.size());
   Moment& wait = phase.waits[running->number];

@@ -15,28 +15,28 @@ from pathlib import Path
 from fusedloss import _build
 
 HERE = Path(__file__).resolve().parent
-# -fsanitize only has g++ call hooks.cpp: no sanitizer's library is linked. Hidden, so that neither libraries like this
-# one, loaded side by side, nor a real CUDA runtime in the process take each other's functions.
+# -fsanitize only makes g++ insert calls of functions in hooks.cpp: no sanitizer's library is linked. Symbols are hidden
+# so that several of these libraries and a real CUDA runtime in one process do not use each other's functions.
 FLAGS = ["-std=c++17", "-g1", "-fPIC", "-fno-strict-aliasing", "-fno-extern-tls-init", "-fvisibility=hidden"]
 FLAGS += ["-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Werror"]
-FLAGS += ["-fno-ipa-icf"]  # equal functions on two types, made one, would look like accesses out of bounds
+FLAGS += ["-fno-ipa-icf"]  # merging equal functions on two types would look like accesses out of bounds
 UNDEFINED = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"  # the rest doubles the compile time
 CHECKED = ["-O1", f"-fsanitize=thread,{UNDEFINED}", "--param=tsan-instrument-func-entry-exit=0"]
 
 
 def missing() -> str:
-    """What keeps the emulator from being built here; "" if nothing does."""
+    """Why the emulator cannot be built here; "" if it can."""
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
-        return "the emulator switches threads in x86-64 Linux's way"
+        return "the emulator runs on x86-64 Linux only"
     if shutil.which("g++") is None:
         return "there is no g++"
     if _build.find_toolkit() is None:
-        return "there is no CUDA toolkit, whose headers a .cu file needs"
+        return "there is no CUDA toolkit, whose headers the .cu files need"
     return ""
 
 
 def build(csrc: Path, folder: Path, self_test: bool = False, checked: bool = True) -> Path:
-    """The library of the kernels in `csrc`. What lies in `folder` already, made of the same contents, is used again."""
+    """-> the library of the kernels in `csrc`. Files in `folder` that were built from the same contents are reused."""
     kernels = sorted(csrc.glob("kernels/cuda/*.cu")) + ([HERE / "self_test.cu"] if self_test else [])
     sources = [*kernels, *sorted(HERE.glob("*.cpp"))]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -46,13 +46,13 @@ def build(csrc: Path, folder: Path, self_test: bool = False, checked: bool = Tru
 
 
 def build_extension(csrc: Path, folder: Path) -> Path:
-    """fusedloss's extension with the emulated kernels in the place of CUDA's, serving CPU tensors. Only results are
-    checked: memory comes from torch, which the emulator knows nothing of."""
-    # A library of its own, since all of its thread-local memory is taken for the kernels' shared memory.
+    """-> fusedloss's extension with the emulated kernels in place of the GPU's, for CPU tensors. Memory accesses are
+    not checked, because the emulator does not know the memory that torch allocates."""
+    # The kernels are in a library of their own, all of whose thread-local memory counts as their shared memory.
     kernels = build(csrc, folder, checked=False)
     target = folder / f"extension-{kernels.stem}"
     target.mkdir(exist_ok=True)
-    (target / "lock").unlink(missing_ok=True)  # of a run that was killed; torch would wait for ever
+    (target / "lock").unlink(missing_ok=True)  # a killed run may have left it; torch would wait forever
     plan = _build.make_plan(csrc, cuda=False)
     macros = [f"-D{_build.CUDA_MACRO}", "-DFUSEDLOSS_EMULATED_CUDA"]
     with plan.environment() as cpp_extension:
@@ -69,7 +69,7 @@ def build_extension(csrc: Path, folder: Path) -> Path:
 
 def _compile(source: Path, csrc: Path, folder: Path, checked: bool) -> Path:
     home = _build.find_toolkit().home
-    # As a system's headers, the toolkit's are spared the warnings.
+    # The toolkit's headers are included as system headers, which cause no warnings.
     includes = [f"-I{HERE}", f"-I{csrc}", "-isystem", home / "include", "-isystem", home / "include" / "cccl"]
     is_kernel = source.suffix == ".cu"
     flags = [*FLAGS, *(CHECKED if is_kernel and checked else ["-O2"])]
@@ -86,9 +86,9 @@ def _digest(*texts: str) -> str:
 
 
 def _make(target: Path, command: list[str | Path]) -> Path:
-    """The target's name says what is in it: if it is there, it is right."""
+    """Runs the command unless the target exists: its name contains a hash of its contents, so it cannot be outdated."""
     if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:  # two sessions may be at it
+        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:  # two runs may build it at once
             unfinished = Path(temporary) / target.name
             _run([*command, "-o", unfinished])
             unfinished.replace(target)

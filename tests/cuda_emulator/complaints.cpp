@@ -1,4 +1,4 @@
-// What was found wrong, and where this library lies.
+// The errors that were found, and the address ranges of this library.
 #include <link.h>
 
 #include <algorithm>
@@ -14,7 +14,7 @@ constexpr size_t kEnough = 50;
 
 std::vector<std::string> messages;
 std::set<std::string> known;
-thread_local char anchor;  // so that there is a thread-local segment; shared memory, as far as a launch can tell
+thread_local char anchor;  // makes the thread-local segment exist; to a launch, it is shared memory
 
 int find_module(dl_phdr_info* info, size_t, void* result) {
   Module m = {};
@@ -44,13 +44,13 @@ Module found;
 const Module& this_module() { return found; }
 
 void look_for_this_module() {
-  *static_cast<volatile char*>(&anchor) = 0;  // the segment exists from the first access on
+  *static_cast<volatile char*>(&anchor) = 0;  // the first access creates the segment
   dl_iterate_phdr(find_module, &found);
 }
 
 std::string place(const void* pc) {
   char text[32];
-  // One back: an instruction before the return address, hence on the line of the access.
+  // Minus 1, so that the address is in an instruction before the return address, hence on the line of the access.
   std::snprintf(text, sizeof text, "@0x%zx", size_t(static_cast<const char*>(pc) - this_module().base - 1));
   return text;
 }

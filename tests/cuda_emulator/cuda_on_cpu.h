@@ -1,11 +1,11 @@
-// Lets g++ compile a .cu file for the CPU: CUDA's keywords, built-in variables and device functions, in terms of the
-// emulator's runtime. It is included before the first line of the .cu file, which is otherwise compiled as it stands.
+// Lets g++ compile a .cu file for the CPU: defines CUDA's keywords, built-in variables and device functions in terms of
+// the emulator's runtime. It is included before the first line of the .cu file, which is otherwise compiled unchanged.
 //
-// The types and the conversions of bfloat16 and float16 are the toolkit's own. Only what the project's kernels may
-// reasonably use stands here; a kernel that uses something else does not compile, and it is added then.
+// The types and the conversions of bfloat16 and float16 are the toolkit's own. Only functions that the project's
+// kernels can reasonably use are defined here. A kernel that uses another one does not compile until it is added.
 #pragma once
 
-#define FUSEDLOSS_CUDA_ON_CPU  // a formula takes the GPU's functions: see kernels/device_math-inl.h
+#define FUSEDLOSS_CUDA_ON_CPU  // formulas then use the GPU's functions: see kernels/device_math-inl.h
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -17,14 +17,14 @@
 #include <tuple>
 #include <type_traits>
 
-// The launchers, for the extension that is linked with them: their first declaration makes them visible.
+// The launchers, which the extension links to. Their first declaration decides that they are visible.
 #pragma GCC visibility push(default)
 #include "kernels/cuda/cross_entropy_cuda.h"
 #include "kernels/cuda/nll_loss_cuda.h"
 #include "kernels/cuda/pointwise_cuda.h"
 #pragma GCC visibility pop
 
-// Code that works for the emulator, not for the kernel: its own loads and stores are not checked.
+// Marks code that belongs to the emulator, not to the kernel: its own loads and stores are not checked.
 #define EMULATOR_UNCHECKED __attribute__((no_sanitize("thread", "undefined")))
 
 // ---- Keywords
@@ -35,8 +35,8 @@
 #undef __host__
 #undef __global__
 #undef __forceinline__
-// One copy for each OS thread, of which there is one; that gives all shared memory of a library one known place: its
-// thread-local segment. Within a function thread_local implies static, as __shared__ does.
+// One copy for each OS thread, of which there is only one. All shared memory of a library then lies in one known place,
+// its thread-local segment. Within a function, thread_local implies static, as __shared__ does.
 #define __shared__ thread_local
 #define __launch_bounds__(...)
 #define __device__
@@ -44,7 +44,7 @@
 #define __global__
 #define __forceinline__ inline
 
-// ---- What the emulator does: see runtime.h
+// ---- What the emulator implements: see runtime.h
 
 enum WarpOp { kSyncWarp, kShuffle, kBallot };
 
@@ -52,17 +52,17 @@ struct SourceLine {
   const char* file;
   int line;
 };
-// A default argument of this value names the line of the call.
+// As a default argument, it holds the line of the call.
 #define EMULATOR_CALLER \
   SourceLine { __builtin_FILE(), __builtin_LINE() }
 
 extern "C" {
-// Constant during the life of a CUDA thread, so declared const: the compiler may keep them in registers. The scheduler
-// writes them whenever it switches threads, under their other names.
+// Constant during the life of a CUDA thread and therefore declared const, so that the compiler may keep them in
+// registers. The scheduler writes them under their other names whenever it switches threads.
 extern const uint3 threadIdx __asm__("emulator_thread_idx"), blockIdx __asm__("emulator_block_idx");
 extern const dim3 blockDim __asm__("emulator_block_dim"), gridDim __asm__("emulator_grid_dim");
 
-// Which bug of planted_bugs.py is there; 0 is none.
+// Which bug of planted_bugs.py is active; 0 is none.
 extern const int planted_bug __asm__("emulator_planted_bug");
 
 int emulator_block_barrier(int predicate, SourceLine caller);  // -> how many threads came with a predicate != 0
@@ -75,10 +75,10 @@ uint64_t emulator_warp_op(WarpOp op, unsigned mask, uint64_t value, int source_l
 void emulator_fence();
 void emulator_copy_later(void* to, const void* from, size_t size);
 void emulator_commit_copies();
-// The oldest copy that has not been done, unless it belongs to the last `groups` groups; -> its bytes, or 0.
+// Removes the oldest copy that has not been done, unless it belongs to the last `groups` groups; -> its bytes, or 0.
 size_t emulator_next_copy(size_t groups, void** to, const void** from);
 void emulator_before_atomic(void* p, int size);
-// From now on the kernel may be launched with so many; -> how many blocks the device holds at once.
+// Permits launches of the kernel with this much shared memory; -> how many blocks the device can hold at once.
 int64_t emulator_prepare(const void* kernel, size_t shared_bytes, unsigned cluster);
 cudaError_t emulator_launch(const void* kernel, dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
                             void (*thread)(void*), void* arguments, size_t size);
@@ -86,7 +86,7 @@ cudaError_t emulator_launch(const void* kernel, dim3 grid, dim3 block, unsigned 
 
 // ---- Launch
 
-// In place of cudaLaunchKernelEx. A cluster has that many blocks along x.
+// Takes the place of cudaLaunchKernelEx. A cluster has that many blocks along x.
 template <typename... Parameters, typename... Arguments>
 EMULATOR_UNCHECKED cudaError_t launch_on_cpu(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster,
                                              size_t shared_bytes, const Arguments&... values) {
@@ -123,11 +123,11 @@ inline int __syncthreads_and(int p, SourceLine caller = EMULATOR_CALLER) {
 }
 inline void __threadfence() { emulator_fence(); }
 
-// Arriving and waiting are one here: the kernels do nothing in between.
+// Waiting does both here: the kernels do nothing between arriving and waiting.
 inline void __cluster_barrier_arrive() {}
 inline void __cluster_barrier_wait(SourceLine caller = EMULATOR_CALLER) { emulator_cluster_barrier(caller); }
 
-// In the place of cluster.cuh's, which are inline PTX.
+// In place of the functions in cluster.cuh, which are inline PTX.
 template <int kCount>
 void start_arrivals(uint64_t (&barriers)[kCount], SourceLine caller = EMULATOR_CALLER) {
   for (uint64_t& barrier : barriers) emulator_start_arrivals(&barrier, caller);
@@ -158,7 +158,7 @@ EMULATOR_UNCHECKED T emulator_shuffle(unsigned mask, T value, int source_lane, S
   return value;
 }
 
-// A lane whose source would lie outside of its group of `width` lanes keeps its own value.
+// A lane whose source would lie outside its group of `width` lanes keeps its own value.
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane, int width = 32, SourceLine caller = EMULATOR_CALLER) {
   return emulator_shuffle(mask, value, (emulator_lane() & ~(width - 1)) | (lane & (width - 1)), caller);
@@ -193,7 +193,7 @@ inline int __all_sync(unsigned mask, int p, SourceLine caller = EMULATOR_CALLER)
 
 // ---- Integers
 
-// The upper word of both, moved to the left by the last five bits of `shift`.
+// The upper word of both, after a shift to the left by the last five bits of `shift`.
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
   return unsigned((uint64_t(high) << 32 | low) << (shift & 31) >> 32);
 }
@@ -201,8 +201,7 @@ inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(unsigned(va
 
 // ---- Asynchronous copies from global to shared memory
 //
-// A thread's copies are done when it waits for them, and no sooner: a wait that is missing shows as a read of what was
-// there before.
+// A thread's copies are done when it waits for them, and no sooner. If a wait is missing, the old contents are read.
 
 #define _CUDA_PIPELINE_PRIMITIVES_H_  // in place of the toolkit's header
 
@@ -218,7 +217,7 @@ inline void __pipeline_wait_prior(size_t groups) {
   }
 }
 
-// ---- Atomics: no other thread runs in between, so plain code will do once the runtime has been told
+// ---- Atomics: plain code suffices once the runtime has been told, since no other thread runs in between
 
 template <typename T, typename F>
 EMULATOR_UNCHECKED T emulator_atomic(T* p, F f) {

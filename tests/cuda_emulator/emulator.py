@@ -1,4 +1,4 @@
-"""The emulated kernels and their memory, by ctypes."""
+"""Access to the emulated kernels and their memory with ctypes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class CudaTuning(ctypes.Structure):
             "waves": 1,
             "overlap": 0,
         }
-        # A GPU of one multiprocessor: never are there so few rows that blocks would share one.
+        # With one multiprocessor, there are never so few rows that several blocks share one.
         return cls(**{**defaults, "multiprocessors": 1, "kept_bytes": 16384, "cluster_blocks": 1, **given})
 
 
@@ -96,7 +96,7 @@ class NLLLossOptions(ctypes.Structure):
 
 
 class Emulator:
-    """A library of kernels. Use: `reset`, make buffers, call a launcher, look at the buffers and at `complaints`."""
+    """A library of kernels. Usage: `reset`, create buffers, call a launcher, inspect the buffers and `complaints`."""
 
     def __init__(self, path: Path):
         self.path, self.library = path, ctypes.CDLL(str(path))
@@ -115,7 +115,7 @@ class Emulator:
 
     @contextlib.contextmanager
     def without_clusters(self) -> Iterator[None]:
-        """Meanwhile the device holds no cluster, as a part of a GPU that is too small for it."""
+        """In this context the device can hold no cluster, like a partition of a GPU that is too small for one."""
         self.library.emulator_set_clusters(False)
         try:
             yield
@@ -123,8 +123,8 @@ class Emulator:
             self.library.emulator_set_clusters(True)
 
     def reset(self, seed: int = 0, preempt_every: int = 0, planted_bug: int = 0) -> None:
-        """Forget memory and complaints. The seed chooses the schedule; `preempt_every` how many accesses, about, a
-        thread does before another goes on (0 is until it waits)."""
+        """Forgets memory and complaints. The seed chooses the schedule. A thread performs at most `preempt_every`
+        accesses before another thread continues; with 0, it runs until it waits."""
         self.library.emulator_forget_buffers()
         self.library.emulator_forget_messages()
         self.library.emulator_schedule(seed, preempt_every)
@@ -132,16 +132,16 @@ class Emulator:
         self._memory = []
 
     def input(self, values: Tensor, name: str, offset: int = 0, read_only: bool = True) -> Tensor:
-        """A copy of the values in the kernels' memory, `offset` elements behind a multiple of 256 bytes."""
+        """-> a copy of the values in the kernels' memory, `offset` elements after a multiple of 256 bytes."""
         return self._allocate(values.numel(), values.dtype, name, offset, read_only, True).copy_(values.reshape(-1))
 
     def output(self, numel: int, dtype: torch.dtype, name: str, offset: int = 0) -> Tensor:
-        """Memory that must be written before it is read."""
+        """-> memory that must be written before it is read."""
         return self._allocate(numel, dtype, name, offset, False, False)
 
     @contextlib.contextmanager
     def far_apart(self, pieces: Tensor, stride: int, name: str, is_output: bool = False) -> Iterator[list[Tensor]]:
-        """-> the rows of `pieces`, `stride` elements apart. Memory in between is never touched: it takes no room."""
+        """-> the rows of `pieces`, `stride` elements apart. The memory in between is never touched or committed."""
         size, step = pieces[0].nbytes, stride * pieces.element_size()
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mmap.restype = POINTER
@@ -164,7 +164,7 @@ class Emulator:
 
     def _allocate(self, numel, dtype, name, offset, read_only, is_written) -> Tensor:
         size = torch.empty((), dtype=dtype).element_size()
-        gap = 4096  # nobody's memory, on both sides
+        gap = 4096  # on both sides, outside of all buffers
         raw = torch.full((numel * size + offset * size + 2 * gap + 256,), 0xA5, dtype=torch.uint8)
         start = -raw.data_ptr() % 256 + gap + offset * size
         tensor = raw[start : start + numel * size].view(dtype)
@@ -178,15 +178,15 @@ class Emulator:
         return self.library.emulator_bytes_not_written(output.data_ptr()) if output.numel() else 0
 
     def call(self, launcher: str, options: ctypes.Structure, *more: bytes) -> int:
-        """-> the cudaError_t. For a pointwise loss, its name comes after the options."""
+        """-> the cudaError_t. The name of a pointwise loss follows the options."""
         return getattr(self.library, launcher)(ctypes.byref(options), *more)
 
     def launches(self) -> list[Launch]:
-        """Since `reset`."""
+        """-> the launches since `reset`."""
         return [self.library.emulator_launch_number(i)[0] for i in range(self.library.emulator_launch_count())]
 
     def complaints(self) -> list[str]:
-        """What the checks have found since `reset`, with source lines in the place of addresses."""
+        """-> what the checks have found since `reset`, with source lines in place of addresses."""
         messages = [self.library.emulator_message(i).decode() for i in range(self.library.emulator_message_count())]
         return [re.sub(r"@(0x[0-9a-f]+)", lambda match: self._source_line(match[1]), message) for message in messages]
 

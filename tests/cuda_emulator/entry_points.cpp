@@ -30,14 +30,15 @@ EMULATOR_EXPORT int64_t nll_loss_scratch(const NLLLossOptions* o) { return cuda:
 EMULATOR_EXPORT int nll_loss_forward(const NLLLossOptions* o) { return cuda::nll_loss_forward(*o, nullptr); }
 EMULATOR_EXPORT int nll_loss_backward(const NLLLossOptions* o) { return cuda::nll_loss_backward(*o, nullptr); }
 
-// Python declares the structs a second time; these tell it if they have changed.
+// Python declares these structs again. It compares these sizes and offsets with its own to find out if they have
+// changed.
 EMULATOR_EXPORT int64_t size_of_cross_entropy_options() { return sizeof(CrossEntropyOptions); }
 EMULATOR_EXPORT int64_t size_of_pointwise_options() { return sizeof(PointwiseOptions); }
 EMULATOR_EXPORT int64_t size_of_nll_loss_options() { return sizeof(NLLLossOptions); }
 EMULATOR_EXPORT int64_t offset_of_parameter() { return offsetof(PointwiseOptions, parameter); }
 EMULATOR_EXPORT int64_t offset_of_weight_sum() { return offsetof(CrossEntropyOptions, weight_sum); }
 
-// Kernels know it as planted_bug.
+// Kernels read it under the name planted_bug.
 extern "C" int emulator_planted_bug;
 int emulator_planted_bug = 0;
 EMULATOR_EXPORT void emulator_plant(int bug) { emulator_planted_bug = bug; }

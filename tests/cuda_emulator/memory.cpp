@@ -1,9 +1,9 @@
-// Every load and store of a kernel is checked here: is it inside a buffer, aligned, of memory that was written before,
-// and ordered after every conflicting access by another thread?
+// Checks every load and store of a kernel: is it inside a buffer, aligned, of memory that was written before, and
+// ordered after every conflicting access by another thread?
 //
-// Races are found by happens-before, not by luck: each two bytes of memory remember their last write and last two
-// reads, as moments. A moment is a thread and how many barriers it had passed; whether one comes before another is
-// then a comparison of counts, whatever the order in which the threads happened to run.
+// Races are found by happens-before, not by luck. Each two bytes of memory remember their last write and last two
+// reads, as moments. A moment is a thread and how many barriers it had passed. Whether one moment happened before
+// another is then a comparison of counts, in whatever order the threads were run.
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -29,7 +29,7 @@ struct Region {
   char *begin, *end;
   bool read_only;
   std::string name;
-  Shadow* shadow;  // pages come from the system, as zeros, when they are first touched
+  Shadow* shadow;  // the system provides pages of zeros when they are first touched
   std::vector<uint8_t> written;
 
   Region(char* begin, char* end, bool read_only, bool is_written, std::string name)
@@ -50,8 +50,8 @@ struct Region {
 namespace {
 
 std::map<const char*, Region> buffers;  // by their first byte
-const Block* shown = nullptr;           // whose shared memory is there
-size_t dynamic_shared_bytes = 0;        // that the launch asked for
+const Block* shown = nullptr;           // the block whose shared memory is at the common address
+size_t dynamic_shared_bytes = 0;        // as requested by the launch
 const char *arguments_begin, *arguments_end;
 
 std::map<const void*, Known> released;  // by the address of an atomic
@@ -99,7 +99,7 @@ void check_granule(Region& region, size_t i, Access access, Moment me, const voi
 
 const char* dynamic_begin() { return reinterpret_cast<const char*>(fusedloss::cuda::dynamic_shared_memory); }
 
-// Where the running block's shared memory is shadowed.
+// Translates an address in shared memory into the running block's copy, for which the shadow is kept.
 const char* in_own_copy(const char* p) {
   const Module& m = this_module();
   return p >= m.shared_begin && p < m.shared_end ? running->block->shared->begin + (p - m.shared_begin) : p;
@@ -118,7 +118,7 @@ Region* region_of(const char* p) {
   const auto it = buffers.upper_bound(p);
   if (it != buffers.begin()) {
     const Region& before = std::prev(it)->second;
-    text += ", ends " + std::to_string(p + size - before.end) + " bytes behind the end of '" + before.name + "'";
+    text += ", ends " + std::to_string(p + size - before.end) + " bytes after the end of '" + before.name + "'";
   }
   complain("OUT OF BOUNDS", text, pc);
   stop();
@@ -133,13 +133,13 @@ bool is_constant(const char* p) {
 void check_dynamic_shared_memory(const char* p, size_t size, const void* pc) {
   if (p + size > dynamic_begin() + dynamic_shared_bytes && p < dynamic_begin() + kMaxDynamicShared &&
       p >= dynamic_begin()) {
-    complain("OUT OF BOUNDS", "behind the " + std::to_string(dynamic_shared_bytes) + " bytes of dynamic shared memory",
+    complain("OUT OF BOUNDS", "after the " + std::to_string(dynamic_shared_bytes) + " bytes of dynamic shared memory",
              pc);
     stop();
   }
 }
 
-// p: where the memory is shadowed; of shared memory, in the block's copy.
+// p: the address for which the shadow is kept; for shared memory, in the block's copy.
 void check_shadowed(const char* p, size_t size, Access access, bool must_be_aligned, Moment me, const void* pc) {
   if (must_be_aligned && reinterpret_cast<uintptr_t>(p) % size != 0) {
     complain("MISALIGNED", std::to_string(size) + "-byte access", pc);
@@ -166,8 +166,8 @@ Moment now(Access access) {
   return {b.number + 1, running->number, access == Access::kAtomic, b.barriers, running->warp_syncs};
 }
 
-// CUDA's rules. A block's barrier orders its threads, __syncwarp those of a warp, and a fence with an atomic orders
-// blocks. Shuffles order nothing. A piece arrives before those go on who wait for it.
+// CUDA's rules: a block's barrier orders its threads, __syncwarp those of a warp, and a fence with an atomic orders
+// blocks. Shuffles order nothing. A piece has arrived for the threads that have waited for its phase.
 bool happened_before_now(Moment m) {
   const Block& b = *running->block;
   if (m.block == kSent) return piece_came_before_now(m);
@@ -195,7 +195,7 @@ void begin_launch(const void* arguments, size_t size, size_t shared_bytes) {
   arguments_end = arguments_begin + size;
   dynamic_shared_bytes = shared_bytes;
   released.clear();
-  for (auto& [begin, region] : buffers) region.forget_accesses();  // one launch happens before the next
+  for (auto& [begin, region] : buffers) region.forget_accesses();  // the previous launch happened before this one
   shown = nullptr;
 }
 
@@ -209,7 +209,7 @@ void begin_block(Block& block) {
                       delete region;
                     }};
   }
-  std::memset(block.shared->begin, 0xff, size);  // NaN, for whoever reads it all the same
+  std::memset(block.shared->begin, 0xff, size);  // NaN, which shows if a kernel reads it before it is written
   block.shared->forget_accesses();
   std::fill(block.shared->written.begin(), block.shared->written.end(), 0);
   if (shown == &block) shown = nullptr;
@@ -228,7 +228,7 @@ ptrdiff_t place_in_shared_memory(const void* p) {
   const Module& m = this_module();
   const char* at = static_cast<const char*>(p);
   if (at < m.shared_begin || at >= m.shared_end) {
-    complain("OUT OF BOUNDS", "what must lie in shared memory lies elsewhere");
+    complain("OUT OF BOUNDS", "an address that must be in shared memory is not");
     stop();
   }
   return at - m.shared_begin;
@@ -240,12 +240,12 @@ char* shared_memory_now(const Block& block) {
 
 Block& started_block(unsigned rank) {
   if (rank >= cluster.size()) {
-    complain("NO SUCH BLOCK", "in the cluster, of " + std::to_string(cluster.size()));
+    complain("NO SUCH BLOCK", "the cluster has " + std::to_string(cluster.size()) + " blocks");
     stop();
   }
   Block& other = cluster[rank];
   if (&other != running->block && !running->block->known.count(other.number))
-    complain("BLOCK MAY NOT HAVE STARTED", "whose memory is reached into before the first cluster barrier");
+    complain("BLOCK MAY NOT HAVE STARTED", "its shared memory is accessed before the first cluster barrier");
   return other;
 }
 
@@ -255,7 +255,7 @@ void synchronise_cluster() {
       if (&block != &other) learn(block.known, other.number, other.barriers);
 }
 
-// Release: what this block did before the fence is known to whoever sees the atomic. Acquire: the reverse.
+// Release: whoever sees the atomic knows what this block did before the fence. Acquire: the reverse.
 void synchronise_through(const void* p) {
   if (!running->fenced) return;
   Block& b = *running->block;

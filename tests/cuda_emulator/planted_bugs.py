@@ -1,6 +1,6 @@
-"""Bugs planted in copies of the kernels, all in one library; a number says at run time which of them is there.
+"""Bugs planted in copies of the kernels, all in one library; a number selects the active one at run time.
 
-Besides the bugs that are listed, every single barrier and fence that the kernels have can be taken out.
+Besides the listed bugs, each single barrier and fence of the kernels can be removed.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ BARRIER = re.compile(r"\b(__syncthreads|__syncwarp|__threadfence|cluster_sync)\w
 class Bug:
     what: str
     file: str  # in csrc/kernels/cuda
-    start: int  # of the expression or statement, in the file's text
+    start: int  # of the expression or statement in the file's text
     end: int
-    wrong: str  # what takes its place
+    wrong: str  # what replaces it
 
 
-# What, in which file, where (the expression or statement between the two @), and what takes its place.
+# The bug, the file, the text to search for (what is replaced stands between the two @), and the replacement.
 LISTED = [
-    ("lanes without a warp", "reduce.cuh", "of_warp[lane] : @none@", "value"),
+    ("lanes of missing warps take part", "reduce.cuh", "of_warp[lane] : @none@", "value"),
     (
-        "a row's lanes without a warp",
+        "lanes of a row's missing warps take part",
         "reduce.cuh",
         "of_warp[turn % 2][from] : @empty_row_state<A>()@",
         "of_warp[turn % 2][0]",
     ),
-    ("warps of two rows in one place", "reduce.cuh", "of_warp[@turn % 2@][threadIdx.x / kWarp]", "0"),
-    ("lanes of another row", "reduce.cuh", "lanes_merge<kSpread>(state, @int(blockDim.x)@)", "kWarp"),
+    ("warps of two successive rows in one place", "reduce.cuh", "of_warp[@turn % 2@][threadIdx.x / kWarp]", "0"),
+    ("lanes of another row merged", "reduce.cuh", "lanes_merge<kSpread>(state, @int(blockDim.x)@)", "kWarp"),
     ("lanes not rescaled", "reduce.cuh", "@state = rescale(state, lanes_max(state.max, lanes));@", ""),
-    ("blocks of a cluster in one place", "reduce.cuh", "states.of_block[@turn % 2@]", "0"),
-    ("states of blocks in one another's place", "reduce.cuh", "(&of_block[@rank@]) + i", "threadIdx.x"),
+    ("both turns of a cluster in one place", "reduce.cuh", "states.of_block[@turn % 2@]", "0"),
+    ("states stored by the receiver's rank", "reduce.cuh", "(&of_block[@rank@]) + i", "threadIdx.x"),
     ("a block of a cluster left out", "reduce.cuh", "if (int(threadIdx.x) < @blocks@) {", "blocks - 1"),
-    ("one barrier for arrivals of both turns", "reduce.cuh", "&states.arrived[@turn % 2@]", "0"),
+    ("one arrival barrier for both turns", "reduce.cuh", "&states.arrived[@turn % 2@]", "0"),
     (
         "a block's bytes not expected",
         "reduce.cuh",
@@ -45,15 +45,15 @@ LISTED = [
         "(blocks - 1)",
     ),
     (
-        "bytes expected of a block that is not there",
+        "more bytes expected than are sent",
         "reduce.cuh",
         "expect_arrivals(arrived, unsigned(blocks * @sizeof(RowState<A>)@))",
         "sizeof(RowState<A>) + sizeof(uint4)",
     ),
-    ("arrivals not started", "reduce.cuh", "@start_arrivals(cluster_states<A>().arrived);@", ""),
+    ("arrival barriers not initialised", "reduce.cuh", "@start_arrivals(cluster_states<A>().arrived);@", ""),
     ("arrivals not waited for", "reduce.cuh", "@wait_for_arrivals(arrived, parity);@", ""),
-    ("the other phases' parity", "reduce.cuh", "parity = @turn / 2@ % 2;", "turn / 2 + 1"),
-    ("the first phase's parity for ever", "reduce.cuh", "parity = turn / 2 % @2@;", "1"),
+    ("the wrong parity", "reduce.cuh", "parity = @turn / 2@ % 2;", "turn / 2 + 1"),
+    ("always the first phase's parity", "reduce.cuh", "parity = turn / 2 % @2@;", "1"),
     (
         "one vector too many",
         "vec.cuh",
@@ -65,15 +65,15 @@ LISTED = [
     ("single elements in the wrong place", "vec.cuh", "return @unit < head@ ?", "true"),
     ("read off by one", "vec.cuh", "vector.element = @*p@;", "p[1]"),
     ("read past a row's end", "cross_entropy_row.cuh", "vectors[k] = @is_there(k)@ ? load", "true"),
-    ("vectors behind a row's end", "cross_entropy_tile.cuh", "return kWhole || @k < count@;", "true"),
+    ("vectors after a row's end", "cross_entropy_tile.cuh", "return kWhole || @k < count@;", "true"),
     (
-        "shifted stores: the beginning of another vector",
+        "shifted stores: the beginning of the wrong vector",
         "cross_entropy_shifted_stores.cuh",
         "lane == 0 ? @lanes_here - 1@ : lane - 1;",
         "lane",
     ),
     (
-        "shifted stores: lanes behind the row's end",
+        "shifted stores: lanes after the row's end",
         "cross_entropy_shifted_stores.cuh",
         "(kWhole || @lane < lanes_here@)",
         "true",
@@ -85,7 +85,7 @@ LISTED = [
         "false",
     ),
     (
-        "more tiles than have slots",
+        "more tiles than there are slots",
         "cross_entropy_row_pipeline.cuh",
         "for_each_tile(@depth@, range, [&](auto is_whole, int number) {\n        wait_for_copies",
         "tiles",
@@ -103,21 +103,31 @@ LISTED = [
         "LaunchShape{}",
     ),
     ("a copy past a row's end", "cross_entropy_row_pipeline.cuh", "if (@unit >= source.vectors@) continue", "false"),
-    ("a copy to the tile before", "cross_entropy_row_pipeline.cuh", "slot = @number * kVectors + k@;", "k"),
     (
-        "the row itself in the next one's place",
+        "copies of all tiles in the first one's slots",
+        "cross_entropy_row_pipeline.cuh",
+        "slot = @number * kVectors + k@;",
+        "k",
+    ),
+    (
+        "the next row not copied",
         "cross_entropy_row_pipeline.cuh",
         "        start_copy(@next@, number);",
         "Source{}",
     ),
     (
-        "kept in another thread's place",
+        "vectors kept in another thread's place",
         "cross_entropy_tile.cuh",
         "dynamic_shared_memory + @thread / kWarp * (o.plan.slots * kSlotsOfVector * kWarp) + thread % kWarp@)",
         "0",
     ),
-    ("target class left as the others", "cross_entropy_row_gradient.cuh", "if (@is_own_target@) row.grad[", "false"),
-    ("target class of another thread", "cross_entropy_row_gradient.cuh", "== @range.thread@;", "0"),
+    (
+        "target class treated like the others",
+        "cross_entropy_row_gradient.cuh",
+        "if (@is_own_target@) row.grad[",
+        "false",
+    ),
+    ("target class written by the wrong thread", "cross_entropy_row_gradient.cuh", "== @range.thread@;", "0"),
     ("tiles not rescaled", "cross_entropy_row.cuh", "@state = rescale(state, max);@", "state.max = max;"),
     (
         "large targets not checked",
@@ -126,37 +136,42 @@ LISTED = [
         "index < 0",
     ),
     (
-        "rows behind the last one",
+        "rows after the last one",
         "cross_entropy_rows.cuh",
         "const bool is_row = @number < plan.rows@;\n    const int64_t next_number",
         "true",
     ),
     (
-        "without a gradient: rows behind the last one",
+        "without a gradient: rows after the last one",
         "cross_entropy_rows.cuh",
         "const bool is_row = @number < plan.rows@;\n    const Row",
         "true",
     ),
     (
-        "in lanes: rows behind the last one",
+        "in lanes: rows after the last one",
         "cross_entropy_rows.cuh",
         "const bool is_row = @number < o.plan.rows@;",
         "true",
     ),
     (
-        "in lanes: a gradient of rows that do not count",
+        "in lanes: a gradient for rows that do not contribute",
         "cross_entropy_rows.cuh",
         "if (@!row.contributes()@) {",
         "false",
     ),
-    ("a gradient taken to be aligned", "cross_entropy_plan_rows.h", "&& @!are_aligned_alike(o)@;", "false"),
+    ("a gradient assumed to be aligned", "cross_entropy_plan_rows.h", "&& @!are_aligned_alike(o)@;", "false"),
     (
         "ignored rows not written",
         "cross_entropy_row_gradient.cuh",
         "unit < @range.template units<kWidth>()@; unit +=",
         "0",
     ),
-    ("states of split rows mixed up", "cross_entropy_rows.cuh", "[number * plan.blocks + @rank@] = state", "0"),
+    (
+        "all states of a split row in one place",
+        "cross_entropy_rows.cuh",
+        "[number * plan.blocks + @rank@] = state",
+        "0",
+    ),
     (
         "a split row's last block left out",
         "cross_entropy_sums.cuh",
@@ -164,44 +179,44 @@ LISTED = [
         "o.plan.blocks - 1",
     ),
     (
-        "sums of a split's first block only",
+        "one sum for all blocks of split rows",
         "cross_entropy_sums.cuh",
         "sums[@blockIdx.x@] = sum",
         "0",
     ),
-    ("columns: side by side though misaligned", "cross_entropy_plan_columns.h", "return @all_fit@ ?", "true"),
+    ("columns: rows side by side though misaligned", "cross_entropy_plan_columns.h", "return @all_fit@ ?", "true"),
     (
-        "columns: side by side across outer indices",
+        "columns: rows side by side across outer indices",
         "cross_entropy_plan_columns.h",
         "all_fit = @o.inner % width == 0@ &&",
         "true",
     ),
     (
-        "columns: a block's states mixed up",
+        "columns: the states of a block's threads in one place",
         "cross_entropy_column_exchange.cuh",
         "store_state(@threadIdx.y / threads_of_set@,",
         "0",
     ),
     (
-        "few classes: a row without the gap",
+        "few classes: rows without the gap",
         "cross_entropy_few_classes.cuh",
         "int(threadIdx.x) * @pitch@);",
         "row_bytes()",
     ),
     (
-        "few classes: rows behind the last one",
+        "few classes: rows after the last one",
         "cross_entropy_few_classes.cuh",
         "int(@smaller(o.plan.rows - first, int64_t(kFewClassesThreads))@ * o.classes);",
         "kFewClassesThreads",
     ),
     (
-        "few classes: elements behind the last vector left out",
+        "few classes: elements after the last vector left out",
         "cross_entropy_few_classes.cuh",
         "if (@i < elements()@) f(",
         "false",
     ),
     (
-        "few classes: the gradient of the first rows",
+        "few classes: every gradient in the first rows' place",
         "cross_entropy_few_classes.cuh",
         "(o.grad_logits) + @first@ * o.classes",
         "0",
@@ -213,7 +228,7 @@ LISTED = [
         "c <= row.o.classes",
     ),
     (
-        "few classes: target class left as the others",
+        "few classes: target class treated like the others",
         "cross_entropy_few_classes.cuh",
         "@staged[row.y] = narrow<T>(logit_gradient(e, scale, row.coefficient(), grad_output));@",
         "",
@@ -243,13 +258,13 @@ LISTED = [
         "true",
     ),
     (
-        "columns: another class's logit for the target's",
+        "columns: another class's logit in place of the target's",
         "cross_entropy_column_gradient.cuh",
         "&slots.logits(@vector@))[row_of_block",
         "0",
     ),
     (
-        "columns: another class's logit for the target's, in the row's only thread",
+        "columns: another class's logit in place of the target's, in the row's only thread",
         "cross_entropy_column_tiles.cuh",
         "logits(@c@))[i]",
         "0",
@@ -267,42 +282,47 @@ LISTED = [
         "0",
     ),
     (
-        "columns: target class of another thread",
+        "columns: target class written by the wrong thread",
         "cross_entropy_column_gradient.cuh",
         "rows.o, y) == @int(threadIdx.y)@ ?",
         "0",
     ),
     (
-        "columns: target class left as the others",
+        "columns: target class treated like the others",
         "cross_entropy_column_gradient.cuh",
         "@rows.grad[in_row + y * stride] = factors.of_target(i);@",
         "",
     ),
     (
-        "columns: states of blocks mixed up",
+        "columns: the states of blocks in one place",
         "cross_entropy_columns.cuh",
         "number * plan.blocks + @block.rank@] = merged",
         "0",
     ),
     (
-        "columns: a block goes on to the last class",
+        "columns: a block continues to the last class",
         "cross_entropy_columns.cuh",
         "end = int(@smaller(begin + plan.columns.classes_of_block, o.classes)@);",
         "o.classes",
     ),
     (
-        "columns: class indices taken for aligned",
+        "columns: class indices assumed to be aligned",
         "cross_entropy_columns.cuh",
         "if (o.target_index && @reinterpret_cast<uintptr_t>(o.target_index) % sizeof(longlong2) == 0@) {",
         "true",
     ),
     (
-        "columns: rows behind the last one",
+        "columns: rows after the last one",
         "cross_entropy_columns.cuh",
         "is_there = @first + threadIdx.x < columns.units@",
         "true",
     ),
-    ("weights of the first block only", "cross_entropy_sums.cuh", "static_cast<double*>(o.scratch)[@blockIdx.x@]", "0"),
+    (
+        "one sum of weights for all blocks",
+        "cross_entropy_sums.cuh",
+        "static_cast<double*>(o.scratch)[@blockIdx.x@]",
+        "0",
+    ),
     (
         "one sum for all blocks",
         "cross_entropy_row_loss.cuh",
@@ -310,7 +330,7 @@ LISTED = [
         "0",
     ),
     ("one sum for all blocks", "nll_loss_cuda.cu", "static_cast<LossSum*>(o.scratch)[@blockIdx.x@] = sum", "0"),
-    ("rows behind the last one", "nll_loss_cuda.cu", "y[k] = @row < rows@ ?", "true"),
+    ("rows after the last one", "nll_loss_cuda.cu", "y[k] = @row < rows@ ?", "true"),
     ("a run left out", "nll_loss_cuda.cu", "int run = @threadIdx.y@; run", "threadIdx.y + 1"),
     ("large targets not checked", "nll_loss_cuda.cu", "y < 0 || @y >= classes@ ?", "false"),
     (
@@ -322,9 +342,14 @@ LISTED = [
     ("one sum for all blocks", "pointwise.cuh", "(o.scratch)[@blockIdx.x@] = of_block", "0"),
     ("elements past the end", "pointwise.cuh", "if (@unit + p * step >= units@) continue", "false"),
     ("the same vector again", "pointwise.cuh", "vectors[p - 1][k] = @vectors[p][k]@;", "vectors[0][k]"),
-    ("one value as if there were more", "pointwise.cuh", "return @k > 0 && o.operand_period[k] == 1@;", "false"),
+    ("one value treated as many", "pointwise.cuh", "return @k > 0 && o.operand_period[k] == 1@;", "false"),
     ("a row read past its end", "pointwise.cuh", "place = @place + 1 == period ? 0 : place + 1@;", "place + 1"),
-    ("a row taken for aligned", "pointwise.cuh", "(row) % 16 == 0 && @(place | period) % kWidth == 0@) return", "true"),
+    (
+        "a row assumed to be aligned",
+        "pointwise.cuh",
+        "(row) % 16 == 0 && @(place | period) % kWidth == 0@) return",
+        "true",
+    ),
     (
         "a gradient in the first one's place",
         "pointwise.cuh",
@@ -337,7 +362,12 @@ LISTED = [
         "return @o.reduction == Reduction::kMean@ ? g",
         "false",
     ),
-    ("a scaled gradient handed over", "loss_values.cuh", "return o.grad_ready && @is_one@;", "true"),
+    (
+        "a gradient for grad_output = 1 used for another grad_output",
+        "loss_values.cuh",
+        "return o.grad_ready && @is_one@;",
+        "true",
+    ),
 ]
 
 
@@ -346,14 +376,14 @@ def listed_bugs(csrc: Path) -> list[Bug]:
     for what, file, where, wrong in LISTED:
         before, right, after = where.split("@")
         text = (csrc / "kernels" / "cuda" / file).read_text()
-        assert text.count(before + right + after) == 1, f"{file} has changed, say anew where to plant: {what}"
+        assert text.count(before + right + after) == 1, f"{file} has changed: update where to plant this bug: {what}"
         start = text.index(before + right + after) + len(before)
         found.append(Bug(f"{what} ({file})", file, start, start + len(right), wrong))
     return found
 
 
 def missing_barriers(csrc: Path) -> list[Bug]:
-    """Each barrier and fence of the kernels, taken out."""
+    """Removals of each barrier and fence of the kernels."""
     found = []
     for path in sorted([*csrc.glob("kernels/cuda/*.cu"), *csrc.glob("kernels/cuda/*.cuh")]):
         text = path.read_text()
@@ -364,9 +394,9 @@ def missing_barriers(csrc: Path) -> list[Bug]:
 
 
 def plant(csrc: Path, copy: Path, bugs: list[Bug]) -> None:
-    """A copy of the kernels in which `planted_bug == n` makes the n-th bug, counted from 1, and 0 none of them."""
+    """Copies the kernels, so that `planted_bug == n` activates the n-th bug, counted from 1, and 0 none of them."""
     shutil.copytree(csrc, copy)
-    # From the end of a file to its start, so that offsets hold.
+    # From the end of a file to its start, so that the offsets stay valid.
     for number, bug in sorted(enumerate(bugs, 1), key=lambda numbered: -numbered[1].start):
         path = copy / "kernels" / "cuda" / bug.file
         text = path.read_text()

@@ -1,4 +1,4 @@
-"""Random problems for the pointwise losses: any formula, any of its operands as one value, any of its gradients."""
+"""Random problems for the pointwise losses: any formula, operands of one value or repeated, any of the gradients."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def _softplus(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Formula:
-    """`operands` from three draws: any numbers, such of [0, 1] and signs. `terms`: how large what a loss is summed of
-    is, beyond the loss; of operands and parameters."""
+    """`operands` makes the operands from three draws: any numbers, numbers in [0, 1], and signs. `terms` computes the
+    size of the terms that make up a loss, in addition to the loss itself, from operands and parameters."""
 
     operands: Callable[[Tensor, Tensor, Tensor], list[Tensor]]
     parameters: tuple[float, ...] = ()
     terms: Callable[..., Tensor] = lambda x, *_: 0 * x
-    specials: tuple[float, ...] = ()  # of input
-    # Where torch has no derivative by some operands: the same, elementwise.
+    specials: tuple[float, ...] = ()  # values that are put into the input
+    # The same formula, elementwise, where torch has no derivative with respect to some operands.
     composed: Callable[..., Tensor] | None = None
 
 
 def _pairs(x: Tensor, u: Tensor, s: Tensor) -> list[Tensor]:
-    """Of numbers, some of them ties."""
+    """-> pairs of numbers, some of them equal."""
     return [x, torch.where(u < 0.1, x, x.roll(1) + s)]
 
 
@@ -98,7 +98,7 @@ class Pointwise(Problem):
         count = len(self.operands)
         self.loss_dtype = rng.choice([dtype, statistic(dtype)])
         self.same_offset = rng.random() < 0.6
-        # Of each operand, of its gradient, and of loss and grad_output.
+        # Of each operand, of each gradient, and of loss and grad_output.
         offsets = 2 * count + 2
         self.offsets = [rng.choice([0, 0, 1, 3])] * offsets
         if not self.same_offset:
@@ -107,7 +107,7 @@ class Pointwise(Problem):
         self.grad_stride = int(reduction == "none" and rng.random() < 0.7)
         values = torch.randn(numel if self.grad_stride else 1, dtype=torch.float64)
         self.grad_output = values.to(self.loss_dtype)
-        self.grad_output[self.grad_output == 1] = 2  # 1 is what the hand-over is about
+        self.grad_output[self.grad_output == 1] = 2  # check_hand_over tests 1
         self.wanted = sorted(rng.sample(range(count), rng.randint(1, count)))
         if rng.random() < 0.3:
             self.wanted = [0]
@@ -128,7 +128,7 @@ class Pointwise(Problem):
         self.repeat_operands(rng)
 
     def repeat_operands(self, rng: random.Random) -> None:
-        """`periods`: of each operand 0, or after how many elements it repeats itself; only 1 where operands are few."""
+        """Sets `periods`: 0, or after how many elements an operand repeats itself; with few operands, 0 or 1."""
         self.periods = [0] * len(self.operands)
         for k in range(1, len(self.operands)):
             if self.numel and rng.random() < 0.35:
@@ -174,7 +174,7 @@ class Pointwise(Problem):
         return grads
 
     def backward(self, emulator: Emulator, o: PointwiseOptions, values: Tensor, stride: int, ready: bool) -> bool:
-        """-> what it said of grad_output; True where it said nothing."""
+        """-> the reported grad_output_was_one; True if nothing was reported."""
         o.grad_output = emulator.input(values, "grad_output", self.offsets[-1]).data_ptr()
         o.grad_output_stride, o.grad_ready = stride, ready
         was_one = emulator.input(torch.ones(1, dtype=torch.int32), "grad_output_was_one", read_only=False)
@@ -183,19 +183,19 @@ class Pointwise(Problem):
         return bool(was_one)
 
     def check_hand_over(self, emulator: Emulator, o: PointwiseOptions, grads: dict[str, Tensor]) -> None:
-        """What the forward pass has left is the gradient for a grad_output of 1, which does not touch it; and it has
-        the bits of one that a backward pass computes."""
+        """The forward pass leaves the gradient for a grad_output of 1. The backward pass then does not change it. It is
+        bitwise identical to the gradient that the backward pass computes itself."""
         left = {name: bits_of(grad) for name, grad in grads.items()}
         one = torch.ones(1, dtype=self.loss_dtype)
         assert self.backward(emulator, o, one, 0, ready=True), f"{self}: grad_output_was_one"
-        assert all(torch.equal(bits_of(grads[name]), left[name]) for name in grads), f"{self}: the hand-over"
+        assert all(torch.equal(bits_of(grads[name]), left[name]) for name in grads), f"{self}: ready gradient not kept"
         computed = self.set_grads(emulator, o)
         self.backward(emulator, o, one, 0, ready=False)
         same = all(torch.equal(bits_of(computed[name]), left[name]) for name in grads)
         assert same, f"{self}: the gradient of the forward pass differs from that of the backward pass"
         self.compare(grads, one)
 
-    # ---- What must come out
+    # ---- Expected results
 
     def compare(self, results: dict[str, Tensor], grad_output: Tensor | None = None) -> None:
         numbers = torch.arange(self.numel)

@@ -1,4 +1,4 @@
-"""Random problems for the kernels: their values, one run of both passes in the emulator, and what must come out."""
+"""Random problems for the kernels: their values, one run of both passes in the emulator, and the expected results."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from .emulator import (
 
 LAYOUTS = ["contiguous", "expanded", "padded", "padded each", "inner", "inner last", "apart"]
 GAP_OFFSETS = [0, 0, 1, 2, 3, 4, 7]  # elements between a 256-byte boundary and a tensor's start
-GAPS = [0, 0, 1, 2, 3, 5, 8]  # elements behind each row
-# Small problems reach every kernel: as a large GPU would choose; rows of lanes, with and without room to keep what was
-# read; every row by a block; by a cluster; by blocks apart, some of them idle or all busy; columns of which a
-# block keeps all classes or none; columns of several threads a row, and rows that are taken as columns.
+GAPS = [0, 0, 1, 2, 3, 5, 8]  # elements after each row
+# Tunings with which small problems reach every kernel: the choices of a large GPU; rows that lanes take, with and
+# without space to keep what was read; rows that a block takes, or a cluster, or several separate blocks, of which some
+# are idle or all are busy; columns of which a block keeps all classes or none; columns with several threads per row,
+# and rows that are treated as columns.
 TUNINGS = {
     "default": {},
     "nothing kept": {"kept_bytes": 1},
@@ -50,19 +51,19 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 
 class Placement:
-    """Where a tensor [outer, classes, inner] lies: strides, the offset of its start, and the elements it spans."""
+    """The layout of a tensor [outer, classes, inner]: strides, the offset of the start, and the elements it spans."""
 
     def __init__(self, layout: str, shape: tuple[int, int, int], rng: random.Random, aligned: bool = False):
         outer, classes, inner = shape
         gap = 0 if layout in ("contiguous", "expanded") else rng.choice(GAPS)
         self.offset = 0 if layout in ("contiguous", "expanded") else rng.choice(GAP_OFFSETS)
-        if aligned:  # to 16 bytes; whether rows can be taken side by side is then up to the inner size
+        if aligned:  # to 16 bytes; only the inner size then decides whether rows can be taken side by side
             gap, self.offset = -inner % 8 + rng.choice([0, 0, 8]), rng.choice([0, 0, 8])
         if layout == "expanded":  # one row serves all
             self.strides = (0, 1, 1)
-        elif layout == "inner":  # (N, C, d): rows are neighbours
+        elif layout == "inner":  # (N, C, d): neighbouring elements belong to different rows
             self.strides = (classes * (inner + gap), inner + gap, 1)
-        elif layout == "apart":  # neither rows nor classes are
+        elif layout == "apart":  # neither rows nor classes are contiguous
             self.strides = (2 * classes * inner + gap, 2, 2 * classes)
         else:
             self.strides = (inner * (classes + gap), 1, classes + gap)
@@ -73,7 +74,7 @@ class Placement:
         return memory.as_strided(self.shape, self.strides, memory.storage_offset())
 
     def fill(self, values: Tensor) -> Tensor:
-        """The elements that the tensor spans, NaN in its gaps."""
+        """-> the elements that the tensor spans, with NaN in its gaps."""
         memory = torch.full((self.span,), float("nan"), dtype=values.dtype)
         if self.strides[0] == 0:
             return memory.copy_(values[0, :, 0])
@@ -82,10 +83,10 @@ class Placement:
 
 
 class Problem:
-    """What all losses share. Subclasses give `launch` (both passes; the outputs by name) and `compare`."""
+    """What all losses have in common. Subclasses define `launch`, which runs both passes, and `compare`."""
 
     def check(self, emulator: Emulator, planted_bug: int = 0) -> None:
-        """Nothing to complain of, the reference's values, and with every schedule the same bits."""
+        """Asserts that there are no complaints, that values match the reference, and that schedules agree bitwise."""
         first = None
         for seed, preempt_every in self.schedules:
             emulator.reset(seed, preempt_every, planted_bug)
@@ -136,14 +137,14 @@ class CrossEntropy(Problem):
         self.reduction = reduction or rng.choice(list(REDUCTIONS))
         self.layout = layout or rng.choice(LAYOUTS)
         if inner is None:
-            # Rows that a 16-byte access can reach together, or not.
+            # Sizes for which a 16-byte access can reach several rows, and others.
             inner = rng.choice([2, 3, 5, 8, 16]) if self.layout in ("inner", "inner last", "apart") else 1
         self.shape = (rows or rng.choice([1, 3, 5] if inner == 1 else [1, 2, 3]), classes, inner)
         self.rows = self.shape[0] * inner
         self.aligned = self.layout == "inner" and rng.random() < 0.7
         self.place_logits, self.place_target, self.place_grad = (self.place(rng) for _ in range(3))
         self.in_place = self.layout != "expanded" and rng.random() < 0.1  # the gradient replaces the logits
-        if self.layout in ("contiguous", "expanded", "padded"):  # what the op layer makes of one tensor
+        if self.layout in ("contiguous", "expanded", "padded"):  # as the op layer lays out these tensors
             self.place_target = self.place_logits
         if self.in_place or self.layout == "padded":
             self.place_grad = self.place_logits
@@ -155,7 +156,7 @@ class CrossEntropy(Problem):
         self.make_grad_output(rng)
         self.choose_schedules(rng)
         self.tuning = rng.choice(["default", *TUNINGS])
-        self.target_offset = rng.choice([0, 1])  # elements of 8 bytes behind a 16-byte boundary
+        self.target_offset = rng.choice([0, 1])  # 8-byte elements after a 16-byte boundary
         self.grad_in_forward = self.reduction != "none" and not self.in_place and rng.random() < 0.6
 
     def place(self, rng: random.Random) -> Placement:
@@ -171,7 +172,7 @@ class CrossEntropy(Problem):
         if rng.random() < 0.3 and self.classes > 2:
             x[torch.rand(self.shape) < rng.choice([0.1, 0.9])] = float("-inf")
             if rng.random() < 0.5:
-                x[:, : self.classes * 2 // 3] = float("-inf")  # whole tiles, the first ones
+                x[:, : self.classes * 2 // 3] = float("-inf")  # whole tiles at the start
         if rng.random() < 0.04:
             x[0, rng.randrange(self.classes), 0] = rng.choice([float("nan"), float("inf"), float("-inf")])
         if self.layout == "expanded":
@@ -198,7 +199,7 @@ class CrossEntropy(Problem):
         self.grad_stride = int(self.reduction == "none" and rng.random() < 0.7)  # 0: one value for all rows
         values = torch.randn(self.rows if self.grad_stride else 1, dtype=torch.float64) * rng.choice([1, 1, 64])
         self.grad_output = values.to(self.loss_dtype)
-        self.grad_output[self.grad_output == 1] = 2  # 1 is what the hand-over is about
+        self.grad_output[self.grad_output == 1] = 2  # check_hand_over tests 1
 
     # ---- A run
 
@@ -216,7 +217,7 @@ class CrossEntropy(Problem):
         return {**outputs, "grad_logits": self.backward(emulator, o, logits)}
 
     def backward(self, emulator: Emulator, o: CrossEntropyOptions, logits: Tensor) -> Tensor:
-        """What the forward pass has left, if anything, is not what this grad_output asks for."""
+        """Runs the backward pass. A gradient that the forward pass has left does not fit this grad_output."""
         o.grad_output = emulator.input(self.grad_output, "grad_output").data_ptr()
         o.grad_output_stride, o.grad_ready = self.grad_stride, self.grad_in_forward
         was_one = emulator.input(torch.ones(1, dtype=torch.int32), "grad_output_was_one", read_only=False)
@@ -233,19 +234,19 @@ class CrossEntropy(Problem):
         return self.place_grad.view(grad)
 
     def check_hand_over(self, emulator: Emulator, o: CrossEntropyOptions, grad: Tensor) -> None:
-        """The gradient that the forward pass has left is the one for a grad_output of 1, which does not touch it; and
-        it has the bits of one that a backward pass computes."""
+        """The forward pass leaves the gradient for a grad_output of 1. The backward pass then does not change it. It is
+        bitwise identical to the gradient that the backward pass computes itself."""
         left = grad.clone()
         was_one = emulator.output(1, torch.int32, "grad_output_was_one")
         o.grad_output = emulator.input(torch.ones(1, dtype=self.loss_dtype), "one").data_ptr()
         o.grad_output_stride, o.grad_ready, o.grad_output_was_one = 0, True, was_one.data_ptr()
         self.call(emulator, "cross_entropy_backward", o)
-        assert was_one == 1 and torch.equal(bits_of(grad), bits_of(left)), f"{self}: the hand-over"
+        assert was_one == 1 and torch.equal(bits_of(grad), bits_of(left)), f"{self}: a ready gradient was not kept"
         o.grad_ready = False
         computed = self.place_grad.view(self.set_grad(emulator, o))
         self.call(emulator, "cross_entropy_backward", o)
         left = self.place_grad.view(left)
-        # A CPU's NaN has a sign, that of the operand which the compiler puts first; a GPU's has none.
+        # On a CPU, a NaN has the sign of the operand that the compiler puts first; on a GPU, it has none.
         nan = computed.isnan() & left.isnan()
         same = torch.equal(bits_of(computed.masked_fill(nan, 0)), bits_of(left.masked_fill(nan, 0)))
         assert same, f"{self}: the gradient of the forward pass differs from that of the backward pass"
@@ -291,20 +292,20 @@ class CrossEntropy(Problem):
         o.scratch = emulator.output(emulator.call("cross_entropy_scratch", o), torch.uint8, "scratch").data_ptr()
         return outputs
 
-    # ---- What must come out
+    # ---- Expected results
 
     def expected(self) -> tuple[Tensor, Tensor]:
         x = self.logits.double().requires_grad_()
         loss = reference.cross_entropy(x, self.target, self.weight, self.ignore_index, self.reduction, self.smoothing)
         loss.backward(self.grad_output.double().expand(self.rows).view_as(loss) if loss.dim() else self.grad_output[0])
         grad = x.grad
-        if not self.target.is_floating_point():  # zeros, even where the logits are NaN
+        if not self.target.is_floating_point():  # ignored rows have zeros, even where the logits are NaN
             grad = torch.where((self.target != self.ignore_index)[:, None], grad, 0)
         return loss.detach().reshape(-1), grad
 
     def compare(self, results: dict[str, Tensor]) -> None:
         loss, grad = self.expected()
-        # The size of the terms that are added up: weights, times how far the logits lie apart.
+        # The size of the terms that are summed: the weights times the spread of the logits.
         finite = self.logits[self.logits.isfinite()].double()
         spread = (finite.max() - finite.min()).item() if finite.numel() else 0.0
         largest = (1 if self.weight is None else self.weight.max().item()) * (
@@ -336,7 +337,7 @@ class NegativeLogLikelihood(Problem):
         outer, classes, inner = shape
         self.rows, self.classes, self.layout = outer * inner, classes, layout or rng.choice(LAYOUTS)
         self.place_input = Placement(self.layout if inner == 1 or self.layout != "expanded" else "inner", shape, rng)
-        grad_layout = rng.choice(["contiguous", "padded", "inner"])  # "contiguous": the classes are
+        grad_layout = rng.choice(["contiguous", "padded", "inner"])  # in "contiguous", the classes are contiguous
         self.place_grad = Placement(grad_layout, shape, rng)
         values = torch.randn(shape, dtype=torch.float64) * rng.choice([1, 100])
         self.input = (values[:1].expand(shape) if self.place_input.strides[0] == 0 else values).to(dtype)

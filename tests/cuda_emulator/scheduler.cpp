@@ -1,6 +1,6 @@
 // Runs a kernel: each CUDA thread is a fiber with a stack of its own, and blocks run one after another. A seed decides
-// which thread goes first; threads change places at barriers, at warp operations and, if asked for, between any two
-// memory accesses.
+// which thread runs first. Threads are switched at barriers, at warp operations and, on request, between any two memory
+// accesses.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 extern "C" {
 uint3 emulator_thread_idx, emulator_block_idx;
 dim3 emulator_block_dim, emulator_grid_dim;
-// Saves the running fiber's registers on its stack and its stack pointer in *from; goes on where `to` was left.
+// Saves the running fiber's registers on its stack and its stack pointer in *from, then continues where `to` was saved.
 void emulator_switch(void** from, void* to) __attribute__((visibility("hidden")));
 }
 asm(R"(.text
@@ -46,8 +46,8 @@ std::mt19937 random_bits;
 
 namespace {
 
-unsigned seed = 0;           // 0 is the order of the threads' numbers
-unsigned preempt_every = 0;  // about how many accesses apart; 0 is never
+unsigned seed = 0;           // 0: in the order of the threads' numbers
+unsigned preempt_every = 0;  // the most accesses between two switches; 0: threads are only switched where they wait
 unsigned accesses_left = 0;
 
 void (*kernel_thread)(void*);
@@ -66,7 +66,7 @@ bool same_place(SourceLine a, SourceLine b) { return a.line == b.line && std::st
 
 // ---- Barriers
 
-// What a thread has learnt of other blocks, all of its block know behind the next barrier.
+// After a barrier, all threads of a block know what any of them has learnt of other blocks.
 void pass_barrier(Block& block) {
   ++block.barriers;
   for (Thread& t : block.threads) {
@@ -75,7 +75,7 @@ void pass_barrier(Block& block) {
   }
 }
 
-// Do all threads that have not returned wait at one barrier, of this kind? Then -> how many came with a predicate.
+// If all threads that have not returned wait at one barrier of this kind: how many of them have a true predicate.
 std::optional<int> all_wait(const Block* blocks, size_t count, State at_barrier) {
   const Thread* first = nullptr;
   int with_predicate = 0;
@@ -97,7 +97,7 @@ std::optional<int> all_wait(const Block* blocks, size_t count, State at_barrier)
   return with_predicate;
 }
 
-// Opens the block's barrier once every thread waits at it, or has returned.
+// Opens the block's barrier once every thread waits at it or has returned.
 void try_barrier(Block& block) {
   const auto with_predicate = all_wait(&block, 1, State::kAtBarrier);
   if (!with_predicate) return;
@@ -125,7 +125,7 @@ struct Warp {
   Thread* lanes;
   int size;
 
-  // The lanes in this state, as a mask.
+  // The mask of the lanes that satisfy the predicate.
   template <typename Predicate>
   unsigned which(Predicate predicate) const {
     unsigned mask = 0;
@@ -159,7 +159,7 @@ void complete(const Warp& warp, unsigned participants, bool whole_warp) {
     if (participants >> i & 1) wake(warp.lanes[i]);
 }
 
-// Completes a warp operation once every lane of its mask that has not returned waits at it.
+// Completes a warp operation once all lanes of its mask that have not returned wait at it.
 void try_warp_op(Block& block, uint32_t thread) {
   const Warp warp = warp_of(block, thread);
   const unsigned alive = warp.which([](const Thread& t) { return t.state != State::kDone; });
@@ -184,7 +184,7 @@ void try_warp_op(Block& block, uint32_t thread) {
 void thread_main() {
   kernel_thread(kernel_arguments);
   if (running->copies_done != running->copies.size())
-    complain("ASYNCHRONOUS COPY", "not waited for when its thread ends");
+    complain("ASYNCHRONOUS COPY", "not waited for before its thread ended");
   running->state = State::kDone;
   try_warp_op(*running->block, running->number);
   try_barrier(*running->block);
@@ -193,7 +193,7 @@ void thread_main() {
   std::abort();  // nobody wakes a thread that is done
 }
 
-// Stacks stay for the next launch: the system gives their pages when they are first touched.
+// Stacks are kept for the next launch. The system provides their pages when they are first touched.
 char* stack_of(const Block& block, uint32_t thread) {
   static char* stacks = nullptr;
   if (stacks == nullptr) {
@@ -213,7 +213,7 @@ void start_thread(Block& block, uint32_t number) {
   t.number = number;
   t.idx = {number % size.x, number / size.x % size.y, number / size.x / size.y};
   t.stack = stack_of(block, number);
-  // What emulator_switch will pop: six registers, then thread_main as the address to return to.
+  // What emulator_switch will pop: six registers, then thread_main as the return address.
   void** top = reinterpret_cast<void**>(t.stack + kStackSize - 16);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(thread_main);
@@ -237,7 +237,7 @@ void report_deadlock() {
     for (Thread& t : block.threads)
       if (t.state != State::kDone) {
         running = &t;  // for the message
-        complain("DEADLOCK", "waits for threads, or bytes, that never come, at " + place(t.waits_at));
+        complain("DEADLOCK", "waits for threads or bytes that never arrive, at " + place(t.waits_at));
         running = nullptr;
         stopped = true;
         return;
@@ -257,20 +257,20 @@ void start(Block& block, uint32_t number) {
 
 constexpr unsigned kThreadsBetweenArrivals = 16;  // on average
 
-// The blocks from number `first` on.
+// Runs the cluster whose blocks have the numbers from `first` on.
 void run_cluster(uint32_t first) {
   ready.clear();
   forget_pieces();
   for (uint32_t rank = 0; rank < cluster.size(); ++rank) start(cluster[rank], first + rank);
   for (size_t head = 0; !stopped;) {
     const bool nobody_is_ready = head == ready.size();
-    // What has been sent arrives at any time, and at the latest when nothing else can go on.
+    // A piece that was sent arrives at any time, and at the latest when no thread can continue.
     if (pieces_on_their_way() && (nobody_is_ready || (seed != 0 && random_bits() % kThreadsBetweenArrivals == 0))) {
       let_a_piece_arrive();
       continue;
     }
     if (nobody_is_ready) break;
-    // One of those that have waited longest, so that nobody waits for ever.
+    // Choose among the threads that have waited longest, so that none waits forever.
     const size_t choices = std::min<size_t>(ready.size() - head, cluster.size() * thread_count());
     if (seed != 0) std::swap(ready[head], ready[head + random_bits() % choices]);
     run(ready[head++]);
@@ -323,7 +323,7 @@ void stop() {
 
 extern "C" void emulator_copy_later(void* to, const void* from, size_t size) {
   if (size != 4 && size != 8 && size != 16)
-    complain("ASYNCHRONOUS COPY", "of " + std::to_string(size) + " bytes, 4, 8 or 16 are expected");
+    complain("ASYNCHRONOUS COPY", "of " + std::to_string(size) + " bytes; only 4, 8 or 16 are allowed");
   running->copies.push_back({to, from, size, running->groups_committed});
 }
 extern "C" void emulator_commit_copies() { ++running->groups_committed; }
@@ -369,7 +369,8 @@ extern "C" uint64_t emulator_warp_op(WarpOp op, unsigned mask, uint64_t value, i
   return t.result;
 }
 
-// Since the last reset. A GPU gives a kernel 48 KB without being asked; here problems are small.
+// The shared memory that kernels were prepared for since the last reset. A GPU permits 48 KB without that, but the test
+// problems are small, so the limit is lower here.
 std::map<const void*, size_t> prepared;
 constexpr size_t kUnasked = 256;
 
@@ -408,7 +409,7 @@ extern "C" cudaError_t emulator_launch(const void* kernel, dim3 grid, dim3 block
   return last_error;
 }
 
-// Also forgets the last error, and what was launched.
+// Also forgets the last error and the list of launches.
 EMULATOR_EXPORT void emulator_schedule(unsigned with_seed, unsigned with_preempt_every) {
   launches.clear();
   last_error = cudaSuccess;

@@ -1,6 +1,6 @@
-// Kernels that use all that the emulator checks, in the right way, or with one planted bug. One sums `input` and leaves
-// the sum of each block in `partial`; the last block to finish adds those. The blocks of a cluster send each other the
-// first elements, and each adds up all of them.
+// Kernels that use everything that the emulator checks, either correctly or with one planted bug. `sum` sums `input`
+// and leaves the sum of each block in `partial`; the last block to finish adds those. In `exchange`, the blocks of a
+// cluster send each other the first elements, and each block adds up all of them.
 #include <cassert>
 
 namespace {
@@ -8,30 +8,30 @@ namespace {
 constexpr int kThreads = 96;
 constexpr int kBlocks = 4, kTurns = 5;  // of the cluster
 
-// The planted bugs; tests/test_cuda_emulator.py knows which complaint each must cause.
+// The planted bugs. tests/test_cuda_emulator.py lists the complaint that each of them must cause.
 enum {
   kNone,
   kNoBarrier,         // warps' sums are read before they are written
   kNoFence,           // blocks' sums are not published before the ticket is taken
-  kNoSyncWarp,        // lanes read what others of their warp are about to write
+  kNoSyncWarp,        // lanes read what other lanes of their warp may not have written yet
   kDivergentBarrier,  // a barrier that only the first warp reaches
   kDivergentShuffle,  // a shuffle that half of a warp reaches
-  kPlainTicket,       // blocks count with += in place of an atomic
+  kPlainTicket,       // blocks count with += instead of an atomic
   kPastSharedArray,
   kPastInput,
-  kUninitialised,  // shared memory read before it is written
-  kMisaligned,     // a 16-byte load from an odd address
+  kUninitialised,  // shared memory is read before it is written
+  kMisaligned,     // a 16-byte load from a misaligned address
   kWriteToInput,
   kAssert,
   kOverflow,             // of a signed integer
-  kNoWait,               // what is sent is read before it arrives
-  kWrongParity,          // a wait for a phase that ended long ago
-  kTooFewBytes,          // expected; one block's piece is not waited for
-  kTooManyBytes,         // expected; they never come
+  kNoWait,               // messages are read before they arrive
+  kWrongParity,          // waits for a phase that ended long ago
+  kTooFewBytes,          // one block's piece is not waited for
+  kTooManyBytes,         // some of the expected bytes never arrive
   kStillRead,            // blocks send to a place that others may still read
-  kNoBarrierBeforeSend,  // receivers learn nothing of this block's other threads, which may still read
-  kNotStarted,           // there is no barrier to count what arrives
-  kNoClusterBarrier,     // blocks send to one that may not have started, nor its barrier
+  kNoBarrierBeforeSend,  // other threads of the sending block may still read the previous messages
+  kNotStarted,           // the barrier that counts the messages is not initialised
+  kNoClusterBarrier,     // blocks send to one that may not have started, or whose barrier may not be initialised
   kSentAtTheEnd,         // blocks send to one that may have ended
   kNoSuchBlock,
 };
@@ -51,7 +51,7 @@ __device__ float warp_sum(float value) {
   return value;
 }
 
-// Every lane's neighbour's value, by way of shared memory.
+// Returns the value of each lane's neighbour, by way of shared memory.
 __device__ float neighbour(float value) {
   __shared__ float values[kThreads];
   values[threadIdx.x] = value;
@@ -114,7 +114,7 @@ __global__ void exchange(const float* input, float* total) {
   for (int turn = 0; turn < kTurns; ++turn) {
     const int place = planted_bug == kStillRead ? 0 : turn % 2;
     const auto at = shared_address(&arrived[turn % 2]);
-    if (planted_bug != kNoBarrierBeforeSend) __syncthreads();  // all have read what was sent before
+    if (planted_bug != kNoBarrierBeforeSend) __syncthreads();  // all threads have read the previous messages
     const int blocks = planted_bug == kTooFewBytes ? kBlocks - 1 : planted_bug == kTooManyBytes ? kBlocks + 1 : kBlocks;
     if (thread == 0) expect_arrivals(at, unsigned(blocks * sizeof(uint4)));
     if (thread < kBlocks) send(turn);

@@ -1,15 +1,15 @@
-// Clusters: blocks that run at the same time, wait for one another and reach into each other's shared memory.
+// Clusters: blocks that run at the same time, wait for one another and access each other's shared memory.
 #pragma once
 
 #include "kernels/cuda/launch.cuh"
 
 namespace fusedloss::cuda {
 
-constexpr int kMaxCluster = 8;  // blocks; what every GPU that has clusters can do
+constexpr int kMaxCluster = 8;  // blocks; every GPU that has clusters supports this many
 
 #if FUSEDLOSS_CUDA_ARCH >= 900 || defined(FUSEDLOSS_LAUNCH)
 
-// Waits for all threads of the cluster, and orders what they did before.
+// Waits for all threads of the cluster. What they did before is then visible to all of them.
 __device__ __forceinline__ void cluster_sync() {
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
@@ -17,29 +17,30 @@ __device__ __forceinline__ void cluster_sync() {
 
 #else
 
-// Clusters are never launched: the host asks whether this was compiled for them.
+// Never called: the host launches clusters only if the kernels were compiled for them (see query_device).
 __device__ __forceinline__ void cluster_sync() { __trap(); }
 
 #endif
 
-// ---- What a block sends to another, which waits for these bytes alone (st.async)
+// ---- Messages from one block to another: the receiver waits for these bytes alone (st.async)
 //
-// A barrier of the cluster would also wait until every earlier store is done, such as those of a gradient.
+// A barrier of the cluster would also wait until all earlier stores are done, such as those of a gradient.
 //
 // The receiver has an arrival barrier (mbarrier) in its shared memory, which goes from phase to phase. A phase ends
-// once one thread of the receiver has said in it how many bytes to expect, and as many have come; some may come before
-// that is said. Whoever has waited for the end can read what has come. Nothing else of what the senders did is ordered
-// by it.
+// when one thread of the receiver has announced in this phase how many bytes to expect, and all of them have arrived.
+// Some bytes may arrive before the announcement. A thread that has waited for the end of a phase can read the bytes
+// that arrived in it. Nothing else that the senders did is ordered by the barrier.
 //
-//   start_arrivals(barriers)            makes them ready, for phase 0; by one thread, before a barrier of the cluster
+//   start_arrivals(barriers)            initialises the barriers, in phase 0; one thread calls it, before a barrier of
+//                                       the cluster
 //   shared_address(&barrier)            converts a barrier's address for the functions below, once for all of them
-//   expect_arrivals(at, bytes)          says how many bytes will come in this phase
-//   send_to_block(rank, &p, piece, at)  writes 16 bytes, sooner or later, to what p is in the block of that rank, and
-//                                       counts them at that block's barrier
-//   wait_for_arrivals(at, parity)       waits for the end of the phase under way if its number has this parity, 0 or 1;
-//                                       else the phase before it is meant, and has ended
+//   expect_arrivals(at, bytes)          announces how many bytes will arrive in this phase
+//   send_to_block(rank, &p, piece, at)  starts a write of 16 bytes to p in the shared memory of the block of that rank;
+//                                       when they arrive, that block's barrier counts them
+//   wait_for_arrivals(at, parity)       if the number of the current phase has this parity (0 or 1), waits for the end
+//                                       of that phase; otherwise the previous phase is meant, and it returns at once
 //
-// Whoever defines FUSEDLOSS_LAUNCH has these five, too.
+// The emulator, which defines FUSEDLOSS_LAUNCH, also defines these five functions.
 
 #if FUSEDLOSS_CUDA_ARCH >= 900
 
@@ -82,7 +83,7 @@ __device__ __forceinline__ void wait_for_arrivals(unsigned at, unsigned parity) 
 
 #elif !defined(FUSEDLOSS_LAUNCH)
 
-// The compiler need not make code for what would follow.
+// __builtin_unreachable lets the compiler drop all code behind a call of one of these functions.
 __device__ __forceinline__ void no_arrivals() {
   __trap();
   __builtin_unreachable();

@@ -1,12 +1,12 @@
-// How a kernel is launched and chosen, and what the device has. tests/cuda_emulator, which executes kernels on a CPU,
-// defines FUSEDLOSS_LAUNCH and FUSEDLOSS_PREPARE for itself; only this file and cluster.cuh know of it.
+// How kernels are launched and selected, and what the device has. tests/cuda_emulator executes the kernels on a CPU. It
+// defines FUSEDLOSS_LAUNCH and FUSEDLOSS_PREPARE for itself; only this file and cluster.cuh check for these macros.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// A target out of range stops release builds too, as it does in torch.
+// A target out of range stops release builds too, as in torch, so assert must stay active.
 #undef NDEBUG
 #include <cassert>
 #include <map>
@@ -16,7 +16,7 @@
 #include "kernels/integers.h"
 #include "kernels/options.h"
 
-// What this compiler pass makes code for: 900 is sm_90, 0 is a CPU.
+// The architecture that this compiler pass generates code for: 900 is sm_90, 0 is a CPU.
 #ifdef __CUDA_ARCH__
 #define FUSEDLOSS_CUDA_ARCH __CUDA_ARCH__
 #else
@@ -27,24 +27,25 @@ namespace fusedloss::cuda {
 
 constexpr int kWarp = 32;  // threads
 constexpr int kWarpShift = 5;
-constexpr int kVectorBytes = 16;  // that one instruction loads or stores, at most
+constexpr int kVectorBytes = 16;  // the most that one instruction loads or stores
 
-// The shared memory that a launch asks for.
+// The shared memory that a launch requests.
 extern __shared__ uint4 dynamic_shared_memory[];
 
 struct LaunchShape {
   dim3 grid = 1, block = 1;
   int cluster = 1;           // blocks
   int64_t shared_bytes = 0;  // of dynamic_shared_memory
-  bool overlaps = false;     // the kernel may start before the launch before it has ended: see wait_for_launch_before
+  bool overlaps = false;     // may start before the previous launch has ended: see wait_for_launch_before
 };
 
-// Programmatic dependent launch. The blocks of a kernel that is launched with `overlaps` may start as soon as all
-// blocks of the launch before have called let_next_launch_start, or have ended. In wait_for_launch_before a kernel
-// waits until that launch has ended and what it wrote can be read. Each block of each such kernel calls it, so that an
-// earlier launch's end means that all before it have ended, too. Before, a kernel may only touch what the launch before
-// neither writes nor reads; what launches before that one wrote can be read, if that one itself has been launched
-// without `overlaps`: so rows read logits and targets while their weights are summed.
+// Programmatic dependent launch. If a kernel is launched with `overlaps`, its blocks may start as soon as all blocks of
+// the previous launch have called let_next_launch_start or have ended. In wait_for_launch_before the kernel waits until
+// the previous launch has ended and its writes are visible. Every block of every such kernel calls it: then the end of
+// a launch implies that all launches before it have ended, too.
+// Before this call, a kernel may only read what the previous launch does not write, and only write what the previous
+// launch does not access. It may read what still earlier launches wrote if the previous launch had no `overlaps`. This
+// lets the rows' kernels read logits and targets while sum_target_weights runs.
 __device__ __forceinline__ void let_next_launch_start() {
 #if FUSEDLOSS_CUDA_ARCH >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -79,8 +80,8 @@ struct LaunchConfig {
       overlap.val.programmaticStreamSerializationAllowed = 1;
     }
 #if CUDART_VERSION >= 13000
-    // As much of a multiprocessor's memory as can be: the driver by itself may leave room for fewer blocks than
-    // registers allow. What needs little is better off with a large first-level cache.
+    // Request the largest shared memory carveout: by default, the driver may leave shared memory for fewer blocks than
+    // the registers allow. Kernels that need little shared memory are better off with a large L1 cache.
     if (shape.shared_bytes > 8 * 1024) {
       cudaLaunchAttribute& carveout = attributes[config.numAttrs++];
       carveout.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
@@ -97,9 +98,9 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
   return cudaLaunchKernelEx(&launch.config, kernel, Parameters(arguments)...);
 }
 
-// How many blocks of such a launch the current device holds at once. The runtime is queried once for each kind of
-// launch, and then also told how much shared memory the kernel may ask for: it must be, before the kernel is launched
-// with more than 48 KB.
+// How many blocks of such a launch the current device can hold at once. The runtime is queried once for each kind of
+// launch. That query also raises the kernel's limit of dynamic shared memory, which must happen before the kernel is
+// launched with more than 48 KB.
 template <typename... Parameters>
 cudaError_t resident_blocks(void (*kernel)(Parameters...), const LaunchShape& shape, int64_t& answer) {
   static std::mutex one_at_a_time;
@@ -116,7 +117,7 @@ cudaError_t resident_blocks(void (*kernel)(Parameters...), const LaunchShape& sh
   int count = 0, multiprocessors = 0;
   cudaFuncAttributes now = {};
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&now, kernel);
-  if (error == cudaSuccess && shape.shared_bytes > now.maxDynamicSharedSizeBytes)  // never less than others have asked
+  if (error == cudaSuccess && shape.shared_bytes > now.maxDynamicSharedSizeBytes)  // never lower it
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
   if (error == cudaSuccess && shape.cluster > 1) {
     const LaunchConfig launch(shape, nullptr);
@@ -145,9 +146,9 @@ cudaError_t resident_blocks(void (*kernel)(Parameters...), const LaunchShape& sh
 }
 #endif
 
-constexpr int64_t kReservedSharedBytes = 7 * 1024;  // of a block
+constexpr int64_t kReservedSharedBytes = 7 * 1024;  // per block, for the system and the kernel
 
-// kernel: any of this build.
+// kernel: any kernel of this build.
 inline cudaError_t query_device(int device, const void* kernel, CudaTuning& answer) {
   cudaError_t error = cudaSuccess;
   const auto query = [&](cudaDeviceAttr attribute) {
@@ -156,7 +157,7 @@ inline cudaError_t query_device(int device, const void* kernel, CudaTuning& answ
     return int64_t(value);
   };
   answer.multiprocessors = query(cudaDevAttrMultiProcessorCount);
-  // Room for two blocks, so that one loads while the other stores; some of each is the system's and the kernel's own.
+  // Half of it, so that two blocks fit and one loads while the other stores. Each loses the reserved bytes.
   const int64_t half = query(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2;
   const int64_t most = query(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   answer.kept_bytes = (half < most ? half : most) - kReservedSharedBytes;
@@ -169,7 +170,7 @@ inline cudaError_t query_device(int device, const void* kernel, CudaTuning& answ
   return error;
 }
 
-// Fills in what is not given, as the current device has it.
+// Replaces zeros in the tuning by the current device's values, and turns overlap off where the device lacks it.
 inline cudaError_t complete(CudaTuning& tuning, const void* kernel) {
   static std::mutex one_at_a_time;
   static std::map<int, CudaTuning> answers;  // by device
@@ -190,7 +191,7 @@ inline cudaError_t complete(CudaTuning& tuning, const void* kernel) {
   return cudaSuccess;
 }
 
-// Of a kernel that waits for the launch before it, one of this library.
+// The shape of a launch that waits for the previous launch of this library.
 template <typename Options>
 LaunchShape after_launch(const Options& o, unsigned grid, dim3 block) {
   LaunchShape shape = {grid, block};
@@ -200,7 +201,7 @@ LaunchShape after_launch(const Options& o, unsigned grid, dim3 block) {
 
 inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// The most blocks for a backward pass whose gradient is ready: mostly there is nothing left to do, and many blocks
+// The most blocks for a backward pass whose gradient may be ready: usually there is nothing left to do, and many blocks
 // would take long to find that out.
 constexpr int64_t kReadyGradientBlocks = 264;
 

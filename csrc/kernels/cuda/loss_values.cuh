@@ -1,4 +1,4 @@
-// The reduced loss, and what a loss is multiplied by in the backward pass, of any loss's options.
+// The reduced loss, and the factor of a loss in the backward pass, for the options of any loss.
 #pragma once
 
 #include "kernels/cuda/reduce.cuh"
@@ -20,7 +20,7 @@ __device__ __forceinline__ void store_total_weight(const Options& o, double sum)
   *static_cast<AccumulateType<T>*>(o.total_weight) = AccumulateType<T>(sum);
 }
 
-// Stores both: the reduced loss and, for the mean, what it was divided by.
+// Stores the reduced loss and, for the mean, the total weight by which it was divided.
 template <typename T, typename Options>
 __device__ __forceinline__ void store_result(const Options& o, const LossSum& sum) {
   store_reduced_loss<T>(o, sum);
@@ -34,8 +34,8 @@ __device__ __forceinline__ AccumulateType<T> grad_output_at(const Options& o, in
   return g[0];
 }
 
-// Whether the forward pass has written the gradient that this backward pass is to compute. Called by all threads of the
-// grid.
+// True if the forward pass has already written the gradient that this backward pass is to compute. All threads of the
+// grid call this; the first one also reports whether grad_output is 1.
 template <typename T, typename Options>
 __device__ __forceinline__ bool gradient_is_ready(const Options& o) {
   if (o.grad_output_stride != 0) return false;

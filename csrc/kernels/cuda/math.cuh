@@ -1,11 +1,12 @@
-// The functions of a number that the formulas take on the GPU: CUDA's accurate ones, over their whole domain, where
-// those are short (expf takes 7 instructions) or seldom, and others in float where CUDA's are long or branch.
-// Instructions, not memory, bound a loss that has more than some forty of them for an element of 16 bits, and a branch
-// for each element keeps the compiler from interleaving the elements. Small results count in the pointwise losses;
-// exp_nonpositive, which is for cross entropy, gives 0 below 2^-126. The errors that are stated for log, log1p and
-// expm1 were found by running the same arithmetic on a CPU for tens of millions of floats; those of quotients follow
-// from the error of 1 ulp that the hardware's inverse is said to have. The emulator has the C library's functions in
-// their place.
+// The functions of one number that the formulas use on the GPU. Where CUDA's accurate function is short (expf takes 8
+// instructions) or rarely used, it is taken as it is, over its whole domain. Where CUDA's is long or branches, there is
+// a replacement in float. A loss of more than about forty instructions per 16-bit element is bound by instructions, not
+// by memory, and a branch for each element keeps the compiler from interleaving the elements. The pointwise losses need
+// small results to be accurate; exp_nonpositive, which only cross entropy uses, gives 0 below 2^-126.
+//
+// The errors that are stated for log, log1p and expm1 were found by running the same arithmetic on a CPU for tens of
+// millions of floats. Those of quotients follow from the documented error of the hardware's reciprocal, 1 ulp. The
+// emulator uses the C library's functions instead.
 #pragma once
 
 #include <cmath>
@@ -26,7 +27,7 @@ FUSEDLOSS_INLINE V constant(double value) {
   return V(value);
 }
 
-// M: bool, or int where two of them were joined.
+// M is bool, or int after two conditions were combined by & or |.
 template <typename M>
 FUSEDLOSS_INLINE bool any(M condition) {
   return condition != M{};
@@ -38,18 +39,19 @@ FUSEDLOSS_INLINE V select(M condition, V a, V b) {
 
 FUSEDLOSS_INLINE float abs(float x) { return ::fabsf(x); }
 FUSEDLOSS_INLINE double abs(double x) { return ::fabs(x); }
-// x * x - squared, where that is x * x rounded.
+// x * x - squared, where `squared` is x * x rounded: the rounding error of the square.
 FUSEDLOSS_INLINE float lost_by_squaring(float x, float squared) { return ::fmaf(x, x, -squared); }
 FUSEDLOSS_INLINE double lost_by_squaring(double x, double squared) { return ::fma(x, x, -squared); }
 FUSEDLOSS_INLINE float pow(float x, float y) { return ::powf(x, y); }
 FUSEDLOSS_INLINE double pow(double x, double y) { return ::pow(x, y); }
 
-// The other argument where one is NaN.
+// If one argument is NaN, the result is the other one.
 FUSEDLOSS_INLINE float max(float a, float b) { return ::fmaxf(a, b); }
 FUSEDLOSS_INLINE double max(double a, double b) { return ::fmax(a, b); }
 
-// The hardware's 2^x, instead of the eight instructions of expf: 2 ulp around 0, where the large terms of a softmax
-// lie, and below it no worse than what rounding the argument to float32 does anyway. Under 2^-126 it gives 0.
+// The hardware's 2^x, instead of the eight instructions of expf. Its error is 2 ulp for x around 0, where the large
+// terms of a softmax lie. Further below, the error is no larger than the one that rounding the argument to float32
+// causes anyway. Results under 2^-126 are flushed to 0.
 FUSEDLOSS_INLINE float exp_nonpositive(float x) {
 #if FUSEDLOSS_CUDA_ARCH
   float power;
@@ -61,8 +63,8 @@ FUSEDLOSS_INLINE float exp_nonpositive(float x) {
 }
 FUSEDLOSS_INLINE double exp_nonpositive(double x) { return ::exp(x); }
 
-// A product and a sum that are rounded by themselves, where the compiler might fuse a product with the sum that it is
-// part of: in one kernel it does so and in another not, and their results would differ in the last place.
+// A product and a sum that the compiler must not fuse. It might fuse a product with the sum that uses it in one kernel
+// and not in another; their results would then differ in the last place.
 template <typename A>
 FUSEDLOSS_INLINE A rounded_product(A a, A b) {
 #if FUSEDLOSS_CUDA_ARCH
@@ -83,11 +85,13 @@ FUSEDLOSS_INLINE A rounded_sum(A a, A b) {
 #endif
 }
 
-// ---- division: IEEE's takes 10 instructions and a branch for each quotient. A quotient is a rounded product here:
-// fused with a sum in one kernel and not in another, it would give them different bits.
+// ---- Division
+//
+// IEEE division takes 10 instructions and a branch for each quotient. The quotients here end in a rounded product: if
+// it were fused with a sum in one kernel and not in another, the results would differ.
 
-// The hardware's 1/x, at most 1 ulp from it for 2^-126 <= |x| <= 2^126. It takes what is subnormal for 0, and gives 0
-// instead of what is subnormal.
+// The hardware's 1/x. The error is at most 1 ulp for 2^-126 <= |x| <= 2^126. Subnormal arguments count as 0, and
+// subnormal results are flushed to 0.
 FUSEDLOSS_INLINE float inverse_of_moderate(float x) {
 #if FUSEDLOSS_CUDA_ARCH
   float inverse;
@@ -99,9 +103,9 @@ FUSEDLOSS_INLINE float inverse_of_moderate(float x) {
 }
 FUSEDLOSS_INLINE double inverse_of_moderate(double x) { return 1 / x; }
 
-// A power of two that brings x to where inverse_of_moderate is precise: x * scale is in [0.5, 4) for what is normal, in
-// [2^-23, 1) for what is subnormal, and what x is for 0, an infinity and NaN. It is made of the bits of x: the exponent
-// that makes x * scale at least 0.5, but no less than 2^-126, so that it is itself normal.
+// A power of two that brings x into the range where inverse_of_moderate is accurate: x * scale is in [0.5, 4) for a
+// normal x and in [2^-23, 1) for a subnormal one, and remains 0, infinite or NaN. The scale is computed from the bits
+// of x: its exponent makes x * scale at least 0.5, but is no less than -126, so that the scale itself is normal.
 FUSEDLOSS_INLINE float scale_for_inverse(float x) {
 #if FUSEDLOSS_CUDA_ARCH
   return __int_as_float(::max(0x7e800000 - (__float_as_int(x) & 0x7f800000), 0x00800000));
@@ -111,17 +115,17 @@ FUSEDLOSS_INLINE float scale_for_inverse(float x) {
 #endif
 }
 
-// 1/x over its whole domain: at most 1 ulp from it as inverse_of_moderate is, and 1.5 of the smallest numbers where the
-// result is subnormal.
+// 1/x over its whole domain. The error is at most 1 ulp, like that of inverse_of_moderate, and 1.5 times the smallest
+// subnormal number where the result is subnormal.
 FUSEDLOSS_INLINE float inverse(float x) {
   const float scale = scale_for_inverse(x);
   return math::rounded_product(inverse_of_moderate(x * scale), scale);
 }
 FUSEDLOSS_INLINE double inverse(double x) { return 1 / x; }
 
-// a/b over its whole domain, with an error below 3 ulp (below 2 where the hardware's inverse is the nearest float),
-// also where the result is subnormal. a is scaled first: that product cannot overflow before the quotient does. Beside
-// inverse(b) it takes two instructions more.
+// a/b over its whole domain, including subnormal results. The error is below 3 ulp, and below 2 ulp where the
+// hardware's inverse is the nearest float. a is scaled first: that product cannot overflow unless the quotient does.
+// This takes two instructions more than inverse(b).
 FUSEDLOSS_INLINE float divide(float a, float b) {
 #if FUSEDLOSS_CUDA_ARCH
   const float scale = scale_for_inverse(b);
@@ -132,7 +136,7 @@ FUSEDLOSS_INLINE float divide(float a, float b) {
 }
 FUSEDLOSS_INLINE double divide(double a, double b) { return a / b; }
 
-// The same for 2^-126 <= |b| <= 2^126 or NaN.
+// a/b for 2^-126 <= |b| <= 2^126 or NaN.
 FUSEDLOSS_INLINE float divide_by_moderate(float a, float b) {
 #if FUSEDLOSS_CUDA_ARCH
   return math::rounded_product(a, inverse_of_moderate(b));
@@ -142,9 +146,9 @@ FUSEDLOSS_INLINE float divide_by_moderate(float a, float b) {
 }
 FUSEDLOSS_INLINE double divide_by_moderate(double a, double b) { return a / b; }
 
-// The same with an error below 0.51 ulp, for |a| >= 2^-100: what the quotient leaves of a is divided as well. That is
-// NaN for an infinite a, and then taken for some finite number, so that the quotient stays infinite. IEEE's takes twice
-// the five instructions, and a branch.
+// a/b for the same b and |a| >= 2^-100, with an error below 0.51 ulp: the remainder of a is divided as well. For an
+// infinite a, the remainder is NaN, which max replaces by a finite number, so that the quotient stays infinite. IEEE
+// division takes twice the five instructions of this, and a branch.
 FUSEDLOSS_INLINE float divide_closely_by_moderate(float a, float b) {
 #if FUSEDLOSS_CUDA_ARCH
   const float inverse = inverse_of_moderate(b), quotient = math::rounded_product(a, inverse);
@@ -155,18 +159,18 @@ FUSEDLOSS_INLINE float divide_closely_by_moderate(float a, float b) {
 }
 FUSEDLOSS_INLINE double divide_closely_by_moderate(double a, double b) { return a / b; }
 
-// ---- logarithms and expm1
+// ---- Logarithms and expm1
 
 #if FUSEDLOSS_CUDA_ARCH
-// The hardware's logarithm to base 2, with an absolute error of at most 2^-22 between 1/2 and 2, and a relative one of
-// at most 2^-22 elsewhere. It takes what is subnormal for 0.
+// The hardware's logarithm to base 2. The absolute error is at most 2^-22 between 1/2 and 2, and the relative error is
+// at most 2^-22 elsewhere. Subnormal arguments count as 0.
 __device__ __forceinline__ float binary_log(float x) {
   float log;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log) : "f"(x));
   return log;
 }
 
-// Of x = 2^k (1 + f), f in [-1/3, 1/3): 2^23 k. That taken from a number's bits divides it by 2^k.
+// For x = 2^k (1 + f) with f in [-1/3, 1/3): 2^23 k. Subtracting that from the bits of a number divides it by 2^k.
 __device__ __forceinline__ unsigned exponent_bits(float x) { return (__float_as_uint(x) - 0x3f2aaaabu) & 0xff800000u; }
 
 // log(2^k (1 + f)) = k log 2 + f + f^2 q(f), where q is fitted to a relative error of the result of 2.6e-8.
@@ -183,8 +187,8 @@ __device__ __forceinline__ float log_of_parts(unsigned exponent, float f) {
 }
 #endif
 
-// log(x) over its whole domain, with an error below 1.1 ulp; 4 ulp where x is subnormal. Where x is that, or is 0, or
-// has no finite logarithm, the hardware's gives the result. logf takes 25 instructions, this 20.
+// log(x) over its whole domain. The error is below 1.1 ulp, and 4 ulp where x is subnormal. Where x is subnormal or 0
+// or has no finite logarithm, the hardware's logarithm gives the result. logf takes 25 instructions, this 20.
 FUSEDLOSS_INLINE float log(float x) {
 #if FUSEDLOSS_CUDA_ARCH
   const unsigned exponent = exponent_bits(x);
@@ -197,7 +201,7 @@ FUSEDLOSS_INLINE float log(float x) {
 }
 FUSEDLOSS_INLINE double log(double x) { return ::log(x); }
 
-// The same for x >= 1, 0 or NaN, in 17 instructions.
+// log(x) for x >= 1, 0 or NaN, in 17 instructions.
 FUSEDLOSS_INLINE float log_of_1_or_more(float x) {
 #if FUSEDLOSS_CUDA_ARCH
   const unsigned exponent = exponent_bits(x);
@@ -209,9 +213,9 @@ FUSEDLOSS_INLINE float log_of_1_or_more(float x) {
 }
 FUSEDLOSS_INLINE double log_of_1_or_more(double x) { return ::log(x); }
 
-// log(1 + x) over its whole domain, with an error below 1.9 ulp; 4 ulp from 2^126 on. 1 + x rounded only gives k; f is
-// computed from x, and is exact but for its own rounding. As above, the hardware gives what is not finite. log1pf takes
-// as many instructions, but has a branch.
+// log(1 + x) over its whole domain. The error is below 1.9 ulp, and 4 ulp from 2^126 on. The rounded sum 1 + x only
+// determines k; f is computed from x, with no error but that of its own rounding. As above, the hardware's logarithm
+// gives results that are not finite. log1pf takes as many instructions, but has a branch.
 FUSEDLOSS_INLINE float log1p(float x) {
 #if FUSEDLOSS_CUDA_ARCH
   const float sum = 1 + x;
@@ -225,12 +229,12 @@ FUSEDLOSS_INLINE float log1p(float x) {
 }
 FUSEDLOSS_INLINE double log1p(double x) { return ::log1p(x); }
 
-// e^x - 1 over its whole domain, with an error below 1.6 ulp: 2^n (e^r - 1) + (2^n - 1) with x = n log 2 + r, where
-// nothing cancels, and e^r - 1 = r + r^2 q(r), fitted to a relative error of 1.4e-8. Half of it is computed first,
-// because 2^n alone overflows where the result does not yet. expm1f takes 28 instructions, this 19.
+// e^x - 1 over its whole domain, with an error below 1.6 ulp: 2^n (e^r - 1) + (2^n - 1) for x = n log 2 + r, where
+// nothing cancels. e^r - 1 = r + r^2 q(r), where q is fitted to a relative error of 1.4e-8. Half of the result is
+// computed first, because 2^n alone may overflow where the result does not. expm1f takes 28 instructions, this 19.
 FUSEDLOSS_INLINE float expm1(float given) {
 #if FUSEDLOSS_CUDA_ARCH
-  const float x = given > 89 ? 89 : given < -25 ? -25 : given;  // a NaN stays
+  const float x = given > 89 ? 89 : given < -25 ? -25 : given;  // a NaN stays NaN
   const float rounder = ::fmaf(x, 1.44269504f, 12582912.f);     // 1.5 * 2^23 + n
   const float n = rounder - 12582912.f;
   const float r = ::fmaf(n, 1.90465421e-9f, ::fmaf(n, -0.693147182f, x));
@@ -263,7 +267,7 @@ FUSEDLOSS_INLINE float log1p_up_to_1(float x) {
 }
 FUSEDLOSS_INLINE double log1p_up_to_1(double x) { return ::log1p(x); }
 
-// ---- CUDA's own
+// ---- CUDA's own functions
 
 #define FUSEDLOSS_ELEMENTARY(name)                              \
   FUSEDLOSS_INLINE float name(float x) { return ::name##f(x); } \

@@ -1,8 +1,8 @@
 // The negative log likelihood of class indices, on the GPU.
 //
-// The forward pass reads one element a row, from all over the input: what counts is how many loads are under way. The
-// backward pass is as fast as memory takes zeros: a block fills a tile with them, 16 bytes at a time, and then writes
-// the rows' elements into it while the tile is in the cache.
+// The forward pass reads one scattered element of the input per row, so its speed depends on how many loads are in
+// flight. The backward pass is as fast as memory can be filled with zeros: a block fills a tile with zeros, 16 bytes at
+// a time, and then writes the rows' elements into it while the tile is in the cache.
 #include "kernels/cuda/loss_values.cuh"
 #include "kernels/cuda/nll_loss_cuda.h"
 #include "kernels/cuda/reduce.cuh"
@@ -14,14 +14,14 @@ namespace fusedloss::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRowsAtOnce = 4;           // of a thread, whose loads are under way together
-constexpr int64_t kTileElements = 8192;  // of a block
+constexpr int kRowsAtOnce = 4;           // per thread; their loads are in flight together
+constexpr int64_t kTileElements = 8192;  // per block
 
 template <typename T>
 struct TypedNLLLossOptions : NLLLossOptions {
   using A = AccumulateType<T>;
 
-  // The target class of a row, or -1 for a row that adds nothing.
+  // The target class of a row, or -1 if the row is ignored or its target is out of range.
   __device__ __forceinline__ int64_t class_of(int64_t row) const {
     const int64_t y = target_index[row];
     return y == ignore_index || y < 0 || y >= classes ? -1 : y;
@@ -29,7 +29,7 @@ struct TypedNLLLossOptions : NLLLossOptions {
   __device__ __forceinline__ A weight_of(int64_t y) const { return weight ? static_cast<const A*>(weight)[y] : A(1); }
 };
 
-// One block is enough for ptxas, which else spills a register on sm_100 to make room for a few more.
+// A minimum of one block per multiprocessor: without it, ptxas spills a register on sm_100 to make room for a few more.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) gather(const TypedNLLLossOptions<T> o) {
   const int64_t rows = o.outer * o.inner, step = int64_t(gridDim.x) * blockDim.x;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 1) gather(const TypedNLLLossOptions<
   else static_cast<LossSum*>(o.scratch)[blockIdx.x] = sum;
 }
 
-// One block: the blocks' sums in a fixed order.
+// A single block adds up the blocks' sums in a fixed order.
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads) finish_loss(const TypedNLLLossOptions<T> o, int blocks) {
   wait_for_launch_before();
@@ -90,7 +90,7 @@ __device__ __forceinline__ void fill_zeros(T* p, const VectorizedRange<T, int>& 
     store_values(p + elements.template first<kWidth>(unit), zeros);
 }
 
-// threadIdx.x: along a run of neighbours; threadIdx.y: the run.
+// threadIdx.x: the position within a run of neighbouring elements; threadIdx.y: the run.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) scatter(const TypedNLLLossOptions<T> o, const Tiling tiling) {
   using A = AccumulateType<T>;
@@ -148,7 +148,7 @@ cudaError_t nll_loss_forward(const NLLLossOptions& given, cudaStream_t stream) {
 cudaError_t nll_loss_backward(const NLLLossOptions& o, cudaStream_t stream) {
   if (o.rows() == 0 || o.classes == 0) return cudaSuccess;
   const Tiling tiling = make_tiling(o.outer, o.classes, o.inner, o.grad_strides, kTileElements);
-  unsigned along = 1;  // threads of a run
+  unsigned along = 1;  // threads per run
   const int64_t vector_size = kVectorBytes / bytes_of(o.dtype);
   while (along < kThreads && along * vector_size < tiling.runs_of(tiling.tile).length) along *= 2;
   const dim3 block(along, kThreads / along);

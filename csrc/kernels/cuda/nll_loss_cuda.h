@@ -6,10 +6,10 @@
 
 namespace fusedloss::cuda {
 
-// Bytes that options.scratch must have for the forward pass.
+// How many bytes the forward pass needs in options.scratch.
 int64_t nll_loss_scratch_bytes(const NLLLossOptions& options);
 
-// Each launches on `stream` and returns the first error; no launch synchronises with the host.
+// Each function launches on `stream` and returns the first error. None of them synchronises with the host.
 cudaError_t nll_loss_forward(const NLLLossOptions& options, cudaStream_t stream);
 cudaError_t nll_loss_backward(const NLLLossOptions& options, cudaStream_t stream);
 

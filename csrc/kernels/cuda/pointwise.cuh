@@ -1,8 +1,9 @@
-// The kernels of pointwise losses on the GPU, as templates on the formula: of one element of each operand. A source
-// includes this and its formulas, such as formulas/pointwise-inl.h, and takes kPointwise<Formula>.
+// The kernels of pointwise losses on the GPU, as templates on the formula, which computes the loss of one element of
+// each operand. A source includes this file and its formulas, such as formulas/pointwise-inl.h, and uses
+// kPointwise<Formula>.
 //
-// Most formulas do so little arithmetic that memory bandwidth decides: 16-byte accesses, several in flight in each
-// thread, and every tensor is read or written once.
+// Most formulas do so little arithmetic that memory bandwidth is the limit. Accesses are therefore 16 bytes wide, each
+// thread has several in flight, and every tensor is read or written once.
 #pragma once
 
 #include "kernels/cuda/loss_values.cuh"
@@ -13,19 +14,19 @@
 #include "kernels/formulas/dual-inl.h"
 
 namespace fusedloss::cuda {
-namespace {  // a library of each source: none may take the kernels of another
+namespace {  // internal linkage: libraries of different formulas must not use each other's kernels
 
 constexpr int kThreads = 256;
 
-// Vectors of each operand that a thread loads before it computes: four altogether at least, and two of each, unless
-// there are many. More of them would take registers that other threads need, and each vector moves up through the
-// places of those before it.
+// How many vectors of each operand a thread loads before it computes: at least four in total and two of each operand,
+// unless there are many operands. More would take registers that other threads need, and would have to move further:
+// each vector moves up through the places of those before it.
 FUSEDLOSS_INLINE constexpr int vectors_in_flight(int operands) { return operands == 1 ? 4 : operands <= 4 ? 2 : 1; }
 
 template <typename F>
 using OperandsOf = std::make_integer_sequence<int, F::kOperands>;
 
-// The loss of one element, with its derivatives by the operands of kWrt.
+// The loss of one element, with its derivatives with respect to the operands in the mask kWrt.
 template <typename F, unsigned kWrt, typename A, int... kOperand, int... kParameter>
 __device__ __forceinline__ auto loss_of(const A (&values)[F::kOperands], const A (&parameter)[F::kParameters + 1],
                                         std::integer_sequence<int, kOperand...>,
@@ -33,13 +34,13 @@ __device__ __forceinline__ auto loss_of(const A (&values)[F::kOperands], const A
   return F::template loss<A>(operand<kOperand, kWrt>(values[kOperand])..., Dual<A, 0>{parameter[kParameter]}...);
 }
 
-// Operand 0 has an element for each; of the others, one value may serve all.
+// Does one value serve all elements? Never for operand 0, which has a value for each.
 __device__ __forceinline__ bool is_one_value(const PointwiseOptions& o, int k) {
   return k > 0 && o.operand_period[k] == 1;
 }
 
-// Or a row of values serves all rows, such as a weight for each class. Formulas of few operands are not compiled for
-// it.
+// Does a row of values repeat itself, such as a weight for each class? Formulas of few operands are not compiled for
+// this.
 template <typename F>
 __device__ __forceinline__ bool is_repeated(const PointwiseOptions& o, int k) {
   return F::kOperands >= kFewestOfRepeated && k > 0 && o.operand_period[k] > 1;
@@ -50,7 +51,7 @@ __device__ __forceinline__ const T* elements_of(const PointwiseOptions& o, int k
   return static_cast<const T*>(o.operand[k]);
 }
 
-// Which elements to take 16 bytes at a time: `losses` (loss or grad_output) matters where it has an element for each.
+// Which elements to access 16 bytes at a time. `losses` is loss or grad_output, or null if it has only one value.
 template <typename F, typename T, int... kOperand>
 __device__ __forceinline__ VectorizedRange<T, int64_t> vectorized_elements(const PointwiseOptions& o,
                                                                            const void* losses,
@@ -62,7 +63,8 @@ __device__ __forceinline__ VectorizedRange<T, int64_t> vectorized_elements(const
                           static_cast<const AccumulateType<T>*>(wide ? losses : nullptr));
 }
 
-// Elements from number i on of a row of `period` that repeats itself: by 16 bytes where they lie so, else one by one.
+// kWidth elements from number i on of a `row` that repeats itself after `period` elements. They are loaded as one
+// vector where it is aligned and does not wrap around, otherwise one by one.
 template <int kWidth, typename T>
 __device__ __forceinline__ Vector<T, kWidth> load_repeated(const T* row, int64_t period, int64_t i) {
   int64_t place = cuda::remainder(i, period);
@@ -80,14 +82,14 @@ __device__ __forceinline__ Vector<T, kWidth> load_repeated(const T* row, int64_t
   }
 }
 
-// Where one value serves all elements: it, with the mean's division.
+// grad_output where one value serves all elements, divided by the mean's divisor.
 template <typename T>
 __device__ __forceinline__ AccumulateType<T> common_grad_output(const PointwiseOptions& o) {
   const AccumulateType<T> g = grad_output_at<T>(o, 0);
   return o.reduction == Reduction::kMean ? g / AccumulateType<T>(o.divisor) : g;
 }
 
-// What all elements of a thread share.
+// What all elements of a thread have in common.
 template <typename F, typename T>
 struct Common {
   AccumulateType<T> parameter[F::kParameters + 1];
@@ -100,7 +102,7 @@ struct Values {
   A of[kWidth][F::kOperands];
 };
 
-// Their losses, with the derivatives by the operands of kWrt.
+// The losses of these elements, with the derivatives with respect to the operands in the mask kWrt.
 template <typename F, unsigned kWrt, typename A, int kWidth>
 __device__ __forceinline__ auto losses_of(const Values<F, A, kWidth>& values,
                                           const A (&parameter)[F::kParameters + 1]) {
@@ -115,8 +117,8 @@ __device__ __forceinline__ auto losses_of(const Values<F, A, kWidth>& values,
   return losses;
 }
 
-// Adds the losses to sum, or writes them. The sum's additions are not fused with what the formula ends in: so it has
-// the same bits with and without gradients.
+// Adds the losses to sum, or stores them. The additions are not fused with the formula's last operation, so that the
+// sum is bitwise identical with and without gradients.
 template <typename T, int kWidth, typename Loss>
 __device__ __forceinline__ void take_losses(const PointwiseOptions& o, int64_t i, const Loss (&losses)[kWidth],
                                             AccumulateType<T>& sum) {
@@ -141,8 +143,8 @@ __device__ __forceinline__ void write_gradient(const PointwiseOptions& o, int64_
   store_values(static_cast<T*>(o.grad[kOperand]) + i, grad);
 }
 
-// One vector of each operand. With gradients, what their losses take besides is computed only if those are wanted, and
-// so is what the gradients by other operands than the first take: those are wanted seldom.
+// Evaluates one vector of each operand. With gradients, the loss is computed only if it is needed, and so are the
+// gradients with respect to the operands after the first, which are rarely needed.
 template <typename F, bool kGradients, typename T, int kWidth, int... kOperand>
 __device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common<F, T>& common, int64_t i,
                                          const Vector<T, kWidth> (&vectors)[F::kOperands], AccumulateType<T>& sum,
@@ -173,7 +175,7 @@ __device__ __forceinline__ void evaluate(const PointwiseOptions& o, const Common
   }
 }
 
-// A thread's units of kWidth elements -> the sum of their losses, where it is wanted.
+// Evaluates a thread's units of kWidth elements, and returns the sum of their losses, or 0 if no sum is needed.
 template <int kWidth, typename F, bool kGradients, typename T>
 __device__ __forceinline__ AccumulateType<T> evaluate_units(const PointwiseOptions& o,
                                                             const VectorizedRange<T, int64_t>& elements) {
@@ -183,8 +185,8 @@ __device__ __forceinline__ AccumulateType<T> evaluate_units(const PointwiseOptio
   for (int k = 0; k < F::kParameters; ++k) common.parameter[k] = AccumulateType<T>(o.parameter[k]);
   if constexpr (kGradients) common.grad_output = common_grad_output<T>(o);
 
-  // An operand of one value has it in all vectors from here on: nothing is loaded there, and it stays as vectors move
-  // up.
+  // An operand of one value is put into all vectors once. The loop below does not load it, and it stays in place as
+  // vectors move up.
   Vector<T, kWidth> vectors[kVectors][F::kOperands] = {};
 #pragma unroll
   for (int k = 0; k < F::kOperands; ++k)
@@ -207,7 +209,7 @@ __device__ __forceinline__ AccumulateType<T> evaluate_units(const PointwiseOptio
           vectors[p][k] = load_repeated<kWidth>(elements_of<T>(o, k), o.operand_period[k], first);
         else if (!is_one_value(o, k)) vectors[p][k] = load<kWidth>(elements_of<T>(o, k) + first);
     }
-    // One text for all vectors, however long the formula is: the next one moves to the first one's place.
+    // Not unrolled, so that a formula is compiled once, however long it is: the next vector moves to the first place.
 #pragma unroll 1
     for (int64_t now = unit; now < units && now < unit + kVectors * step; now += step) {
       evaluate<F, kGradients>(o, common, elements.template first<kWidth>(now), vectors[0], sum, OperandsOf<F>{});
@@ -233,7 +235,7 @@ __device__ __forceinline__ void evaluate_all(const PointwiseOptions& o) {
   if (threadIdx.x == 0) static_cast<double*>(o.scratch)[blockIdx.x] = of_block;
 }
 
-// Two blocks at least on a multiprocessor, so that one loads while the other computes. To fit in a third, ptxas would
+// At least two blocks per multiprocessor, so that one loads while the other computes. To fit a third one, ptxas would
 // spill registers.
 #define FUSEDLOSS_BOUNDS __launch_bounds__(kThreads, 2)
 
@@ -242,8 +244,8 @@ __global__ void FUSEDLOSS_BOUNDS losses(const PointwiseOptions o) {
   evaluate_all<F, false, T>(o);
 }
 
-// The same kernel in both passes, so that the gradient has the same bits whichever pass computes it. The forward pass
-// wants the losses too.
+// Both passes use the same kernel, so that the gradient is bitwise identical in both. In the forward pass the kernel
+// also computes the losses.
 template <typename F, typename T>
 __global__ void FUSEDLOSS_BOUNDS gradients(const PointwiseOptions o) {
   if (o.loss == nullptr) wait_for_launch_before();
@@ -253,7 +255,7 @@ __global__ void FUSEDLOSS_BOUNDS gradients(const PointwiseOptions o) {
 
 #undef FUSEDLOSS_BOUNDS
 
-// One block: the blocks' sums in a fixed order, and the mean's division.
+// A single block adds up the blocks' sums in a fixed order, and divides them for the mean.
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads) finish_loss(const PointwiseOptions o, int blocks) {
   wait_for_launch_before();

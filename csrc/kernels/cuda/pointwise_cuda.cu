@@ -1,4 +1,4 @@
-// The losses of formulas/pointwise-inl.h on the GPU, by name.
+// Finds the losses of formulas/pointwise-inl.h on the GPU by name.
 #include <cstring>
 
 #include "kernels/cuda/pointwise.cuh"

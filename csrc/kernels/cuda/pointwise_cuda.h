@@ -4,10 +4,10 @@
 
 namespace fusedloss::cuda {
 
-// Bytes that options.scratch must have for the forward pass, whatever the formula.
+// How many bytes the forward pass needs in options.scratch, for any formula.
 int64_t pointwise_scratch_bytes(const PointwiseOptions& options);
 
-// Null where there is no loss of this name.
+// Returns null if there is no loss of this name.
 const PointwiseFormula* find_pointwise_loss(const char* name);
 
 }  // namespace fusedloss::cuda

@@ -1,5 +1,5 @@
-// What a formula is to the op layer on the GPU: two launchers. The losses of this extension and those that a user's
-// expression is compiled to look the same.
+// A formula's two launchers, which is all that the op layer needs of it on the GPU. The losses of this extension and
+// those that are compiled from a user's expression have the same interface.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,7 +8,7 @@
 
 namespace fusedloss::cuda {
 
-// Each launches on the stream and returns the first error; no launch synchronises with the host.
+// Each launcher launches on the stream and returns the first error. None of them synchronises with the host.
 struct PointwiseFormula {
   cudaError_t (*forward)(const PointwiseOptions&, cudaStream_t);
   cudaError_t (*backward)(const PointwiseOptions&, cudaStream_t);

@@ -1,5 +1,5 @@
-// Sums, and merged row statistics, over the threads that share a row or a block. Every thread receives the result, and
-// its bits depend on nothing but the inputs: values meet in a fixed order.
+// Sums and merged row statistics over the threads that share a row or a block. Every thread receives the result, which
+// is bitwise identical from run to run: values are combined in a fixed order.
 #pragma once
 
 #include <cstring>
@@ -13,7 +13,7 @@ namespace fusedloss::cuda {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kMaxRowWarps = 8;  // of a block that takes one row
 
-// Over each group of `lanes` neighbouring lanes, a power of two. All lanes of the warp take part.
+// The sum over each group of `lanes` neighbouring lanes, a power of two. All lanes of the warp take part.
 template <typename A>
 __device__ __forceinline__ A lanes_sum(A value, int lanes = kWarp) {
 #pragma unroll
@@ -30,7 +30,7 @@ __device__ __forceinline__ A lanes_max(A value, int lanes) {
   return value;
 }
 
-// Moving each lane to the common maximum first takes one exp a lane; merging lanes in pairs would take ten.
+// Rescaling each lane to the common maximum first takes one exp per lane; merging lanes in pairs would take ten.
 template <bool kSpread, typename A>
 __device__ __forceinline__ RowState<A> lanes_merge(RowState<A> state, int lanes) {
   state = rescale(state, lanes_max(state.max, lanes));
@@ -42,8 +42,8 @@ __device__ __forceinline__ RowState<A> lanes_merge(RowState<A> state, int lanes)
   return state;
 }
 
-// Lane i of every warp receives the value of the block's warp i, or `none` where there are fewer warps. All threads of
-// the block take part, once in a kernel: a second exchange would write to what others still read.
+// Lane i of every warp receives the value of the block's warp i, or `none` if there are fewer warps. All threads of the
+// block take part, once in a kernel: a second exchange would overwrite what other threads still read.
 template <typename V>
 __device__ __forceinline__ V exchange_between_warps(const V& value, const V& none) {
   __shared__ V of_warp[kWarp];
@@ -58,7 +58,8 @@ __device__ __forceinline__ double block_sum(double value) {
   return lanes_sum(exchange_between_warps(lanes_sum(value), 0.0));
 }
 
-// Sums over rows: of their losses, and of the weights of their target classes. Each block stores one in scratch memory.
+// Two sums over rows: their losses, and the weights of their target classes. Each block stores one LossSum in scratch
+// memory.
 struct alignas(16) LossSum {
   double loss, total_weight;
 
@@ -73,15 +74,15 @@ __device__ __forceinline__ LossSum lanes_sum(const LossSum& of_lane) {
   return {lanes_sum(of_lane.loss), lanes_sum(of_lane.total_weight)};
 }
 
-// Both sums are exchanged at the same barriers.
+// Both sums share the same barriers.
 __device__ __forceinline__ LossSum block_sum(const LossSum& of_thread) {
   return lanes_sum(exchange_between_warps(lanes_sum(of_thread), LossSum{}));
 }
 
-constexpr int kSumThreads = 1024;  // of a block that adds up what other blocks have stored
-constexpr int kLoadsAtOnce = 8;    // of a thread of such a block: it waits for memory once for all of them
+constexpr int kSumThreads = 1024;  // threads of a block that adds up what other blocks have stored
+constexpr int kLoadsAtOnce = 8;    // loads of a thread of such a block that are in flight together
 
-// The sum of what the blocks of an earlier launch have stored, V[blocks], by the threads of one block.
+// Adds up what the blocks of an earlier launch have stored, V[blocks], with the threads of one block.
 template <typename V>
 __device__ __forceinline__ V sum_of_blocks(const void* stored, int blocks) {
   V sum = {};
@@ -98,9 +99,10 @@ __device__ __forceinline__ V sum_of_blocks(const void* stored, int blocks) {
   return block_sum(sum);
 }
 
-// Over the threads of a row within a block: threadIdx.x in [0, blockDim.x), some lanes of a warp or the whole block.
-// `turn` counts the calls: the warps meet in one of two places in turn, so that one barrier is enough. A warp that
-// writes to a place again has passed the barrier of the call in between, as have all that read it.
+// Merges over the threads of a row within a block: threadIdx.x in [0, blockDim.x), which are some lanes of a warp or
+// the whole block. `turn` counts the calls: the warps write to one of two places in turn, so that one barrier per call
+// is enough. When a warp writes to a place again, all threads have read its old contents, because they have passed the
+// barrier of the call in between.
 template <bool kSpread, typename A>
 __device__ __forceinline__ RowState<A> row_merge(RowState<A> state, int turn) {
   state = lanes_merge<kSpread>(state, int(blockDim.x));
@@ -115,10 +117,11 @@ __device__ __forceinline__ RowState<A> row_merge(RowState<A> state, int turn) {
 
 // ---- Over the blocks of a cluster
 //
-// Each block sends its state of a row to all of them. The blocks meet in one of two places in turn, counted by `turn`,
-// each with its own arrival barrier: a block sends its state of the next row but one only after it has received
-// everybody's state of the next row, which they send after all of their threads have read this row's, and have passed
-// the barrier of row_merge. No block ends before it has received all that is ever sent to it.
+// Each block sends its state of a row to all blocks. The states of successive rows go to two places in turn, selected
+// by `turn`, and each place has its own arrival barrier. A place is never overwritten too early: a block sends its
+// state of row r + 2 only after it has received every block's state of row r + 1. Each block sends that state only
+// after all of its threads have read the states of row r and passed the barrier in row_merge. No block ends before it
+// has received everything that is sent to it.
 
 template <typename A>
 struct ClusterStates {
@@ -131,14 +134,14 @@ __device__ __forceinline__ ClusterStates<A>& cluster_states() {
   return states;
 }
 
-// All threads of all blocks of the cluster call this once: a block must have started before others send to it.
+// All threads of all blocks of the cluster call this once, since a block must have started before others send to it.
 template <typename A>
 __device__ __forceinline__ void start_cluster_merge() {
   if (threadIdx.x == 0) start_arrivals(cluster_states<A>().arrived);
   cluster_sync();
 }
 
-// Over the blocks of a cluster, where all threads of a block have its state already.
+// Merges over the blocks of a cluster. All threads of a block already have the block's state.
 template <bool kSpread, typename A>
 __device__ __forceinline__ RowState<A> cluster_merge(const RowState<A>& state, int rank, int blocks, int turn) {
   ClusterStates<A>& states = cluster_states<A>();

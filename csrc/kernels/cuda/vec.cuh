@@ -16,7 +16,7 @@ __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 
-// Rounds once, also from double to 16 bits.
+// Rounds only once, also from double to 16 bits.
 template <typename T, typename A>
 __device__ __forceinline__ T narrow(A x) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -30,12 +30,12 @@ __device__ __forceinline__ T narrow(A x) {
   }
 }
 
-// How many T one instruction loads.
+// The number of elements of T in one vector, which one instruction loads.
 template <typename T>
 constexpr int kVectorSize = kVectorBytes / sizeof(T);
 
 // Neighbouring elements as loaded: kVectorSize<T> of them, or one. They stay in 32-bit words until they are computed
-// with: halves that were taken apart sooner would wait for their load before the next load is issued.
+// with. If 16-bit halves were extracted sooner, that would wait for their load before the next load is issued.
 template <typename T, int kWidth>
 struct Vector {
   static_assert(kWidth == kVectorSize<T>);
@@ -49,7 +49,7 @@ struct Vector {
     words[3] = v.w;
   }
 
-  // Of 16-bit elements, two at a time.
+  // 16-bit elements are compared two at a time.
   __device__ __forceinline__ AccumulateType<T> max() const {
     if constexpr (std::is_same_v<T, __nv_bfloat16>) return max_of_pairs<__nv_bfloat162>();
     else if constexpr (std::is_same_v<T, __half>) return max_of_pairs<__half2>();
@@ -100,7 +100,7 @@ __device__ __forceinline__ Vector<T, kWidth> load(const T* p) {
   return vector;
 }
 
-// One element in all places.
+// A vector in which every element is `value`.
 template <int kWidth, typename T>
 __device__ __forceinline__ Vector<T, kWidth> splat(T value) {
   Vector<T, kWidth> vector;
@@ -115,7 +115,7 @@ __device__ __forceinline__ Vector<T, kWidth> splat(T value) {
   return vector;
 }
 
-// In plain C++ the compiler stores some vectors in four pieces.
+// In plain C++ the compiler splits some vector stores into four.
 __device__ __forceinline__ void store_vector(void* p, uint4 v) {
 #if FUSEDLOSS_CUDA_ARCH
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
@@ -127,9 +127,9 @@ __device__ __forceinline__ void store_vector(void* p, uint4 v) {
 #endif
 }
 
-// [size] contiguous elements as single ones up to the first 16-byte boundary, then vectors, then single ones again.
-// Loops take them in units of kWidth: all vectors with kWidth = kVectorSize<T>, all single elements with kWidth = 1.
-// Index is int32_t where sizes allow: in 64 bits, addresses cost as much as the arithmetic.
+// [size] contiguous elements: single ones up to the first 16-byte boundary, then vectors, then single ones again. Loops
+// process them in units of kWidth: all vectors with kWidth = kVectorSize<T>, all single elements with kWidth = 1. Index
+// is int32_t where sizes allow, because 64-bit addresses cost as much as the arithmetic.
 template <typename T, typename Index>
 struct VectorizedRange {
   Index size, head, vectors;
@@ -151,7 +151,7 @@ __device__ __forceinline__ VectorizedRange<T, Index> scalar_range(Index size) {
   return {size, 0, 0};
 }
 
-// Vectors must be aligned in `p` and in `others` too, which have as many elements (or are null); else there are none.
+// Vectors are used only if they are aligned in `p` and in all `others`, which have as many elements or are null.
 template <typename T, typename Index, typename... Others>
 __device__ __forceinline__ VectorizedRange<T, Index> vectorized_range(Index size, const T* p, const Others*... others) {
   const Index to_boundary = Index(-reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
@@ -160,13 +160,13 @@ __device__ __forceinline__ VectorizedRange<T, Index> vectorized_range(Index size
   return aligned ? VectorizedRange<T, Index>{size, head, (size - head) / kVectorSize<T>} : scalar_range<T>(size);
 }
 
-// One thread's part of a row that several threads share: the units thread, thread + 2^step_shift, …
+// One thread's share of a row that several threads share: the units thread, thread + 2^step_shift, …
 template <typename T>
 struct ThreadRange : VectorizedRange<T, int> {
   int thread, step_shift;
 };
 
-// Of numbers that are not negative. In 32 bits, where they suffice, a division takes a third of the time.
+// For numbers that are not negative. Where 32 bits suffice, a division takes a third of the time.
 __device__ __forceinline__ bool fit_32_bits(int64_t a, int64_t b) { return (a | b) >> 32 == 0; }
 __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
   return fit_32_bits(a, b) ? int64_t(uint32_t(a) / uint32_t(b)) : a / b;
@@ -175,7 +175,7 @@ __device__ __forceinline__ int64_t remainder(int64_t a, int64_t b) {
   return fit_32_bits(a, b) ? int64_t(uint32_t(a) % uint32_t(b)) : a % b;
 }
 
-// Computed values of kWidth elements from p on: one, or one or two vectors.
+// Loads kWidth elements from p on, in the type that is computed in. kWidth is 1, or the size of one or two vectors.
 template <int kWidth, typename T, typename A>
 __device__ __forceinline__ void load_values(const T* p, A (&values)[kWidth]) {
   constexpr int kPiece = kWidth == 1 ? 1 : kVectorSize<T>;
@@ -208,7 +208,7 @@ __device__ __forceinline__ void store_values(T* p, const A (&values)[kWidth]) {
   for (int i = 0; i < kWidth; i += kPiece) store(p + i, narrow_vector<T, kPiece>(values + i));
 }
 
-// The same for loss and grad_output, which hold T or, if wide, its accumulate type.
+// The same for loss and grad_output, which hold T or, if `wide`, its accumulate type.
 template <typename T, int kWidth>
 __device__ __forceinline__ void load_loss(const void* losses, bool wide, int64_t i,
                                           AccumulateType<T> (&values)[kWidth]) {
@@ -216,7 +216,7 @@ __device__ __forceinline__ void load_loss(const void* losses, bool wide, int64_t
   else load_values(static_cast<const T*>(losses) + i, values);
 }
 
-// A is double for the sum of many rows or elements, which so is rounded once.
+// A is double for a sum over many rows or elements, so that the sum is rounded only once.
 template <typename T, int kWidth, typename A>
 __device__ __forceinline__ void store_loss(void* losses, bool wide, int64_t i, const A (&values)[kWidth]) {
   if (wide) store_values(static_cast<AccumulateType<T>*>(losses) + i, values);
