@@ -28,10 +28,10 @@ SIZES: list[Size] = [(128, 10), (4096, 1000), (65536, 100), (1024, 32000)]
 QUICK_SIZES: list[Size] = [(128, 10), (2048, 1000), (512, 16384)]
 DEFAULT_DTYPES = ["float32", "bfloat16"]
 DEFAULT_LOSSES = ["cross_entropy", "mse"]
-QUICK_POINTWISE = ["bce", "log_cosh"]  # a row each of the family, and of custom losses
+QUICK_POINTWISE = ["bce", "log_cosh"]  # one row for the pointwise losses of torch, and one for custom losses
 EFFORT = Effort()
 SUITE_EFFORT = Effort(batch_seconds=1e-2)
-# Short batches: of a long one, not all launches would find a place in the GPU's queue beforehand.
+# Batches are short so that all their launches fit into the GPU's queue before the GPU starts on them.
 CUDA_EFFORT = Effort(min_rounds=7, max_rounds=31, seconds=0.2, batch_seconds=5e-4)
 TRY_OUT_EFFORT = Effort(min_rounds=2, max_rounds=2, seconds=0, batch_seconds=0)
 CUDA_SUITES = ("goals", "cuda")
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = plan_of(options, absent)
     description = {**machine.describe(), "peers": peers.versions()}
     console = Console(soft_wrap=True)
-    # For a GPU the custom loss is the last case: no figure has to wait until nvcc has compiled it.
+    # For a GPU the custom loss is the last case, so that no other case waits until nvcc has compiled it.
     losses = [] if options.suite in CUDA_SUITES else [case.loss for case, _ in plan]
     warm_up(options.device, dict.fromkeys(losses))
     if options.records:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         options.json.write_text(json.dumps(report.as_json(results, description), indent=1) + "\n")
         console.print(f"Figures written to {options.json}", markup=False)
     if options.plot:
-        from . import plot  # here, because only this needs matplotlib
+        from . import plot  # imported here, because only the plot needs matplotlib
 
         of_suites = {"scaling": plot.draw_scaling, **dict.fromkeys(CUDA_SUITES, plot.draw_shares)}
         draw = of_suites.get(options.suite, plot.draw_ratios)
@@ -92,7 +92,7 @@ def effort_of(options: argparse.Namespace) -> Effort:
 
 
 def plan_of(options: argparse.Namespace, absent: Container[str] = ()) -> list[tuple[Case, list[str]]]:
-    """The cases, in the order of the table, and who is timed in each."""
+    """The cases, in the order of the table, each with the names of its contenders."""
     if options.suite:
         cases, names_in = {
             "cpu": (suites.cpu, lambda case: suites.CPU_CONTENDERS),
@@ -115,7 +115,7 @@ def plan_of(options: argparse.Namespace, absent: Container[str] = ()) -> list[tu
 
 
 def contenders_of(case: Case, options: argparse.Namespace) -> list[str]:
-    """Compiling takes seconds a case, so --quick pays for it only in the pass that training runs."""
+    """Return who is timed. Compiling takes seconds per case, so --quick compiles only for forward+backward."""
     no_compile = options.no_compile or (options.quick and case.step == "forward")
     return [name for name in CONTENDERS if not (name == "compile" and no_compile)]
 
@@ -193,7 +193,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    # As Ctrl-C does: what is measured when a time-box ends the run is printed and written.
+    # Both signals act like Ctrl-C: if a time limit ends the run, the results so far are still printed and written.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     main()

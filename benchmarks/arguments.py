@@ -1,4 +1,4 @@
-"""Parsers of command-line values; each says in one sentence what it did not understand."""
+"""Parsers of command-line values. Each reports a bad value in one sentence."""
 
 import argparse
 from collections.abc import Callable, Collection
@@ -7,7 +7,7 @@ Size = tuple[int, int]
 
 
 def sizes(text: str) -> list[Size]:
-    """`128x10,4096x1000` is [(128, 10), (4096, 1000)]."""
+    """Parse `128x10,4096x1000` as [(128, 10), (4096, 1000)]."""
     parsed = []
     for part in text.split(","):
         rows, _, classes = part.strip().lower().partition("x")
@@ -22,7 +22,7 @@ def sizes_text(values: list[Size]) -> str:
 
 
 def names_among(known: Collection[str]) -> Callable[[str], list[str]]:
-    """A parser of comma-separated names that knows which there are."""
+    """Return a parser of comma-separated names that accepts only the names in `known`."""
 
     def parse_names(text: str) -> list[str]:
         names = [name.strip() for name in text.split(",")]

@@ -1,4 +1,4 @@
-"""What is measured: a loss, its inputs and a pass; and the bytes that any implementation of it must move."""
+"""What is measured: a loss, its inputs and a pass; and how many bytes any implementation of it must move."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ class Case:
     label_smoothing: float = 0.0
     weighted: bool = False
     in_place: bool = False  # the logits are the result of an operation, and fusedloss writes the gradient over them
-    padding: int = 0  # classes in memory behind those of each row: the input is a slice, as of a padded vocabulary
+    padding: int = 0  # unused classes at the end of each row in memory: the input is a slice, as of a padded vocabulary
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.loss, self.size, self.dtype, self.variant, self.step)))
@@ -57,7 +57,7 @@ class Case:
 
     @property
     def variant(self) -> str:
-        """What differs from a mean over class indices into a new gradient."""
+        """How the case differs from a mean over class indices whose gradient is a new tensor."""
         return ", ".join(
             name
             for name, given in (
@@ -76,13 +76,13 @@ class Case:
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """What the loss is called with, the input first."""
+        """The tensors that the loss is called with, the input first."""
         first, *others = self.timed_loss.operands
         return (first, CLASS_PROBABILITIES) if self.target == "probabilities" else (first, *others)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the loss, torch's and fusedloss's."""
+        """The keyword arguments of torch's loss and of fusedloss's."""
         options: dict[str, Any] = {}
         if self.label_smoothing:
             options["label_smoothing"] = self.label_smoothing
@@ -101,7 +101,7 @@ class Case:
 def all_cases(
     losses: Iterable[str], sizes: Iterable[tuple[int, int]], dtypes: Iterable[str], device: str
 ) -> list[Case]:
-    """Every combination, in the order of the table; all losses have as many elements as their cross entropy sibling."""
+    """Every combination, in the order of the table. All losses have inputs of the same sizes."""
     return [
         Case(loss, rows, classes, dtype, step, device)
         for loss, dtype, (rows, classes), step in itertools.product(losses, dtypes, sizes, PASSES)
@@ -109,9 +109,9 @@ def all_cases(
 
 
 def bytes_moved(case: Case) -> int:
-    """The least traffic the mathematics admits; an implementation that reads the input twice gets no credit for it.
+    """The least memory traffic that the formula needs: a second read of the input does not count.
 
-    The loss itself, one number, and weights are left out. A target needs no gradient, as in training.
+    The loss itself, which is one number, and the weights are left out. A target needs no gradient, as in training.
     """
     elements = math.prod(case.shape)
     read = {
@@ -128,9 +128,9 @@ def gradient_bytes(case: Case) -> int:
 
 
 def make_inputs(case: Case, seed: int = 0) -> tuple[Tensor, ...]:
-    """The operands, random. Never zeros: they would make exp and the memory both too easy."""
+    """Random operands. Zeros would make both exp and the memory accesses too cheap."""
     generator = torch.Generator(case.device).manual_seed(seed)
-    # Rounded once, to the dtype.
+    # The values are rounded once, to the dtype.
     first, *others = (
         values.to(case.torch_dtype) if values.is_floating_point() else values
         for values in (operand.draw(case.shape, generator) for operand in case.operands)

@@ -1,7 +1,7 @@
-"""Who is timed: torch's loss in eager mode, the same under torch.compile, and fusedloss's.
+"""The contenders that are timed: torch's loss in eager mode, the same under torch.compile, and fusedloss's.
 
-Others stand beside them where a suite asks for it: torch's eager loss in a process whose allocator asks for huge
-pages, the peers, and the machine's own copy, the limit of all.
+A suite may add others: torch's eager loss in a process whose allocator requests huge pages, the peers, and the
+machine's own copy, which is the upper limit for all.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def eager(case: Case) -> Loss:
 
 
 def compiled(case: Case) -> Loss:
-    # Forget earlier sizes first: a second one would make the compiler switch to slower code for any size.
+    # Reset first: after a second size the compiler would switch to slower code for dynamic sizes.
     torch.compiler.reset()
     return torch.compile(eager(case))
 
@@ -38,7 +38,7 @@ def fused(case: Case) -> Loss:
 CONTENDERS: dict[str, Callable[[Case], Loss]] = {"eager": eager, "compile": compiled, "fusedloss": fused}
 
 
-# Contenders that are no loss in this process.
+# Contenders that are not a loss in this process.
 OTHERS: dict[str, Callable[[Case, list[tuple[Tensor, ...]]], Step]] = {
     "eager, THP": lambda case, inputs: EagerWithHugePages(case),
     "copy": lambda case, inputs: make_copy([first for first, *_ in inputs]),
@@ -50,15 +50,15 @@ def loss_of(name: str, case: Case) -> Loss:
 
 
 def overwrites_logits(name: str) -> bool:
-    """Whatever the case says."""
+    """True if the contender writes over the logits even in a case that is not in place."""
     return name in PEERS and PEERS[name].overwrites
 
 
 def make_step(loss: Loss, case: Case, inputs: list[tuple[Tensor, ...]], overwrites: bool = False) -> Step:
-    """What one timed call does: the loss, or the loss, its backward and the release of the gradients.
+    """Build one timed call: the loss alone, or the loss, its backward pass and the release of the gradients.
 
-    The gradients are dropped after every step, so that the next backward makes new ones, as after
-    `optimizer.zero_grad()`. Each call takes the next of `inputs`.
+    The gradients are dropped after every step, so that the next backward pass allocates new ones, as after
+    `optimizer.zero_grad()`. Each call uses the next element of `inputs`.
     """
     turn = 0
 
@@ -84,9 +84,9 @@ def make_step(loss: Loss, case: Case, inputs: list[tuple[Tensor, ...]], overwrit
 
 
 def step_on_a_result(loss: Loss, case: Case, logits: Tensor, target: Tensor) -> Step:
-    """The same on a result, which may be overwritten: it is made anew, outside the clock."""
+    """Build the same call on an operation's result, which may be overwritten. It is restored outside the timing."""
     memory = torch.empty_like(logits, requires_grad=False)
-    # Of the logits' dtype and device: autograd would convert its gradient, inside the clock.
+    # The leaf has the logits' dtype and device, or autograd would convert its gradient inside the timing.
     leaf = torch.zeros((), dtype=logits.dtype, device=logits.device, requires_grad=True)
 
     def restore() -> None:
@@ -104,7 +104,7 @@ def step_on_a_result(loss: Loss, case: Case, logits: Tensor, target: Tensor) -> 
 
 
 class ResultOf(torch.autograd.Function):
-    """`memory`, as if an operation on `leaf` had written it: one that costs nothing, nor does its backward pass."""
+    """Return `memory` as if an operation on `leaf` had written it. Neither pass of this operation costs anything."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, leaf: Tensor, memory: Tensor) -> Tensor:
@@ -116,9 +116,9 @@ class ResultOf(torch.autograd.Function):
 
 
 def warm_up(device: str, losses: Iterable[str] = ()) -> None:
-    """Let fusedloss build here what is not prebuilt: its own progress line and ours do not mix."""
+    """Let fusedloss compile what is not prebuilt now, so that its progress line does not mix with the benchmark's."""
     logits = torch.zeros(2, 3, device=device)
     fusedloss.CrossEntropyLoss()(logits, torch.zeros(2, dtype=torch.int64, device=device))
     for loss in losses:
-        with contextlib.suppress(RuntimeError):  # a note, where it is measured
+        with contextlib.suppress(RuntimeError):  # the measurement reports it in a note
             LOSSES[loss].fused()

@@ -1,21 +1,21 @@
-"""How much of the cores went to other programs meanwhile: a time taken on a busy machine should say so."""
+"""The share of the cores that other programs used during a measurement, because a busy machine distorts the times."""
 
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-WORTH_A_NOTE = 0.1  # of the cores; below it the medians hold
-BUSY_FIELDS = (1, 2, 3, 6, 7, 8)  # of a line of /proc/stat: user, nice, system, irq, softirq, steal
+WORTH_A_NOTE = 0.1  # of the cores; below it the medians are reliable
+BUSY_FIELDS = (1, 2, 3, 6, 7, 8)  # indices in a line of /proc/stat: user, nice, system, irq, softirq, steal
 
 
 def usable_cores() -> set[int]:
-    """Cores this process may use, which in a container can be fewer than the machine has."""
+    """The cores that this process may use. In a container they can be fewer than the machine has."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def core_seconds_of_others() -> float | None:
-    """Seconds for which other programs, or the hypervisor, have had our cores since the machine started."""
+    """Core seconds that other programs, or the hypervisor, have used on our cores since the machine started."""
     try:
         lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
     except OSError:
@@ -27,9 +27,9 @@ def core_seconds_of_others() -> float | None:
 
 
 def start_watch(of_helpers: Callable[[], float] = lambda: 0.0) -> Callable[[], float | None]:
-    """The function returned tells which share of the cores, 0 to 1, others have had since.
+    """Return a function that returns the share of the cores, 0 to 1, that other programs have used since this call.
 
-    `of_helpers` tells the core seconds that our own other processes have used.
+    `of_helpers` returns the core seconds that our own other processes have used.
     """
     before, helped, start = core_seconds_of_others(), of_helpers(), time.perf_counter()
 

@@ -1,6 +1,7 @@
-"""The machine's own copy: no loss that makes a new gradient is faster.
+"""The machine's own copy. No loss that writes a new gradient can be faster.
 
-On the CPU into fresh memory; on CUDA into memory that is there already, as torch's allocator hands a gradient out.
+On the CPU the copy goes to newly mapped memory. On CUDA it goes to memory that is already allocated, because torch's
+allocator reuses memory for a gradient there.
 """
 
 import ctypes
@@ -12,17 +13,17 @@ from torch import Tensor
 
 from .timing import Step, cuda_timer
 
-HUGE_PAGES_FROM = 4 << 20  # bytes; what csrc/huge_pages.h does
+HUGE_PAGES_FROM = 4 << 20  # bytes; the same limit as in csrc/ops/huge_pages.h
 
 
 def make_copy(sources: list[Tensor]) -> Step:
-    """Reads as many bytes as one of `sources` has and writes them elsewhere; each call takes the next."""
+    """Build a step that copies one of `sources` to other memory. Each call copies the next one."""
     return make_cuda_copy(sources) if sources[0].is_cuda else make_cpu_copy(sources[0])
 
 
 def make_cuda_copy(sources: list[Tensor]) -> Step:
-    """The faster of the driver's copy (what `copy_` is there) and of a kernel that reads and writes each element."""
-    # What is a slice has to be dense for that: a copy of rows apart is slower.
+    """The faster of the driver's copy, which `copy_` uses on CUDA, and a kernel that reads and writes each element."""
+    # A slice is made dense first, because a copy of rows with gaps between them is slower.
     dense = [source.detach().contiguous() for source in sources]
     memory = torch.empty_like(dense[0])
     turns = itertools.cycle(dense)
@@ -31,7 +32,7 @@ def make_cuda_copy(sources: list[Tensor]) -> Step:
 
 
 def make_cpu_copy(source: Tensor) -> Step:
-    """Into new memory, mapped as fusedloss's gradients are."""
+    """Copy into new memory, which is mapped like the gradients of fusedloss."""
     source = source.detach()
 
     def copy() -> None:

@@ -1,7 +1,7 @@
 """`python -m benchmarks.demo`: two models trained twice, with torch's losses and with fusedloss's.
 
-Everything a training script must change to use fusedloss is in `LIBRARIES`: `CrossEntropyLoss` and `MSELoss` come from
-`fusedloss` instead of `torch.nn`. The models, the optimizers and the loops below do not know which one they run.
+The only change that a training script needs is in `LIBRARIES`: `CrossEntropyLoss` and `MSELoss` come from `fusedloss`
+instead of `torch.nn`. The models, the optimizers and the loops below are the same for both.
 """
 
 import argparse
@@ -39,8 +39,8 @@ from .timing import Effort, Step, Times, cpu_timer, interleave
 
 LIBRARIES: dict[str, ModuleType] = {"torch": nn, "fusedloss": fusedloss}
 
-# The two libraries round differently in the last bit, and training carries that on from step to step; a wrong loss
-# or gradient is off by far more after the first epoch.
+# The two libraries round differently in the last bit, and training amplifies the difference from step to step. A wrong
+# loss or gradient is off by far more after the first epoch.
 TOLERANCE = 1e-3
 BATCH = 128
 EPOCHS = 20
@@ -62,7 +62,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Training:
-    """What one training run left behind."""
+    """The results of one training run."""
 
     curve: list[float]  # mean loss of each epoch
     score: float  # on the test part
@@ -89,7 +89,7 @@ def digits() -> Task:
 
 
 def diabetes() -> Task:
-    """442 patients, ten measurements each, and how far the disease went in a year, in standard deviations."""
+    """442 patients, ten measurements each, and how far the disease progressed in a year, in standard deviations."""
     features, progress = load_diabetes(return_X_y=True)
     features, progress = features / features.std(axis=0), (progress - progress.mean()) / progress.std()
     train_x, test_x, train_y, test_y = train_test_split(features, progress[:, None], test_size=0.2, random_state=0)
@@ -134,16 +134,16 @@ def train(task: Task, losses: ModuleType, epochs: int) -> Training:
 
 
 def largest_difference(curves: list[list[float]]) -> float:
-    """The largest relative difference between two curves, over all epochs; anything not a number is infinitely far."""
+    """The largest relative difference between two curves over all epochs. NaN counts as infinite."""
     ours, theirs = (torch.tensor(curve, dtype=torch.float64) for curve in curves)
     return ((ours - theirs).abs() / theirs.abs()).nan_to_num(nan=float("inf")).max().item()
 
 
 def time_loss_alone(task: Task, model: nn.Module) -> dict[str, Times]:
-    """One batch's loss and its gradient with respect to the model's output, without the model.
+    """Time one batch's loss and its gradient with respect to the model's output, without the model.
 
-    Timed apart from the training, both libraries in turn on the same real outputs, because the loss is a small part
-    of a step and two separate runs would differ by more than it.
+    The loss is a small part of a step, and two separate training runs would differ by more than its time. So the loss
+    is timed apart from the training, with both libraries in turn on the same real outputs.
     """
     target = task.data.train_y[:BATCH]
     output = model(task.data.train_x[:BATCH]).detach().requires_grad_()
@@ -174,7 +174,7 @@ def curves_table(trainings: dict[str, dict[str, Training]]) -> Table:
 
 
 def report_agreement(task: Task, runs: dict[str, Training], console: Console) -> bool:
-    """Print the scores and whether the two curves are the same, and return the latter."""
+    """Print the scores and whether the two curves agree. Return whether they do."""
     difference = largest_difference([run.curve for run in runs.values()])
     agree = difference <= TOLERANCE
     scores = ", ".join(f"{library} {run.score:.4f}" for library, run in runs.items())
@@ -188,7 +188,7 @@ def report_agreement(task: Task, runs: dict[str, Training], console: Console) ->
 
 
 def report_times(task: Task, times: dict[str, Times], epochs: int, console: Console) -> None:
-    """Print what the loss costs a step, and so the whole training."""
+    """Print the time of the loss per step and, from it, for the whole training."""
     steps = epochs * math.ceil(len(task.data.train_x) / BATCH)
     for library, time in times.items():
         console.print(

@@ -1,4 +1,4 @@
-"""The demo's picture: both loss curves on top of each other, and the time of the losses."""
+"""The demo's figure: both loss curves in one plot for each task, and the times of the losses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+from matplotlib.figure import Figure  # not pyplot, which would look for a display
 from matplotlib.ticker import MaxNLocator
 
 from .timing import Times
@@ -46,6 +46,6 @@ def draw_times(axis: Axes, times: dict[str, dict[str, Times]]) -> None:
         bars = axis.bar(places, heights, width, label=library, color=STYLES[library]["color"])
         axis.bar_label(bars, fmt="%.0f")
     axis.set_xticks(range(len(times)), list(times))
-    axis.margins(y=0.3)  # room for the legend
+    axis.margins(y=0.3)  # space for the legend
     axis.set(title="time in the loss, forward + gradient of one batch", ylabel="us (less is better)")
     axis.legend(loc="upper right", ncols=2)

@@ -1,4 +1,4 @@
-"""A plugin for pytest: a file of tests that imports a package which is not installed is skipped, and says so."""
+"""A pytest plugin: skips a test file that imports a package which is not installed, and reports the package."""
 
 import re
 from collections.abc import Generator

@@ -1,4 +1,4 @@
-"""The losses that are timed: torch's way to call each, fusedloss's, and the values that it gets in training."""
+"""The losses that are timed: torch's call, fusedloss's call, and input values like those in training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ Draw = Callable[[tuple[int, ...], Generator], Tensor]
 
 @dataclass(frozen=True)
 class Operand:
-    """One of the tensors that a loss is called with, of shape (N, C, d1, …), or class indices (N, d1, …)."""
+    """A tensor that a loss is called with: of shape (N, C, d1, …), or class indices of shape (N, d1, …)."""
 
-    draw: Draw  # in float32, as not every device draws 16-bit normals; or the number of classes for indices
+    draw: Draw  # returns float32, because not every device can draw 16-bit normals, or int64 for class indices
     differentiable: bool = False
-    read: Literal["all", "one of a row", "indices"] = "all"  # what the mathematics must look at
+    read: Literal["all", "one of a row", "indices"] = "all"  # the part of it that the formula needs
 
 
 @dataclass(frozen=True)
 class TimedLoss:
-    eager: Callable[..., Loss]  # makes a module, or a function of the operands
+    eager: Callable[..., Loss]  # returns a module, or a function of the operands
     fused: Callable[..., Loss]
     operands: tuple[Operand, ...]
     weights: tuple[str, ...] = ()  # options that hold a weight for each class
@@ -44,7 +44,7 @@ def variances(shape: tuple[int, ...], generator: Generator) -> Tensor:
 
 
 def labels(shape: tuple[int, ...], generator: Generator) -> Tensor:
-    """0 or 1."""
+    """Values of 0 or 1."""
     return uniform(shape, generator).round()
 
 
@@ -74,7 +74,7 @@ CLASSES = Operand(indices, read="indices")
 CLASS_PROBABILITIES = Operand(probabilities)
 
 
-# Losses that torch has no module for, as they are written with it.
+# Losses that torch has no module for, written with torch's operations.
 
 
 def log_cosh() -> Loss:
@@ -110,7 +110,7 @@ def charbonnier(eps: float) -> Loss:
 def like_torchs(
     name: str, *others: Operand, input: Operand = INPUT, weights: tuple[str, ...] = (), **options: Any
 ) -> TimedLoss:
-    """A module that both have, under one name."""
+    """A module that torch and fusedloss have under the same name."""
 
     def made_by(modules: Any) -> Callable[..., nn.Module]:
         return lambda **more: getattr(modules, name)(**options, **more)
@@ -119,7 +119,7 @@ def like_torchs(
 
 
 def custom(eager: Callable[..., Loss], target: Draw, expression: str, **parameters: float) -> TimedLoss:
-    """A loss of the user's own, one expression for fusedloss."""
+    """A user's own loss, which is one expression in fusedloss."""
     return TimedLoss(
         lambda: eager(**parameters),
         lambda: fusedloss.custom_loss(expression, **parameters),
@@ -154,7 +154,7 @@ LOSSES: dict[str, TimedLoss] = {
         "KLDivLoss", CLASS_PROBABILITIES, input=Operand(log_probabilities, differentiable=True), reduction="batchmean"
     ),
     "poisson_nll": like_torchs("PoissonNLLLoss", Operand(counts)),
-    # A network that learns the variance as well.
+    # The variance has a gradient too, as in a network that learns it.
     "gaussian_nll": like_torchs("GaussianNLLLoss", Operand(normal), Operand(variances, differentiable=True)),
     "nll": like_torchs(
         "NLLLoss",

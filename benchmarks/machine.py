@@ -1,4 +1,4 @@
-"""Where figures came from. A time without its machine, its torch and its commit is not evidence."""
+"""Where the figures came from. A time means nothing without its machine, torch version and commit."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ THP = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 def describe() -> dict[str, Any]:
-    """Everything that a reader needs to judge, or repeat, a run; nothing that names the host or its user."""
+    """Everything needed to judge or repeat a run, without the names of the host and its user."""
     return {
         "date": now(),
         "commit": commit(),
@@ -39,7 +39,7 @@ def describe() -> dict[str, Any]:
             "python": platform.python_version(),
             "compiler": first_line(*shlex.split(os.environ.get("CXX", "c++")), "--version"),
         },
-        # Fresh memory is where much of a large case's time goes; how it is mapped decides how much.
+        # A large case spends much of its time in new memory. How the memory is mapped decides how much.
         "memory_mapping": {
             "thp_enabled": read_line(THP / "enabled"),
             "thp_defrag": read_line(THP / "defrag"),
@@ -53,14 +53,14 @@ def now() -> str:
 
 
 def summary(description: dict[str, Any]) -> str:
-    """The one line that stands above the table."""
+    """The line above the table."""
     machine, software = description["machine"], description["software"]
     where = machine["gpu"] or machine["cpu"]
     return f"{where} · {machine['threads']} threads · torch {software['torch']} · Python {software['python']}"
 
 
 def commit() -> dict[str, Any]:
-    """The commit, and whether files differ from it; outside a git checkout, the commit that FUSEDLOSS_COMMIT names."""
+    """The commit, from git or else from FUSEDLOSS_COMMIT, and whether files differ from it."""
     head = first_line("git", "-C", str(ROOT), "rev-parse", "--verify", "HEAD") or os.environ.get("FUSEDLOSS_COMMIT")
     changes = run("git", "-C", str(ROOT), "status", "--porcelain")
     return {"hash": head, "dirty": None if changes is None else bool(changes)}
@@ -76,7 +76,7 @@ def cpu_model() -> str:
 
 
 def run(*command: str) -> str | None:
-    """What the command printed, or None if it failed or is not there."""
+    """Return what the command printed, or None if it failed or does not exist."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):

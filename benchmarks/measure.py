@@ -1,4 +1,4 @@
-"""One case from start to end: build the contenders, verify them, weigh their memory, time them side by side."""
+"""Measures one case: builds the contenders, verifies them, measures their memory and times them side by side."""
 
 import gc
 import math
@@ -20,36 +20,36 @@ from .timing import Effort, Step, Times, host_seconds, interleave, timer_for
 from .worker import EagerWithHugePages
 
 MAX_COPIES = 64
-CHECKED_ELEMENTS = 1 << 28  # of logits, at most, that are compared with the reference, whose tensors are of float64
-HOST_COUNTS_BELOW = 1 << 20  # bytes of logits: where a GPU takes less time than its host to launch the kernels
+CHECKED_ELEMENTS = 1 << 28  # at most, of the logits that are compared with the reference, which is in float64
+HOST_COUNTS_BELOW = 1 << 20  # bytes of logits; below it a GPU runs the kernels faster than its host launches them
 PAUSE_BETWEEN_PROCESSES = 0.02
-# Of the loss, and of the largest entry of the gradient. Wide: the tests are the judge, this only keeps wrong kernels
-# out of a table of speeds.
+# Relative to the loss, and to the largest entry of the gradient. The tolerance is wide: it only keeps wrong kernels out
+# of a table of speeds. The tests check the accuracy.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A contender's figures in one case, or the reason why it has none."""
+    """A contender's figures in one case, or the reason why there are none."""
 
     times: Times | None = None
     peak_extra_bytes: int | None = None
     note: str = ""
-    host_seconds: float | None = None  # a call's, until the GPU has its work; of small cases on CUDA
+    host_seconds: float | None = None  # per call, until the work is queued on the GPU; only for small cases on CUDA
 
 
 @dataclass(frozen=True)
 class CaseResult:
     case: Case
     measurements: dict[str, Measurement] = field(default_factory=dict)
-    others_share: float | None = None  # of the cores, used by other programs while the case was timed
+    others_share: float | None = None  # of the cores, used by other programs during the timing
 
     def median(self, name: str) -> float | None:
         measurement = self.measurements.get(name)
         return measurement.times.median if measurement and measurement.times else None
 
     def ratio(self, name: str, to: str = "eager") -> float | None:
-        """How many times faster `name` is than `to`: above 1 is ahead."""
+        """How many times faster `name` is than `to`: above 1 is faster."""
         mine, theirs = self.median(name), self.median(to)
         return theirs / mine if mine and theirs else None
 
@@ -59,7 +59,7 @@ class CaseResult:
         return moved / median / 1e9 if median else None
 
     def share_of_copy(self, name: str) -> float | None:
-        """Bytes that must move a second, as a part of those that a copy moves."""
+        """The bandwidth, counted in bytes that must move, as a fraction of the bandwidth of a copy."""
         mine, limit = self.gb_per_s(name), self.gb_per_s("copy")
         return mine / limit if mine and limit else None
 
@@ -70,9 +70,9 @@ def measure_all(
     progress_console: Console,
     keep: Callable[[CaseResult], None] = lambda result: None,
 ) -> list[CaseResult]:
-    """Every case of the plan with its contenders, under a progress bar where there is a terminal to draw it.
+    """Measure every case of the plan with its contenders, and show a progress bar if there is a terminal.
 
-    `keep` is called with each result at once. An interrupt ends the run after the cases that are done.
+    `keep` is called with each result as soon as it is measured. An interrupt ends the run and keeps the finished cases.
     """
     plan = list(plan)
     results = []
@@ -82,7 +82,7 @@ def measure_all(
             progress.update(task, description=str(case), refresh=True)
             try:
                 results.append(measure_case(case, names, effort))
-            except RuntimeError as error:  # no memory for a case of this size, or a device that has failed
+            except RuntimeError as error:  # too little memory for a case of this size, or a failed device
                 note = Measurement(note=first_line(error))
                 results.append(CaseResult(case, dict.fromkeys(names, note)))
             except KeyboardInterrupt:
@@ -94,7 +94,7 @@ def measure_all(
 
 @contextmanager
 def quick_garbage_collection() -> Iterator[None]:
-    """A case has two collections. They pass over what is there now: torch's modules are a great many objects."""
+    """Exclude the objects that exist now, which include torch's many modules, from the two collections of each case."""
     gc.freeze()
     try:
         yield
@@ -105,7 +105,7 @@ def quick_garbage_collection() -> Iterator[None]:
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    # Refreshed by hand, between cases: a thread that redraws the bar would take a core from the kernels.
+    # The bar is refreshed between cases. A thread that redraws it would take a core from the kernels.
     with Progress(
         *columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal
     ) as progress:
@@ -113,9 +113,9 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 
 
 def measure_case(case: Case, names: list[str], effort: Effort) -> CaseResult:
-    """A contender that fails, or is wrong, gets a note instead of figures and stops nobody else."""
+    """Measure a case. A contender that fails or is wrong gets a note instead of figures; the others are still timed."""
     if case.device == "cuda":
-        gc.collect()  # what the case before has left, and the allocator keeps in blocks of its sizes
+        gc.collect()  # frees what the previous case left, which the allocator keeps in blocks of that case's sizes
         torch.cuda.empty_cache()
     inputs = [make_inputs(case, seed) for seed in range(copies(case))]
     checked, operands = part_to_check(case, inputs[0])
@@ -130,7 +130,7 @@ def measure_case(case: Case, names: list[str], effort: Effort) -> CaseResult:
             loss, overwrites = loss_of(name, checked), overwrites_logits(name)
             notes[name] = disagreement(loss, checked, operands, reference, overwrites)
             if checked != case:
-                loss = loss_of(name, case)  # anew: the compiler's code for a second size would be slower
+                loss = loss_of(name, case)  # a new loss: the compiler's code for a second size would be slower
             steps[name] = make_step(loss, case, inputs, overwrites)
             steps[name]()  # compiles what is compiled at first use
         except Exception as error:  # a compiler can raise anything
@@ -150,7 +150,7 @@ def measure_case(case: Case, names: list[str], effort: Effort) -> CaseResult:
 
 
 def copies(case: Case) -> int:
-    """On CUDA, as many inputs as it takes for the second-level cache to have lost one before its next turn."""
+    """The number of inputs. On CUDA it is so large that the L2 cache has evicted an input before its next turn."""
     if case.device != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(case.device).L2_cache_size
@@ -159,7 +159,7 @@ def copies(case: Case) -> int:
 
 
 def part_to_check(case: Case, operands: tuple[Tensor, ...]) -> tuple[Case, tuple[Tensor, ...]]:
-    """The case, or one of its first rows alone where float64 of all would not fit beside what is timed."""
+    """The case, or only its first rows if a float64 copy of all would not fit into memory beside what is timed."""
     rows = CHECKED_ELEMENTS // math.prod(case.shape[1:])
     if case.rows <= rows:
         return case, operands
@@ -180,7 +180,7 @@ def reference_results(case: Case, operands: tuple[Tensor, ...]) -> list[Tensor]:
 def loss_and_gradients(
     loss: Loss, case: Case, operands: tuple[Tensor, ...], overwrites: bool = False
 ) -> list[Tensor | None]:
-    """What one step computes, by the same path as the timed step, so that nothing else gets compiled for it."""
+    """Compute the results of one step in the same way as the timed step, so that nothing else is compiled for it."""
     first, *others = operands
     given = first * 1 if case.in_place or overwrites else first
     if case.step == "forward":
@@ -199,7 +199,7 @@ def loss_and_gradients(
 def disagreement(
     loss: Loss, case: Case, operands: tuple[Tensor, ...], reference: list[Tensor], overwrites: bool = False
 ) -> str:
-    """Why the results are wrong, or nothing."""
+    """Return why the results are wrong, or an empty string if they are right."""
     results = loss_and_gradients(loss, case, operands, overwrites)
     for index, (mine, exact) in enumerate(zip(results, reference, strict=True)):
         what = "gradient" if index else "loss"
@@ -207,7 +207,7 @@ def disagreement(
             return f"no {what}"
         error = (mine.double() - exact).abs().max().item()
         scale = exact.abs().max().item()
-        # The gradient of a large mean lies among float16's subnormal numbers: one step of those is no error.
+        # The gradient of a large mean may be subnormal in float16. A difference of one subnormal step is allowed.
         limits = torch.finfo(case.torch_dtype)
         allowed = TOLERANCE[case.dtype] * scale + limits.tiny * limits.eps
         if not error <= allowed:

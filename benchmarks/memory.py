@@ -1,9 +1,9 @@
-"""Peak extra memory of one call, to the byte: the most that torch's allocators hold beyond what they held before.
+"""Peak extra memory of one call, in bytes: the most that torch's allocators hold beyond what they held before.
 
-The resident set of a process would be the wrong witness here: it is counted in pages, keeps what malloc does not hand
-back, and sees nothing when a call reuses memory that another has freed. So the allocators themselves are asked. What a
-kernel takes behind torch's back (buffers on its stack, a few kilobytes of scratch a thread) is not in it, for any
-contender.
+The resident set of the process cannot be used here: it is counted in pages, includes memory that malloc does not
+return to the system, and does not change when a call reuses memory that another has freed. So the figures come from the
+allocators. Memory that a kernel takes without torch's allocators (buffers on its stack, a few kilobytes of scratch per
+thread) is not included, for any contender.
 """
 
 import os
@@ -18,12 +18,12 @@ METHOD = {
 
 
 def peak_extra_bytes(step: Callable[[], None], device: str) -> int:
-    """Bytes that `step` held at its worst moment, its results among them."""
+    """The most bytes that `step` held at any time, including its results."""
     return _peak_cuda(step) if device == "cuda" else _peak_cpu(step)
 
 
 def _peak_cpu(step: Callable[[], None]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would announce each start and stop on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints each start and stop on stderr
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         step()
     events = (event for event in profiler.kineto_results.events() if event.name() == "[memory]")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.ncu FILE`: of what Nsight Compute wrote (ncu --csv --page raw), a line for each kernel."""
+"""`python -m benchmarks.ncu FILE`: prints one line per kernel of what Nsight Compute wrote (ncu --csv --page raw)."""
 
 import csv
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .kernels import short_name
 
-# The first that is there: the sections' names of it differ between versions.
+# Each tuple lists the names of one metric in different versions of Nsight Compute. The first that is present is used.
 DURATION = ("gpu__time_duration.sum",)
 DRAM = (
     "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
@@ -22,7 +22,7 @@ TO_MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms":
 
 
 def lines(text: str) -> list[str]:
-    """The header, the units, then a row for each kernel; lines of ncu itself stand between them, without quotes."""
+    """Parse the header, the units and a row for each kernel. Lines without quotes are messages of ncu."""
     header, units, *rows = [*csv.reader(line for line in text.splitlines() if line.startswith('"')), [], []]
     unit_of = dict(zip(header, units, strict=False))
     return [line(dict(zip(header, row, strict=True)), unit_of) for row in rows if row]
@@ -48,7 +48,7 @@ def line(row: dict[str, str], unit_of: dict[str, str]) -> str:
 
 
 def size(text: str) -> str:
-    """`(8192, 1, 1)` is 8192."""
+    """Return `(8192, 1, 1)` as 8192."""
     return "x".join(part for part in re.findall(r"\d+", text) if part != "1") or "1"
 
 

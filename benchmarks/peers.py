@@ -1,7 +1,7 @@
-"""Other libraries' cross entropy on CUDA, timed where they are installed: an adapter each.
+"""Other libraries' cross entropy on CUDA, with an adapter for each. They are timed if they are installed.
 
-cut-cross-entropy is not among them: it takes the hidden states and the last layer's weight, so that its time is mostly
-that of a matrix product which no other contender makes.
+cut-cross-entropy is not included. It takes the hidden states and the last layer's weight, so most of its time is a
+matrix product, which no other contender computes.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from .losses import Loss
 
 @dataclass(frozen=True)
 class Peer:
-    """A mean over class indices, without options."""
+    """A peer's mean over class indices, without options."""
 
     package: str
     module: str
@@ -44,7 +44,7 @@ PEERS: dict[str, Peer] = {
 
 
 def versions() -> dict[str, str]:
-    """Of the peers that are installed."""
+    """The versions of the peers that are installed."""
     found = {}
     for name, peer in PEERS.items():
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -58,6 +58,6 @@ def missing() -> dict[str, str]:
     for name, peer in PEERS.items():
         try:
             peer.load()
-        except Exception as error:  # what a package raises where its own needs are not met
+        except Exception as error:  # a package may raise anything if its own requirements are missing
             reasons[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
     return reasons

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.profiled`: a call of each case for a profiler that is off until the program turns it on."""
+"""`python -m benchmarks.profiled`: calls each case once for a profiler, which is off except during that call."""
 
 import argparse
 import time
@@ -41,14 +41,14 @@ def main(argv: list[str] | None = None) -> None:
         if options.device == "cpu":
             case = suites.tiny(case)
         step = make_step(fused(case), case, [make_inputs(case)])
-        step()  # what happens once, such as loading the kernels
+        step()  # does what happens only once, such as loading the kernels
         torch.cuda.synchronize()
         print(case, flush=True)
         torch.cuda.profiler.start()
         step()
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
-        del step  # with its inputs, before the next ones are made
+        del step  # frees the inputs before the next ones are allocated
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""`python -m benchmarks.representative`: one small problem for each way through the kernels, against the reference.
+"""`python -m benchmarks.representative`: checks one small problem for each path through the kernels.
 
-Of each, the loss, the gradients for a grad_output of 1 and of another value, and the latter in the logits' place. It
-takes seconds, and so can be run under tools that slow a GPU down by orders of magnitude: values are drawn, and judged,
-on the CPU, and the device does no more than the losses.
+For each problem, the loss and the gradients for a grad_output of 1 and of another value are compared with the
+reference; for cross entropy, also a gradient that is written over the logits. A run takes seconds, so it can run under
+tools that slow a GPU down by orders of magnitude: the CPU draws and checks the values, and the device computes only the
+losses.
 """
 
 import argparse
@@ -32,7 +33,8 @@ LONG_ROWS = [(2, 200_003)]
 FEW_ROWS = [(1, 131_072)]
 COLUMNS = [(3, 7, 37), (2, 100, 8, 8), (2, 1031, 40)]
 MANY_ROWS = [(6000, 17)]
-# As many rows as a GPU has multiprocessors, so that none is split: kept by a block, and by a cluster.
+# There are as many rows as a GPU has multiprocessors, so that no row is split between blocks. A block, or a cluster,
+# keeps a row in shared memory.
 KEPT_ROWS: list[tuple[str, tuple[int, int], dict[str, Any]]] = [
     ("bfloat16", (150, 20_000), {"label_smoothing": 0.1}),
     ("bfloat16", (150, 70_001), {}),
@@ -72,10 +74,10 @@ def problems() -> Iterator[Problem]:
 
 
 def run(problem: Problem, device: str) -> dict[str, float]:
-    """What came out, and its errors, each as a part of the allowed: above 1 is wrong."""
+    """Return each result's checksum and its error relative to the allowed error: above 1 is wrong."""
     generator = torch.Generator().manual_seed(zlib.crc32(str(problem).encode()))
     input, target, options = draw(problem, generator)
-    # A leaf in float64: through a conversion, autograd would round the gradient to the dtype.
+    # The leaf is in float64: through a conversion, autograd would round the gradient to the dtype.
     exact = compute(reference, problem, input.double(), target, options, torch.Generator().manual_seed(0))
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
     results = compute(functional, problem, input.to(device), target.to(device), moved, torch.Generator().manual_seed(0))
@@ -83,7 +85,7 @@ def run(problem: Problem, device: str) -> dict[str, float]:
     for name, expected in exact.items():
         mine = results[name].detach().cpu()
         outcome[f"{name} error"] = error(mine, expected, problem.dtype)
-        # The same bits have the same checksum: for comparing machines and commits.
+        # The checksum shows whether two machines or commits return bitwise identical results.
         outcome[f"{name} crc32"] = zlib.crc32(mine.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return outcome
 
@@ -120,7 +122,7 @@ def compute(
 
 
 def error(mine: Tensor, exact: Tensor, dtype: str) -> float:
-    """The largest, where 1 is a unit in the last place, and what float32 (of float64: float64) sums may be off by."""
+    """The largest error, where 1 is what rounding the result and the float32 sums (float64 for float64) may cause."""
     limits = torch.finfo(DTYPES[dtype])
     computed = 1e-12 if dtype == "float64" else 1e-5
     allowed = limits.eps * exact.abs() + computed * exact.abs().max() + limits.tiny * limits.eps
@@ -140,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     problem = None
     try:
         for problem in chosen:
-            print(problem, flush=True)  # before it runs: the last line names a problem that hangs
+            print(problem, flush=True)  # printed before it runs, so that the last line names a problem that hangs
             outcome = outcomes[str(problem)] = run(problem, options.device)
             errors = {name: value for name, value in outcome.items() if name.endswith("error")}
             for name, value in errors.items():
@@ -159,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # As Ctrl-C does: what was judged when a time limit ends the run is printed and written.
+    # Both signals act like Ctrl-C: if a time limit ends the run, the results so far are still printed and written.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     main()

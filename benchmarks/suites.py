@@ -1,4 +1,4 @@
-"""Fixed sets of cases, each an answer to one question."""
+"""Fixed sets of cases. Each answers one question."""
 
 import itertools
 from dataclasses import replace
@@ -11,9 +11,9 @@ SCALING_CONTENDERS = ["eager", "fusedloss"]
 CPU_CONTENDERS = ["eager", "eager, THP", "compile", "fusedloss", "copy"]
 POINTWISE = [loss for loss in LOSSES if loss != "cross_entropy"]
 IN_16_BITS_TOO = ("mse", "huber", "bce")
-CUDA_BYTES = 1 << 28  # at least, of logits: several times what a GPU's second-level cache holds
+CUDA_BYTES = 1 << 28  # at least, of logits: several times the size of a GPU's L2 cache
 CUDA_CLASSES = (256, 1024, 4096, 16384, 32768, 50257, 131072, 262144)
-# Rows and classes where the compiler and the peers are timed as well.
+# Rows and classes of the cases in which the compiler and the peers are timed too.
 AGAINST_ALL = ((8192, 32000), (8192, 128256), (65536, 1000), (32768, 4096))
 
 
@@ -42,7 +42,7 @@ def cpu() -> list[Case]:
 
 
 def pointwise() -> list[Case]:
-    """How fast are the losses of one element after another, ten million of them, and those of one's own?"""
+    """How fast are the pointwise losses, and custom ones, on ten million elements?"""
 
     def case(loss: str, rows: int = 10_000, classes: int = 1000, dtype: str = "float32", **options: object) -> Case:
         return Case(loss, rows, classes, dtype, "forward+backward", **options)
@@ -58,7 +58,7 @@ def pointwise() -> list[Case]:
 
 
 def scaling() -> list[Case]:
-    """Does the cost grow with the number of elements, be they more rows or more classes, and with nothing else?"""
+    """Does the time depend only on the number of elements, whether there are more rows or more classes?"""
     sizes = [
         *((rows, 1000) for rows in (1, 10, 100, 1000, 10_000, 100_000)),
         *((100, classes) for classes in (10, 100, 1000, 10_000, 100_000, 1_000_000)),
@@ -74,7 +74,7 @@ def on_cuda(
 
 
 def of_cuda_bytes(classes: int, dtype: str, step: Pass = "forward+backward") -> Case:
-    """So many rows that a GPU's second-level cache does not hold the logits."""
+    """Return a case with so many rows that the logits do not fit into a GPU's L2 cache."""
     return on_cuda(-(-CUDA_BYTES // (classes * DTYPES[dtype].itemsize)), classes, dtype, step=step)
 
 
@@ -83,7 +83,7 @@ def elementwise(loss: str, dtype: str = "float32", step: Pass = "forward+backwar
 
 
 def goals() -> list[Case]:
-    """How near to the memory's own speed is each loss on a GPU, at the shapes that models have?"""
+    """How near to the memory bandwidth is each loss on a GPU, at the shapes that models have?"""
     vocabularies = (32000, 50257, 50304, 128256, 262144)
     options = ({"target": "probabilities"}, {"label_smoothing": 0.1}, {"weighted": True})
     return [
@@ -103,7 +103,7 @@ def goals() -> list[Case]:
 
 
 def cuda() -> list[Case]:
-    """The goals first, then more classes, dtypes and options."""
+    """The cases of `goals` first, then more classes, dtypes and options."""
     dtypes = ("bfloat16", "float32")
     options = ({"target": "probabilities"}, {"label_smoothing": 0.1}, {"weighted": True})
     cases = [
@@ -116,13 +116,13 @@ def cuda() -> list[Case]:
         *(on_cuda(8, 262144, dtype, step=step) for dtype, step in itertools.product(dtypes, PASSES)),
         *(elementwise("mse", dtype, "forward") for dtype in dtypes),
         elementwise("bce", weighted=True),
-        elementwise("log_cosh"),  # nvcc takes long for a custom loss: one stands for all
+        elementwise("log_cosh"),  # one custom loss only, because nvcc takes long to compile each
     ]
     return list(dict.fromkeys(cases))
 
 
 def cuda_contenders(case: Case) -> list[str]:
-    """Compiling a contender takes seconds a case: only where it says most."""
+    """Return who is timed. Compiling takes seconds per case, so only some cases have torch.compile and the peers."""
     if case.loss == "cross_entropy":
         against_all = not case.variant and not case.inner and (case.rows, case.classes) in AGAINST_ALL
     else:
@@ -133,6 +133,6 @@ def cuda_contenders(case: Case) -> list[str]:
 
 
 def tiny(case: Case) -> Case:
-    """The same on the CPU in no time, to try out what runs on a GPU otherwise."""
+    """Return a tiny version of the case for the CPU, to try out on it what otherwise runs on a GPU."""
     inner, padding = tuple(2 for _ in case.inner), min(case.padding, 7)
     return replace(case, rows=3, classes=min(case.classes, 40), inner=inner, padding=padding, device="cpu")

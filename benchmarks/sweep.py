@@ -1,7 +1,7 @@
-"""`python -m benchmarks.sweep`: the same training steps under other values of the CUDA kernels' tuning (CudaTuning).
+"""`python -m benchmarks.sweep`: times training steps with other values of the CUDA kernels' tuning (CudaTuning).
 
-One value at a time differs from the defaults. Each is a contender of its own, verified and timed side by side with the
-others. A line a case has the time at the defaults, and the settings that gain most.
+One value at a time differs from the defaults. Each setting is a contender, verified and timed side by side with the
+others. One line per case shows the time at the defaults and the settings that gain most.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def cases() -> list[Case]:
 
 
 def under(set_tuning: Callable[[str, int], None], name: str, value: int) -> Callable[[Case], Loss]:
-    """fusedloss's loss with that setting, which its backward pass finds as well: nobody else is called in between."""
+    """fusedloss's loss with that setting. Its backward pass has it too, because no other contender runs in between."""
 
     def contender(case: Case) -> Loss:
         loss = fused(case)

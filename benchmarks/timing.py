@@ -1,4 +1,4 @@
-"""Interleaved timing: in every round each contender runs once, so that a busy moment of the machine hits them all."""
+"""Interleaved timing: each contender runs once per round, so that a busy moment of the machine slows them all."""
 
 import gc
 import math
@@ -13,14 +13,14 @@ import torch
 Timer = Callable[["Step", int], float]
 WARM_UP_CALLS = 3
 HOST_BATCHES, HOST_CALLS = 15, 50
-# Of a GPU's clock, about 0.5 ms: three times what a host takes to queue a training step, because a virtual machine's
-# host is sometimes late.
+# Cycles of a GPU's clock, about 0.5 ms: three times as long as a host takes to queue a training step, because the host
+# of a virtual machine is sometimes late.
 QUEUEING_CYCLES = 1_000_000
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is timed, and what must be done before each time, which is not."""
+    """What is timed (`run`), and what must be done before each call but is not timed (`prepare`)."""
 
     run: Callable[[], None]
     prepare: Callable[[], None] | None = None
@@ -31,7 +31,7 @@ class Step:
         self.run()
 
     def seconds(self, calls: int) -> float:
-        """Per call, by the clock on the wall."""
+        """Wall-clock seconds per call."""
         if self.prepare is None:
             start = time.perf_counter()
             for _ in range(calls):
@@ -53,12 +53,12 @@ class Effort:
     min_rounds: int = 9
     max_rounds: int = 101
     seconds: float = 2.0
-    batch_seconds: float = 2e-3  # what the fastest contender's share of a round lasts: far above a clock's step
+    batch_seconds: float = 2e-3  # how long the fastest contender runs in a round: far more than the clock's resolution
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per call, one sample a round, each the mean of `calls` calls."""
+    """Seconds per call: one sample per round, each the mean of `calls` calls."""
 
     samples: list[float]
     calls: int
@@ -76,17 +76,18 @@ class Times:
 
 
 def cpu_timer(step: Step, calls: int) -> float:
-    """Seconds per call by the clock on the wall; of a step in another process, by the clock there."""
+    """Wall-clock seconds per call. A step in another process is timed by that process."""
     return step.seconds(calls)
 
 
 def cuda_timer(step: Step, calls: int) -> float:
     """Seconds per call between two events of the stream.
 
-    The GPU is kept busy until the host has queued the batch: otherwise it would wait for the launches of short kernels,
-    and the time would be the host's, which `host_seconds` takes. A step that waits for the GPU itself is not helped.
+    The GPU is kept busy until the host has queued the batch. Otherwise it would wait for the launches of short kernels,
+    and the result would be the host's time, which `host_seconds` measures. This does not help a step that itself waits
+    for the GPU.
 
-    A step that is prepared has a pair of events for each call, so that the GPU's time for preparing is not counted.
+    A step with `prepare` has a pair of events for each call, so that the GPU's time for preparing is not counted.
     """
     spans = 1 if step.prepare is None else calls
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(spans)]
@@ -104,9 +105,9 @@ def cuda_timer(step: Step, calls: int) -> float:
 
 
 def host_seconds(step: Step) -> float:
-    """Per call, until the host has handed its work to the GPU, which is not waited for; the median of a few batches.
+    """Seconds per call until the host has queued its work on the GPU; the median of a few batches.
 
-    A batch has few enough launches for the queue to take them all: a full one would make the host wait.
+    The host does not wait for the GPU: a batch has so few launches that they all fit into the queue.
     """
     batches = []
     for _ in range(HOST_BATCHES):
@@ -121,7 +122,7 @@ def timer_for(device: str) -> Timer:
 
 
 def rotations(names: list[str]) -> Iterator[list[str]]:
-    """The order of each round: everyone goes first, second, … equally often, so no one owns the warm cache."""
+    """The order of each round. Each contender is first, second, … equally often: none profits from a warm cache."""
     first = 0
     while True:
         yield names[first:] + names[:first]
@@ -129,11 +130,11 @@ def rotations(names: list[str]) -> Iterator[list[str]]:
 
 
 def interleave(steps: Mapping[str, Step], timer: Timer, effort: Effort, pause: float = 0.0) -> dict[str, Times]:
-    """Time all steps side by side; each must have been called before, so that nothing compiles in here.
+    """Time all steps side by side. Each must have been called before, so that nothing is compiled here.
 
-    `pause` seconds pass before each sample: where steps run in several processes, until the threads of the one before,
-    which go on spinning in wait of more, have gone to sleep. A call that is not counted then wakes this one's threads,
-    and leaves the memory of its results where the next call finds it: as in training, step after step.
+    `pause` is for steps that run in several processes: the seconds to wait before each sample until the threads of the
+    previous process, which spin while they wait for work, are asleep. One call that is not counted then wakes this
+    process's threads. The next call reuses the memory of its results, as in training.
     """
     if not steps:
         return {}
@@ -158,7 +159,7 @@ def interleave(steps: Mapping[str, Step], timer: Timer, effort: Effort, pause: f
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """A collection in the middle of a sample would be charged to whoever runs then."""
+    """Disable garbage collection, which would be charged to the contender that runs at the time."""
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()

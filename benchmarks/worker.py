@@ -1,6 +1,7 @@
-"""Torch's eager loss in a process of its own, whose allocator asks for huge pages: torch reads that setting only once.
+"""Torch's eager loss in its own process, whose allocator requests huge pages: torch reads that setting only once.
 
-The parent says what to time, in lines of JSON, and when: rounds interleave with those of the contenders in its process.
+The parent sends what to time, and when, in lines of JSON, so that its rounds interleave with those of the other
+contenders.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class EagerWithHugePages:
-    """A step, as `timing.Step`, that runs there."""
+    """A step, like `timing.Step`, that runs in that process."""
 
     def __init__(self, case: Case) -> None:
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -33,7 +34,7 @@ class EagerWithHugePages:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.core_seconds = 0.0  # that the process has used
+        self.core_seconds = 0.0  # that the process has used so far
         self.ask(dataclasses.asdict(case))
 
     def __call__(self) -> None:
@@ -57,8 +58,8 @@ class EagerWithHugePages:
 
 
 def main() -> None:
-    """First line: the case; every other one: how many calls to time."""
-    from .contenders import eager, make_step  # here, as that file knows this one
+    """Read the case from the first line, and the number of calls to time from every later line."""
+    from .contenders import eager, make_step  # imported here, because that file imports this one
 
     case = Case(**json.loads(sys.stdin.readline()))
     case = dataclasses.replace(case, inner=tuple(case.inner))

@@ -28,7 +28,7 @@ using Tensors = std::vector<at::Tensor>;
 
 const auto no_gil = py::call_guard<py::gil_scoped_release>();
 
-// Otherwise torch prints grad_fn=<CrossEntropy>>: what is left of the name of a C++ template.
+// Names the grad_fn types. Without it torch prints the end of the C++ template's name: grad_fn=<CrossEntropy>>.
 void name_nodes() {
   static std::array<PyTypeObject, 3> types = {};
   PyTypeObject* type = types.data();
@@ -45,7 +45,9 @@ void define_cross_entropy(py::module_& m) {
         return cross_entropy({input, target, weight, reduction, ignore_index, label_smoothing}, inplace_backward);
       },
       "input"_a, "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a, "label_smoothing"_a, "inplace_backward"_a,
-      no_gil, "The loss, with autograd; None where the tensors are not plain, or have no kernels.");
+      no_gil,
+      "Returns the loss, with autograd, or None if the tensors are not plain or this build has no kernels for their "
+      "device. reduction: 0 (none), 1 (mean) or 2 (sum).");
   m.def(
       "cross_entropy_forward",
       [](const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
@@ -55,7 +57,8 @@ void define_cross_entropy(py::module_& m) {
         return std::make_tuple(result.loss, result.statistics);
       },
       "input"_a, "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a, "label_smoothing"_a, "autocast"_a, no_gil,
-      "The loss, and the statistics that the backward pass needs.");
+      "Returns the loss and the statistics, which cross_entropy_backward needs. autocast: return a float32 "
+      "loss for 16-bit logits.");
   m.def(
       "cross_entropy_backward",
       [](const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
@@ -64,7 +67,9 @@ void define_cross_entropy(py::module_& m) {
                                       statistics);
       },
       "grad_output"_a, "input"_a, "target"_a, "weight"_a, "statistics"_a, "reduction"_a, "ignore_index"_a,
-      "label_smoothing"_a, no_gil, "The gradient by input, times grad_output.");
+      "label_smoothing"_a, no_gil,
+      "Returns the gradient with respect to input, times grad_output. statistics: the second result of "
+      "cross_entropy_forward for the same arguments.");
   m.def(
       "cross_entropy_statistics_numel",
       [](const c10::SymInt& rows, bool is_mean, bool has_weight, double label_smoothing, bool class_indices) {
@@ -72,7 +77,7 @@ void define_cross_entropy(py::module_& m) {
                                               sums_class_weights(has_weight, label_smoothing, class_indices));
       },
       "rows"_a, "is_mean"_a, "has_weight"_a, "label_smoothing"_a, "class_indices"_a,
-      "How many elements the statistics of cross_entropy_forward have.");
+      "Returns the number of elements of the statistics that cross_entropy_forward returns.");
 }
 
 void define_nll_loss(py::module_& m) {
@@ -81,7 +86,8 @@ void define_nll_loss(py::module_& m) {
       [](const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
          int64_t ignore_index) { return nll_loss(input, {target, weight, reduction, ignore_index}); },
       "input"_a, "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a, no_gil,
-      "The loss, with autograd; None where the tensors are not plain, or have no kernels.");
+      "Returns the loss, with autograd, or None if the tensors are not plain or this build has no kernels for their "
+      "device. reduction: 0 (none), 1 (mean) or 2 (sum).");
   m.def(
       "nll_loss_forward",
       [](const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
@@ -90,7 +96,8 @@ void define_nll_loss(py::module_& m) {
         return std::make_tuple(result.loss, result.total_weight);
       },
       "input"_a, "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a, "autocast"_a, no_gil,
-      "The loss, and what the mean divides by.");
+      "Returns the loss and total_weight, which the mean divides by and nll_loss_backward needs. autocast: return a "
+      "float32 loss for a 16-bit input.");
   m.def(
       "nll_loss_backward",
       [](const at::Tensor& grad_output, const at::Tensor& target, const OptionalTensor& weight,
@@ -100,26 +107,32 @@ void define_nll_loss(py::module_& m) {
                                  {sizes, strides, dtype});
       },
       "grad_output"_a, "target"_a, "weight"_a, "total_weight"_a, "sizes"_a, "strides"_a, "dtype"_a, "reduction"_a,
-      "ignore_index"_a, no_gil, "The gradient by an input of these sizes and this dtype, times grad_output.");
+      "ignore_index"_a, no_gil,
+      "Returns the gradient with respect to an input of these sizes and this dtype, times grad_output. It has "
+      "these strides. total_weight: the second result of nll_loss_forward for the same arguments.");
 }
 
 void define_pointwise(py::module_& m) {
-  m.def("add_pointwise_loss", &add_pointwise_loss, "name"_a, "operands"_a, "cpu_formula"_a, "cuda_formula"_a,
-        "Makes a pointwise loss known, and returns the number that it is called by. The formulas are the addresses of "
-        "those of a user's loss; 0 and 0: it is one of this library, and found by its name.");
+  m.def(
+      "add_pointwise_loss", &add_pointwise_loss, "name"_a, "operands"_a, "cpu_formula"_a, "cuda_formula"_a,
+      "Registers a pointwise loss and returns its number, which the other functions take as loss. operands: the names "
+      "of its tensors. cpu_formula and cuda_formula: the addresses of the compiled formulas of a user's loss, 0 if it "
+      "is not compiled for that device; both are 0 for a loss of this library, which is found by its name.");
   m.def(
       "pointwise",
       [](int64_t loss, const Tensors& operands, const Parameters& parameters, int64_t reduction,
          std::optional<int64_t> divisor) { return pointwise(loss, operands, parameters, reduction, divisor); },
       "loss"_a, "operands"_a, "parameters"_a, "reduction"_a, "divisor"_a, no_gil,
-      "The loss, with autograd; None where the kernels do not cover the call.");
+      "Returns the loss, with autograd, or None if the kernels do not cover the call. divisor: what the mean divides "
+      "by; by default the number of elements.");
   m.def(
       "pointwise_forward",
       [](int64_t loss, const Tensors& operands, const Parameters& parameters, int64_t reduction,
          std::optional<int64_t> divisor, bool autocast) {
         return pointwise_forward({pointwise_loss(loss), operands, parameters, reduction, divisor}, autocast).loss;
       },
-      "loss"_a, "operands"_a, "parameters"_a, "reduction"_a, "divisor"_a, "autocast"_a, no_gil, "The loss.");
+      "loss"_a, "operands"_a, "parameters"_a, "reduction"_a, "divisor"_a, "autocast"_a, no_gil,
+      "Returns the loss. autocast: return a float32 loss for 16-bit operands.");
   m.def(
       "pointwise_backward",
       [](const at::Tensor& grad_output, int64_t loss, const Tensors& operands, const Parameters& parameters,
@@ -128,15 +141,19 @@ void define_pointwise(py::module_& m) {
                                   wanted);
       },
       "grad_output"_a, "loss"_a, "operands"_a, "parameters"_a, "reduction"_a, "divisor"_a, "wanted"_a, no_gil,
-      "The gradients by the operands whose bits are set in wanted, times grad_output; None for the others.");
+      "Returns a list with the gradient for each operand whose bit is set in wanted, times grad_output, and None for "
+      "the other operands. The lowest bit is the first operand.");
 }
 
 void define_settings(py::module_& m) {
-  m.def("set_debug", &set_debug, "enabled"_a, "Look for class indices out of range before a CUDA kernel is launched.");
+  m.def("set_debug", &set_debug, "enabled"_a,
+        "If enabled, checks for class indices out of range before a CUDA kernel is launched.");
   m.def("set_cuda_tuning", &set_cuda_tuning, "name"_a, "value"_a,
-        "Set a field of CudaTuning (csrc/kernels/options.h) for all later calls; \"defaults\" restores all of them.");
+        "Sets a field of CudaTuning (csrc/kernels/options.h) for all later calls. The name \"defaults\" restores all "
+        "fields.");
   m.def(
-      "cpu_capability", [] { return cpu::name_of(cpu::instruction_set()); }, "The instruction set of the CPU kernels.");
+      "cpu_capability", [] { return cpu::name_of(cpu::instruction_set()); },
+      "Returns the instruction set that the CPU kernels use: \"portable\", \"avx2\" or \"avx512\".");
   m.def(
       "choose_cpu_capability",
       [](const std::string& wanted, bool has_avx2, bool has_avx512) {
@@ -147,7 +164,8 @@ void define_settings(py::module_& m) {
         return cpu::name_of(cpu::choose_instruction_set(wanted, best));
       },
       "wanted"_a, "has_avx2"_a, "has_avx512"_a,
-      "What FUSEDLOSS_CPU=wanted chooses on a machine with these; for tests, whose machine has them all.");
+      "Returns the instruction set that FUSEDLOSS_CPU=wanted selects on a processor with these features. For tests, so "
+      "that one machine can test every combination.");
   m.attr("max_operands") = kMaxOperands;
   m.attr("max_parameters") = kMaxParameters;
 #ifdef FUSEDLOSS_WITH_CUDA

@@ -1,8 +1,10 @@
-// A backward pass is one of four cases. It hands over the gradient that the forward pass has left (ready_gradients.h);
-// or it calls the kernel; or, where its tensors are not plain (a dispatch mode, compiled autograd), it calls the
-// registered backward op; or, where it is to be differentiated itself (create_graph), or is given a batch of gradients
-// (is_grads_batched, vmap), it calls the op that composes the gradient of torch's operations. fusedloss/ops.py
-// registers the ops.
+// The four cases of a backward pass:
+// - It returns the gradient that the forward pass computed (ready_gradients.h).
+// - It calls the kernel.
+// - It calls the registered backward op, if its tensors are not plain (a dispatch mode, compiled autograd).
+// - It calls the op that composes the gradient from torch's operations, if the backward pass must be differentiated
+//   itself (create_graph) or gets a batch of gradients (is_grads_batched, vmap).
+// fusedloss/ops.py registers the ops.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,13 +30,13 @@ auto call_registered_op(const char* name, Arguments&&... arguments) {
   return op.call(std::forward<Arguments>(arguments)...);
 }
 
-// Called before torch's functions are given a tensor that the forward pass has saved: not all of them notice that its
-// memory was freed since.
+// Must be called before a tensor that the forward pass saved is passed to torch's functions: not all of them detect
+// that its memory has been freed since.
 inline void check_saved(const char* op, const char* name, const at::Tensor& tensor) {
   if (is_plain(tensor)) check_memory(op, name, tensor);
 }
 
-// The profiler shows each pass under the name of what it computes.
+// RECORD_FUNCTION gives each pass its own name in the profiler. Its list of inputs stays empty.
 using ProfiledInputs = c10::ArrayRef<const c10::IValue>;
 
 }  // namespace fusedloss

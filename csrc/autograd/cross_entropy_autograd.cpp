@@ -31,7 +31,7 @@ struct Saved {
   double label_smoothing;
   bool inplace_backward;
 
-  // In few entries of saved_data: each costs as much as a small loss does.
+  // Uses few entries of saved_data: each costs as much time as a small loss.
   void pack(AutogradContext* ctx) const {
     ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), statistics});
     ctx->saved_data["options"] = std::vector<int64_t>{reduction, ignore_index, inplace_backward};
@@ -82,7 +82,7 @@ at::Tensor call_kernel(const Saved& s, const at::Tensor& grad_output, const at::
 
 at::Tensor call_kernel_in_place(AutogradContext* ctx, const Saved& s, const at::Tensor& grad_output) {
   RECORD_FUNCTION("fusedloss::cross_entropy_backward", ProfiledInputs());
-  // An alias without history, which counts its versions with input.
+  // An alias of input without autograd history. It shares input's version counter.
   const at::Tensor logits = s.input.detach();
   const CrossEntropyCall call = {logits, s.target, s.weight, s.reduction, s.ignore_index, s.label_smoothing};
   const at::Tensor grad = cross_entropy_backward(grad_output, call, s.statistics, /*in_place=*/true);
@@ -93,7 +93,7 @@ at::Tensor call_kernel_in_place(AutogradContext* ctx, const Saved& s, const at::
 
 class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
  public:
-  static constexpr bool is_traceable = true;  // by compiled autograd
+  static constexpr bool is_traceable = true;  // lets compiled autograd trace it
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
@@ -108,8 +108,8 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     TORCH_CHECK(ctx->saved_data.count("overwritten") == 0,
-                "cross_entropy: a second backward pass, but the first has written the gradient over input "
-                "(inplace_backward=True)");
+                "cross_entropy: the backward pass cannot run a second time, because the first has written the gradient "
+                "over input (inplace_backward=True)");
     const Saved saved = Saved::unpack(ctx);
     const at::Tensor& grad_output = grad_outputs[0];
     ReadyGradients ready(ctx, ReadyLoss::kCrossEntropy, 1);
@@ -130,7 +130,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
   }
 };
 
-// ---- the gradient in the place of the logits
+// ---- the gradient that is written over the logits
 
 bool is_leaf_or_its_view(const at::Tensor& input) {
   const at::TensorBase& base = input.is_view() ? input._base() : input;
@@ -143,7 +143,7 @@ void check_overwritable(const at::Tensor& input) {
               "leaf that requires grad, or a view of one, expected the result of an operation");
   TORCH_CHECK(!may_overlap(input), "cross_entropy: inplace_backward=True writes the gradient over input, got elements ",
               "that share memory (sizes ", input.sizes(), ", strides ", input.strides(),
-              "), expected each to have its own; use input.contiguous()");
+              "), expected each element to have its own memory; pass input.contiguous()");
 }
 
 }  // namespace

@@ -20,8 +20,8 @@ NLLLossResult run_forward(const at::Tensor& input, const NLLLossCall& call) {
   return nll_loss_forward(input, call, autocast_to_float32(input));
 }
 
-// What the forward pass saves for the backward pass. The gradient does not depend on input, which is not saved: it may
-// be freed, or overwritten.
+// What the forward pass saves for the backward pass. The gradient does not depend on the values of input, so input is
+// not saved, and may be freed or overwritten.
 struct Saved {
   at::Tensor target;
   OptionalTensor weight;
@@ -30,7 +30,7 @@ struct Saved {
   at::ScalarType dtype;       // of input and of its gradient
   Dimensions sizes, strides;  // of the gradient
 
-  // In one entry of saved_data: each costs as much as a small loss does.
+  // Uses one entry of saved_data: each costs as much time as a small loss.
   void pack(AutogradContext* ctx) const {
     ctx->save_for_backward({target, weight.value_or(at::Tensor()), total_weight});
     std::vector<int64_t> options = {reduction, ignore_index, int64_t(dtype)};
@@ -61,7 +61,8 @@ struct Saved {
 at::Tensor compose(const Saved& s, const at::Tensor& grad_output) {
   check_saved("nll_loss", "target", s.target);
   if (s.weight.has_value()) check_saved("nll_loss", "weight", *s.weight);
-  // Any input has this gradient, and a second derivative of 0; only its place in the graph must be input's own.
+  // The gradient is the same for any values of input, and the second derivative is 0. So zeros can replace input; only
+  // the gradient edge must be that of input.
   const at::Tensor input = s.target.new_zeros(s.sizes, s.dtype);
   torch::autograd::impl::set_gradient_edge(input, torch::autograd::get_current_node()->next_edge(0));
   using Signature =
@@ -86,7 +87,7 @@ at::Tensor call_kernel(const Saved& s, const at::Tensor& grad_output) {
 
 class NLLLoss : public torch::autograd::Function<NLLLoss> {
  public:
-  static constexpr bool is_traceable = true;  // by compiled autograd
+  static constexpr bool is_traceable = true;  // lets compiled autograd trace it
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             const OptionalTensor& weight, int64_t reduction, int64_t ignore_index) {

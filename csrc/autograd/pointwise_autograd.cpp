@@ -31,7 +31,7 @@ struct Saved {
   int64_t reduction;
   std::optional<int64_t> divisor;
 
-  // In two entries of saved_data: each costs as much as a small loss does.
+  // Uses at most two entries of saved_data: each costs as much time as a small loss.
   void pack(AutogradContext* ctx) const {
     ctx->save_for_backward(operands);
     ctx->saved_data["options"] = std::vector<int64_t>{loss, reduction, divisor.value_or(kNoDivisor)};
@@ -55,9 +55,9 @@ struct Saved {
   static constexpr int64_t kNoDivisor = -1;
 };
 
-// ---- the cases of a backward pass; `wanted` has a bit for each operand whose gradient is wanted
+// ---- the cases of a backward pass; bit k of `wanted` is set if the gradient of operand k is wanted
 
-// Calls a registered op, which takes a bool for each operand and returns the gradients that are wanted.
+// Calls a registered op, which takes a bool for each operand and returns only the wanted gradients.
 variable_list call_gradients_op(const char* name, const PointwiseCall& call, const at::Tensor& grad_output,
                                 unsigned wanted) {
   using Signature = std::vector<at::Tensor>(const at::Tensor&, at::TensorList, const std::string&,
@@ -90,7 +90,7 @@ variable_list call_kernel(const PointwiseCall& call, const at::Tensor& grad_outp
 
 class Pointwise : public torch::autograd::Function<Pointwise> {
  public:
-  static constexpr bool is_traceable = true;  // by compiled autograd
+  static constexpr bool is_traceable = true;  // lets compiled autograd trace it
 
   static at::Tensor forward(AutogradContext* ctx, at::TensorList operands, int64_t loss,
                             c10::ArrayRef<double> parameters, int64_t reduction, std::optional<int64_t> divisor) {
@@ -123,7 +123,7 @@ class Pointwise : public torch::autograd::Function<Pointwise> {
     } else {
       grads = call_kernel(call, grad_output, wanted, std::move(ready.grads()));
     }
-    grads.resize(count + 4);  // nothing for the other arguments
+    grads.resize(count + 4);  // the other arguments have no gradient
     return grads;
   }
 };
@@ -137,7 +137,7 @@ OptionalTensor pointwise(int64_t loss, at::TensorList operands, c10::ArrayRef<do
   const auto requires_grad = [](const at::Tensor& operand) { return operand.requires_grad(); };
   if (!at::GradMode::is_enabled() || std::none_of(operands.begin(), operands.end(), requires_grad))
     return run_forward(call, /*with_grads=*/0).loss;
-  // An inference tensor cannot be saved. Not all of torch's own functions have to.
+  // An inference tensor cannot be saved for the backward pass, and not all of torch's own functions need to save it.
   const auto is_inference = [](const at::Tensor& operand) { return operand.is_inference(); };
   if (std::any_of(operands.begin(), operands.end(), is_inference)) return std::nullopt;
   return Pointwise::apply(operands, loss, parameters, reduction, divisor);

@@ -13,8 +13,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The names under which the context keeps them. Each is an entry of its own: compiled autograd does not follow tensors
-// in lists.
+// The keys of the gradients in saved_data. Each gradient has its own entry, because compiled autograd does not trace
+// tensors in lists.
 constexpr const char* kNames[kMaxOperands] = {"grad of tensor 0", "grad of tensor 1", "grad of tensor 2",
                                               "grad of tensor 3", "grad of tensor 4", "grad of tensor 5",
                                               "grad of tensor 6", "grad of tensor 7"};
@@ -36,7 +36,7 @@ bool is_one(const at::Tensor& value) {
 }  // namespace
 
 bool forward_computes_gradient(ReadyLoss loss, const at::Tensor& input, int64_t reduction) {
-  // Saved-tensor hooks say that memory is short, or that this forward pass will be run again.
+  // Saved-tensor hooks mean that memory is short, or that this forward pass will be run again.
   return Reduction(reduction) != Reduction::kNone && last_grad_output_was_one(loss, input) &&
          at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
 }

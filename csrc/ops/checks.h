@@ -1,5 +1,5 @@
-// One style of check, shared by the op files: torch's exception type, and a message that names the argument, what
-// was given and what was expected.
+// Checks that the op files share. Each raises the exception type that torch raises, with a message that names the
+// argument, what was given and what was expected.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -15,7 +15,7 @@ namespace fusedloss {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// std::nullopt for a dtype that no kernel takes.
+// Returns std::nullopt for a dtype that no kernel supports.
 inline std::optional<DType> kernel_dtype(at::ScalarType type) {
   switch (type) {
     case at::kFloat: return DType::kFloat32;
@@ -38,8 +38,8 @@ inline void check_same_device(const char* op, const char* name, const at::Tensor
               ", got ", tensor.device());
 }
 
-// A tensor outlives the memory of its storage where someone frees that by storage.resize_(0), as sharded training and
-// offloading do. tensor: plain (ops/plain.h).
+// Checks that the storage still holds the tensor's elements: storage.resize_(0), which sharded training and offloading
+// use, frees the memory while the tensor still exists. `tensor` must be plain (ops/plain.h).
 inline void check_memory(const char* op, const char* name, const at::Tensor& tensor) {
   if (tensor.numel() == 0) return;
   const size_t offset = size_t(tensor.storage_offset());
@@ -48,8 +48,8 @@ inline void check_memory(const char* op, const char* name, const at::Tensor& ten
                                                                                     tensor.element_size(), offset);
   const c10::Storage& storage = tensor.storage();
   const size_t got = storage.data() != nullptr ? storage.nbytes() : 0;
-  TORCH_CHECK(got >= expected, op, ": ", name, " must have memory for its elements, expected a storage of at least ",
-              expected, " bytes, got ", got, "; its storage was freed or shrunk after the tensor was made");
+  TORCH_CHECK(got >= expected, op, ": ", name, " must have memory for its elements: expected a storage of at least ",
+              expected, " bytes, got ", got, " bytes; its storage was freed or shrunk after the tensor was created");
 }
 
 inline Reduction check_reduction(const char* op, int64_t reduction) {
@@ -58,16 +58,16 @@ inline Reduction check_reduction(const char* op, int64_t reduction) {
   return static_cast<Reduction>(reduction);
 }
 
-// Does one value serve everywhere? A sum of losses sends such a grad_output back, expanded.
+// True if all elements share one memory location, as in the expanded grad_output that summing the losses produces.
 inline bool is_one_value(const at::Tensor& tensor) {
   const auto strides = tensor.strides();
   return tensor.numel() > 0 && std::all_of(strides.begin(), strides.end(), [](int64_t stride) { return stride == 0; });
 }
 
-// The type sums, maxima and exponentials are computed in.
+// The type in which sums, maxima and exponentials are computed.
 inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
-// The dtype of a loss or of grad_output: that of input, or under autocast the accumulate type.
+// The dtype of a loss or of grad_output: input's dtype, or the accumulate type under autocast.
 inline at::ScalarType loss_type(const at::Tensor& input, bool autocast) {
   return autocast ? accumulate_type(input.scalar_type()) : input.scalar_type();
 }

@@ -33,11 +33,11 @@ void check_probabilities(const CrossEntropyCall& call) {
   TORCH_CHECK(call.target.scalar_type() == call.input.scalar_type(), kOp,
               ": target holds class probabilities, so it must have the dtype of input, ", call.input.scalar_type(),
               ", got ", call.target.scalar_type());
-  TORCH_CHECK(call.ignore_index < 0, kOp,
-              ": ignore_index must be negative where target holds class probabilities, got ", call.ignore_index);
+  TORCH_CHECK(call.ignore_index < 0, kOp, ": ignore_index must be negative when target holds class probabilities, got ",
+              call.ignore_index);
 }
 
-// What the kernels are told of one call: the options, and the tensors whose memory they point to.
+// The kernels' arguments for one call: the options, and the tensors that own the memory the options point to.
 struct Arguments {
   CrossEntropyOptions o = {};
   Layout layout = Layout::kRows;
@@ -60,7 +60,7 @@ struct Arguments {
     }
     TORCH_CHECK(!(call.label_smoothing > 1), kOp, ": label_smoothing must be between 0.0 and 1.0, got ",
                 call.label_smoothing);
-    o.label_smoothing = call.label_smoothing > 0 ? call.label_smoothing : 0;  // torch takes negative and NaN for none
+    o.label_smoothing = call.label_smoothing > 0 ? call.label_smoothing : 0;  // torch treats negative and NaN as 0
 
     const RowSizes sizes = row_sizes(call.input);
     take_input(call.input, sizes);
@@ -106,7 +106,7 @@ struct Arguments {
 
   void take_probabilities(const at::Tensor& given, const RowSizes& sizes) {
     target = in_layout(given, sizes, layout);
-    static const double kNothing = 0;  // not null, which would say that there are class indices
+    static const double kNothing = 0;  // not null: null means class indices
     o.target_probability = target.numel() > 0 ? target.const_data_ptr() : &kNothing;
     o.target_strides = kernel_strides(target, layout);
   }
@@ -171,9 +171,9 @@ void run_backward(const Arguments& a) {
   run_on_cpu(cpu::cross_entropy_work(o), cpu::cross_entropy_kernels(o).backward, o);
 }
 
-// Uninitialised, laid out like input, as the fake kernel in fusedloss/ops.py promises.
+// Returns an uninitialised tensor in the layout of input, which the fake kernel in fusedloss/ops.py promises.
 at::Tensor fresh_gradient(const at::Tensor& input) {
-  // The operator itself: at::empty_like brings a header that doubles this file's time to compile.
+  // Calls the operator directly: the header of at::empty_like doubles the compile time of this file.
   const at::Tensor grad = at::_ops::empty_like::call(input, {}, {}, {}, {}, {});
   prefer_huge_pages(grad);
   return grad;
@@ -181,9 +181,12 @@ at::Tensor fresh_gradient(const at::Tensor& input) {
 
 void check_statistics(const Arguments& a, const at::Tensor& statistics, const at::Tensor& input) {
   check_same_device(kOp, "statistics", statistics, input);
-  TORCH_CHECK(statistics.numel() == a.statistics_numel() && statistics.is_contiguous() &&
-                  statistics.scalar_type() == accumulate_type(input.scalar_type()),
-              kOp, ": statistics must be those of this input's forward pass");
+  const at::ScalarType expected = accumulate_type(input.scalar_type());
+  TORCH_CHECK(
+      statistics.numel() == a.statistics_numel() && statistics.is_contiguous() && statistics.scalar_type() == expected,
+      kOp, ": statistics must come from the forward pass of the same call, expected ", a.statistics_numel(),
+      " contiguous elements of type ", expected, ", got shape ", statistics.sizes(), " with strides ",
+      statistics.strides(), " and type ", statistics.scalar_type());
   check_memory(kOp, "statistics", statistics);
 }
 
@@ -196,10 +199,10 @@ bool cross_entropy_covers(const CrossEntropyCall& call) {
 #ifdef FUSEDLOSS_WITH_CUDA
   if (on_cuda(input) && row_sizes(input).classes > cuda::kMaxClasses) return false;
 #endif
-  if (weight.has_value() && weight->requires_grad()) return false;  // torch differentiates, or refuses
+  if (weight.has_value() && weight->requires_grad()) return false;  // torch differentiates it, or raises
   if (input.dim() == 1 && target.dim() == 1 && target.numel() == 1 && input.numel() != 1) return false;
   if (has_probabilities(call) && at::isFloatingType(target.scalar_type())) {
-    // No kernel for the gradient of target, nor for mixed types, which torch promotes.
+    // There is no kernel for the gradient of target, or for mixed dtypes, which torch promotes.
     if (target.requires_grad() || target.scalar_type() != input.scalar_type()) return false;
     if (weight.has_value() && weight->scalar_type() != input.scalar_type()) return false;
   }

@@ -42,7 +42,7 @@ void set_cuda_tuning(const std::string& name, int64_t value) {
     tuning.*field.member = value;
     return;
   }
-  TORCH_CHECK_VALUE(false, "set_cuda_tuning: name is \"", name, "\", expected a field of CudaTuning or \"defaults\"");
+  TORCH_CHECK_VALUE(false, "set_cuda_tuning: name must be a field of CudaTuning or \"defaults\", got \"", name, "\"");
 }
 
 }  // namespace fusedloss

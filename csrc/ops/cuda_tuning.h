@@ -1,4 +1,5 @@
-// The tuning that the next calls pass to the CUDA kernels: the defaults of options.h, unless someone has changed them.
+// The tuning that calls pass to the CUDA kernels: the defaults of kernels/options.h, unless set_cuda_tuning changed
+// them.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +11,8 @@ namespace fusedloss {
 
 const CudaTuning& cuda_tuning();
 
-// Sets one field of CudaTuning by its name, for all later calls of the process; "defaults" restores all of them. For
-// benchmarks and tests: no lock protects a call that runs meanwhile.
+// Sets one field of CudaTuning by name, for all later calls of the process; "defaults" restores all fields. For
+// benchmarks and tests only: it is not synchronised with calls on other threads.
 void set_cuda_tuning(const std::string& name, int64_t value);
 
 }  // namespace fusedloss

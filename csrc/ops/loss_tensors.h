@@ -1,4 +1,4 @@
-// The loss and grad_output of a call, which every op allocates and checks alike.
+// Allocates the loss and checks grad_output, in the same way for every op.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,8 +9,8 @@
 
 namespace fusedloss {
 
-// Allocates the loss, and has the options point to it. for_each(type): uninitialised, one loss of this type for each
-// row or element; it is called where there is no reduction.
+// Allocates the loss and points the options to it. If there is no reduction, for_each(type) allocates an uninitialised
+// tensor of that type for the losses of all rows or elements.
 template <typename Options, typename ForEach>
 at::Tensor allocate_loss(Options& o, const at::Tensor& input, bool autocast, ForEach for_each) {
   const at::ScalarType type = loss_type(input, autocast);
@@ -20,9 +20,9 @@ at::Tensor allocate_loss(Options& o, const at::Tensor& input, bool autocast, For
   return loss;
 }
 
-// Checks grad_output, and has the options point to it. Returns the tensor that holds it as the kernels take it.
-// like: input, or its gradient; sizes: those of the loss where there is no reduction; dense(grad_output): the same
-// values, in the order of the rows or elements.
+// Checks grad_output and points the options to the tensor that it returns: grad_output itself, or a copy in the order
+// that the kernels read. like: input or its gradient. sizes: the shape of the loss if there is no reduction.
+// dense(grad_output): returns the same values in the order of the rows or elements.
 template <typename Options, typename Dense>
 at::Tensor take_grad_output(const char* op, Options& o, const at::Tensor& grad_output, const at::Tensor& like,
                             at::IntArrayRef sizes, Dense dense) {

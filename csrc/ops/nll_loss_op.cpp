@@ -20,12 +20,12 @@ namespace {
 
 constexpr const char* kOp = "nll_loss";
 
-// What the kernels are told of one pass: the options, and the tensors whose memory they point to.
+// The kernels' arguments for one pass: the options, and the tensors that own the memory the options point to.
 struct Arguments {
   NLLLossOptions o = {};
   at::Tensor target, weight;
 
-  // like: input or its gradient.
+  // like: input, or its gradient.
   Arguments(const at::Tensor& like, const NLLLossCall& call) {
     o.tuning = cuda_tuning();
     o.dtype = check_dtype(kOp, "input", like);
@@ -83,7 +83,7 @@ void run_backward(const Arguments& a) {
   run_on_cpu(cpu::nll_loss_backward_work(o), cpu::nll_loss_kernels(o).backward, o);
 }
 
-// Where the mean's denominator is, of the type that sums are computed in.
+// Points the options to the mean's denominator, which is of the accumulate type.
 void take_total_weight(NLLLossOptions& o, const at::Tensor& total_weight) {
   if (o.reduction == Reduction::kMean) o.total_weight = total_weight.data_ptr();
 }
@@ -91,8 +91,10 @@ void take_total_weight(NLLLossOptions& o, const at::Tensor& total_weight) {
 void check_total_weight(const NLLLossOptions& o, const at::Tensor& total_weight, const at::Tensor& grad) {
   if (o.reduction != Reduction::kMean) return;
   check_same_device(kOp, "total_weight", total_weight, grad);
-  TORCH_CHECK(total_weight.numel() == 1 && total_weight.scalar_type() == accumulate_type(grad.scalar_type()), kOp,
-              ": total_weight must be that of the forward pass");
+  const at::ScalarType expected = accumulate_type(grad.scalar_type());
+  TORCH_CHECK(total_weight.numel() == 1 && total_weight.scalar_type() == expected, kOp,
+              ": total_weight must come from the forward pass, expected one element of type ", expected, ", got shape ",
+              total_weight.sizes(), " and type ", total_weight.scalar_type());
   check_memory(kOp, "total_weight", total_weight);
 }
 
@@ -100,13 +102,13 @@ void check_total_weight(const NLLLossOptions& o, const at::Tensor& total_weight,
 
 bool nll_loss_covers(const at::Tensor& input, const NLLLossCall& call) {
   if (input.dim() == 0 || row_sizes(input).classes == 0) return false;
-  if (call.weight.has_value() && call.weight->requires_grad()) return false;         // torch refuses
-  return !(input.dim() == 1 && call.target.dim() == 1 && call.target.numel() == 1);  // torch takes it for ()
+  if (call.weight.has_value() && call.weight->requires_grad()) return false;         // torch raises
+  return !(input.dim() == 1 && call.target.dim() == 1 && call.target.numel() == 1);  // torch treats it as shape ()
 }
 
 Dimensions gradient_strides(const at::Tensor& input) {
   if (input.is_non_overlapping_and_dense()) return {input.strides().begin(), input.strides().end()};
-  const at::Tensor dense = at::_ops::empty_like::call(input, {}, {}, {}, {}, {});  // of which no page is touched
+  const at::Tensor dense = at::_ops::empty_like::call(input, {}, {}, {}, {}, {});  // none of its pages is touched
   return {dense.strides().begin(), dense.strides().end()};
 }
 

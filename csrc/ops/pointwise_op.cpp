@@ -17,7 +17,7 @@
 namespace fusedloss {
 namespace {
 
-// Uninitialised, elements at the same places in memory.
+// Returns an uninitialised tensor with the sizes and strides of t.
 at::Tensor empty_beside(const at::Tensor& t, at::ScalarType type) {
   const auto fresh = t.new_empty_strided(t.sizes(), t.strides(), type);
   prefer_huge_pages(fresh);
@@ -31,9 +31,9 @@ bool is_compiled_for(const at::Tensor& input, const PointwiseLoss& loss) {
   return loss.on_cpu != nullptr;
 }
 
-// What the kernels are told of one call: the options, and the tensors whose memory they point to. Elements are paired
-// by their place in memory, so input, the first operand, must be dense and the others in the same order, or one value
-// each; gradients and losses are laid out as input is.
+// The kernels' arguments for one call: the options, and the tensors that own the memory the options point to. The
+// kernels pair elements by their place in memory. So input, the first operand, must be dense, and each other operand
+// must have the same strides or repeat itself (period_of). Gradients and losses have the layout of input.
 struct Arguments {
   const char* op;
   const PointwiseLoss& loss;
@@ -76,8 +76,9 @@ struct Arguments {
     check_memory(op, name, operand);
   }
 
-  // Where it is one value for all elements, or one row (weights of classes, say) for all rows of a contiguous input:
-  // how many. Else 0.
+  // Returns after how many elements the operand repeats itself: 1 if one value serves all elements, the length of a row
+  // if one row (class weights, for example) serves all rows of a contiguous input. Returns 0 if it does not repeat
+  // itself.
   int64_t period_of(const at::Tensor& operand) const {
     if (is_one_value(operand)) return 1;
     if ((on_cuda(input()) && operands.size() < kFewestOfRepeated) || !input().is_contiguous()) return 0;
@@ -97,11 +98,11 @@ struct Arguments {
   }
 };
 
-// The gradients of the operands of `wanted`, which the options then point to. ready: those that the forward pass has
-// left.
+// Allocates the gradients of the operands in `wanted` and points the options to them. ready: the gradients that the
+// forward pass computed.
 struct Gradients {
   std::vector<at::Tensor> tensors;
-  bool are_ready = true;  // all that are wanted
+  bool are_ready = true;  // true if the forward pass computed all wanted gradients
 
   Gradients(Arguments& a, unsigned wanted, std::vector<at::Tensor> ready = {}) : tensors(std::move(ready)) {
     tensors.resize(a.operands.size());
@@ -151,8 +152,9 @@ void run_backward(const Arguments& a) {
 
 bool pointwise_covers(const PointwiseCall& call) {
   const at::Tensor& input = call.operands[0];
-  if (!is_ours(input) || !kernel_dtype(input.scalar_type())) return false;  // torch's functions take integers, and more
-  for (const at::Tensor& operand : call.operands)                           // and promote mixed types
+  // torch's own functions also support other dtypes, such as integers, and promote mixed dtypes.
+  if (!is_ours(input) || !kernel_dtype(input.scalar_type())) return false;
+  for (const at::Tensor& operand : call.operands)
     if (!is_plain(operand) || operand.scalar_type() != input.scalar_type() || operand.sizes() != input.sizes())
       return false;
   return is_compiled_for(input, call.loss);

@@ -1,5 +1,4 @@
-// The pointwise losses that there are: those of formulas/pointwise-inl.h, and those that were compiled from a user's
-// expression.
+// The registered pointwise losses: those of formulas/pointwise-inl.h, and those compiled from a user's expression.
 #pragma once
 
 #include <cstdint>
@@ -15,15 +14,15 @@ namespace fusedloss {
 
 struct PointwiseLoss {
   std::string name;
-  std::vector<std::string> operands;  // their names, for messages
+  std::vector<std::string> operands;  // their names, for error messages
   const cpu::PointwiseFormula* on_cpu;
 #ifdef FUSEDLOSS_WITH_CUDA
-  const cuda::PointwiseFormula* on_cuda;  // null where this loss is not compiled for CUDA
+  const cuda::PointwiseFormula* on_cuda;  // null if this loss is not compiled for CUDA
 #endif
 };
 
-// Returns the number that the loss is called by from then on. A loss of the user's own comes with the addresses of its
-// formulas (0: not compiled for this device); one of this extension's comes with neither, and is found by its name.
+// Registers a loss and returns its number, by which it is called. For a loss of a user, pass the addresses of its
+// formulas (0: not compiled for that device). For a loss of this extension pass 0 for both: it is found by its name.
 int64_t add_pointwise_loss(const std::string& name, const std::vector<std::string>& operands, int64_t cpu_formula,
                            int64_t cuda_formula);
 

@@ -1,5 +1,5 @@
-// A tensor of shape (C), (N, C) or (N, C, d1, …) seen as [outer, classes, inner], so that kernels know three strides
-// and no dimensions.
+// Describes a tensor of shape (C), (N, C) or (N, C, d1, …) as [outer, classes, inner], so that the kernels need only
+// three sizes and three strides.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,9 +18,9 @@ namespace fusedloss {
 using Dimensions = c10::SmallVector<int64_t, 8>;
 
 enum class Layout {
-  kRows,     // classes lie side by side
-  kColumns,  // inner positions do
-  kSwapped   // (N, C) stored as (C, N): columns too, once outer and inner change places
+  kRows,     // the classes of a row are adjacent in memory
+  kColumns,  // inner positions are adjacent
+  kSwapped   // (N, C) stored as (C, N): outer positions are adjacent; columns once outer and inner are swapped
 };
 
 struct RowSizes {
@@ -39,15 +39,15 @@ inline RowSizes row_sizes(const at::Tensor& t) {
   return sizes;
 }
 
-// The shape of one value a row: (), (N) or (N, d1, …).
+// The shape of a tensor with one value for each row: (), (N) or (N, d1, …).
 inline Dimensions sizes_of_rows(const at::Tensor& t) {
   Dimensions sizes(t.sizes().begin(), t.sizes().end());
   sizes.erase(sizes.begin() + (t.dim() == 1 ? 0 : 1));
   return sizes;
 }
 
-// May two of its elements be the same memory? Yes only where the strides leave that open: dimensions from the smallest
-// stride to the largest, each must step over all of the one before.
+// True unless the strides rule out that two elements share memory. They do if, for the dimensions in the order of their
+// strides, each stride steps past all elements that the dimensions before it span.
 inline bool may_overlap(const at::Tensor& t) {
   c10::SmallVector<std::pair<int64_t, int64_t>, 8> dims;  // stride, size
   for (int64_t d = 0; d < t.dim(); ++d)
@@ -61,9 +61,9 @@ inline bool may_overlap(const at::Tensor& t) {
   return false;
 }
 
-// The stride that serves all of d1, …, dK at once, if one does.
+// Returns the one stride that traverses d1, …, dK as a single dimension, or std::nullopt if there is none.
 inline std::optional<int64_t> inner_stride(const at::Tensor& t) {
-  int64_t stride = 0, size = 0;  // of the dimensions joined so far; size 0 is none yet
+  int64_t stride = 0, size = 0;  // of the dimensions merged so far; size 0: none yet
   for (int64_t d = t.dim() - 1; d >= 2; --d) {
     if (t.size(d) == 1) continue;
     if (size == 0) {
@@ -79,7 +79,7 @@ inline std::optional<int64_t> inner_stride(const at::Tensor& t) {
 }
 
 inline std::optional<Strides> row_strides(const at::Tensor& t) {
-  if (t.numel() == 0) return Strides{0, 1, 0};  // whatever it says, it has no elements to be apart
+  if (t.numel() == 0) return Strides{0, 1, 0};  // any strides are right for a tensor without elements
   if (t.dim() == 1) return Strides{0, t.size(0) == 1 ? 1 : t.stride(0), 0};
   const auto inner = inner_stride(t);
   if (!inner.has_value()) return std::nullopt;
@@ -94,9 +94,9 @@ inline std::optional<Layout> layout_of(const at::Tensor& t, const RowSizes& size
   return sizes.outer > 1 && strides->outer == 1 ? std::optional(Layout::kSwapped) : std::nullopt;
 }
 
-// Uninitialised, of t's shape and dtype, dense, in the given layout.
+// Returns an uninitialised, dense tensor in the given layout, with the shape and dtype of t.
 inline at::Tensor empty_in_layout(const at::Tensor& t, Layout layout) {
-  Dimensions order;  // dimensions, the one with stride 1 first
+  Dimensions order;  // of the dimensions: the one with stride 1 first
   if (layout == Layout::kSwapped) {
     order = {0, 1};
   } else {
@@ -113,19 +113,20 @@ inline at::Tensor empty_in_layout(const at::Tensor& t, Layout layout) {
   return t.new_empty_strided(t.sizes(), strides);
 }
 
-// t itself where it has the layout, else a copy that has.
+// Returns t itself if it has the layout, else a copy that has it.
 inline at::Tensor in_layout(const at::Tensor& t, const RowSizes& sizes, Layout layout) {
   if (layout_of(t, sizes) == layout) return t;
   return empty_in_layout(t, layout).copy_(t);
 }
 
-// The strides that the kernels are told.
+// Returns the strides that are passed to the kernels.
 inline Strides kernel_strides(const at::Tensor& t, Layout layout) {
   const Strides s = *row_strides(t);
   return layout == Layout::kSwapped ? Strides{0, s.classes, s.outer} : s;
 }
 
-// A gradient, and what the kernels write: the same memory, or a copy of it that has the layout.
+// A gradient (grad) and the tensor that the kernels write (written): the same tensor if grad has the layout, else a
+// temporary that has it. take() copies the temporary into grad.
 struct GradientInLayout {
   at::Tensor grad, written;
 

@@ -1,5 +1,4 @@
-// Where the two devices part: CPU work goes to torch's thread pool, CUDA work to the tensor's device and the current
-// stream.
+// Runs the kernels: on the CPU in torch's thread pool, on CUDA on the tensor's device and the current stream.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -11,7 +10,7 @@
 
 #include "kernels/cpu/chunks.h"
 
-// FUSEDLOSS_EMULATED_CUDA: a build for the tests, in which the CUDA kernels are executed on the CPU, for its tensors.
+// FUSEDLOSS_EMULATED_CUDA: a build for the tests. It executes the CUDA kernels on the CPU, for tensors on the CPU.
 #if defined(FUSEDLOSS_EMULATED_CUDA)
 #include <driver_types.h>
 
@@ -24,7 +23,8 @@
 
 namespace fusedloss {
 
-// Memory for one call on the CPU. Not a tensor: that costs ten times as much, which small losses would notice.
+// Memory for one call on the CPU. It is not a tensor, because allocating a tensor costs ten times as much, which
+// matters for small losses.
 class HostScratch {
  public:
   explicit HostScratch(int64_t bytes) : memory_(new std::max_align_t[size_t(bytes) / sizeof(std::max_align_t) + 1]) {}
@@ -34,18 +34,18 @@ class HostScratch {
   std::unique_ptr<std::max_align_t[]> memory_;
 };
 
-// Calls kernel(arguments…, begin_chunk, end_chunk), over all chunks.
+// Calls kernel(arguments…, begin_chunk, end_chunk) so that each chunk is in exactly one call.
 template <typename Kernel, typename... Arguments>
 void run_on_cpu(const cpu::Work& work, Kernel kernel, const Arguments&... arguments) {
   if (work.chunks == 0) return;
   if (work.chunks <= work.grain) {
-    kernel(arguments..., 0, work.chunks);  // not worth a second thread, nor the cost of asking for one
+    kernel(arguments..., 0, work.chunks);  // too little work for a second thread, or for the cost of at::parallel_for
   } else {
     at::parallel_for(0, work.chunks, work.grain, [&](int64_t begin, int64_t end) { kernel(arguments..., begin, end); });
   }
 }
 
-// Are the CUDA kernels this tensor's?
+// True if the CUDA kernels are used for this tensor.
 inline bool on_cuda(const at::Tensor& tensor) {
 #if defined(FUSEDLOSS_EMULATED_CUDA)
   return tensor.is_cpu();
@@ -68,19 +68,20 @@ inline int32_t* allocate_host_flags(const at::Tensor&, int count) { return new i
 
 #elif defined(FUSEDLOSS_WITH_CUDA)
 
-// Calls launch(arguments…, stream), with the tensor's device current.
+// Calls launch(arguments…, stream) while the tensor's device is current.
 template <typename Launch, typename... Arguments>
 void run_on_cuda(const char* op, const at::Tensor& tensor, Launch launch, const Arguments&... arguments) {
   const c10::cuda::CUDAGuard guard(tensor.device());
   const cudaError_t error = launch(arguments..., c10::cuda::getCurrentCUDAStream().stream());
-  if (error != cudaSuccess) cudaGetLastError();  // which would else be taken for the next launch's
+  if (error != cudaSuccess) cudaGetLastError();  // clears it, or the next launch would report it
   TORCH_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
 }
 
-// In memory that every device can write to; null if there is none. Asked of the tensor's device: it is in use already.
+// Allocates host memory that every device can write to; returns null if that fails. The tensor's device is current for
+// the call, because it is already in use.
 inline int32_t* allocate_host_flags(const at::Tensor& tensor, int count) {
   const c10::cuda::CUDAGuard guard(tensor.device());
-  const c10::cuda::CUDAStreamCaptureModeGuard allow(cudaStreamCaptureModeRelaxed);  // a graph may be captured just now
+  const c10::cuda::CUDAStreamCaptureModeGuard allow(cudaStreamCaptureModeRelaxed);  // during graph capture too
   void* flags = nullptr;
   const size_t bytes = size_t(count) * sizeof(int32_t);
   const cudaError_t error = cudaHostAlloc(&flags, bytes, cudaHostAllocPortable | cudaHostAllocMapped);
