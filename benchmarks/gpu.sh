@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in short steps: bash benchmarks/gpu.sh [OUT [STEP...]]
+# Run the checks and measurements that need a GPU, in short steps: bash benchmarks/gpu.sh [OUT [STEP...]]
 #
-# It uses the Python environment it is started in (PYTHON names another), installs nothing, needs no network and leaves
-# the card's settings alone. OUT (build/gpu) gets the logs, the figures and a plot; what a step has found by the time it
-# is cut off stands there too. STEPs are those of `all` below, or groups of them.
-# In the environment: BENCH_SECONDS=100 limits the step `bench`, and so for each; SECONDS_IN_ALL=290 limits the run,
-# whose later steps get what is left. FUSEDLOSS_COMMIT names the commit where there is no git. DEVICE=cpu tries the
-# script itself out, at tiny sizes.
-set -uo pipefail # but not -e: a step that fails does not stop those after it
+# The script uses the current Python environment (PYTHON names another interpreter), installs nothing, needs no network
+# and does not change the card's settings. It writes the logs, the figures and a plot to OUT (default: build/gpu). If a
+# step is interrupted at its time limit, the results it has by then are kept. The STEPs and the groups of steps are
+# listed below.
+# Environment variables: BENCH_SECONDS=100 limits the step `bench`, and likewise for each step. SECONDS_IN_ALL=290
+# limits the whole run; the later steps get the time that is left. FUSEDLOSS_COMMIT names the commit if there is no git.
+# DEVICE=cpu runs the script itself on the CPU, at tiny sizes, to try it out.
+set -uo pipefail # but not -e: the steps after a failed one still run
 
 all=(build representative kernels goals sweep profile bench
     memcheck racecheck initcheck synccheck test test_compiler test_large)
@@ -32,19 +33,20 @@ for name in "${@:-first}"; do
 done
 mkdir -p "$out" && out=$(cd "$out" && pwd) && cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-PATH=$PATH:/usr/local/cuda/bin # where a toolkit's tools are, if nobody has said so
+PATH=$PATH:/usr/local/cuda/bin # the toolkit's usual place, if it is not on the PATH yet
 export PYTHONUNBUFFERED=1
-# Processes that share the tests must collect the same ones; the seed repeats a failure.
+# The parallel test processes must collect the same tests. A run with the printed seed reproduces a failure.
 export PYTHONHASHSEED=0 FUSEDLOSS_TEST_SEED=${FUSEDLOSS_TEST_SEED:-$RANDOM}
-rows=$(mktemp) # of the summary: outcome, seconds, step
+rows=$(mktemp) # rows of the summary: outcome, seconds, step
 trap 'rm -f "$rows"' EXIT
 
 wanted() { [[ $chosen == *" $1 "* ]]; }
 
 note() { printf '%-14s %4ss  %s\n' "$@" | tee -a "$rows"; }
 
-# step NAME SECONDS COMMAND...: what it prints goes to OUT/NAME.log. Where times are taken, stdout is shown at once,
-# else an excerpt at the end. Python prints and writes what it has when the step is interrupted at its limit.
+# step NAME SECONDS COMMAND...: run the command with its output in OUT/NAME.log. A step that takes times also prints its
+# stdout at once; the others print an excerpt at the end. At the time limit the command is interrupted (SIGINT), so that
+# Python can still print and write its results.
 step() {
     local name=$1 start=$SECONDS status log=$out/$1.log own=${1^^}_SECONDS
     local limit=${!own:-$2} left=$((${SECONDS_IN_ALL:-100000} - SECONDS))
@@ -58,11 +60,11 @@ step() {
         timeout --foreground -s INT -k 20 "$limit" "$@" 2>"$log" </dev/null | tee -a "$log"
         status=${PIPESTATUS[0]}
         ;;
-    *check | profile) # the signal is for the tool and for what it watches
+    *check | profile) # the signal must reach the tool and the program that it runs
         timeout -k 20 "$limit" "$@" >"$log" 2>&1 </dev/null
         status=$?
         ;;
-    *) # of processes that share the tests, only the first is interrupted, and prints the failures so far
+    *) # of the parallel test processes, only the first is interrupted, and prints the failures so far
         timeout --foreground -s INT -k 20 "$limit" "$@" >"$log" 2>&1 </dev/null
         status=$?
         ;;
@@ -75,7 +77,7 @@ step() {
     *) status="failed ($status)" ;;
     esac
     shown=${shown:+$'\n'"$shown"}
-    printf '== %s: %s%s\n' "$name" "$status" "$shown" # in one piece, as others may print meanwhile
+    printf '== %s: %s%s\n' "$name" "$status" "$shown" # in one call, since steps that run at the same time print too
     note "$status" $((SECONDS - start)) "$name" >/dev/null
 }
 
@@ -96,7 +98,7 @@ excerpt() {
 
 skip() { wanted "$1" && note skipped 0 "$1: $2"; }
 
-# A loss is computed on the device: a build may lack the code for this card.
+# Compute a loss on the device too, because a build may lack the code for this card.
 prebuilt='
 import sys, fusedloss, torch
 from fusedloss import _backend, functional
@@ -109,7 +111,7 @@ print(what)'
 build() {
     if wanted build && "$python" -c "$prebuilt" "$device" >"$out/build.log" 2>&1; then
         note passed "$SECONDS" "build: $(tail -n 1 "$out/build.log" | cut -c 1-100)"
-    else # for the architecture of the card that is here, which the build finds by itself
+    else # without TORCH_CUDA_ARCH_LIST the build detects the architecture of the card
         step build 200 env -u TORCH_CUDA_ARCH_LIST FUSEDLOSS_CUDA=$([[ $device == cpu ]] && echo 0 || echo 1) \
             "$python" setup.py build_ext --inplace
     fi
@@ -123,7 +125,7 @@ profile() {
     for name in SpeedOfLight LaunchStats Occupancy SchedulerStats WarpStateStats MemoryWorkloadAnalysis; do
         options+=(--section "$name")
     done
-    # Those that do the work, and not the sums after them.
+    # Only the kernels that compute the loss and the gradient, not those that add up the partial sums.
     options+=(--kernel-name 'regex:^(forward_|gradients)' --log-file "$out/profile.csv" --force-overwrite)
     rm -f "$out/profile.csv"
     step profile "$limit" ncu "${options[@]}" "$python" -m benchmarks.profiled --seconds $((limit - 25))
@@ -132,9 +134,9 @@ profile() {
 sanitize() {
     local tool=$1 options=(--tool "$1" --error-exitcode 9 --print-limit 20)
     command -v compute-sanitizer >/dev/null || { skip "$tool" "there is no compute-sanitizer"; return; }
-    # torch asks the driver for what it may lack, and checks the answer: those are no errors.
+    # torch calls driver functions that may be missing, and checks the result. Such calls are not errors.
     [[ $tool == memcheck ]] && options+=(--report-api-errors no)
-    # Tensors in allocations of their own: in a block that they share, no access would be out of bounds.
+    # Each tensor gets an allocation of its own. If tensors shared a block, an access out of bounds could go unnoticed.
     step "$tool" 140 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=3 \
         compute-sanitizer "${options[@]}" "$python" -m benchmarks.representative --dtype bfloat16,float32
 }
@@ -143,7 +145,7 @@ run_tests() {
     local several=() ignored=() name
     local pytest=("$python" -m pytest -p benchmarks.leave_out -q -m gpu -rf --tb line --maxfail 60)
     "$python" -c 'import xdist' 2>/dev/null && several=(-n 8)
-    # These take long and say least about the kernels.
+    # These take the longest and test the kernels the least.
     local of_compiler=(tests/test_compile.py tests/test_export.py tests/test_accuracy.py)
     for name in "${of_compiler[@]}" tests/test_large.py tests/test_cuda_emulator.py; do
         ignored+=(--ignore "$name")
@@ -160,7 +162,7 @@ main() {
     nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.memory \
         --format=csv,noheader 2>/dev/null
     echo "steps:$chosen seed: $FUSEDLOSS_TEST_SEED"
-    # Without one, every test would be skipped, and so pass.
+    # Without a GPU every test would be skipped, and the run would pass.
     "$python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)
 raise SystemExit(sys.argv[1] == "cuda" and not torch.cuda.is_available())' "$device" ||
         { echo "gpu.sh: torch sees no GPU"; return 1; }
@@ -171,7 +173,7 @@ raise SystemExit(sys.argv[1] == "cuda" and not torch.cuda.is_available())' "$dev
     step representative 60 "$python" -m benchmarks.representative --device "$device" "${of_representative[@]}" \
         --json "$out/representative.json"
 
-    # What is timed has the machine for itself.
+    # The timed steps run alone on the machine.
     timeout 900 nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,temperature.gpu,power.draw \
         --format=csv,noheader -l 2 >>"$out/clocks.csv" 2>/dev/null &
     sampler=$!
@@ -196,7 +198,7 @@ raise SystemExit(sys.argv[1] == "cuda" and not torch.cuda.is_available())' "$dev
         for tool in memcheck racecheck initcheck synccheck; do sanitize "$tool" & done
         run_tests
         wait
-        # Its tensors fill much of the card.
+        # Runs alone, since its tensors fill much of the GPU's memory.
         step test_large 100 "$python" -m pytest -q -m gpu -rf --tb line tests/test_large.py
     fi
     printf '== summary\n'

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.kernels`: how long each kernel of a training step takes on a GPU, by the kernel's name.
+"""`python -m benchmarks.kernels`: the time of each kernel of a training step on a GPU, by the kernel's name.
 
-The cases are those of `suites.goals`. Names of torch's kernels beside ours show what else a step has cost; only torch's
-would show that the loss went to torch.
+The cases are those of `suites.goals` that `cases` selects. torch's kernels are listed beside ours, since a step
+pays for them too. If only torch's kernels are listed, torch has computed the loss.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from .measure import copies
 from .timing import QUEUEING_CYCLES, Step
 
 WARM_UP_CALLS, CALLS = 3, 5
-OURS = "fusedloss::"  # the passes of the losses
-KEEPS_BUSY = "spin_kernel"  # the name of torch.cuda._sleep's
+OURS = "fusedloss::"  # how the profiler names the passes of our losses
+KEEPS_BUSY = "spin_kernel"  # the kernel of torch.cuda._sleep
 
 
 def cases() -> list[Case]:
-    """Training steps without options, in one dtype."""
+    """Training steps without options: in bfloat16, and the small case of 128 rows."""
     return [
         case
         for case in suites.goals()
@@ -41,9 +41,9 @@ def short_name(name: str) -> str:
 
 
 def measure(step: Step, device: str) -> tuple[float, dict[str, float]]:
-    """Microseconds from the first kernel's start to the last one's end, and in each kernel, of one call.
+    """Microseconds of one call, from the first kernel's start to the last one's end, and in each kernel.
 
-    On the CPU, to try this out, the passes of the losses stand for kernels.
+    On the CPU, which is only for trying this out, the passes of the losses are listed instead of kernels.
     """
     for _ in range(WARM_UP_CALLS):
         step()
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{report.brief(case)}: {span:.1f}us: {named or 'no kernel was seen'}", flush=True)
         if options.records:
             report.append(options.records, {"case": str(case), "span_us": span, "kernels_us": each})
-        del step  # with its inputs, before the next ones are made
+        del step  # and its inputs, before the next ones are allocated
 
 
 if __name__ == "__main__":

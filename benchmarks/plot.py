@@ -1,11 +1,11 @@
-"""The tables as pictures."""
+"""Plots of the tables."""
 
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+from matplotlib.figure import Figure  # without pyplot, which would look for a display
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from .measure import CaseResult
@@ -16,7 +16,7 @@ SHARES = {"fusedloss": "black", "eager": "tab:orange", "compile": "tab:blue", "l
 
 
 def save(path: Path, results: list[CaseResult], where: str, draw: Callable[[Axes, list[CaseResult]], None]) -> None:
-    """Draw one picture of the results; `where` says what they were measured on."""
+    """Draw one plot of the results; `where` describes the machine that they were measured on."""
     figure = Figure(figsize=(10, 2.5 + 0.35 * len(results)), layout="constrained")
     axis = figure.subplots()
     draw(axis, results)
@@ -26,9 +26,9 @@ def save(path: Path, results: list[CaseResult], where: str, draw: Callable[[Axes
 
 
 def draw_ratios(axis: Axes, results: list[CaseResult]) -> None:
-    """How many times faster fusedloss is than each of the others, case by case; what was not measured is a gap.
+    """How many times faster fusedloss is than each of the others, case by case. A missing measurement leaves a gap.
 
-    The axis is logarithmic: a ratio of 40 leaves those near 1 readable, and 1/2 is as long as 2.
+    The axis is logarithmic, so ratios near 1 stay readable beside a ratio of 40, and 1/2 is drawn as long as 2.
     """
     rivals = [name for name in COLORS if any(result.ratio("fusedloss", to=name) for result in results)]
     height = 0.8 / max(1, len(rivals))
@@ -50,7 +50,7 @@ def draw_ratios(axis: Axes, results: list[CaseResult]) -> None:
 
 
 def draw_shares(axis: Axes, results: list[CaseResult]) -> None:
-    """Everyone's bytes that must move a second, as a part of the copy's: a line a case, a mark a contender."""
+    """Each contender's bandwidth relative to the copy's: one line per case, one marker per contender."""
     for name, color in SHARES.items():
         shares = [(share, line) for line, result in enumerate(results) if (share := result.share_of_copy(name))]
         if shares:
@@ -59,12 +59,12 @@ def draw_shares(axis: Axes, results: list[CaseResult]) -> None:
     axis.set_yticks(range(len(results)), [str(result.case) for result in results])
     axis.invert_yaxis()
     axis.grid(True, alpha=0.3)
-    axis.set(xlim=(0, None), xlabel="bytes that must move a second, over those of the GPU's own copy")
+    axis.set(xlim=(0, None), xlabel="bandwidth, relative to the GPU's own copy")
     axis.legend()
 
 
 def draw_scaling(axis: Axes, results: list[CaseResult]) -> None:
-    """Time over elements, a line for the cases that share their rows or their classes."""
+    """Time over the number of elements: a line for each family of cases with the same rows or the same classes."""
     families = {
         "1,000 classes, more rows": [result for result in results if result.case.classes == 1000],
         "100 rows, more classes": [result for result in results if result.case.rows == 100],

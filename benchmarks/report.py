@@ -1,4 +1,4 @@
-"""What a run leaves behind: one table for people, one JSON file for programs."""
+"""The output of a run: a table for people and a JSON file for programs."""
 
 import functools
 import itertools
@@ -26,20 +26,20 @@ NOTHING = "-"
 COLUMNS = ["eager", "eager, THP", "compile", "fusedloss", "liger", "quack", "copy"]
 COPY = {
     "cpu": "read once and written into fresh memory mapped as fusedloss's gradient",
-    "cuda": "read once and written into memory already there, by the driver or by a kernel, whichever is faster",
+    "cuda": "read once and written into memory already allocated, by the driver or by a kernel, whichever is faster",
 }
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table, without the cases that it stands beside."""
+    """A column of the table: its title, and how to format its cell for a case."""
 
     title: str
     of: Callable[[CaseResult], Text | str]
 
 
 def columns(names: list[str]) -> list[Column]:
-    """What is looked at first comes first: where the place is narrow, the later ones follow below."""
+    """The most important columns come first: on a narrow console, the later ones move to further tables below."""
     rivals = [name for name in names if name not in ("fusedloss", "copy")]
     with_memory = [name for name in names if name not in OTHERS]
 
@@ -49,10 +49,13 @@ def columns(names: list[str]) -> list[Column]:
     def time_of(result: CaseResult, name: str) -> Text:
         return milliseconds(result.measurements.get(name))
 
+    def share_of_copy(result: CaseResult) -> str:
+        return percent(result.share_of_copy("fusedloss"))
+
     return [
         *of_each(["fusedloss"], "{}\nms", time_of),
         *of_each(rivals, "vs\n{}", lambda result, name: ratio(result.ratio("fusedloss", to=name))),
-        *([Column("of\ncopy", lambda result: percent(result.share_of_copy("fusedloss")))] if "copy" in names else []),
+        *([Column("% of copy\nbandwidth", share_of_copy)] if "copy" in names else []),
         Column("\nGB/s", lambda result: number(result.gb_per_s("fusedloss"))),
         *of_each([name for name in names if name != "fusedloss"], "{}\nms", time_of),
         *of_each(with_memory, "{}\npeak", lambda result, name: size(result.measurements.get(name))),
@@ -60,7 +63,7 @@ def columns(names: list[str]) -> list[Column]:
 
 
 def tables(console: Console, results: list[CaseResult], names: list[str], device: str) -> list[Table]:
-    """One row a case. Columns for which the console is too narrow stand in further tables of the same rows."""
+    """One row per case. Columns that do not fit on the console go to further tables with the same rows."""
     drawn: list[list[Column]] = []
     for column in columns(names):
         together = [*drawn[-1], column] if drawn else [column]
@@ -95,9 +98,9 @@ def short(name: str) -> str:
 
 
 def print_results(console: Console, results: list[CaseResult], names: list[str], device: str) -> None:
-    """The tables and what could not be measured."""
+    """Print the tables, and a note for whatever could not be measured."""
     for drawn in tables(console, results, names, device):
-        # Where even one column is too wide, folded lines beat cut figures.
+        # If even one column is too wide, the terminal folds the lines: better than truncated figures.
         needed = console.measure(drawn, options=console.options.update(width=1000)).maximum
         console.print(drawn, width=max(console.width, needed), crop=False)
     for note in notes(results) + unrest(results) + host_times(results):
@@ -105,13 +108,13 @@ def print_results(console: Console, results: list[CaseResult], names: list[str],
 
 
 def brief(case: Case) -> str:
-    """The case in few characters: a training step, where nothing else is said."""
+    """The case in few characters. The pass is named only if it is not a whole training step."""
     words = (case.loss, case.size, short(case.dtype), case.variant, "forward" if case.step == "forward" else "")
     return " ".join(filter(None, words))
 
 
 def line(result: CaseResult) -> str:
-    """fusedloss's time, its share of the copy and the copy's time; how many times faster it is than each other."""
+    """fusedloss's time, its share of the copy's bandwidth, the copy's time, and the speedup over each contender."""
     words = [brief(result.case)]
     if median := result.median("fusedloss"):
         words.append(f"{median * 1e6:.1f}us")
@@ -126,32 +129,32 @@ def line(result: CaseResult) -> str:
 
 
 def legend(names: list[str], device: str) -> str:
-    """What each column is, and how it was measured."""
+    """What each column means, and how it was measured."""
     more = ""
     if "eager, THP" in names:
         more += (
-            "\neager, THP: the same in a process with torch's own THP_MEM_ALLOC_ENABLE=1, whose allocator asks for "
-            "huge pages as fusedloss does for gradients of 4 MB and more; rounds interleave with the others'."
+            "\neager, THP: eager in a process of its own with torch's THP_MEM_ALLOC_ENABLE=1. Its allocator asks for "
+            "huge pages, as fusedloss does for gradients of 4 MB and more; its rounds are interleaved with the others'."
         )
     if "copy" in names:
         more += (
-            f"\ncopy: the input, {COPY[device]}; of copy: "
-            "fusedloss's GB/s as a part of the copy's. in place: the logits are the result of an operation, made anew "
-            "outside the clock; only fusedloss overwrites them."
+            f"\ncopy: the input, {COPY[device]}.\n% of copy bandwidth: fusedloss's GB/s over the copy's.\n"
+            "in place: the logits are the result of an operation, which is repeated outside the timed region; only "
+            "fusedloss overwrites them."
         )
     if "liger" in names:
-        more += "\nliger overwrites the logits in every case: for it they are made anew outside the clock."
+        more += "\nliger: it overwrites the logits in every case, so they are created anew outside the timed region."
     return (
-        "ms: median and half the interquartile range in percent, all contenders interleaved on the same inputs, every "
-        "gradient new; fwd runs under no_grad, fwd+bwd frees the gradient.\n"
-        "vs: how many times faster fusedloss is; above 1 it is ahead.\n"
-        f"{BYTES_FORMULA}. A contender's own GB/s are in the JSON.\n"
-        f"peak: extra memory of a call, its results included, from {METHOD[device]}.{more}"
+        "ms: median and half the interquartile range in percent. All contenders are interleaved on the same inputs, "
+        "and every gradient is new; fwd runs under no_grad, fwd+bwd frees the gradient.\n"
+        "vs: how many times faster fusedloss is; above 1 fusedloss is ahead.\n"
+        f"{BYTES_FORMULA}. The other contenders' GB/s are in the JSON.\n"
+        f"peak: extra memory of a call, including its results, from {METHOD[device]}.{more}"
     )
 
 
 def milliseconds(measurement: Measurement | None) -> Text:
-    """The note's place is below the table: here it would tear the column apart."""
+    """The note itself is printed below the table, since it would make the column too wide."""
     if measurement is None:
         return Text(NOTHING, style="dim")
     if measurement.times is None:
@@ -176,7 +179,7 @@ def number(value: float | None) -> str:
 
 
 def size(measurement: Measurement | None) -> str:
-    """Bytes in the unit that keeps them short: 1 KiB is 1024 bytes."""
+    """Bytes in the first unit that keeps the value below 1024; 1 KiB is 1024 bytes."""
     if measurement is None or measurement.peak_extra_bytes is None:
         return NOTHING
     value = float(measurement.peak_extra_bytes)
@@ -188,7 +191,7 @@ def size(measurement: Measurement | None) -> str:
 
 
 def notes(results: list[CaseResult]) -> list[str]:
-    """What went wrong, one line each."""
+    """What went wrong, one line per failure."""
     return [
         f"{result.case}: {name}: {measurement.note}"
         for result in results
@@ -198,7 +201,7 @@ def notes(results: list[CaseResult]) -> list[str]:
 
 
 def host_times(results: list[CaseResult]) -> list[str]:
-    """What a call takes of the host alone, a line for each case that is small enough for it to matter."""
+    """The host's own time for a call, a line for each case that is small enough for it to matter."""
     lines = []
     for result in results:
         timed = {name: m.host_seconds for name, m in result.measurements.items() if m.host_seconds is not None}
@@ -208,7 +211,7 @@ def host_times(results: list[CaseResult]) -> list[str]:
 
 
 def unrest(results: list[CaseResult]) -> list[str]:
-    """A line, where other programs ran meanwhile, that says how much to trust the times."""
+    """A warning if other programs used the cores during the timing, since the times are then unreliable."""
     shares = [result.others_share for result in results if result.others_share is not None]
     if not shares or max(shares) <= WORTH_A_NOTE:
         return []
@@ -219,7 +222,7 @@ def unrest(results: list[CaseResult]) -> list[str]:
 
 
 def verdict(results: list[CaseResult]) -> str:
-    """A case in which fusedloss has no figures counts as one in which it is not ahead."""
+    """In how many cases fusedloss is ahead. A case in which it has no figures counts as not ahead."""
 
     def score(step: str) -> str:
         ratios = [result.ratio("fusedloss") for result in results if step in ("", result.case.step)]
@@ -231,13 +234,13 @@ def verdict(results: list[CaseResult]) -> str:
 
 
 def append(path: Path, entry: dict[str, Any]) -> None:
-    """A line of JSON: what ends the program later takes nothing away from it."""
+    """Append a line of JSON, which is kept even if the program is interrupted later."""
     with path.open("a") as file:
         file.write(json.dumps({"at": machine.now(), **entry}) + "\n")
 
 
 def as_json(results: list[CaseResult], description: dict[str, Any]) -> dict[str, Any]:
-    """The machine, the method and every figure, one entry per case and contender."""
+    """The machine, the method and all figures, one entry per case and contender."""
     return {
         "schema": SCHEMA,
         **description,

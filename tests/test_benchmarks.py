@@ -499,7 +499,9 @@ def test_a_suite_is_printed_written_and_drawn(
     printed = capsys.readouterr().out
     assert "note:" not in printed.replace("note: other programs", "")
     if suite == "cpu":
-        assert all(option in printed for option in ("probabilities", "smoothing 0.1", "weights", "in place", "of copy"))
+        assert all(option in printed for option in ("probabilities", "smoothing 0.1", "weights", "in place"))
+        assert "% of copy bandwidth: fusedloss's GB/s over the copy's" in printed
+        assert re.search(r"^.*% of copy\b.*\n.*\bbandwidth\b", printed, re.MULTILINE), "the column's title"
         assert re.search(r"^ +3x21x2x2 fp32 .*%", printed, re.MULTILINE)
     figures = json.loads(files[0].read_text())["figures"]
     assert {figure["contender"] for figure in figures} == set(contenders_of)
