@@ -17,23 +17,28 @@ TESTS_CUDA := $(addprefix tests/test_,$(addsuffix .py,cross_entropy mse_loss sem
 	bounds fake_tensors opcheck grad_in_forward inplace_backward modules))
 # Two files at a time: what they compile and compute keeps more cores busy than that.
 TWO := --numprocesses 2 --dist loadfile
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py fusedloss/_build.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
-.PHONY: help demo test cuda-build bench gpu lint format build wheel clean
+.PHONY: help demo check test cuda-build bench gpu lint format build wheel clean
 
 help:
 	@echo "make demo        train with fusedloss's losses beside torch's, show the curves and a table of times"
+	@echo "make check       lint, check the types, and run the fast tests: about a minute after a build"
 	@echo "make test        run all tests"
 	@echo "make cuda-build  build with nvcc too, in $(VENV_CUDA), and run tests of the CPU through that; needs no GPU"
 	@echo "make bench       measure against torch, eager and compiled"
 	@echo "make gpu         on a machine with a GPU, in the Python there: build, measure, sanitize and test the kernels;"
 	@echo "                 STEPS names the steps, or a group of them: first (5 min), second (4 min) or all"
-	@echo "make lint        check the style; make format puts it right"
+	@echo "make lint        check the style of Python and C++, and the types; make format corrects the style"
 	@echo "make wheel       build the wheel and the source distribution into dist/"
 	@echo "make clean       remove everything that was built, .venv and $(VENV_CUDA) included"
 
 demo: build
 	$(PY) -m benchmarks.demo
+
+check: lint build
+	$(PY) -m pytest $(TWO) $(FAST_TESTS)
 
 test: build
 	$(PY) -m pytest $(TWO) tests
@@ -57,10 +62,13 @@ gpu:
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(PY) -m mypy
 
 format: $(VENV)/installed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 wheel: $(VENV)/torch
 	rm -rf dist
@@ -107,4 +115,4 @@ $(VENV_CUDA)/built: $(VENV_CUDA)/installed pyproject.toml $(SOURCES) $(wildcard 
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_CUDA) build dist *.egg-info fusedloss/_C.*.so fusedloss/_C.*.json .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_CUDA) build dist *.egg-info fusedloss/_C.*.so fusedloss/_C.*.json .pytest_cache .ruff_cache .mypy_cache .hypothesis

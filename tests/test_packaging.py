@@ -80,7 +80,7 @@ def test_sdist_carries_all(sdist):
     with tarfile.open(sdist) as archive:
         carried = {name.partition("/")[2] for name in archive.getnames()}
     wanted = ["setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", ".ci/run", "README.md", "LICENSE"]
-    for folder in ("csrc", "fusedloss", "tests", "benchmarks", "notebooks"):
+    for folder in ("csrc", "fusedloss", "tests", "benchmarks", "examples", "notebooks"):
         found = [
             path for path in (ROOT / folder).rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".py", ".ipynb")
         ]
