@@ -12,14 +12,17 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 
 from ._build import BuildError, csrc_directory, info_file, make_plan, release, sources_digest
+
+_FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -63,6 +66,15 @@ def debug(enabled: bool = True) -> None:
             _module.set_debug(enabled)
 
 
+def called_by_compiler(function: _FunctionT) -> _FunctionT:
+    """Make torch.compile call this function while it traces and take its result for a constant.
+
+    torch.compiler.assume_constant_result does the same, but imports the whole compiler, which takes two seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the attribute that the compiler looks for
+    return function
+
+
 def describe() -> str:
     """One line: what the compiled module was built for, what was left out of it and why, and where it is.
 
@@ -76,7 +88,7 @@ def describe() -> str:
 def with_cuda() -> bool:
     """Are there CUDA kernels, for a call with CUDA tensors? The first time that there are none, a warning says so."""
     global _warned
-    found = extension().with_cuda
+    found: bool = extension().with_cuda
     if not found and not _warned:
         _warned = True
         warnings.warn(_without_cuda(), stacklevel=2)
@@ -101,14 +113,13 @@ def ready(cuda: bool | None) -> ModuleType | None:
     for, where the prebuilt one does not fit this torch, and where FUSEDLOSS_JIT=1 asks for a new one."""
     if os.environ.get("FUSEDLOSS_JIT") == "1":
         return None
-    for find in (lambda: _module, prebuilt):
-        try:
-            module = find()
-        except ImportError:
-            continue
-        if module is not None and cuda in (None, module.with_cuda):
-            return module
-    return None
+    if _module is not None and cuda in (None, _module.with_cuda):
+        return _module
+    try:
+        module = prebuilt()
+    except ImportError:
+        return None
+    return module if module is not None and cuda in (None, module.with_cuda) else None
 
 
 def _find() -> ModuleType:
@@ -211,6 +222,7 @@ def _library(folder: Path) -> Path | None:
 
 def _info(library: Path) -> dict[str, str]:
     try:
-        return json.loads(info_file(library).read_text())
+        info: dict[str, str] = json.loads(info_file(library).read_text())
+        return info
     except (OSError, ValueError):
         return {}

@@ -361,7 +361,8 @@ class Plan:
             if ninja:
                 changes["PATH"] = os.environ.get("PATH", "") + os.pathsep + ninja
             before = {name: os.environ.get(name) for name in changes}
-            cpp_extension = _import_cpp_extension()
+            with _unlogged("torch.utils.cpp_extension"):  # it warns of a CUDA_HOME that is replaced below
+                from torch.utils import cpp_extension
             home = cpp_extension.CUDA_HOME
             os.environ.update(changes)
             if self.toolkit:
@@ -377,14 +378,14 @@ class Plan:
                         os.environ[name] = value
 
 
-def _import_cpp_extension() -> ModuleType:
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    disabled, logger.disabled = logger.disabled, True  # it warns of a CUDA_HOME that the plan is about to replace
+@contextlib.contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    disabled, logger.disabled = logger.disabled, True
     try:
-        from torch.utils import cpp_extension
+        yield
     finally:
         logger.disabled = disabled
-    return cpp_extension
 
 
 def make_plan(csrc: Path | None = None, cuda: bool | None = None, needs_gpu: bool = False) -> Plan:
@@ -398,7 +399,9 @@ def make_plan(csrc: Path | None = None, cuda: bool | None = None, needs_gpu: boo
     csrc = csrc or csrc_directory()
     left_out = []
 
-    toolkit, architectures, reason = None, [], "FUSEDLOSS_CUDA=0 or cuda=False leaves it out"
+    toolkit: Toolkit | None = None
+    architectures: list[str] = []
+    reason = "FUSEDLOSS_CUDA=0 or cuda=False leaves it out"
     if cuda is not False:
         toolkit, architectures, reason = _resolve_cuda(torch, needs_gpu and not cuda)
     if cuda and toolkit is None:

@@ -41,7 +41,7 @@ def _only_modes(*arguments: object) -> bool:
     return plain and only_transparent_modes()
 
 
-def call_torch(function: Callable[..., Tensor], *tensors: Tensor | None, **options: Any) -> Tensor:
+def call_torch(function: Callable[..., Tensor], *tensors: Tensor | float | None, **options: Any) -> Tensor:
     """torch's own function, also as the one a subclass is asked about: by name it would be ours after `patch`."""
     if not torch.compiler.is_compiling() and has_torch_function_variadic(*tensors):
         return handle_torch_function(function, tensors, *tensors, **options)
@@ -74,17 +74,16 @@ def only_transparent_modes() -> bool:
     )
 
 
+@_backend.called_by_compiler
 def _has_kernels(device_type: str) -> bool:
     return device_type == "cpu" or (device_type == "cuda" and _backend.with_cuda())
 
 
-# What torch.compiler.assume_constant_result does, but for importing the whole compiler, which takes two seconds.
-_has_kernels._dynamo_marked_constant = True
-
-
-def accepts(*tensors: object) -> bool:
+def accepts(*tensors: Tensor) -> bool:
     """Can an op take these? Not where something is active that knows torch's own functions only."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]  # public, but torch.jit does not declare its exports
         return False
     if not only_transparent_modes():
         return False
@@ -175,7 +174,8 @@ def fused(
 
 
 def _by_kernels(name: str, operands: Sequence[Tensor], *options: Any) -> Tensor | None:
-    return _backend.extension().pointwise(number_of(name), operands, *options)
+    loss: Tensor | None = _backend.extension().pointwise(number_of(name), operands, *options)
+    return loss
 
 
 def _pointwise_op_covers(name: str, operands: Sequence[Tensor]) -> bool:
@@ -191,17 +191,15 @@ def _can_be_saved(operands: Sequence[Tensor]) -> bool:
     return not any(operand.requires_grad for operand in operands) or not any(map(Tensor.is_inference, operands))
 
 
+@_backend.called_by_compiler
 def warn(message: str, stacklevel: int) -> None:
     warnings.warn(message, stacklevel=stacklevel + 1)
 
 
-# The compiler calls it while it records the graph.
-warn._dynamo_marked_constant = True
-
-
 def _broadcast(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
     try:
-        return torch.broadcast_tensors(*operands)
+        broadcast: Sequence[Tensor] = torch.broadcast_tensors(*operands)
+        return broadcast
     except RuntimeError as error:
         shapes = ", ".join(str(list(operand.shape)) for operand in operands)
         who = name.partition("#")[0]  # without the digest of a custom loss

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.nn.functional as F
 
@@ -21,7 +21,7 @@ _FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
 
 _lock = threading.RLock()
 _active: list[patch] = []  # torch's functions are replaced while there is one
-_replaced: dict[str, Callable] = {}
+_replaced: dict[str, Callable[..., Any]] = {}
 
 
 class patch:
@@ -51,7 +51,7 @@ class patch:
             with patch():
                 return function(*args, **options)
 
-        return patched  # type: ignore[return-value]
+        return cast(_FunctionT, patched)
 
 
 def unpatch() -> None:

@@ -17,7 +17,7 @@ from .expression import Expression, to_torchscript
 class Scriptable(nn.Module):
     """What TorchScript is given in the place of a custom loss. Its subclasses are made by `scriptable_class`."""
 
-    def __init__(self, name: str, reduction: str, parameters: Sequence[float], remake: tuple) -> None:
+    def __init__(self, name: str, reduction: str, parameters: Sequence[float], remake: tuple[Any, ...]) -> None:
         super().__init__()
         self.name = name
         self.reduction = _reduction.get_enum(reduction)
@@ -25,9 +25,13 @@ class Scriptable(nn.Module):
             setattr(self, f"parameter_{i}", value)
         self.remake = remake
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         """torch.jit.script leaves it in the model it was given; a copy of that has the custom loss again."""
         return self.remake
+
+    def elementwise(self, operands: list[Tensor]) -> Tensor:
+        """The loss of each element, without reduction. Each subclass has its own."""
+        raise NotImplementedError
 
     def reduced(self, operands: list[Tensor]) -> Tensor:
         common = common_dtype(operands)
@@ -44,13 +48,17 @@ class Scriptable(nn.Module):
         """By the registered op, since a derivative by hand is not that of any of torch's operations."""
         common = common_dtype(operands)
         operands = torch.ops.aten.broadcast_tensors([operand.to(common) for operand in operands])
-        return torch.ops.fusedloss.pointwise_forward(operands, self.name, parameters, self.reduction, None, False)
+        loss: Tensor = torch.ops.fusedloss.pointwise_forward(
+            operands, self.name, parameters, self.reduction, None, False
+        )
+        return loss
 
 
 def _loss_dtype(zero: Tensor) -> torch.dtype:
     """The type of torch's own loss of such a tensor: float32 under autocast, which TorchScript cannot be asked about (a
     call of is_autocast_cpu_enabled ends in a segmentation fault)."""
-    return torch.ops.aten.mse_loss(zero, zero).dtype
+    loss: Tensor = torch.ops.aten.mse_loss(zero, zero)
+    return loss.dtype
 
 
 def common_dtype(operands: list[Tensor]) -> torch.dtype:
@@ -104,5 +112,5 @@ def scriptable_class(
     linecache.cache[text_of] = (len(source), None, source.splitlines(keepends=True), text_of)  # TorchScript reads it
     names: dict[str, Any] = {"Tensor": Tensor, **functions}
     exec(compile(source, text_of, "exec"), names)
-    methods = {key: names[key] for key in ("elementwise", "forward") if key in names}
+    methods: dict[str, Any] = {key: names[key] for key in ("elementwise", "forward") if key in names}
     return type("ScriptableLoss", (Scriptable,), methods)

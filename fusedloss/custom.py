@@ -118,23 +118,27 @@ class CustomLoss(nn.Module):
     def forward(self, input: Tensor, target: Tensor | None = None, **tensors: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
             return self._recorded(input, target, tensors)
+        formula = self._formula
+        assert formula is not None
         given = {"input": input, **tensors} if target is None else {"input": input, "target": target, **tensors}
-        operands = [given.get(name) for name in self._formula.operands]
-        if len(given) != len(operands) or not all(isinstance(operand, Tensor) for operand in operands):
+        operands = [given[name] for name in formula.operands if isinstance(given.get(name), Tensor)]
+        if not len(given) == len(operands) == len(formula.operands):
             self._check_tensors(given)
-            if not all(isinstance(operand, Tensor) for operand in operands):
+            if len(operands) < len(formula.operands):
                 return self._recorded(input, target, tensors)
         if any(operand.dtype != input.dtype for operand in operands) or not input.dtype.is_floating_point:
             dtype = common_dtype(operands)
             operands = [operand.to(dtype) for operand in operands]
-        parameters = [getattr(self, name) for name in self._formula.parameters]
+        parameters = [getattr(self, name) for name in formula.parameters]
         loss = fused(self._name, operands, self.reduction, parameters)
         return self._composed(operands, parameters) if loss is None else loss
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._formula is not None and name in ("expression", "tensors", "derivative"):
             raise AttributeError(f"custom_loss: {name} is compiled in; make another module")
-        super().__setattr__(name, _number(name, value) if name in self.parameter_names else value)
+        if name in self.parameter_names:
+            value = _number(name, value)
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         parameters = "".join(f", {name}={getattr(self, name)}" for name in self.parameter_names)
@@ -144,19 +148,18 @@ class CustomLoss(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_formula"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch does not annotate it
         self._prepare()
 
     def _prepare(self) -> None:
-        self._formula = _formula(self.expression, self.tensors, self.derivative, self.parameter_names)
-        self._name = self._formula.name  # read here: the compiler cannot trace how it is made
+        self._formula = formula = _formula(self.expression, self.tensors, self.derivative, self.parameter_names)
+        self._name = formula.name  # read here: the compiler cannot trace how it is made
         pointwise_registry.add(
-            pointwise_registry.PointwiseLoss(
-                self._name, self._formula.elementwise, self._formula.compiled, self._formula.operands
-            )
+            pointwise_registry.PointwiseLoss(self._name, formula.elementwise, formula.compiled, formula.operands)
         )
 
     def _check_tensors(self, given: Mapping[str, Tensor | None]) -> None:
+        assert self._formula is not None
         known = tuple(dict.fromkeys((*USUAL_TENSORS[:2], *self._formula.operands)))
         for name in given:
             if name not in known:
@@ -178,6 +181,7 @@ class CustomLoss(nn.Module):
         return custom_loss_of(*options, input, target, tensors)
 
     def __prepare_scriptable__(self) -> Scriptable:
+        assert self._formula is not None
         parameters = {name: getattr(self, name) for name in self.parameter_names}
         made = (CustomLoss, (self.expression, self.reduction, self.tensors, self.derivative, parameters))
         used = [parameters[name] for name in self._formula.parameters]
@@ -209,7 +213,7 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"custom_loss: parameter {name!r} must be a number, got {type(value).__name__}") from None
 
 
-_losses: dict[tuple, CustomLoss] = {}  # by their options
+_losses: dict[tuple[object, ...], CustomLoss] = {}  # by their options
 
 
 def custom_loss_of(
@@ -250,13 +254,19 @@ class _Formula:
 
     def elementwise(self, *arguments: Any) -> Tensor:
         value, slopes = self._torch_functions
-        return _GivenDerivative.apply(value, slopes, len(self.operands), *arguments) if slopes else value(*arguments)
+        if not slopes:
+            return value(*arguments)
+        # torch does not annotate `apply`.
+        loss: Tensor = _GivenDerivative.apply(  # type: ignore[no-untyped-call]
+            value, slopes, len(self.operands), *arguments
+        )
+        return loss
 
     @functools.cached_property
-    def _torch_functions(self) -> tuple[Callable, tuple[Callable | None, ...]]:
+    def _torch_functions(self) -> tuple[Callable[..., Tensor], tuple[Callable[..., Tensor] | None, ...]]:
         """Made once: where a call is traced, its arguments that are no tensors must be those of the call before."""
         names = (*self.operands, *self.parameters)
-        slopes = self.slopes and {name: to_torch(slope, names) for name, slope in self.slopes.items()}
+        slopes = {name: to_torch(slope, names) for name, slope in self.slopes.items()}
         return to_torch(self.expression, names), tuple(slopes.get(name) for name in self.operands if slopes)
 
     @functools.cached_property
@@ -336,18 +346,23 @@ class _GivenDerivative(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(value: Callable, slopes: Sequence[Callable | None], operands: int, *arguments: Any) -> Tensor:
+    def forward(
+        value: Callable[..., Tensor],
+        slopes: Sequence[Callable[..., Tensor] | None],
+        operands: int,
+        *arguments: Any,
+    ) -> Tensor:
         return value(*torch.broadcast_tensors(*arguments[:operands]), *arguments[operands:])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, ctx.slopes, operands, *arguments = inputs
         ctx.parameters = arguments[operands:]
         ctx.save_for_backward(*arguments[:operands])
         ctx.save_for_forward(*arguments[:operands])
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         operands = ctx.saved_tensors
         grads = [
             None

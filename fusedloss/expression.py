@@ -80,7 +80,7 @@ FUNCTIONS = _Functions(
 
 # Whose clamp's derivative is at a bound that is a number, and at one that is a tensor, by the names that AtBound has in
 # csrc/kernels/formulas/dual_functions-inl.h: torch changed it with 2.14.
-CLAMP_AT_BOUND = ("kX", "kX") if torch.__version__ < (2, 14) else ("kBound", "kBoth")
+CLAMP_AT_BOUND = ("kX", "kX") if torch.__version__ < "2.14" else ("kBound", "kBoth")
 
 
 # TorchScript compiles what follows too: no lambdas, and every type written out.
@@ -284,7 +284,7 @@ class _Reader:
             case ast.UnaryOp(op=ast.USub()):
                 operand = self.number(node.operand)
                 if isinstance(operand, ast.Constant):
-                    return ast.Constant(-operand.value)
+                    return ast.Constant(-_value(operand))
                 return ast.UnaryOp(node.op, operand)
             case ast.UnaryOp(op=ast.Invert()):
                 return ast.UnaryOp(node.op, self.condition(node.operand))
@@ -303,9 +303,10 @@ class _Reader:
                 self.refuse(node, _REFUSED.get(kind, _NOT_IN_THE_LANGUAGE))
 
     def literal(self, node: ast.Constant) -> ast.Constant:
-        if type(node.value) not in (int, float):  # True is an int as well
-            self.refuse(node, f"{type(node.value).__name__} is not a type of the expressions; numbers are int or float")
-        return self.constant(node, lambda: float(node.value))
+        value = node.value
+        if isinstance(value, bool) or not isinstance(value, int | float):  # True is an int as well
+            self.refuse(node, f"{type(value).__name__} is not a type of the expressions; numbers are int or float")
+        return self.constant(node, lambda: float(value))
 
     def constant(self, node: ast.expr, compute: Callable[[], float]) -> ast.Constant:
         try:
@@ -331,7 +332,8 @@ class _Reader:
     def arithmetic(self, node: ast.expr, left: ast.expr, op: ast.operator, right: ast.expr) -> ast.expr:
         if isinstance(left, ast.Constant) and isinstance(right, ast.Constant):
             # Of floats, so that no power takes long.
-            return self.constant(node, lambda: _ARITHMETIC[type(op)][1](left.value, right.value))
+            numbers = _value(left), _value(right)
+            return self.constant(node, lambda: _ARITHMETIC[type(op)][1](*numbers))
         return ast.BinOp(left, op, right)
 
     def comparison(self, node: ast.Compare) -> ast.expr:
@@ -343,7 +345,7 @@ class _Reader:
             if any(isinstance(inner, ast.Compare) and len(inner.ops) > 1 for inner in ast.walk(middle)):
                 self.refuse(middle, "a chain of comparisons in the middle of another; write (a < b) & (b < c)")
         operands = [self.number(operand) for operand in (node.left, *node.comparators)]
-        result = None
+        result: ast.expr | None = None
         for left, op, right in zip(operands, node.ops, operands[1:], strict=False):
             if isinstance(left, ast.Constant) and isinstance(right, ast.Constant):
                 self.refuse(node, "a comparison of two literals is the same for every element")
@@ -398,7 +400,7 @@ class _Reader:
         return self.called(node, form, [given["x"], *(given[bound] for bound in bounds)])
 
     def called(self, node: ast.expr, name: str, arguments: list[ast.expr]) -> ast.expr:
-        literals = [argument.value for argument in arguments if isinstance(argument, ast.Constant)]
+        literals = [_value(argument) for argument in arguments if isinstance(argument, ast.Constant)]
         if len(literals) < len(arguments):
             return _call(name, arguments)
 
@@ -411,6 +413,12 @@ class _Reader:
 
 def _call(name: str, arguments: list[ast.expr]) -> ast.Call:
     return ast.Call(ast.Name(name, ast.Load()), arguments, [])
+
+
+def _value(node: ast.Constant) -> float:
+    """The number of a literal in a tree that _Reader made."""
+    assert isinstance(node.value, float)
+    return node.value
 
 
 def _is_condition(node: ast.expr) -> bool:
@@ -444,10 +452,13 @@ def to_torch(expression: Expression, arguments: Sequence[str]) -> Callable[..., 
     code = compile(ast.fix_missing_locations(source), "<custom_loss>", "eval")
     # Under a dispatch mode, torch's functions import by the builtins of their caller. No expression can name those.
     builtins = {"__import__": __import__}
-    formula = eval(code, {"__builtins__": builtins, _function("tensor"): _tensor, **_TORCH_FUNCTIONS})
+    formula: Callable[..., Tensor] = eval(
+        code, {"__builtins__": builtins, _function("tensor"): _tensor, **_TORCH_FUNCTIONS}
+    )
 
     def composed(*values: Tensor | float) -> Tensor:
         input = values[input_at]
+        assert isinstance(input, Tensor)
         return formula(*[_tensor(values[i], input) for i in used])
 
     return composed
@@ -500,9 +511,10 @@ def _torch_tree(node: ast.expr) -> ast.expr:
             ]
             return _call(_function(name), tensors)
     assert isinstance(node, ast.Constant)
-    if math.copysign(1, node.value) < 0:  # as text, -1.0 ** x would be -(1.0 ** x)
-        return ast.UnaryOp(ast.USub(), ast.Constant(-node.value))
-    return ast.Constant(node.value)
+    value = _value(node)
+    if math.copysign(1, value) < 0:  # as text, -1.0 ** x would be -(1.0 ** x)
+        return ast.UnaryOp(ast.USub(), ast.Constant(-value))
+    return ast.Constant(value)
 
 
 def to_cpp(expression: Expression) -> str:
@@ -538,8 +550,9 @@ def _cpp(node: ast.expr) -> str:
 
 def _cpp_power(base: str, exponent: ast.expr) -> str:
     if isinstance(exponent, ast.Constant):
-        if exponent.value == 0.5:
+        value = _value(exponent)
+        if value == 0.5:
             return f"sqrt({base})"
-        if exponent.value.is_integer() and abs(exponent.value) <= 8:
-            return f"power<{int(exponent.value)}>({base})"
+        if value.is_integer() and abs(value) <= 8:
+            return f"power<{int(value)}>({base})"
     return f"pow({base}, {_cpp(exponent)})"

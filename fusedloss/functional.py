@@ -8,6 +8,7 @@ The `autograd.Function` of a loss is `torch::autograd::Function` in csrc/autogra
 and bound to Python by `torch.utils.cpp_extension`, as fusedloss/_build.py plans it.
 """
 
+from collections.abc import Callable
 from numbers import Integral
 
 from torch import Tensor
@@ -112,7 +113,7 @@ def cross_entropy(
             return call_torch(torch_cross_entropy, input, target, weight, **options)
         ignore_index, label_smoothing = int(ignore_index), float(label_smoothing)
     if is_eager((input, target), weight):
-        loss = _backend.extension().cross_entropy(
+        loss: Tensor | None = _backend.extension().cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing, inplace_backward
         )
         if loss is not None:
@@ -166,7 +167,7 @@ def nll_loss(
         ignore_index = int(ignore_index)
     if is_eager((input, target), weight):
         number = _reduction.get_enum(reduction)
-        loss = _backend.extension().nll_loss(input, target, weight, number, ignore_index)
+        loss: Tensor | None = _backend.extension().nll_loss(input, target, weight, number, ignore_index)
         if loss is not None:
             return loss
     if nll_loss_covers(input, target, weight):
@@ -176,9 +177,14 @@ def nll_loss(
 
 def _is_index(value: object) -> bool:
     """Is it an integer that the kernels take? What else torch takes or refuses for one, it decides."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and INT64[0] <= value <= INT64[1]
+    return isinstance(value, Integral) and not isinstance(value, bool) and INT64[0] <= int(value) <= INT64[1]
+
+
+def _give_to_torchscript(torchs: Callable[..., Tensor], instead_of: Callable[..., Tensor]) -> None:
+    # The attribute that torch.jit.script looks for, which no function is declared to have.
+    instead_of.__prepare_scriptable__ = lambda: torchs  # type: ignore[attr-defined]
 
 
 # TorchScript cannot compile a call into an extension. Asked for these functions, or what calls them, it gets torch's.
 for _ours, _torchs in {cross_entropy: torch_cross_entropy, nll_loss: torch_nll_loss, **TORCHS}.items():
-    _ours.__prepare_scriptable__ = lambda torchs=_torchs: torchs
+    _give_to_torchscript(_torchs, instead_of=_ours)

@@ -1,6 +1,7 @@
 """The pointwise losses of torch as functions: mean squared error and its family."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -219,7 +220,8 @@ def kl_div(
     Returns and raises what `mse_loss` does.
     """
     by_name = size_average is None and reduce is None
-    kind, divisor = reduction, None
+    kind: str | None = reduction
+    divisor: int | None = None
     if log_target is not False and log_target is not True:
         kind = None  # torch refuses it
     elif not by_name:
@@ -317,8 +319,14 @@ def gaussian_nll_loss(
         ValueError: var is negative (a RuntimeError where the compiler has made a graph of it) or of another size, or
             reduction is unknown. To look for a negative var the host waits for the GPU, as with torch's function.
     """
-    plain = isinstance(var, Tensor) and isinstance(eps, NUMBER) and reduction in ("none", "mean", "sum")
-    if plain and may_be_fused(input, target, var) and not math.isnan(eps) and not _stays_16_bit(input):
+    if (
+        isinstance(var, Tensor)
+        and isinstance(eps, NUMBER)
+        and reduction in ("none", "mean", "sum")
+        and may_be_fused(input, target, var)
+        and not math.isnan(eps)
+        and not _stays_16_bit(input)
+    ):
         fits = var.shape == input.shape
         if not fits and var.shape == input.shape[:-1]:
             var, fits = var.unsqueeze(-1), True
@@ -389,7 +397,7 @@ def _can_expand(tensor: Tensor, to: Tensor) -> bool:
     return more >= 0 and all(size in (1, other) for size, other in zip(tensor.shape, to.shape[more:], strict=True))
 
 
-TORCHS = {
+TORCHS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
     mse_loss: torch_mse_loss,
     l1_loss: torch_l1_loss,
     smooth_l1_loss: torch_smooth_l1_loss,

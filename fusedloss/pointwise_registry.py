@@ -54,13 +54,11 @@ def number_of(name: str) -> int:
     return number
 
 
+@_backend.called_by_compiler
 def is_compiled_for(name: str, device_type: str) -> bool:
     """Is the loss compiled for this type of device? A user's own is not compiled for CUDA without nvcc or a GPU."""
     number_of(name)
     return device_type != "cuda" or (_backend.extension(), name) not in _without_cuda
-
-
-is_compiled_for._dynamo_marked_constant = True  # the compiler calls it, instead of tracing it
 
 
 def composed(
@@ -129,7 +127,7 @@ _OTHER_OPERANDS = {
 
 GAUSSIAN_CONSTANT = 0.5 * math.log(2 * math.pi)
 
-for _name, _elementwise in {
+_ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
     "mse_loss": _torch_elementwise(F.mse_loss),
     "l1_loss": _torch_elementwise(F.l1_loss),
     "smooth_l1_loss": _torch_elementwise(F.smooth_l1_loss, "beta"),
@@ -144,5 +142,6 @@ for _name, _elementwise in {
     "poisson_nll_loss_of_rate_full": functools.partial(_full_poisson, log_input=False),
     "gaussian_nll_loss": _gaussian,
     "soft_margin_loss": _soft_margin,
-}.items():
+}
+for _name, _elementwise in _ELEMENTWISE.items():
     add(PointwiseLoss(_name, _elementwise, operands=_OTHER_OPERANDS.get(_name, ("input", "target"))))
