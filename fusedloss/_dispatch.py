@@ -83,7 +83,8 @@ def accepts(*tensors: Tensor) -> bool:
     """Can an op take these? Not where something is active that knows torch's own functions only."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]  # public, but torch.jit does not declare its exports
+    # torch.jit declares neither its exports nor this function's types.
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     if not only_transparent_modes():
         return False
