@@ -1,10 +1,10 @@
-"""The ops as torch's dispatcher knows them: what torch.compile, torch.export, make_fx and dispatch modes see.
+"""Registers the ops with torch's dispatcher. torch.compile, torch.export, make_fx and dispatch modes see these ops.
 
-The forward pass of an eager call of plain tensors never comes here. It reaches the same C++ functions by pybind11,
-without the dispatcher and Python's part in it, which cost more than a small loss.
+The forward pass of an eager call with plain tensors does not use them. It calls the same C++ functions through
+pybind11, because the dispatcher and its Python part cost more time than a small loss.
 
-Each loss has a forward and a backward op, which call the extension, and an op that composes its gradient of torch's
-operations: for those who differentiate the gradient, and for batches of gradients.
+Each loss has a forward and a backward op, which call the extension. A third op composes the gradient of torch's
+operations. It is used when the gradient is differentiated, and for batches of gradients.
 """
 
 import math
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from . import _backend, pointwise_registry
 
-# torch's own functions, taken where `patch` has not replaced them.
+# torch's own functions, read here before `patch` can replace them.
 torch_cross_entropy = F.cross_entropy
 torch_nll_loss = F.nll_loss
 
-_REDUCTIONS = ("none", "mean", "sum")  # at torch's number for each
+_REDUCTIONS = ("none", "mean", "sum")  # the index is torch's number for the reduction
 
 
 # ---- the losses as ops ----
@@ -65,7 +65,7 @@ def _define(name: str, schema: str, kernel: _Kernel, fake: _Kernel) -> None:
 
 
 def _rows(input: Tensor) -> Sequence[int]:
-    """The shape of one value a row."""
+    """The shape of a tensor with one value per row."""
     return (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
 
 
@@ -159,7 +159,7 @@ _define(
     ),
     _fake_pointwise_forward,
 )
-_define(  # the gradients of the operands that are wanted
+_define(  # returns the gradients of the wanted operands only
     "pointwise_backward",
     "(Tensor grad_output, Tensor[] operands, str loss, float[] parameters, int reduction, SymInt? divisor,"
     " bool[] wanted) -> Tensor[]",
@@ -176,7 +176,7 @@ def _fake_nll_loss_forward(
 
 
 def _empty_like(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """torch.empty_like of an input that is known by these."""
+    """torch.empty_like of an input of which only these attributes are known."""
     return torch.empty_like(torch.empty_strided(size, stride, dtype=dtype, device=device))
 
 
@@ -205,7 +205,7 @@ _define(
     lambda *args: _backend.extension().nll_loss_forward(*args),
     _fake_nll_loss_forward,
 )
-_define(  # size, stride and dtype: the input's, whose values are not needed
+_define(  # size, stride and dtype are those of input; its values are not needed
     "nll_loss_backward",
     "(Tensor grad_output, Tensor target, Tensor? weight, Tensor total_weight, SymInt[] size, SymInt[] stride,"
     " ScalarType dtype, int reduction, int ignore_index) -> Tensor",
@@ -218,8 +218,8 @@ _define(  # size, stride and dtype: the input's, whose values are not needed
 
 # ---- under autocast ----
 #
-# It is the dispatcher that knows of it, as for torch's own ops: a graph that was recorded without autocast obeys it
-# where it runs.
+# The dispatcher applies autocast, as it does for torch's own ops. So a graph that was recorded without autocast obeys
+# it if it runs under autocast.
 
 
 def _obey_autocast(name: str, autocast_position: int) -> None:
@@ -243,7 +243,7 @@ _obey_autocast("nll_loss_forward", 5)
 
 # ---- their derivatives ----
 
-# What register_autograd takes: a gradient or None for each argument, and a list of them for a list of tensors.
+# What register_autograd expects: a gradient or None for each argument, and a list of these for a list of tensors.
 _Gradients = tuple[Tensor | Sequence[Tensor | None] | None, ...]
 
 
@@ -253,24 +253,29 @@ def _gradients(
     wanted: Sequence[bool],
     grad_output: Tensor | Sequence[Tensor],
 ) -> Sequence[Tensor]:
-    """grad_output times the derivatives of function(*inputs), composed of torch's operations, by the inputs that are
-    wanted; differentiable themselves where gradients are enabled.
+    """grad_output times the derivatives of function(*inputs) with respect to the wanted inputs.
 
-    They are taken at views: the graph behind the inputs belongs to the backward pass that is under way. Taken at the
-    inputs, they would run its hooks twice, and count twice what one input owes to another.
+    They are composed of torch's operations, and differentiable themselves if gradients are enabled.
+
+    The derivatives are taken at views of the inputs, because the graph behind the inputs belongs to the backward pass
+    that is running. At the inputs themselves, the hooks of that graph would run twice, and if one input depends on
+    another, that dependence would be counted twice.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         at = [input.view_as(input) if input.requires_grad else input.detach().requires_grad_() for input in inputs]
         value = function(*at)
     by = [x for x, is_wanted in zip(at, wanted, strict=True) if is_wanted]
-    # 0 where the function has no derivative: by a mask, or by what has none among those given by hand.
+    # The gradient is 0 where the function has no derivative: for a mask, or for a tensor without one given by hand.
     return torch.autograd.grad(value, by, grad_output, create_graph=create_graph, materialize_grads=True)
 
 
 def _define_composed_gradient(name: str, schema: str, kernel: _Kernel) -> None:
-    """Define an op that calls torch's operations under every dispatch key that it meets. So a dispatch mode sees each
-    operation, autograd differentiates it, and vmap (FuncTorchBatched) and is_grads_batched (Batched) vectorise it."""
+    """Define an op that is made of torch's operations under every dispatch key.
+
+    So a dispatch mode sees each operation, autograd differentiates it, and vmap (FuncTorchBatched) and is_grads_batched
+    (Batched) vectorise it.
+    """
     torch.library.define(f"fusedloss::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CompositeImplicitAutograd", "FuncTorchBatched", "Batched"):
         _library.impl(name, kernel, key)
@@ -279,14 +284,14 @@ def _define_composed_gradient(name: str, schema: str, kernel: _Kernel) -> None:
 def _second_derivative(
     composed_gradient: _Kernel, inputs: Sequence[Tensor], grad: Tensor | Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """grad times the derivatives of composed_gradient(*inputs) by the inputs that require one; None for the others."""
+    """grad times the derivatives of composed_gradient(*inputs) for the inputs that require one; None for the others."""
     wanted = [input.requires_grad for input in inputs]
     found = iter(_gradients(composed_gradient, inputs, wanted, grad))
     return [next(found) if is_wanted else None for is_wanted in wanted]
 
 
 def _no_gradients(arguments: Sequence[object]) -> list[list[Tensor] | None]:
-    """Nothing for each argument, in the structure that torch sees in it: of lists, only in empty ones or of tensors."""
+    """None for each argument, but [] for an empty list: torch takes only empty lists and lists of tensors for lists."""
     return [[] if isinstance(argument, list) and not argument else None for argument in arguments]
 
 
@@ -393,8 +398,10 @@ def _pointwise_backward_gradients(ctx: Any, grads: Sequence[Tensor]) -> _Gradien
 def _nll_loss_of_input(
     target: Tensor, weight: Tensor | None, dtype: torch.dtype, options: Sequence[int]
 ) -> Callable[[Tensor], Tensor]:
-    """The loss, of this dtype, as a function of the input, made contiguous: torch cannot differentiate it where that is
-    in the channels-last format."""
+    """The loss in this dtype, as a function of the input.
+
+    The input is made contiguous, because torch cannot differentiate this loss of a channels-last input.
+    """
     reduction, ignore_index = options
     weight = None if weight is None else weight.to(dtype)
     target = target.to(torch.int64)
@@ -418,7 +425,7 @@ def _save_nll_loss_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 def _nll_loss_forward_gradients(ctx: Any, grad_output: Tensor, _: Tensor) -> _Gradients:
     _refuse_gradients("nll_loss_forward", ctx.needs_input_grad[2])
     input, target, weight, total_weight = ctx.saved_tensors
-    if torch.is_grad_enabled():  # the backward op does not know input, whose second derivative is 0 and not None
+    if torch.is_grad_enabled():  # the backward op lacks input, whose second derivative must be 0, not None
         grad = torch.ops.fusedloss.nll_loss_composed_gradient(grad_output, input, target, weight, *ctx.options)
     else:
         grad = torch.ops.fusedloss.nll_loss_backward(
@@ -434,7 +441,7 @@ def _save_nll_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 
 def _nll_loss_backward_gradients(ctx: Any, grad: Tensor) -> _Gradients:
-    """The gradient is linear in grad_output: what goes back is the loss of what comes in."""
+    """The gradient is linear in grad_output, so the derivative for grad_output is the loss, with grad as its input."""
     target, weight = ctx.saved_tensors
     loss = _nll_loss_of_input(target, weight, ctx.dtype, ctx.options)
     return loss(grad), *(None,) * 8
@@ -457,7 +464,7 @@ _define_composed_gradient(
     "(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index) -> Tensor",
     _nll_loss_composed_gradient,
 )
-# torch makes no batching rule for an op of lists.
+# torch makes no batching rule for an op that takes lists.
 for _key in ("FuncTorchBatched", "Batched"):
     _library.impl("pointwise_backward", _pointwise_composed_gradients, _key)
 
