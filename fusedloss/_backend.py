@@ -216,7 +216,7 @@ def _import(library: Path) -> ModuleType:
 def import_library(name: str, library: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, library)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{library} is no module")
+        raise ImportError(f"{library} is not a Python module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -364,7 +364,7 @@ class Plan:
 
     @contextlib.contextmanager
     def environment(self) -> Iterator[ModuleType]:
-        """Yield torch.utils.cpp_extension, set up with this plan's compiler, toolkit and ninja; restore it afterwards."""
+        """Yield torch.utils.cpp_extension, set up with this plan's compiler, toolkit and ninja; restored afterwards."""
         with contextlib.ExitStack() as stack:
             changes = {"CXX": stack.enter_context(_one_word(self.compiler.words))}
             host_compiler = os.environ.get("CC", "").strip()  # for nvcc

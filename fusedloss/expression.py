@@ -135,8 +135,8 @@ _LOGIC = {ast.BitAnd: "&", ast.BitOr: "|"}
 _COMPARISONS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="}
 
 _REFUSED = {
-    ast.BoolOp: "'and' and 'or' are not for conditions of elements; write (a < b) & (c < d), or | between them",
-    ast.Not: "'not' is not for conditions of elements; write ~(a < b)",
+    ast.BoolOp: "'and' and 'or' do not work on conditions of elements; write (a < b) & (c < d), or | between them",
+    ast.Not: "'not' does not work on conditions of elements; write ~(a < b)",
     ast.IfExp: "for 'a if condition else b' write where(condition, a, b)",
     ast.Attribute: "attributes are not available; a function is called by its name alone, as in abs(input)",
     ast.Subscript: "subscripts are not available; the formula is that of a single element",
@@ -168,13 +168,13 @@ def check_names(tensors: Sequence[str], parameters: Sequence[str]) -> None:
                 raise TypeError(f"custom_loss: the name of a {what} must be a str, not {type(name).__name__}")
             # ASCII only, because some compilers accept nothing else in a name.
             if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name):
-                fault = "must be an identifier of ASCII characters, and no keyword of Python"
+                fault = "must be an identifier of ASCII characters, and not a keyword of Python"
             elif name.startswith("__"):
                 fault = "must not begin with two underscores"
             elif name in FUNCTIONS:
-                fault = "is the name of a function of the expressions"
+                fault = "is the name of a function in expressions"
             elif name == "pi":
-                fault = "is the constant of the expressions"
+                fault = "is the constant pi in expressions"
             elif what == "parameter" and name in ("input", "target"):
                 fault = "is the name of a tensor"
             elif name in seen:
@@ -307,7 +307,7 @@ class _Reader:
     def literal(self, node: ast.Constant) -> ast.Constant:
         value = node.value
         if isinstance(value, bool) or not isinstance(value, int | float):  # True is an int as well
-            self.refuse(node, f"{type(value).__name__} is not a type of the expressions; numbers are int or float")
+            self.refuse(node, f"{type(value).__name__} is not a type in expressions; numbers are int or float")
         return self.constant(node, lambda: float(value))
 
     def constant(self, node: ast.expr, compute: Callable[[], float]) -> ast.Constant:
@@ -345,7 +345,9 @@ class _Reader:
         for middle in node.comparators[:-1]:
             # A middle operand is written twice, so with nested chains it would be written 2 ** levels times.
             if any(isinstance(inner, ast.Compare) and len(inner.ops) > 1 for inner in ast.walk(middle)):
-                self.refuse(middle, "a chain of comparisons in the middle of another; write (a < b) & (b < c)")
+                self.refuse(
+                    middle, "a chain of comparisons cannot be in the middle of another; write (a < b) & (b < c)"
+                )
         operands = [self.number(operand) for operand in (node.left, *node.comparators)]
         result: ast.expr | None = None
         for left, op, right in zip(operands, node.ops, operands[1:], strict=False):
