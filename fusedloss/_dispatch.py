@@ -42,9 +42,9 @@ def _only_modes(*arguments: object) -> bool:
 
 
 def call_torch(function: Callable[..., Tensor], *tensors: Tensor | float | None, **options: Any) -> Tensor:
-    """Call torch's own function, and name it as the function to the `__torch_function__` of a subclass.
+    """Call torch's own function. A subclass's `__torch_function__` also receives it as the function that is called.
 
-    Calling it by its name in torch.nn.functional would reach our function after `patch`.
+    After `patch`, the name in torch.nn.functional would lead to our function instead.
     """
     if not torch.compiler.is_compiling() and has_torch_function_variadic(*tensors):
         return handle_torch_function(function, tensors, *tensors, **options)
