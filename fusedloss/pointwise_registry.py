@@ -80,7 +80,7 @@ def composed(
 
 # ---- the losses of this library
 #
-# They are composed of torch's own functions, which are read here, before `patch` can replace them.
+# They are composed of torch's own functions, which are read here before `patch` can replace them.
 
 
 def _torch_elementwise(function: Callable[..., Tensor], *names: str, **options: object) -> Callable[..., Tensor]:
