@@ -11,7 +11,7 @@ from torch.nn import _reduction
 from ._dispatch import NUMBER, call_torch, fused, is_eager, may_be_fused, named_reduction, warn
 from .pointwise_registry import GAUSSIAN_CONSTANT
 
-# torch's own functions, taken where `patch` has not replaced them.
+# torch's own functions, read here before `patch` can replace them.
 torch_mse_loss = F.mse_loss
 torch_l1_loss = F.l1_loss
 torch_smooth_l1_loss = F.smooth_l1_loss
