@@ -1,10 +1,11 @@
-"""Builds the package. Which sources are compiled, and how, stands in fusedloss/_build.py, which the JIT reads as well.
+"""Builds the package. fusedloss/_build.py decides which sources are compiled and how; the JIT uses it as well.
 
-Only a command that compiles needs torch: metadata and source distributions are made without it. With FUSEDLOSS_JIT=1,
-and where torch is missing, as where pip builds in isolation, nothing is compiled; the wheel, which is the same for
-every torch and Python, compiles at its first use.
+Only a command that compiles needs torch: metadata and source distributions are made without it. Nothing is compiled
+with FUSEDLOSS_JIT=1, or where torch is missing, as it is in pip's isolated build. The wheel is then the same for every
+torch and Python, and the extension is compiled at its first use.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -12,23 +13,24 @@ import sys
 from pathlib import Path
 
 import setuptools
-from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SETUPTOOLS = 77  # reads the licence as pyproject.toml gives it, and makes wheels by itself
+# The first version that reads the licence as pyproject.toml gives it and makes wheels without the package `wheel`.
+SETUPTOOLS = 77
+COMPILING_COMMANDS = {"build", "build_ext", "develop", "editable_wheel", "install", "install_lib"}  # and bdist_*
 
 
 def load_build():
     spec = importlib.util.spec_from_file_location("fusedloss_build", ROOT / "fusedloss" / "_build.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there for the module they are in
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
 
 class BuildPackage(build_py):
-    """Takes csrc/ along, for the JIT of an installed package. A checkout has it beside the package."""
+    """Copies csrc/ into the package, for the JIT of an installed package. A checkout has it beside the package."""
 
     def run(self):
         if without_torch:
@@ -45,36 +47,45 @@ class BuildPackage(build_py):
             shutil.copytree(ROOT / "csrc", target, ignore=shutil.ignore_patterns(".*"))
 
 
-class BuildExtension(build_ext):
-    """Makes the plan when the build starts, and then hands over to torch's command of the same name."""
+def plan_extensions(build):
+    """The plan, or an exit with one sentence if something that the build needs is missing."""
+    try:
+        build.check_path_of_sources(ROOT)
+        plan = build.make_plan(ROOT / "csrc")
+    except build.BuildError as error:
+        raise SystemExit(f"fusedloss: {error}") from None
+    print(f"fusedloss: building {plan.summary()}", file=sys.stderr, flush=True)
+    return plan
 
-    def run(self):
-        build = load_build()
-        try:
-            build.check_path_of_sources(ROOT)
-            plan = build.make_plan(ROOT / "csrc")
-        except build.BuildError as error:
-            raise SystemExit(f"fusedloss: {error}") from None
-        print(f"fusedloss: building {plan.summary()}", file=sys.stderr, flush=True)
-        with plan.environment() as torch_build:
-            kind = torch_build.CUDAExtension if plan.toolkit else torch_build.CppExtension
-            vars(self.extensions[0]).update(
-                vars(
-                    kind(
-                        name=self.extensions[0].name,
-                        sources=[os.path.relpath(path, ROOT) for path in plan.sources],
-                        include_dirs=[str(plan.csrc)],
-                        depends=[os.path.relpath(path, ROOT) for path in build.header_files(plan.csrc)],
-                        extra_compile_args={"cxx": plan.cxx_flags, "nvcc": plan.nvcc_flags},
-                        extra_link_args=plan.link_flags,
-                    )
-                )
-            )
-            command = torch_build.BuildExtension(self.distribution)
-            vars(command).update(vars(self), force=True)
-            command.run()
-        library = Path(self.get_ext_fullpath(self.extensions[0].name))
-        plan.write_info(library)
+
+def extensions(build, plan, cpp_extension):
+    kind = cpp_extension.CUDAExtension if plan.toolkit else cpp_extension.CppExtension
+    return [
+        kind(
+            name="fusedloss._C",
+            sources=[os.path.relpath(path, ROOT) for path in plan.sources],
+            include_dirs=[str(plan.csrc)],
+            depends=[os.path.relpath(path, ROOT) for path in build.header_files(plan.csrc)],
+            extra_compile_args={"cxx": plan.cxx_flags, "nvcc": plan.nvcc_flags},
+            extra_link_args=plan.link_flags,
+        )
+    ]
+
+
+def build_command(plan, cpp_extension):
+    class BuildExtension(cpp_extension.BuildExtension):
+        """torch's command, which also writes what the extension was built for beside it."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            self.force = True  # setuptools compares times only, and would not notice another compiler or other flags
+
+        def run(self):
+            super().run()
+            for extension in self.extensions:
+                plan.write_info(Path(self.get_ext_fullpath(extension.name)))
+
+    return BuildExtension
 
 
 if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
@@ -82,11 +93,18 @@ if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
         f"fusedloss: setuptools {setuptools.__version__} is too old, {SETUPTOOLS} or newer is needed: "
         "pip install --upgrade setuptools"
     )
-# Whoever asks for a compiled part in so many words gets it, or an error.
-insists = "build_ext" in sys.argv or os.environ.get("FUSEDLOSS_CUDA") == "1"
+compiles = any(argument in COMPILING_COMMANDS or argument.startswith("bdist") for argument in sys.argv[1:])
 jit_only = os.environ.get("FUSEDLOSS_JIT") == "1"
-without_torch = not jit_only and not insists and importlib.util.find_spec("torch") is None
-setuptools.setup(
-    ext_modules=[] if jit_only or without_torch else [setuptools.Extension("fusedloss._C", sources=[])],
-    cmdclass={"build_py": BuildPackage, "build_ext": BuildExtension},
-)
+# build_ext and FUSEDLOSS_CUDA=1 ask for a compiled part explicitly: they give one, or an error.
+is_explicit = "build_ext" in sys.argv or os.environ.get("FUSEDLOSS_CUDA") == "1"
+without_torch = not jit_only and not is_explicit and importlib.util.find_spec("torch") is None
+
+with contextlib.ExitStack() as stack:
+    ext_modules, cmdclass = [], {"build_py": BuildPackage}
+    if compiles and not jit_only and not without_torch:
+        build = load_build()
+        plan = plan_extensions(build)
+        cpp_extension = stack.enter_context(plan.environment())
+        ext_modules = extensions(build, plan, cpp_extension)
+        cmdclass["build_ext"] = build_command(plan, cpp_extension)
+    setuptools.setup(ext_modules=ext_modules, cmdclass=cmdclass)

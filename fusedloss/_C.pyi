@@ -1,4 +1,4 @@
-"""The compiled extension: csrc/bindings.cpp. A reduction is torch's number for it: 0 none, 1 mean, 2 sum."""
+"""The compiled extension, defined in csrc/bindings.cpp. A reduction has torch's number: 0 none, 1 mean, 2 sum."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 with_cuda: bool  # whether this build has CUDA kernels
-max_operands: int  # of a pointwise loss, input included
-max_parameters: int
-max_cuda_classes: int  # where there are CUDA kernels
+max_operands: int  # most tensors of a pointwise loss, input included
+max_parameters: int  # most parameters of a pointwise loss
+max_cuda_classes: int  # only in a build with CUDA kernels
 
-# ---- the losses, with autograd; None where the tensors are not plain, or have no kernels
+# ---- the losses, with autograd; None if the tensors are not plain or there are no kernels for them
 
 def cross_entropy(
     input: Tensor,
@@ -28,7 +28,7 @@ def pointwise(
     loss: int, operands: Sequence[Tensor], parameters: Sequence[float], reduction: int, divisor: int | None
 ) -> Tensor | None: ...
 
-# ---- their passes, without autograd
+# ---- their forward and backward passes, without autograd
 
 def cross_entropy_forward(
     input: Tensor,
@@ -38,7 +38,7 @@ def cross_entropy_forward(
     ignore_index: int,
     label_smoothing: float,
     autocast: bool,
-) -> tuple[Tensor, Tensor]: ...  # the loss, and the statistics for the backward pass
+) -> tuple[Tensor, Tensor]: ...  # the loss, and the statistics that the backward pass reads
 def cross_entropy_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -54,7 +54,7 @@ def cross_entropy_statistics_numel(
 ) -> int | torch.SymInt: ...
 def nll_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, autocast: bool
-) -> tuple[Tensor, Tensor]: ...  # the loss, and what the mean divides by
+) -> tuple[Tensor, Tensor]: ...  # the loss, and the divisor of the mean
 def nll_loss_backward(
     grad_output: Tensor,
     target: Tensor,
@@ -81,10 +81,10 @@ def pointwise_backward(
     parameters: Sequence[float],
     reduction: int,
     divisor: int | None,
-    wanted: int,  # a bit for each operand, the lowest for the first
+    wanted: int,  # one bit per operand that needs a gradient, the lowest for the first operand
 ) -> list[Tensor | None]: ...
 
-# ---- pointwise losses by their numbers
+# ---- registration of a pointwise loss; returns its number
 
 def add_pointwise_loss(name: str, operands: Sequence[str], cpu_formula: int, cuda_formula: int) -> int: ...
 

@@ -1,7 +1,8 @@
-"""Fused loss kernels for PyTorch, to be used in place of `nn.CrossEntropyLoss`, `nn.MSELoss` and their kin.
+"""Fused loss kernels for PyTorch: drop-in replacements for `nn.CrossEntropyLoss`, `nn.MSELoss` and related losses.
 
 import fusedloss
-criterion = fusedloss.CrossEntropyLoss()  # was: nn.CrossEntropyLoss()
+
+criterion = fusedloss.CrossEntropyLoss()  # instead of nn.CrossEntropyLoss()
 criterion = fusedloss.custom_loss("log(cosh(input - target))")  # a loss of your own
 """
 

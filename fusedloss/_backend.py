@@ -1,6 +1,6 @@
-"""The compiled module behind the losses: the prebuilt `fusedloss._C`, else one compiled now, else a clear error.
+"""Finds the compiled module behind the losses: the prebuilt `fusedloss._C`, else one that is compiled now.
 
-A checkout in which nothing is compiled takes the prebuilt module of an installation from the same sources.
+A checkout in which nothing is compiled uses the prebuilt module of an installation from the same sources.
 """
 
 from __future__ import annotations
@@ -12,25 +12,32 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 
 from ._build import BuildError, csrc_directory, info_file, make_plan, release, sources_digest
+
+_FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
 
 PACKAGE = Path(__file__).resolve().parent
 
 lock = threading.RLock()  # held while the module is looked for, compiled or replaced
 _module: ModuleType | None = None
 _debug = os.environ.get("FUSEDLOSS_DEBUG") == "1"
-_warned = False  # that there are no CUDA kernels
+_warned = False  # True once the warning about missing CUDA kernels was given
 
 
 def extension() -> ModuleType:
-    """The compiled module. The first call finds or compiles it, which can take a minute; later ones return at once."""
+    """The compiled module. The first call finds or compiles it, which can take a minute; later calls return at once.
+
+    Raises:
+        ImportError: nothing usable is prebuilt, and something that compiling needs is missing.
+    """
     if _module is None:
         with lock:
             if _module is None:
@@ -40,7 +47,7 @@ def extension() -> ModuleType:
 
 
 def use(module: ModuleType) -> None:
-    """Take this module from now on."""
+    """Use this module from now on."""
     global _module
     if _debug:
         module.set_debug(True)
@@ -48,11 +55,18 @@ def use(module: ModuleType) -> None:
 
 
 def debug(enabled: bool = True) -> None:
-    """Look for class indices out of range on the host, before a kernel is launched; FUSEDLOSS_DEBUG=1 does so too.
+    """Check class indices on the host, before a kernel is launched. FUSEDLOSS_DEBUG=1 switches this on too.
 
-    On CUDA an index out of range fails a device-side assertion, as with torch, after which the process can use the GPU
-    no more. With this it is an IndexError that names row, value and number of classes, and the process goes on. Every
-    cross entropy then waits for the GPU, and none can be captured in a CUDA graph. On the CPU it is always raised.
+    On CUDA, an index out of range fails a device-side assertion, as in torch, after which the process can no longer use
+    the GPU. In debug mode it raises an IndexError that names the row, the value and the number of classes, and the
+    process can go on. Every cross entropy and NLL loss then waits for the GPU, and none can be captured in a CUDA
+    graph. On the CPU the IndexError is always raised.
+
+    Args:
+        enabled: True switches the check on, False off. Default True.
+
+    Raises:
+        TypeError: enabled is not a bool.
     """
     global _debug
     if not isinstance(enabled, bool):
@@ -63,10 +77,22 @@ def debug(enabled: bool = True) -> None:
             _module.set_debug(enabled)
 
 
-def describe() -> str:
-    """One line: what the compiled module was built for, what was left out of it and why, and where it is.
+def called_by_compiler(function: _FunctionT) -> _FunctionT:
+    """Make torch.compile call this function while it traces and take its result for a constant.
 
-    Where nothing is compiled yet, it is compiled now.
+    torch.compiler.assume_constant_result does the same, but imports the whole compiler, which takes two seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the attribute that the compiler looks for
+    return function
+
+
+def describe() -> str:
+    """One line that tells what the compiled module was built for, what was left out and why, and where it is.
+
+    If nothing is compiled yet, this compiles it.
+
+    Raises:
+        ImportError: nothing usable is prebuilt, and something that compiling needs is missing.
     """
     library = Path(extension().__file__ or "")
     origin = "prebuilt" if library.name.startswith("_C.") else "compiled at first use"
@@ -74,9 +100,9 @@ def describe() -> str:
 
 
 def with_cuda() -> bool:
-    """Are there CUDA kernels, for a call with CUDA tensors? The first time that there are none, a warning says so."""
+    """True if the module has CUDA kernels. Asked for a call with CUDA tensors; the first False comes with a warning."""
     global _warned
-    found = extension().with_cuda
+    found: bool = extension().with_cuda
     if not found and not _warned:
         _warned = True
         warnings.warn(_without_cuda(), stacklevel=2)
@@ -85,37 +111,41 @@ def with_cuda() -> bool:
 
 def _without_cuda() -> str:
     text = (
-        "fusedloss has no CUDA kernels here, and leaves CUDA tensors to torch's own functions, at torch's speed: the "
-        f"build is {describe().removeprefix('fusedloss: ')}."
+        "fusedloss has no CUDA kernels here, so torch's own functions compute the losses of CUDA tensors, at torch's "
+        f"speed: the build is {describe().removeprefix('fusedloss: ')}."
     )
     if torch.version.cuda is None:
         return text
     return (
-        f"{text} To have them, install a CUDA toolkit with nvcc, version {release(torch.version.cuda)[0]}.x as this "
+        f"{text} To get them, install a CUDA toolkit with nvcc, version {release(torch.version.cuda)[0]}.x like this "
         "torch's, and call fusedloss.jit.load(cuda=True), which compiles them, or install fusedloss again from source."
     )
 
 
 def ready(cuda: bool | None) -> ModuleType | None:
-    """A module that needs no compiling: the one in use, else the prebuilt one. None where it is not with CUDA as asked
-    for, where the prebuilt one does not fit this torch, and where FUSEDLOSS_JIT=1 asks for a new one."""
+    """A module that need not be compiled: the one in use, else the prebuilt one.
+
+    cuda: True accepts only a module with CUDA, False only one without, None either.
+
+    None if there is no such module, if the prebuilt one does not fit this torch, or if FUSEDLOSS_JIT=1 asks for a new
+    one.
+    """
     if os.environ.get("FUSEDLOSS_JIT") == "1":
         return None
-    for find in (lambda: _module, prebuilt):
-        try:
-            module = find()
-        except ImportError:
-            continue
-        if module is not None and cuda in (None, module.with_cuda):
-            return module
-    return None
+    if _module is not None and cuda in (None, _module.with_cuda):
+        return _module
+    try:
+        module = prebuilt()
+    except ImportError:
+        return None
+    return module if module is not None and cuda in (None, module.with_cuda) else None
 
 
 def _find() -> ModuleType:
-    # At run time FUSEDLOSS_JIT=1 passes over a prebuilt module, for instance one of an older torch.
     from . import jit  # here, because jit imports this file
 
     try:
+        # FUSEDLOSS_JIT=1 ignores a prebuilt module at run time, for instance one that was built for an older torch.
         module = None if os.environ.get("FUSEDLOSS_JIT") == "1" else prebuilt()
         if module is not None:
             return module
@@ -125,7 +155,11 @@ def _find() -> ModuleType:
 
 
 def prebuilt() -> ModuleType | None:
-    """The module that an installation, or a build in the checkout, has left; None if there is none."""
+    """The module that an installation, or a build in the checkout, has left; None if there is none.
+
+    Raises:
+        ImportError: the module in this package was built for another torch, or cannot be loaded.
+    """
     library = _library(PACKAGE)
     if library is None:
         for other, unfit in _installed():
@@ -139,7 +173,8 @@ def prebuilt() -> ModuleType | None:
         "Rebuild it from its source with `pip install --no-build-isolation --no-deps --force-reinstall .`, or set "
         "FUSEDLOSS_JIT=1 to compile it at its first use"
     )
-    # torch keeps its binary interface within a minor version only. Across two, it may load and then misread memory.
+    # torch keeps its binary interface only within a minor version. A module of another one may load and then misread
+    # memory.
     if built_for[:1].isdigit() and not _fits(built_for):
         raise ImportError(remedy)
     try:
@@ -149,8 +184,10 @@ def prebuilt() -> ModuleType | None:
 
 
 def _installed() -> Iterator[tuple[Path, str]]:
-    """The compiled parts of the installations that Python would import, were it not for this package, each with what
-    keeps it from being used here, "" if nothing does."""
+    """The compiled parts of the other installations on sys.path, each with the reason why it cannot be used here.
+
+    The reason is "" if it can be used.
+    """
     for entry in sys.path:
         folder = Path(entry or os.curdir).absolute() / PACKAGE.name
         library = None if folder.resolve() == PACKAGE else _library(folder)
@@ -179,15 +216,17 @@ def _import(library: Path) -> ModuleType:
 def import_library(name: str, library: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, library)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{library} is no module")
+        raise ImportError(f"{library} is not a Python module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def why_compile() -> str:
-    """Why nothing prebuilt is used, and how to have it, for the line that says what is compiled; "" if it was asked for
-    with FUSEDLOSS_JIT=1."""
+    """Why no prebuilt module is used, and how to get one; "" if FUSEDLOSS_JIT=1 asks for a new one.
+
+    The line that announces a compilation contains it.
+    """
     if os.environ.get("FUSEDLOSS_JIT") == "1":
         return ""
     library = _library(PACKAGE)
@@ -204,13 +243,14 @@ def why_compile() -> str:
 
 
 def _library(folder: Path) -> Path | None:
-    """The compiled file in this folder that is of this Python."""
+    """The compiled file in this folder for this version of Python."""
     names = [f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
     return next((folder / name for name in names if os.path.isfile(folder / name)), None)
 
 
 def _info(library: Path) -> dict[str, str]:
     try:
-        return json.loads(info_file(library).read_text())
+        info: dict[str, str] = json.loads(info_file(library).read_text())
+        return info
     except (OSError, ValueError):
         return {}

@@ -1,7 +1,7 @@
-"""The one list of sources and flags: setup.py builds `fusedloss._C` from it, the JIT its cached module.
+"""Decides which sources are compiled and with which flags, for setup.py and for the JIT.
 
-setup.py loads this file by its path, before the package or torch can be imported. So it imports nothing of the package,
-and torch only inside the functions that need it.
+setup.py loads this file by its path, before the package or torch can be imported. So this file imports nothing of the
+package, and imports torch only inside the functions that need it.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-MINIMUM_TORCH = "2.6.0"  # the lowest one really built with and tested; pyproject.toml names the same
-ARCHITECTURES = (80, 90, 100, 120)  # compiled for where no GPU says what it is: Ampere, Hopper, Blackwell
+MINIMUM_TORCH = "2.6.0"  # the oldest version that was built with and tested; pyproject.toml names it too
+ARCHITECTURES = (80, 90, 100, 120)  # compiled for if no GPU is found: Ampere, Hopper, Blackwell
 DEFAULT_TOOLKIT = Path("/usr/local/cuda")
 CUDA_MACRO = "FUSEDLOSS_WITH_CUDA"
-# What torch writes into build.ninja unescaped, and ninja takes for something else than a part of a path.
+# Characters that torch writes into build.ninja unescaped, and that ninja does not read as a part of a path.
 UNPARSABLE = re.compile(r"[$:|\r\n]")
 
 
 class BuildError(RuntimeError):
-    """Something the build needs is missing. The message is one sentence that says what, and how to get it."""
+    """Something that the build needs is missing. The message is one sentence that names it and tells how to get it."""
 
 
 # ---- sources -------------------------------------------------------------------------------------------------------
 
 
 def csrc_directory() -> Path:
-    """Where the C++ and CUDA sources are: inside an installed package, beside the package in a checkout."""
+    """The folder of the C++ and CUDA sources: inside an installed package, or beside the package in a checkout."""
     package = Path(__file__).resolve().parent
     for candidate in (package / "csrc", package.parent / "csrc"):
         if (candidate / "bindings.cpp").is_file():
@@ -48,8 +48,11 @@ def csrc_directory() -> Path:
 
 
 def source_files(csrc: Path, cuda: bool) -> list[Path]:
-    """Every file that is compiled; sorted, so that two machines build, link and hash in the same order. The kernels,
-    which take longest, come first: then no core is left waiting for one that started last."""
+    """Every file that is compiled.
+
+    They are sorted, so that two machines build, link and hash them in the same order. The kernels come first, because
+    they take longest: if one started last, the other cores would be idle until it ends.
+    """
     patterns = [*(["kernels/cuda/*.cu"] if cuda else []), "kernels/cpu/*.cpp", "autograd/*.cpp", "ops/*.cpp", "*.cpp"]
     return [path for pattern in patterns for path in sorted(csrc.glob(pattern))]
 
@@ -60,7 +63,7 @@ def header_files(csrc: Path) -> list[Path]:
 
 
 def sources_digest(csrc: Path) -> str:
-    """Two trees with the same one make the same extension, from one torch, compiler and set of flags."""
+    """A hash of the sources. Equal hashes give equal extensions with the same torch, compiler and flags."""
     digest = hashlib.sha256()
     for path in [*source_files(csrc, cuda=True), *header_files(csrc)]:
         digest.update(f"{path.relative_to(csrc).as_posix()} {path.stat().st_size}\n".encode() + path.read_bytes())
@@ -104,7 +107,7 @@ def import_torch() -> ModuleType:
 
 
 def check_torch_path() -> None:
-    """torch writes the paths of its own headers and libraries into the command line as they are."""
+    """Raise BuildError for a path of torch that would need quotes: torch writes it into command lines without any."""
     import torch
 
     folder = str(Path(torch.__file__).parent)
@@ -131,7 +134,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _output(command: Sequence[str | Path]) -> str | None:
-    """What a tool prints, on either stream; None if it cannot be run or fails."""
+    """What a tool prints to stdout and stderr; None if it cannot be run or fails."""
     try:
         done = subprocess.run(
             [str(part) for part in command],
@@ -147,7 +150,7 @@ def _output(command: Sequence[str | Path]) -> str | None:
 
 @dataclass(frozen=True)
 class Compiler:
-    words: tuple[str, ...]  # with which a shell would call it: ("ccache", "g++")
+    words: tuple[str, ...]  # the command line: ("ccache", "g++")
     path: str
     version: str
     openmp: bool
@@ -158,13 +161,13 @@ class Compiler:
 
 
 def find_compiler() -> Compiler:
-    """The compiler in CXX, which may be several words; else the first of c++, g++ and clang++."""
+    """The compiler in CXX, which may be several words; without CXX, the first of c++, g++ and clang++ on the PATH."""
     chosen = os.environ.get("CXX", "").strip()
     for words in [_words(chosen)] if chosen else [("c++",), ("g++",), ("clang++",)]:
         path = shutil.which(words[0])
         version = (_output([*words, "--version"]) or "").partition("\n")[0] if path else ""
         if path and version:
-            # g++ always comes with its OpenMP; clang's is a package of its own.
+            # g++ always comes with OpenMP. For clang, OpenMP is a package of its own.
             openmp = "clang" not in version or _links_openmp(words)
             return Compiler(words, os.path.realpath(path), version, openmp)
     what = f"CXX={chosen} cannot be run" if chosen else "neither c++, g++ nor clang++ is on the PATH"
@@ -172,10 +175,10 @@ def find_compiler() -> Compiler:
 
 
 def _words(chosen: str) -> tuple[str, ...]:
-    """The words of CXX or CC, the first of them absolute if it is a path: the compiler runs in another folder."""
+    """The words of CXX or CC. If the first is a path, it becomes absolute: the compiler runs in another folder."""
     try:
         first, *others = [chosen] if shutil.which(chosen) else shlex.split(chosen)
-    except ValueError:  # a quote that does not end, or quotes around nothing
+    except ValueError:  # a quote without an end, or quotes around nothing
         return (chosen,)
     return (os.path.abspath(first) if os.sep in first else first, *others)
 
@@ -188,8 +191,10 @@ def _links_openmp(words: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _one_word(words: Sequence[str]) -> Iterator[str]:
-    """The compiler as torch takes it from CXX and CC, each of which is one word to it: several words become a script,
-    which lies where files can be executed."""
+    """The compiler as one word, which is how torch reads CXX and CC.
+
+    Several words become a script, in a folder from which files can be executed.
+    """
     if len(words) == 1 and words[0] == shlex.quote(words[0]):
         yield words[0]
         return
@@ -202,13 +207,13 @@ def _one_word(words: Sequence[str]) -> Iterator[str]:
 
 
 def _executes(folder: str) -> bool:
-    """Whether a file can be written to this folder, and be executed there by a path that needs no quotes."""
+    """True if files can be written to and executed from this folder, and its path needs no quotes in a shell."""
     plain = shlex.quote(folder) == folder
     return plain and os.access(folder, os.W_OK) and not os.statvfs(folder).f_flag & os.ST_NOEXEC
 
 
 def find_ninja() -> str | None:
-    """The folder that holds ninja. The one pip installed is not on the PATH when .venv/bin/python runs unactivated."""
+    """The folder of ninja. pip's ninja is not on the PATH if .venv/bin/python runs without activating the venv."""
     for folder in (None, sysconfig.get_path("scripts")):
         ninja = shutil.which("ninja", path=folder)
         if ninja:
@@ -229,14 +234,17 @@ class Toolkit:
         return self.home / "bin" / "nvcc"
 
     def supported(self) -> list[int]:
-        """The virtual architectures that this nvcc compiles for: 80 is compute_80."""
+        """The virtual architectures that this nvcc compiles for; 80 stands for compute_80."""
         listed = _output([self.nvcc, "--list-gpu-arch"]) or ""
         return sorted(int(number) for number in re.findall(r"compute_(\d+)\b", listed))
 
 
 def find_toolkit() -> Toolkit | None:
-    """The CUDA toolkit. torch takes the folder two above the nvcc on the PATH, which is wrong where that is a wrapper
-    script; nvcc itself knows where it lives."""
+    """The CUDA toolkit; None if none is found.
+
+    torch takes the folder two levels above the nvcc on the PATH, which is wrong if that is a wrapper script. Here, nvcc
+    itself is asked for its folder.
+    """
     for home in _toolkit_candidates():
         version = re.search(r"release (\d+\.\d+)", _output([home / "bin" / "nvcc", "--version"]) or "")
         if version and (home / "include" / "cuda_runtime.h").is_file():
@@ -259,8 +267,10 @@ def _toolkit_candidates() -> Iterator[Path]:
 
 
 def gpu_capabilities(torch: ModuleType) -> list[int]:
-    """The compute capabilities of the GPUs here: 90 is 9.0. Asked of nvidia-smi first, because torch would create a
-    CUDA context, which costs time and forbids a later fork."""
+    """The compute capabilities of this machine's GPUs; 90 stands for 9.0.
+
+    nvidia-smi is asked first, because torch would create a CUDA context, which takes time and forbids a later fork.
+    """
     listed = _output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]) or ""
     found = re.findall(r"^(\d+)\.(\d)$", listed, re.MULTILINE)
     if not found and torch.version.cuda and torch.cuda.is_available():
@@ -269,8 +279,11 @@ def gpu_capabilities(torch: ModuleType) -> list[int]:
 
 
 def architecture_flags(supported: Sequence[int], capabilities: Sequence[int]) -> list[str]:
-    """nvcc's -gencode flags: for the GPUs that are here, else for ARCHITECTURES as far as this nvcc knows them, with
-    PTX of the newest for GPUs still to come. Empty where it can compile for none of them."""
+    """nvcc's -gencode flags for the GPUs of this machine, or for ARCHITECTURES if it has none.
+
+    Architectures that this nvcc does not support are left out. Without a GPU, or if a GPU is newer than this nvcc, PTX
+    of the newest architecture is added, which newer GPUs can run. The list is empty if nvcc can compile for none.
+    """
     native = [number for number in capabilities or ARCHITECTURES if number in supported]
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in native]
     newest = max(supported, default=0)
@@ -282,7 +295,7 @@ def architecture_flags(supported: Sequence[int], capabilities: Sequence[int]) ->
 
 
 def _resolve_cuda(torch: ModuleType, needs_gpu: bool) -> tuple[Toolkit | None, list[str], str]:
-    """The toolkit and the architecture flags; or None and the reason for which CUDA is left out."""
+    """The toolkit, the architecture flags and ""; or None, no flags and the reason why CUDA is left out."""
     if torch.version.cuda is None:
         return None, [], "this torch is a build without CUDA"
     toolkit = find_toolkit()
@@ -303,7 +316,7 @@ def _resolve_cuda(torch: ModuleType, needs_gpu: bool) -> tuple[Toolkit | None, l
 
 
 def cuda_setting() -> bool | None:
-    """FUSEDLOSS_CUDA: True or False where it forces, None where it is not set."""
+    """The environment variable FUSEDLOSS_CUDA: True for 1, False for 0, None if it is not set."""
     value = os.environ.get("FUSEDLOSS_CUDA", "")
     if value not in ("", "0", "1"):
         raise BuildError(f"FUSEDLOSS_CUDA is {value!r}, expected 0 or 1")
@@ -319,7 +332,7 @@ def info_file(library: Path) -> Path:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides what a build makes."""
+    """Everything that determines the result of a build."""
 
     csrc: Path
     sources: list[Path]
@@ -340,7 +353,7 @@ class Plan:
         return f"for torch {self.torch_version}, {devices}" + (f"; left out {self.left_out}" if self.left_out else "")
 
     def write_info(self, library: Path) -> None:
-        """Leave beside a finished build what it was built for: a build that no longer loads cannot be asked."""
+        """Write a file beside the library with what it was built for. It can be read if the library fails to load."""
         info = {
             "torch": self.torch_version,
             "device": self.device,
@@ -351,17 +364,18 @@ class Plan:
 
     @contextlib.contextmanager
     def environment(self) -> Iterator[ModuleType]:
-        """torch.utils.cpp_extension, told of this plan's compiler, toolkit and ninja. All is put back afterwards."""
+        """Yield torch.utils.cpp_extension, set up with this plan's compiler, toolkit and ninja; restored afterwards."""
         with contextlib.ExitStack() as stack:
             changes = {"CXX": stack.enter_context(_one_word(self.compiler.words))}
-            host_compiler = os.environ.get("CC", "").strip()  # of nvcc
+            host_compiler = os.environ.get("CC", "").strip()  # for nvcc
             if self.toolkit and host_compiler:
                 changes["CC"] = stack.enter_context(_one_word(_words(host_compiler)))
             ninja = find_ninja()
             if ninja:
                 changes["PATH"] = os.environ.get("PATH", "") + os.pathsep + ninja
             before = {name: os.environ.get(name) for name in changes}
-            cpp_extension = _import_cpp_extension()
+            with _unlogged("torch.utils.cpp_extension"):  # it warns of a CUDA_HOME that is replaced below
+                from torch.utils import cpp_extension
             home = cpp_extension.CUDA_HOME
             os.environ.update(changes)
             if self.toolkit:
@@ -377,19 +391,28 @@ class Plan:
                         os.environ[name] = value
 
 
-def _import_cpp_extension() -> ModuleType:
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    disabled, logger.disabled = logger.disabled, True  # it warns of a CUDA_HOME that the plan is about to replace
+@contextlib.contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    disabled, logger.disabled = logger.disabled, True
     try:
-        from torch.utils import cpp_extension
+        yield
     finally:
         logger.disabled = disabled
-    return cpp_extension
 
 
 def make_plan(csrc: Path | None = None, cuda: bool | None = None, needs_gpu: bool = False) -> Plan:
-    """Look at the machine and decide. `cuda` forces CUDA (an error where something is missing) or forbids it; None
-    leaves it to FUSEDLOSS_CUDA, else to what is found. `needs_gpu` leaves CUDA out where no GPU is there to run it."""
+    """Inspect the machine and make the plan.
+
+    Args:
+        csrc: the folder of the sources. Default: `csrc_directory()`.
+        cuda: True builds with CUDA or raises, False builds without. None follows FUSEDLOSS_CUDA; if that is not set,
+            CUDA is built if everything for it is found.
+        needs_gpu: leave CUDA out if the machine has no GPU, unless CUDA is forced.
+
+    Raises:
+        BuildError: something that the build needs is missing.
+    """
     check_platform()
     torch = import_torch()
     check_python_headers()
@@ -398,7 +421,9 @@ def make_plan(csrc: Path | None = None, cuda: bool | None = None, needs_gpu: boo
     csrc = csrc or csrc_directory()
     left_out = []
 
-    toolkit, architectures, reason = None, [], "FUSEDLOSS_CUDA=0 or cuda=False leaves it out"
+    toolkit: Toolkit | None = None
+    architectures: list[str] = []
+    reason = "FUSEDLOSS_CUDA=0 or cuda=False leaves it out"
     if cuda is not False:
         toolkit, architectures, reason = _resolve_cuda(torch, needs_gpu and not cuda)
     if cuda and toolkit is None:
@@ -406,12 +431,12 @@ def make_plan(csrc: Path | None = None, cuda: bool | None = None, needs_gpu: boo
     if toolkit is None:
         left_out.append(f"CUDA: {reason}")
 
-    # Kernels say themselves what is a vector: -O3 makes them no faster, and their compile a third longer.
+    # The kernels are vectorised explicitly: -O3 makes them no faster, but compiling them takes a third longer.
     cxx_flags = ["-O2", "-g0", "-Wall", "-fvisibility=hidden"]
     link_flags = []
     if "OpenMP" in torch.__config__.parallel_info():
-        # Without it at::parallel_for is silently serial. With g++ no OpenMP library is linked: the symbols are found in
-        # the one that torch brings along, and so there is one pool of threads, torch's.
+        # Without -fopenmp, at::parallel_for is silently serial. With g++ no OpenMP library is linked: the symbols are
+        # found in the library that torch ships, so there is only one thread pool, torch's.
         if compiler.openmp:
             cxx_flags.append("-fopenmp")
             link_flags += ["-fopenmp"] if compiler.is_clang else []

@@ -1,8 +1,8 @@
-"""Which way a call goes: to the kernels at once, to the registered op, or to torch's own function.
+"""Decides where a call goes: directly to the kernels, to the registered op, or to torch's own function.
 
-A call of plain tensors is judged by the extension (the functions named `…_covers` in csrc/ops/). Any other call, as of
-fake tensors and what the compiler traces, is judged here: by the functions of the same names, and for pointwise losses
-in `fused`.
+For plain tensors the extension decides, in the functions named `…_covers` in csrc/ops/. For every other call, such as
+one with fake tensors or one that the compiler traces, this file decides: in the functions of the same names, and for
+pointwise losses in `fused`.
 """
 
 import warnings
@@ -20,17 +20,17 @@ from torch.overrides import _get_current_function_mode_stack, handle_torch_funct
 from . import _backend, ops
 from .pointwise_registry import is_compiled_for, number_of
 
-NUMBER = (int, float)  # not int | float: the compiler of torch 2.6 knows no unions
+NUMBER = (int, float)  # not int | float: the compiler of torch 2.6 does not support unions
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_eager(tensors: Sequence[Tensor], weight: Tensor | None = None) -> bool:
-    """May the kernels look at these, or even be compiled to do so? They then decide for themselves."""
+    """True if the C++ entry point may be called directly, which can compile the extension. It may still decline."""
     if torch.compiler.is_compiling():
         return False
     if has_torch_function_variadic(*tensors, weight) and not _only_modes(*tensors, weight):
         return False
-    for tensor in tensors:  # a generator would take several times as long
+    for tensor in tensors:  # a generator expression would take several times as long
         if not isinstance(tensor, Tensor):
             return False
     return (weight is None or isinstance(weight, Tensor)) and (tensors[0].is_cpu or tensors[0].is_cuda)
@@ -41,23 +41,26 @@ def _only_modes(*arguments: object) -> bool:
     return plain and only_transparent_modes()
 
 
-def call_torch(function: Callable[..., Tensor], *tensors: Tensor | None, **options: Any) -> Tensor:
-    """torch's own function, also as the one a subclass is asked about: by name it would be ours after `patch`."""
+def call_torch(function: Callable[..., Tensor], *tensors: Tensor | float | None, **options: Any) -> Tensor:
+    """Call torch's own function. A subclass's `__torch_function__` also receives it as the function that is called.
+
+    After `patch`, the name in torch.nn.functional would lead to our function instead.
+    """
     if not torch.compiler.is_compiling() and has_torch_function_variadic(*tensors):
         return handle_torch_function(function, tensors, *tensors, **options)
     return function(*tensors, **options)
 
 
 def named_reduction(reduction: str, size_average: bool | None, reduce: bool | None) -> str:
-    """The reduction that is meant: torch's deprecated arguments override it, with torch's warning."""
+    """The reduction in effect: torch's deprecated arguments override the named one, with torch's warning."""
     if size_average is None and reduce is None:
         return reduction
     return _reduction.legacy_get_string(size_average, reduce)
 
 
-# ---- what the registered ops take
+# ---- what the registered ops accept
 
-# torch's own function modes that mean nothing to a loss: a default device, and those by which graphs are recorded.
+# torch's own function modes that do not affect a loss: a default device, and the modes that record graphs.
 _TRANSPARENT_MODES = (
     "DeviceContext",
     "TorchFunctionMetadataMode",
@@ -67,24 +70,27 @@ _TRANSPARENT_MODES = (
 
 
 def only_transparent_modes() -> bool:
-    """Would the torch function modes that are active let a loss pass unchanged?"""
+    """True if no active torch function mode affects a loss."""
     return all(
         type(mode).__name__ in _TRANSPARENT_MODES and type(mode).__module__.startswith("torch.")
         for mode in _get_current_function_mode_stack()
     )
 
 
+@_backend.called_by_compiler
 def _has_kernels(device_type: str) -> bool:
     return device_type == "cpu" or (device_type == "cuda" and _backend.with_cuda())
 
 
-# What torch.compiler.assume_constant_result does, but for importing the whole compiler, which takes two seconds.
-_has_kernels._dynamo_marked_constant = True
+def accepts(*tensors: Tensor) -> bool:
+    """True if a registered op can take these tensors.
 
-
-def accepts(*tensors: object) -> bool:
-    """Can an op take these? Not where something is active that knows torch's own functions only."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+    It cannot under functorch, forward-mode AD, tracing or a function mode, which handle torch's own functions only.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    # torch.jit declares neither its exports nor this function's types.
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     if not only_transparent_modes():
         return False
@@ -100,9 +106,9 @@ def accepts(*tensors: object) -> bool:
 
 
 def cross_entropy_covers(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Is this call the registered op's? What torch promotes or refuses is left to torch.
+    """True if the registered op computes this call. Calls whose types torch promotes or refuses go to torch.
 
-    Sizes are not compared here but by the fake kernel: the compiler may not know them before the graph runs.
+    The fake kernel compares the sizes, not this function: the compiler may not know them before the graph runs.
     """
     if not accepts(input, target, *([] if weight is None else [weight])) or input.dim() == 0:
         return False
@@ -119,7 +125,7 @@ def cross_entropy_covers(input: Tensor, target: Tensor, weight: Tensor | None) -
 
 
 def nll_loss_covers(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Is this call the registered op's? Where it is cross entropy's of class indices."""
+    """True if the registered op computes this call. The conditions are those of cross entropy of class indices."""
     return cross_entropy_covers(input, target, weight) and target.dim() != input.dim()
 
 
@@ -127,7 +133,7 @@ def nll_loss_covers(input: Tensor, target: Tensor, weight: Tensor | None) -> boo
 
 
 def may_be_fused(*operands: Tensor) -> bool:
-    """Is it worth asking `fused`? Where it is not, the call is torch's."""
+    """True if `fused` may compute a loss of these operands. If not, the call goes to torch."""
     return is_eager(operands) or accepts(*operands)
 
 
@@ -140,10 +146,10 @@ def fused(
     warns: bool = False,
     fits: Callable[..., bool] | None = None,
 ) -> Tensor | None:
-    """The pointwise loss of this name, as its kernels or the registered op compute it; None where the call is torch's.
+    """The pointwise loss of this name, computed by its kernels or the registered op. None if the call goes to torch.
 
-    warns: an input and a target of two shapes are likely a mistake, as torch tells.
-    fits: whether it broadcasts these operands, which have several shapes; if not given, it broadcasts any.
+    warns: give torch's warning if input and target have different shapes, which is likely a mistake.
+    fits: returns whether the loss broadcasts these operands of different shapes. Without it, the loss broadcasts any.
     """
     eager = is_eager(operands)
     if not eager and not accepts(*operands):
@@ -158,7 +164,7 @@ def fused(
         if fits is not None and not fits(*operands):
             return None
         if warns and torch.compiler.is_compiling():
-            return None  # the compiler calls torch's function, whose warning it lets through
+            return None  # torch's function gives the warning, which the compiler lets through
         operands = _broadcast(name, operands)
         loss = _by_kernels(name, operands, *options) if eager else None
     if loss is None and _pointwise_op_covers(name, operands):
@@ -175,33 +181,32 @@ def fused(
 
 
 def _by_kernels(name: str, operands: Sequence[Tensor], *options: Any) -> Tensor | None:
-    return _backend.extension().pointwise(number_of(name), operands, *options)
+    loss: Tensor | None = _backend.extension().pointwise(number_of(name), operands, *options)
+    return loss
 
 
 def _pointwise_op_covers(name: str, operands: Sequence[Tensor]) -> bool:
-    """Does the registered op compute this call of operands of one shape? What torch promotes is left to torch."""
+    """True if the registered op computes this call, whose operands have one shape. torch handles type promotion."""
     have_one_dtype = all(operand.dtype == operands[0].dtype for operand in operands[1:])
     return have_one_dtype and _can_be_saved(operands) and is_compiled_for(name, operands[0].device.type)
 
 
 def _can_be_saved(operands: Sequence[Tensor]) -> bool:
-    """Not where autograd would have to save an inference tensor. Not all of torch's own functions have to."""
+    """False if autograd would have to save an inference tensor. Some of torch's own functions need not save one."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return True
     return not any(operand.requires_grad for operand in operands) or not any(map(Tensor.is_inference, operands))
 
 
+@_backend.called_by_compiler
 def warn(message: str, stacklevel: int) -> None:
     warnings.warn(message, stacklevel=stacklevel + 1)
 
 
-# The compiler calls it while it records the graph.
-warn._dynamo_marked_constant = True
-
-
 def _broadcast(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
     try:
-        return torch.broadcast_tensors(*operands)
+        broadcast: Sequence[Tensor] = torch.broadcast_tensors(*operands)
+        return broadcast
     except RuntimeError as error:
         shapes = ", ".join(str(list(operand.shape)) for operand in operands)
         who = name.partition("#")[0]  # without the digest of a custom loss

@@ -1,8 +1,8 @@
-"""Adoption without a changed line: torch's own functions, replaced by the fused ones.
+"""`patch` replaces torch's loss functions by the fused ones, so that existing code uses them unchanged.
 
-`nn.CrossEntropyLoss`, `nn.MSELoss` and every model look the functions up in `torch.nn.functional` when they are called,
-so that replacing them there reaches all. A function taken beforehand (`from torch.nn.functional import cross_entropy`)
-stays torch's.
+`nn.CrossEntropyLoss`, `nn.MSELoss` and most models look the functions up in `torch.nn.functional` at each call, so
+replacing them there reaches all of these. A function that was imported before (`from torch.nn.functional import
+cross_entropy`) stays torch's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.nn.functional as F
 
@@ -20,22 +20,23 @@ _NAMES = functional.__all__
 _FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
 
 _lock = threading.RLock()
-_active: list[patch] = []  # torch's functions are replaced while there is one
-_replaced: dict[str, Callable] = {}
+_active: list[patch] = []  # torch's functions are replaced while this is not empty
+_replaced: dict[str, Callable[..., Any]] = {}
 
 
 class patch:
-    """Replace `torch.nn.functional.cross_entropy`, `mse_loss` and its family by the fused ones, in the whole process.
+    """Replace torch's loss functions in `torch.nn.functional` by the fused ones, in the whole process.
 
-    `fusedloss.patch()` does so until `fusedloss.unpatch()`; `with fusedloss.patch():` for a block, `@fusedloss.patch()`
-    for the calls of a function. What the kernels do not cover is computed by torch's own functions, as ever.
+    The functions are those in `fusedloss.functional.__all__`. `fusedloss.patch()` replaces them until
+    `fusedloss.unpatch()`, `with fusedloss.patch():` for a block, and `@fusedloss.patch()` during each call of a
+    function. torch's own functions still compute the calls that the kernels do not cover.
     """
 
     def __init__(self) -> None:
         _activate(self)
 
     def __enter__(self) -> patch:
-        if self not in _active:  # entered again, after it was left
+        if self not in _active:  # the block is entered a second time
             _activate(self)
         return self
 
@@ -43,7 +44,7 @@ class patch:
         _deactivate(self)
 
     def __call__(self, function: _FunctionT) -> _FunctionT:
-        """As a decorator: not now, but whenever the function runs."""
+        """Decorate a function: replace torch's functions whenever it runs, instead of now."""
         _deactivate(self)
 
         @functools.wraps(function)
@@ -51,11 +52,11 @@ class patch:
             with patch():
                 return function(*args, **options)
 
-        return patched  # type: ignore[return-value]
+        return cast(_FunctionT, patched)
 
 
 def unpatch() -> None:
-    """Give `torch.nn.functional` its own functions back, however often `patch()` was called."""
+    """Restore the functions of `torch.nn.functional`, however often `patch()` was called."""
     with _lock:
         for handle in list(_active):
             _deactivate(handle)
@@ -73,10 +74,10 @@ def _activate(handle: patch) -> None:
 def _deactivate(handle: patch) -> None:
     with _lock:
         if handle not in _active:
-            return  # unpatch() was first
+            return  # unpatch() has already removed it
         _active.remove(handle)
         if not _active:
             for name in _NAMES:
-                # Whoever has replaced it since then keeps it.
+                # If other code has replaced the function since then, its replacement stays.
                 if getattr(F, name) is getattr(functional, name):
                     setattr(F, name, _replaced.pop(name))

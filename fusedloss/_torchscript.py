@@ -1,6 +1,6 @@
-"""A custom loss for TorchScript, which compiles no call into an extension: the same, composed of torch's operations.
+"""Custom losses for TorchScript, composed of torch's operations: it cannot compile a call into an extension.
 
-TorchScript compiles the text of functions, so that a text is printed for each formula.
+TorchScript compiles the source text of functions, so `scriptable_class` writes such a text for each formula.
 """
 
 import linecache
@@ -15,9 +15,9 @@ from .expression import Expression, to_torchscript
 
 
 class Scriptable(nn.Module):
-    """What TorchScript is given in the place of a custom loss. Its subclasses are made by `scriptable_class`."""
+    """What TorchScript compiles in place of a custom loss. `scriptable_class` makes its subclasses."""
 
-    def __init__(self, name: str, reduction: str, parameters: Sequence[float], remake: tuple) -> None:
+    def __init__(self, name: str, reduction: str, parameters: Sequence[float], remake: tuple[Any, ...]) -> None:
         super().__init__()
         self.name = name
         self.reduction = _reduction.get_enum(reduction)
@@ -25,9 +25,13 @@ class Scriptable(nn.Module):
             setattr(self, f"parameter_{i}", value)
         self.remake = remake
 
-    def __reduce__(self) -> tuple:
-        """torch.jit.script leaves it in the model it was given; a copy of that has the custom loss again."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy it as the custom loss: torch.jit.script leaves this module in the model that it was given."""
         return self.remake
+
+    def elementwise(self, operands: list[Tensor]) -> Tensor:
+        """The loss of each element. A subclass whose derivative is not given by hand overrides it."""
+        raise NotImplementedError
 
     def reduced(self, operands: list[Tensor]) -> Tensor:
         common = common_dtype(operands)
@@ -41,22 +45,32 @@ class Scriptable(nn.Module):
         return loss.to(_loss_dtype(operands[0].new_zeros([], dtype=common)))
 
     def by_kernels(self, operands: list[Tensor], parameters: list[float]) -> Tensor:
-        """By the registered op, since a derivative by hand is not that of any of torch's operations."""
+        """The loss computed by the registered op. torch's operations would not have the derivative given by hand."""
         common = common_dtype(operands)
         operands = torch.ops.aten.broadcast_tensors([operand.to(common) for operand in operands])
-        return torch.ops.fusedloss.pointwise_forward(operands, self.name, parameters, self.reduction, None, False)
+        loss: Tensor = torch.ops.fusedloss.pointwise_forward(
+            operands, self.name, parameters, self.reduction, None, False
+        )
+        return loss
 
 
 def _loss_dtype(zero: Tensor) -> torch.dtype:
-    """The type of torch's own loss of such a tensor: float32 under autocast, which TorchScript cannot be asked about (a
-    call of is_autocast_cpu_enabled ends in a segmentation fault)."""
-    return torch.ops.aten.mse_loss(zero, zero).dtype
+    """The dtype of torch's own loss of such a tensor, which is float32 under autocast.
+
+    In TorchScript, asking for autocast itself is not possible: a call of is_autocast_cpu_enabled ends in a segmentation
+    fault.
+    """
+    loss: Tensor = torch.ops.aten.mse_loss(zero, zero)
+    return loss.dtype
 
 
 def common_dtype(operands: list[Tensor]) -> torch.dtype:
-    """As torch promotes float types: one value of no dimension does not widen the others. Integers and bool take part
-    only where there is no other."""
-    common = torch.empty([], device="cpu").dtype  # the default one, for which TorchScript has no function
+    """The dtype to which torch promotes these operands.
+
+    A 0-dim operand does not widen the others. Integers and bool count only if all operands have such a type: the result
+    is then the default dtype.
+    """
+    common = torch.empty([], device="cpu").dtype  # the default dtype; TorchScript has no function for it
     rank = -1
     for operand in operands:
         if operand.is_floating_point() or operand.is_complex():
@@ -86,7 +100,7 @@ def forward(self, {signature}) -> Tensor:
 def scriptable_class(
     name: str, expression: Expression, operands: Sequence[str], parameters: Sequence[str], by_hand: bool
 ) -> type[Scriptable]:
-    """by_hand: its derivative is."""
+    """A subclass of `Scriptable` for this expression. by_hand: its derivative is given by hand."""
     own = {key: f"self.parameter_{i}" for i, key in enumerate(parameters)}
     signature = ["input: Tensor", "target: Tensor" if "target" in operands else "target: Tensor | None = None"]
     others = [f"{operand}: Tensor" for operand in operands if operand not in ("input", "target")]
@@ -101,8 +115,8 @@ def scriptable_class(
         formula=formula,
     )
     text_of = f"<custom_loss {name.partition('#')[2]}>"
-    linecache.cache[text_of] = (len(source), None, source.splitlines(keepends=True), text_of)  # TorchScript reads it
+    linecache.cache[text_of] = (len(source), None, source.splitlines(keepends=True), text_of)  # where TorchScript looks
     names: dict[str, Any] = {"Tensor": Tensor, **functions}
     exec(compile(source, text_of, "exec"), names)
-    methods = {key: names[key] for key in ("elementwise", "forward") if key in names}
+    methods: dict[str, Any] = {key: names[key] for key in ("elementwise", "forward") if key in names}
     return type("ScriptableLoss", (Scriptable,), methods)

@@ -1,3 +1,3 @@
-"""The version, in the one place from which the package and its metadata read it."""
+"""The version. The package and its metadata both read it from here."""
 
 __version__ = "0.1.0"

@@ -1,10 +1,10 @@
-"""A loss of your own: one expression in, a fused kernel out.
+"""A loss of your own: `custom_loss` compiles an expression into a fused kernel.
 
     criterion = fusedloss.custom_loss("where(abs(input - target) < delta, square(input - target), 0)", delta=1.0)
 
-The expression is printed as a formula of C++ beside those of csrc/kernels/formulas/pointwise-inl.h, compiled once with
-the same kernels around it, and kept in the cache of `fusedloss.jit` by its content. Its derivatives come from the
-formula.
+The expression is translated to a C++ formula like those of csrc/kernels/formulas/pointwise-inl.h. It is compiled once,
+with the same kernels around it, and the cache of `fusedloss.jit` keeps the result under a hash of the formula. The
+derivatives are computed from the formula as well.
 """
 
 import ctypes
@@ -26,9 +26,9 @@ from ._dispatch import fused
 from ._torchscript import Scriptable, common_dtype, scriptable_class
 from .expression import Expression, parse, to_cpp, to_torch
 
-# Tensors that an expression may use without further ado.
+# Tensors that an expression may use without naming them in `tensors`.
 USUAL_TENSORS = ("input", "target", "weight", "mask")
-_SECONDS = {"cpu": 8, "cuda": 40}  # to compile one, about
+_SECONDS = {"cpu": 8, "cuda": 40}  # about how long it takes to compile one loss
 
 
 def custom_loss(
@@ -39,48 +39,50 @@ def custom_loss(
     derivative: Mapping[str, str] | None = None,
     **parameters: float,
 ) -> "CustomLoss":
-    """A loss of your own as an `nn.Module`, computed by a fused kernel that is compiled from `expression`.
+    """An `nn.Module` for a loss of your own, computed by a fused kernel that is compiled from `expression`.
 
     >>> criterion = fusedloss.custom_loss("log(cosh(input - target))")
     >>> criterion = fusedloss.custom_loss("weight * maximum(q * (target - input), (q - 1) * (target - input))", q=0.9)
     >>> loss = criterion(input, target, weight=weight)
 
-    It is compiled here and now, for the CPU and, where a CUDA toolkit and a GPU are found, for CUDA: some seconds the
-    first time, after which it is found in the cache. Forward and backward are one pass over memory, vectorised, with
-    the sum in float64; it works under autocast, `torch.compile(fullgraph=True)`, `torch.func`, forward-mode AD, and has
-    second derivatives, which are composed of torch's operations. `torch.jit.script` and `torch.fx` take it too.
+    The call compiles the loss for the CPU and, if a CUDA toolkit and a GPU are found, for CUDA. This takes some seconds
+    the first time; afterwards the loss is found in the cache. The forward and the backward pass each go over memory
+    once, are vectorised and sum in float64. The loss works under autocast, `torch.compile(fullgraph=True)`,
+    `torch.func` and forward-mode AD, and with `torch.jit.script` and `torch.fx`. It has second derivatives, which are
+    composed of torch's operations.
 
     Args:
-        expression: the loss of one element, in the syntax of Python: `input`, `target`, further names as below,
-            numbers, `pi`, `+ - * / **`, comparisons joined by `&`, `|` and `~`, and the functions of
-            `fusedloss.expression.FUNCTIONS`, which are torch's of the same names: `where(condition, a, b)`, `abs`,
-            `exp`, `log`, `maximum`, `clamp`, `softplus`, … Derivatives at kinks are torch's too: 0 for abs at 0, half
-            to each of two equal arguments of maximum, for clamp at its bounds what the torch that is there has (2.14
-            changed it). What `where` does not choose has no part in the derivative, also where its own is infinite, of
-            which torch makes NaN.
+        expression: the loss of one element, in Python's syntax. It may contain `input`, `target`, the further names
+            below, numbers, `pi`, `+ - * / **`, comparisons joined by `&`, `|` and `~`, and calls of the functions in
+            `fusedloss.expression.FUNCTIONS`: `where(condition, a, b)`, `abs`, `exp`, `log`, `maximum`, `clamp`,
+            `softplus`, … These are torch's functions of the same names, with torch's derivatives at kinks: 0 for abs
+            at 0, and half for each of two equal arguments of maximum. The derivative of clamp at its bounds is that of
+            the installed torch (2.14 changed it). Unlike in torch, the branch that `where` does not choose never
+            contributes to the derivative; in torch it gives NaN if its own derivative is infinite.
         reduction: 'none', 'mean' (by the number of elements) or 'sum'. Default 'mean'.
         tensors: names of further tensors. `weight` and `mask` need not be named.
-        derivative: expressions for the derivatives by hand, `{"input": "sign(input - target)"}`; a tensor that is not
-            named has none then. Default: that of the expression.
-        parameters: named numbers in the expression. They become attributes of the module, are read at each call, and
+        derivative: derivatives by hand, as an expression for each tensor: `{"input": "sign(input - target)"}`. A tensor
+            that is not in it has no derivative then. Default: the derivatives of the expression.
+        parameters: named numbers in the expression. They become attributes of the module, which each call reads. They
             are not compiled in: `criterion.q = 0.8` takes effect at once.
 
     Returns:
-        A module, called as `criterion(input, target, weight=…)`. The tensors broadcast; integers and bool become
-        what the others are, float types are promoted as torch promotes them. A scalar, or with 'none' the broadcast
-        shape; of the promoted type, under autocast float32 (float64 stays).
+        A module, called as `criterion(input, target, weight=…)`. The tensors broadcast. Float types are promoted as
+        torch promotes them, and integers and bool are converted to the result of that. The loss is a scalar, or with
+        'none' has the broadcast shape. It has the promoted dtype. Under autocast it is float32, but a float64 loss
+        stays float64.
 
     Raises:
-        ValueError: the expression has something in it that is not allowed, at the place the message points to; a name
-            cannot be used; or reduction is unknown. No compiler is run before all is checked.
-        TypeError: the expression is no str, or a parameter no number.
-        RuntimeError: there is no compiler, or it failed.
+        ValueError: the expression contains something that is not allowed, to which the message points; a name cannot be
+            used; or reduction is unknown. All of this is checked before a compiler runs.
+        TypeError: the expression is not a str, or a parameter is not a number.
+        RuntimeError: there is no compiler, or compiling failed.
     """
     return CustomLoss(expression, reduction, tensors, derivative, parameters)
 
 
 class CustomLoss(nn.Module):
-    """What `custom_loss` returns."""
+    """The module that `custom_loss` returns. `custom_loss` documents it."""
 
     parameter_names: tuple[str, ...] = ()
     _formula: "_Formula | None" = None
@@ -118,23 +120,27 @@ class CustomLoss(nn.Module):
     def forward(self, input: Tensor, target: Tensor | None = None, **tensors: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
             return self._recorded(input, target, tensors)
+        formula = self._formula
+        assert formula is not None
         given = {"input": input, **tensors} if target is None else {"input": input, "target": target, **tensors}
-        operands = [given.get(name) for name in self._formula.operands]
-        if len(given) != len(operands) or not all(isinstance(operand, Tensor) for operand in operands):
+        operands = [given[name] for name in formula.operands if isinstance(given.get(name), Tensor)]
+        if not len(given) == len(operands) == len(formula.operands):
             self._check_tensors(given)
-            if not all(isinstance(operand, Tensor) for operand in operands):
+            if len(operands) < len(formula.operands):
                 return self._recorded(input, target, tensors)
         if any(operand.dtype != input.dtype for operand in operands) or not input.dtype.is_floating_point:
             dtype = common_dtype(operands)
             operands = [operand.to(dtype) for operand in operands]
-        parameters = [getattr(self, name) for name in self._formula.parameters]
+        parameters = [getattr(self, name) for name in formula.parameters]
         loss = fused(self._name, operands, self.reduction, parameters)
         return self._composed(operands, parameters) if loss is None else loss
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._formula is not None and name in ("expression", "tensors", "derivative"):
-            raise AttributeError(f"custom_loss: {name} is compiled in; make another module")
-        super().__setattr__(name, _number(name, value) if name in self.parameter_names else value)
+            raise AttributeError(f"custom_loss: {name} is compiled in and cannot be changed; make another module")
+        if name in self.parameter_names:
+            value = _number(name, value)
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         parameters = "".join(f", {name}={getattr(self, name)}" for name in self.parameter_names)
@@ -144,19 +150,18 @@ class CustomLoss(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_formula"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch does not annotate it
         self._prepare()
 
     def _prepare(self) -> None:
-        self._formula = _formula(self.expression, self.tensors, self.derivative, self.parameter_names)
-        self._name = self._formula.name  # read here: the compiler cannot trace how it is made
+        self._formula = formula = _formula(self.expression, self.tensors, self.derivative, self.parameter_names)
+        self._name = formula.name  # stored, because the compiler cannot trace how it is made
         pointwise_registry.add(
-            pointwise_registry.PointwiseLoss(
-                self._name, self._formula.elementwise, self._formula.compiled, self._formula.operands
-            )
+            pointwise_registry.PointwiseLoss(self._name, formula.elementwise, formula.compiled, formula.operands)
         )
 
     def _check_tensors(self, given: Mapping[str, Tensor | None]) -> None:
+        assert self._formula is not None
         known = tuple(dict.fromkeys((*USUAL_TENSORS[:2], *self._formula.operands)))
         for name in given:
             if name not in known:
@@ -169,8 +174,8 @@ class CustomLoss(nn.Module):
                 raise TypeError(f"custom_loss: {name!r} must be a tensor, got {type(tensor).__name__}")
 
     def _recorded(self, input: Tensor, target: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
-        """A call with what stands for a tensor and is none, such as a proxy of torch.fx."""
-        if isinstance(tensors, dict):  # where the loss itself is what torch.fx traces, they are one proxy
+        """A call with something that stands for a tensor, such as a proxy of torch.fx."""
+        if isinstance(tensors, dict):  # it is a proxy if torch.fx traces this module itself
             self._check_tensors({"input": input, **({} if target is None else {"target": target}), **tensors})
         derivative = None if self.derivative is None else tuple(self.derivative.items())
         parameters = tuple((name, getattr(self, name)) for name in self.parameter_names)
@@ -178,13 +183,14 @@ class CustomLoss(nn.Module):
         return custom_loss_of(*options, input, target, tensors)
 
     def __prepare_scriptable__(self) -> Scriptable:
+        assert self._formula is not None
         parameters = {name: getattr(self, name) for name in self.parameter_names}
         made = (CustomLoss, (self.expression, self.reduction, self.tensors, self.derivative, parameters))
         used = [parameters[name] for name in self._formula.parameters]
         return self._formula.scriptable(self._name, self.reduction, used, made)
 
     def _composed(self, operands: list[Tensor], parameters: list[float]) -> Tensor:
-        """By torch's operations."""
+        """The loss, composed of torch's operations."""
         input = operands[0]
         device = input.device.type
         if (
@@ -199,7 +205,7 @@ class CustomLoss(nn.Module):
 def _number(name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(
-            f"custom_loss: parameter {name!r} would get no gradient; what is learned is one of the `tensors`"
+            f"custom_loss: parameter {name!r} would get no gradient; pass what is learned as one of the `tensors`"
         )
     if isinstance(value, bool | str | bytes) or (isinstance(value, Tensor) and value.dim() > 0):
         raise TypeError(f"custom_loss: parameter {name!r} must be a number, got {type(value).__name__}")
@@ -209,7 +215,7 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"custom_loss: parameter {name!r} must be a number, got {type(value).__name__}") from None
 
 
-_losses: dict[tuple, CustomLoss] = {}  # by their options
+_losses: dict[tuple[object, ...], CustomLoss] = {}  # by the options of custom_loss_of
 
 
 def custom_loss_of(
@@ -222,7 +228,7 @@ def custom_loss_of(
     target: Tensor | None,
     others: Mapping[str, Tensor],
 ) -> Tensor:
-    """What a graph of torch.fx calls, where a custom loss was traced."""
+    """The function that a graph of torch.fx calls for a custom loss."""
     options = (expression, reduction, tensors, derivative, parameters)
     if options not in _losses:
         by_hand = None if derivative is None else dict(derivative)
@@ -233,7 +239,7 @@ def custom_loss_of(
     return handle_torch_function(custom_loss_of, given, *options, input, target, others)
 
 
-# ---- from expressions to a formula
+# ---- from an expression to a formula
 
 
 @dataclass(frozen=True)
@@ -241,22 +247,28 @@ class _Formula:
     expression: Expression
     operands: tuple[str, ...]  # the tensors that it uses, input first
     parameters: tuple[str, ...]
-    slopes: dict[str, Expression] = field(hash=False)  # derivatives by hand; empty where there are none
+    slopes: dict[str, Expression] = field(hash=False)  # the derivatives by hand; empty if there are none
 
     @functools.cached_property
     def name(self) -> str:
-        """What graphs call it: readable, and different where anything about it is."""
+        """The name in graphs: the expression, and a digest that differs if anything in the formula differs."""
         return f"custom_loss({self.expression.text.strip()})#{hashlib.sha256(self.cpp().encode()).hexdigest()[:12]}"
 
     def elementwise(self, *arguments: Any) -> Tensor:
         value, slopes = self._torch_functions
-        return _GivenDerivative.apply(value, slopes, len(self.operands), *arguments) if slopes else value(*arguments)
+        if not slopes:
+            return value(*arguments)
+        # torch does not annotate `apply`.
+        loss: Tensor = _GivenDerivative.apply(  # type: ignore[no-untyped-call]
+            value, slopes, len(self.operands), *arguments
+        )
+        return loss
 
     @functools.cached_property
-    def _torch_functions(self) -> tuple[Callable, tuple[Callable | None, ...]]:
-        """Made once: where a call is traced, its arguments that are no tensors must be those of the call before."""
+    def _torch_functions(self) -> tuple[Callable[..., Tensor], tuple[Callable[..., Tensor] | None, ...]]:
+        """Cached: a traced call must have the same objects as the call before for arguments that are not tensors."""
         names = (*self.operands, *self.parameters)
-        slopes = self.slopes and {name: to_torch(slope, names) for name, slope in self.slopes.items()}
+        slopes = {name: to_torch(slope, names) for name, slope in self.slopes.items()}
         return to_torch(self.expression, names), tuple(slopes.get(name) for name in self.operands if slopes)
 
     @functools.cached_property
@@ -264,7 +276,7 @@ class _Formula:
         return scriptable_class(self.name, self.expression, self.operands, self.parameters, bool(self.slopes))
 
     def cpp(self) -> str:
-        """As C++, for a header in the place of csrc/kernels/formulas/pointwise-inl.h."""
+        """The formula as C++, for a header in place of csrc/kernels/formulas/pointwise-inl.h."""
         names = [*self.operands, *self.parameters]
         types = ", ".join(f"typename T{i}" for i in range(len(names)))
         arguments = ", ".join(f"T{i} argument_{name}" for i, name in enumerate(names))
@@ -292,7 +304,7 @@ class _Formula:
         return f"return {result};"
 
     def compiled(self) -> tuple[int, int]:
-        """The addresses of its formulas for the CPU and for CUDA (0 without it)."""
+        """The addresses of the compiled formulas for the CPU and for CUDA, which is 0 without CUDA."""
         cuda = None if _backend.extension().with_cuda else False
         try:
             plan = make_plan(cuda=cuda, needs_gpu=True)
@@ -326,28 +338,33 @@ def _formula(
             f"expected at most {extension.max_operands} and {extension.max_parameters}"
         )
     if derivative is not None and not slopes:
-        raise ValueError("custom_loss: derivative is empty, expected an expression for one tensor at least")
+        raise ValueError("custom_loss: derivative is empty, expected an expression for at least one tensor")
     return _Formula(loss, operands, tuple(name for name in parameters if name in used), slopes)
 
 
 class _GivenDerivative(torch.autograd.Function):
-    """The value of a formula, with derivatives that are given by hand."""
+    """Computes a formula with torch's operations; its derivatives are given by hand."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(value: Callable, slopes: Sequence[Callable | None], operands: int, *arguments: Any) -> Tensor:
+    def forward(
+        value: Callable[..., Tensor],
+        slopes: Sequence[Callable[..., Tensor] | None],
+        operands: int,
+        *arguments: Any,
+    ) -> Tensor:
         return value(*torch.broadcast_tensors(*arguments[:operands]), *arguments[operands:])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, ctx.slopes, operands, *arguments = inputs
         ctx.parameters = arguments[operands:]
         ctx.save_for_backward(*arguments[:operands])
         ctx.save_for_forward(*arguments[:operands])
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         operands = ctx.saved_tensors
         grads = [
             None
@@ -436,7 +453,7 @@ def _load(formula: _Formula, plan: Plan) -> tuple[int, int]:
 
 
 def _addresses(library: Path, symbols: Sequence[str]) -> tuple[int, int]:
-    opened = ctypes.CDLL(str(library))  # stays open
+    opened = ctypes.CDLL(str(library))  # never closed
     found = []
     for symbol in symbols:
         try:

@@ -1,13 +1,15 @@
-"""The language of `custom_loss`: a formula of one element, read from text, for torch and for C++.
+"""The language of `custom_loss`: reads the formula of one element from text and translates it to torch and to C++.
 
     where(abs(input - target) < delta, square(input - target), abs(input - target))
 
 The syntax is that of Python's expressions: names of tensors and parameters, `pi`, numbers, `+ - * / **`, comparisons
-(`0 < x < 1` too), `& | ~` between conditions, and calls of FUNCTIONS. Everything is either a number or a condition: a
-comparison is a condition, the whole is a number. `where` takes a number for its condition too, which then means `!= 0`.
+(also chained, `0 < x < 1`), `& | ~` between conditions, and calls of FUNCTIONS. Every subexpression is either a number
+or a condition. A comparison is a condition; the whole expression must be a number. `where` also takes a number as its
+condition, which then means `!= 0`.
 
-A text is read once, against a list of what is allowed, into a tree of few kinds of nodes (`_Reader` says which). The
-torch function and the C++ are made from that tree, so that nothing of the text itself is ever run or pasted.
+`_Reader` reads a text once, checks it against a list of what is allowed, and makes a tree of few kinds of nodes, which
+its docstring lists. The torch function and the C++ code are generated from that tree, so the text itself is never
+executed or pasted into code.
 """
 
 import ast
@@ -32,11 +34,11 @@ class Function:
     arguments: int
     torch: Callable[..., Tensor]
     doc: str
-    cpp: str = ""  # its name in C++, where that is another
+    cpp: str = ""  # its name in C++, if that differs
 
 
 class _Functions(dict[str, Function]):
-    """By name; printed, a line for each."""
+    """The functions by name. It prints as one line per function."""
 
     def __repr__(self) -> str:
         width = max(map(len, self), default=0)
@@ -64,11 +66,11 @@ FUNCTIONS = _Functions(
         "erf": Function(1, torch.erf, "error function"),
         "sigmoid": Function(1, torch.sigmoid, "1 / (1 + exp(-x))"),
         "logsigmoid": Function(1, F.logsigmoid, "log(sigmoid(x)), precise on both sides"),
-        # Above 20 torch's is x itself, which differs by less than 2.1e-9.
+        # Above 20, torch's softplus is x itself, which differs by less than 2.1e-9.
         "softplus": Function(1, F.softplus, "log(1 + exp(x)), precise on both sides"),
         "relu": Function(1, torch.relu, "maximum(x, 0); derivative 0 at 0"),
         "pow": Function(2, torch.pow, "a ** b"),
-        "xlogy": Function(2, torch.special.xlogy, "a * log(b); 0 where a is 0 and b is no NaN"),
+        "xlogy": Function(2, torch.special.xlogy, "a * log(b); 0 where a is 0 and b is not NaN"),
         "maximum": Function(2, torch.maximum, "the larger one; where both are equal, each has half the derivative"),
         "max": Function(2, torch.maximum, "maximum", cpp="maximum"),
         "minimum": Function(2, torch.minimum, "the smaller one; where both are equal, each has half the derivative"),
@@ -78,16 +80,16 @@ FUNCTIONS = _Functions(
     }
 )
 
-# Whose clamp's derivative is at a bound that is a number, and at one that is a tensor, by the names that AtBound has in
-# csrc/kernels/formulas/dual_functions-inl.h: torch changed it with 2.14.
-CLAMP_AT_BOUND = ("kX", "kX") if torch.__version__ < (2, 14) else ("kBound", "kBoth")
+# Which arguments of clamp get the derivative at a bound: first if the bound is a number, then if it is a tensor. The
+# names are those of AtBound in csrc/kernels/formulas/dual_functions-inl.h. torch changed this in 2.14.
+CLAMP_AT_BOUND = ("kX", "kX") if torch.__version__ < "2.14" else ("kBound", "kBoth")
 
 
-# TorchScript compiles what follows too: no lambdas, and every type written out.
+# TorchScript compiles the following functions too, so they are no lambdas and all types are written out.
 
 
 def _clamp_exclusive(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
-    """torch.clamp, of which x has no derivative at a bound."""
+    """torch.clamp, where x gets no derivative at a bound."""
     inside = torch.ones_like(x, dtype=torch.bool) if low is None else x > low
     if high is not None:
         inside = inside & (x < high)
@@ -95,7 +97,7 @@ def _clamp_exclusive(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tens
 
 
 def _clamps(prefix: str, clamp: Callable[..., Tensor], at_bound: str) -> dict[str, Function]:
-    """What a call of clamp becomes, by the bounds it is given."""
+    """The functions that replace a call of clamp, depending on the bounds it is given."""
 
     def clamp_min(x: Tensor, low: Tensor) -> Tensor:
         return clamp(x, low, None)
@@ -114,7 +116,7 @@ def _is_nonzero(x: Tensor) -> Tensor:
     return x != 0
 
 
-# What a call can become; the text cannot call these. Bounds that are numbers are tensors here too.
+# The functions that calls are replaced by. An expression cannot call them itself. Number bounds are tensors here too.
 _FORMS = {
     **_clamps("", torch.clamp if CLAMP_AT_BOUND[0] == "kX" else _clamp_exclusive, CLAMP_AT_BOUND[0]),
     **_clamps("tensor_", torch.clamp, CLAMP_AT_BOUND[1]),
@@ -133,8 +135,8 @@ _LOGIC = {ast.BitAnd: "&", ast.BitOr: "|"}
 _COMPARISONS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="}
 
 _REFUSED = {
-    ast.BoolOp: "'and' and 'or' are not for conditions of elements; write (a < b) & (c < d), or | between them",
-    ast.Not: "'not' is not for conditions of elements; write ~(a < b)",
+    ast.BoolOp: "'and' and 'or' do not work on conditions of elements; write (a < b) & (c < d), or | between them",
+    ast.Not: "'not' does not work on conditions of elements; write ~(a < b)",
     ast.IfExp: "for 'a if condition else b' write where(condition, a, b)",
     ast.Attribute: "attributes are not available; a function is called by its name alone, as in abs(input)",
     ast.Subscript: "subscripts are not available; the formula is that of a single element",
@@ -150,29 +152,29 @@ _NOT_IN_THE_LANGUAGE = "only names, numbers, operators and calls of functions ca
 
 @dataclass(frozen=True)
 class Expression:
-    """A formula that was read and found good."""
+    """A formula that was read and checked."""
 
     text: str
-    tree: ast.expr = field(compare=False, repr=False)  # follows from the text
+    tree: ast.expr = field(compare=False, repr=False)  # determined by the text
     names: tuple[str, ...]  # of tensors and parameters, in the order of first use
 
 
 def check_names(tensors: Sequence[str], parameters: Sequence[str]) -> None:
-    """Raise a ValueError for a name that a formula could not use."""
+    """Raise a ValueError for a name that a formula cannot use, and a TypeError for a name that is not a str."""
     seen: set[str] = set()
     for what, names in (("tensor", tensors), ("parameter", parameters)):
         for name in names:
             if not isinstance(name, str):
                 raise TypeError(f"custom_loss: the name of a {what} must be a str, not {type(name).__name__}")
-            # ASCII, because not every compiler takes more in a name.
+            # ASCII only, because some compilers accept nothing else in a name.
             if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name):
-                fault = "must be an identifier of ASCII characters, and no keyword of Python"
+                fault = "must be an identifier of ASCII characters, and not a keyword of Python"
             elif name.startswith("__"):
                 fault = "must not begin with two underscores"
             elif name in FUNCTIONS:
-                fault = "is the name of a function of the expressions"
+                fault = "is the name of a function in expressions"
             elif name == "pi":
-                fault = "is the constant of the expressions"
+                fault = "is the constant pi in expressions"
             elif what == "parameter" and name in ("input", "target"):
                 fault = "is the name of a tensor"
             elif name in seen:
@@ -184,11 +186,11 @@ def check_names(tensors: Sequence[str], parameters: Sequence[str]) -> None:
 
 
 def parse(text: str, tensors: Sequence[str], parameters: Sequence[str], is_loss: bool = True) -> Expression:
-    """Read a formula of these tensors and parameters; that of a loss must use input, that of a derivative need not.
+    """Read a formula of these tensors and parameters. The formula of a loss must use input; a derivative need not.
 
     Raises:
         TypeError: text is not a str.
-        ValueError: anything in text, or a name, is not allowed; the message shows the place.
+        ValueError: something in text, or a name, is not allowed. The message shows the place.
     """
     if not isinstance(text, str):
         raise TypeError(f"custom_loss: the expression must be a str, not {type(text).__name__}")
@@ -204,19 +206,19 @@ def parse(text: str, tensors: Sequence[str], parameters: Sequence[str], is_loss:
 
 
 class _Reader:
-    """Checks a text and makes the tree of it that `to_torch` and `to_cpp` know, which has only
+    """Checks a text and makes the tree that `to_torch` and `to_cpp` translate. The tree contains only these nodes:
 
-    - Constant: a float. What consists of literals alone has become one.
-    - Name, UnaryOp with - or ~, BinOp of _ARITHMETIC and _LOGIC; pow(a, b) has become a ** b.
-    - Compare of two operands. A chain has become several, with & between them.
-    - Call of a plain name in FUNCTIONS or _FORMS, with as many arguments as it has, all by position. clamp has
-      become clamp_both, clamp_min or clamp_max, or where a bound has a tensor in it, tensor_clamp_…; a number as
-      where's condition, is_nonzero.
+    - Constant: a float. A subexpression of literals alone is evaluated to one.
+    - Name, UnaryOp with - or ~, and BinOp with the operators of _ARITHMETIC and _LOGIC. pow(a, b) becomes a ** b.
+    - Compare with two operands. A chain becomes several comparisons joined by &.
+    - Call of a plain name in FUNCTIONS or _FORMS, with the right number of arguments, all positional. clamp becomes
+      clamp_both, clamp_min or clamp_max, and tensor_clamp_… if a bound contains a tensor. A number as the condition of
+      where becomes a call of is_nonzero.
     """
 
     def __init__(self, text: str, tensors: Sequence[str], parameters: Sequence[str]) -> None:
         self.text = text
-        self.lines = re.split(r"\r\n|\r|\n", text)  # where Python ends a line; str.splitlines does so at more
+        self.lines = re.split(r"\r\n|\r|\n", text)  # the line ends of Python; str.splitlines has more
         self.tensors = tensors
         self.parameters = parameters
         self.names: dict[str, None] = {}
@@ -227,10 +229,10 @@ class _Reader:
         if len(self.text) > MAX_CHARACTERS:
             raise self.refusal(f"the expression is longer than {MAX_CHARACTERS:,} characters")
         try:
-            # Without the end of the line, Python does not tell the place of what is missing there.
+            # Without the final newline, Python does not report the place of something that is missing at the end.
             given = ast.parse(self.text + "\n", mode="eval").body
         except SyntaxError as error:
-            # Python counts both from 1, and has 0 or None where it cannot tell.
+            # Python counts both from 1, and gives 0 or None if it does not know the place.
             hint = "; several lines need parentheses around them" if len(self.lines) > 1 else ""
             raise self.refusal(error.msg + hint, (error.lineno or 1) - 1, (error.offset or 1) - 1) from None
         except ValueError as error:  # null bytes, surrogates
@@ -241,7 +243,7 @@ class _Reader:
     def refusal(self, message: str, line: int = 0, column: int = 0) -> ValueError:
         line = min(line, len(self.lines) - 1)
         column = max(0, min(column, len(self.lines[line])))
-        first = max(0, column - 80)  # of a very long line, what is around the place
+        first = max(0, column - 80)  # of a very long line, show the part around the place
         shown = "".join(c if c.isprintable() else " " for c in self.lines[line][first : column + 80])
         caret = " " * (column - first) + "^"
         return ValueError(f"custom_loss: {message}\n    {shown}\n    {caret}\nfunctions: {', '.join(FUNCTIONS)}")
@@ -252,7 +254,7 @@ class _Reader:
         raise self.refusal(message, node.lineno - 1, column)
 
     def check_depth(self, tree: ast.expr) -> None:
-        """Not by recursion, which is what this protects."""
+        """Refuse a tree that is too deep for the recursive functions. This one is not recursive."""
         todo: list[tuple[ast.AST, int]] = [(tree, 1)]
         while todo:
             node, level = todo.pop()
@@ -284,7 +286,7 @@ class _Reader:
             case ast.UnaryOp(op=ast.USub()):
                 operand = self.number(node.operand)
                 if isinstance(operand, ast.Constant):
-                    return ast.Constant(-operand.value)
+                    return ast.Constant(-_value(operand))
                 return ast.UnaryOp(node.op, operand)
             case ast.UnaryOp(op=ast.Invert()):
                 return ast.UnaryOp(node.op, self.condition(node.operand))
@@ -303,9 +305,10 @@ class _Reader:
                 self.refuse(node, _REFUSED.get(kind, _NOT_IN_THE_LANGUAGE))
 
     def literal(self, node: ast.Constant) -> ast.Constant:
-        if type(node.value) not in (int, float):  # True is an int as well
-            self.refuse(node, f"{type(node.value).__name__} is not a type of the expressions; numbers are int or float")
-        return self.constant(node, lambda: float(node.value))
+        value = node.value
+        if isinstance(value, bool) or not isinstance(value, int | float):  # True is an int as well
+            self.refuse(node, f"{type(value).__name__} is not a type in expressions; numbers are int or float")
+        return self.constant(node, lambda: float(value))
 
     def constant(self, node: ast.expr, compute: Callable[[], float]) -> ast.Constant:
         try:
@@ -330,8 +333,9 @@ class _Reader:
 
     def arithmetic(self, node: ast.expr, left: ast.expr, op: ast.operator, right: ast.expr) -> ast.expr:
         if isinstance(left, ast.Constant) and isinstance(right, ast.Constant):
-            # Of floats, so that no power takes long.
-            return self.constant(node, lambda: _ARITHMETIC[type(op)][1](left.value, right.value))
+            # They are floats, so that no power takes long to compute.
+            numbers = _value(left), _value(right)
+            return self.constant(node, lambda: _ARITHMETIC[type(op)][1](*numbers))
         return ast.BinOp(left, op, right)
 
     def comparison(self, node: ast.Compare) -> ast.expr:
@@ -339,11 +343,13 @@ class _Reader:
             if type(op) not in _COMPARISONS:
                 self.refuse(node, "'in', 'not in', 'is' and 'is not' are not available")
         for middle in node.comparators[:-1]:
-            # A middle operand is written twice, and so it would be 2 ** levels times.
+            # A middle operand is written twice, so with nested chains it would be written 2 ** levels times.
             if any(isinstance(inner, ast.Compare) and len(inner.ops) > 1 for inner in ast.walk(middle)):
-                self.refuse(middle, "a chain of comparisons in the middle of another; write (a < b) & (b < c)")
+                self.refuse(
+                    middle, "a chain of comparisons cannot be in the middle of another; write (a < b) & (b < c)"
+                )
         operands = [self.number(operand) for operand in (node.left, *node.comparators)]
-        result = None
+        result: ast.expr | None = None
         for left, op, right in zip(operands, node.ops, operands[1:], strict=False):
             if isinstance(left, ast.Constant) and isinstance(right, ast.Constant):
                 self.refuse(node, "a comparison of two literals is the same for every element")
@@ -398,7 +404,7 @@ class _Reader:
         return self.called(node, form, [given["x"], *(given[bound] for bound in bounds)])
 
     def called(self, node: ast.expr, name: str, arguments: list[ast.expr]) -> ast.expr:
-        literals = [argument.value for argument in arguments if isinstance(argument, ast.Constant)]
+        literals = [_value(argument) for argument in arguments if isinstance(argument, ast.Constant)]
         if len(literals) < len(arguments):
             return _call(name, arguments)
 
@@ -413,8 +419,14 @@ def _call(name: str, arguments: list[ast.expr]) -> ast.Call:
     return ast.Call(ast.Name(name, ast.Load()), arguments, [])
 
 
+def _value(node: ast.Constant) -> float:
+    """The number of a literal in a tree that _Reader made."""
+    assert isinstance(node.value, float)
+    return node.value
+
+
 def _is_condition(node: ast.expr) -> bool:
-    """Of a tree that _Reader made."""
+    """True if this node of a tree that _Reader made is a condition."""
     match node:
         case ast.Compare() | ast.UnaryOp(op=ast.Invert()) | ast.BinOp(op=ast.BitAnd() | ast.BitOr()):
             return True
@@ -424,15 +436,15 @@ def _is_condition(node: ast.expr) -> bool:
 
 
 def _argument(name: str) -> str:
-    """A name of the user's, in what is generated: no keyword, macro or function there begins like this."""
+    """The name in generated code for a name of the user's. No keyword, macro or function there has this prefix."""
     return f"argument_{name}"
 
 
 def to_torch(expression: Expression, arguments: Sequence[str]) -> Callable[..., Tensor]:
-    """The formula as a function of these arguments, by position, composed of torch's operations.
+    """The formula as a function composed of torch's operations, which takes these arguments by position.
 
-    A tensor is given for the name of a tensor, input a floating-point one; a number or a 0-dim tensor for a parameter.
-    Arguments that the formula does not use may be anything.
+    The name of a tensor takes a tensor; input must have a floating-point dtype. A parameter takes a number or a 0-dim
+    tensor. Arguments that the formula does not use may be anything.
     """
     if missing := set(expression.names) - set(arguments):
         raise ValueError(f"custom_loss: no argument for {', '.join(sorted(missing))}")
@@ -442,28 +454,32 @@ def to_torch(expression: Expression, arguments: Sequence[str]) -> Callable[..., 
     signature = ast.arguments(posonlyargs=parameters, args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
     source = ast.Expression(ast.Lambda(signature, _torch_tree(expression.tree)))
     code = compile(ast.fix_missing_locations(source), "<custom_loss>", "eval")
-    # Under a dispatch mode, torch's functions import by the builtins of their caller. No expression can name those.
+    # Under a dispatch mode, torch's functions import modules through their caller's builtins. No expression can use
+    # __import__, because it cannot contain that name.
     builtins = {"__import__": __import__}
-    formula = eval(code, {"__builtins__": builtins, _function("tensor"): _tensor, **_TORCH_FUNCTIONS})
+    formula: Callable[..., Tensor] = eval(
+        code, {"__builtins__": builtins, _function("tensor"): _tensor, **_TORCH_FUNCTIONS}
+    )
 
     def composed(*values: Tensor | float) -> Tensor:
         input = values[input_at]
+        assert isinstance(input, Tensor)
         return formula(*[_tensor(values[i], input) for i in used])
 
     return composed
 
 
 def _tensor(value: Tensor | float, input: Tensor) -> Tensor:
-    """As torch's functions and Python's operators take it: maximum has no numbers, and `1 - mask` no bool."""
+    """A float tensor for this value: torch.maximum does not accept numbers, and `1 - mask` does not accept bool."""
     if not isinstance(value, Tensor):
         return input.new_full((), value)
     return value if value.is_floating_point() else value.to(input.dtype)
 
 
 def to_torchscript(expression: Expression) -> tuple[str, dict[str, object]]:
-    """The formula as text of torch's operations that TorchScript compiles, and the globals of that text.
+    """The formula as source text that TorchScript compiles, composed of torch's operations, and the text's globals.
 
-    In it a tensor or parameter x is a tensor called argument_x; all have the type of input, which is a floating one.
+    In the text, a tensor or parameter x is a tensor named argument_x. All have the floating-point dtype of input.
     """
     return ast.unparse(_torch_tree(expression.tree)), {_function("tensor"): _number_as_tensor, **_TORCH_FUNCTIONS}
 
@@ -473,7 +489,7 @@ def _number_as_tensor(value: float, input: Tensor) -> Tensor:
 
 
 def _function(name: str) -> str:
-    """A function's name in what is generated, where TorchScript would take `abs` or `max` for Python's."""
+    """A function's name in generated code. Without the prefix, TorchScript would take `abs` or `max` for Python's."""
     return f"function_{name}"
 
 
@@ -481,7 +497,7 @@ _TORCH_FUNCTIONS = {_function(name): function.torch for name, function in _CALLA
 
 
 def _torch_tree(node: ast.expr) -> ast.expr:
-    """No operator has literals on both sides, so that one side is always a tensor."""
+    """The tree with generated names. No operator has literals on both sides, so one side is always a tensor."""
     match node:
         case ast.Name():
             return ast.Name(_argument(node.id), ast.Load())
@@ -500,16 +516,17 @@ def _torch_tree(node: ast.expr) -> ast.expr:
             ]
             return _call(_function(name), tensors)
     assert isinstance(node, ast.Constant)
-    if math.copysign(1, node.value) < 0:  # as text, -1.0 ** x would be -(1.0 ** x)
-        return ast.UnaryOp(ast.USub(), ast.Constant(-node.value))
-    return ast.Constant(node.value)
+    value = _value(node)
+    if math.copysign(1, value) < 0:  # as text, -1.0 ** x would mean -(1.0 ** x)
+        return ast.UnaryOp(ast.USub(), ast.Constant(-value))
+    return ast.Constant(value)
 
 
 def to_cpp(expression: Expression) -> str:
-    """The formula as an expression of C++, where a tensor or parameter x is called argument_x.
+    """The formula as a C++ expression, in which a tensor or parameter x is named argument_x.
 
-    Its functions and operators are those of csrc/kernels/formulas/dual_functions-inl.h; V is what the formula is
-    computed on.
+    Its functions and operators are those of csrc/kernels/formulas/dual_functions-inl.h. V is the type on which the
+    formula is computed.
     """
     return _cpp(expression.tree)
 
@@ -538,8 +555,9 @@ def _cpp(node: ast.expr) -> str:
 
 def _cpp_power(base: str, exponent: ast.expr) -> str:
     if isinstance(exponent, ast.Constant):
-        if exponent.value == 0.5:
+        value = _value(exponent)
+        if value == 0.5:
             return f"sqrt({base})"
-        if exponent.value.is_integer() and abs(exponent.value) <= 8:
-            return f"power<{int(exponent.value)}>({base})"
+        if value.is_integer() and abs(value) <= 8:
+            return f"power<{int(value)}>({base})"
     return f"pow({base}, {_cpp(exponent)})"

@@ -1,13 +1,15 @@
 """The losses as functions, with the signatures of `torch.nn.functional`.
 
-A call that the kernels cover goes to them: at once where it is eager, as a registered op where the compiler or a
-dispatch mode must see it. Any other (a tensor subclass, a device without kernels, functorch, forward-mode AD, …) goes
-to torch's own function, so that it gives what torch gives. docs/coverage.md lists which.
+The kernels compute every call that they support. An eager call goes to them directly. Where the compiler or a dispatch
+mode must see the call, it becomes a registered op. Every other call (a tensor subclass, a device without kernels,
+functorch, forward-mode AD, …) goes to torch's own function, so the result is torch's. docs/coverage.md lists which call
+goes where.
 
-The `autograd.Function` of a loss is `torch::autograd::Function` in csrc/autograd/<loss>_autograd.cpp. It is compiled
-and bound to Python by `torch.utils.cpp_extension`, as fusedloss/_build.py plans it.
+The `autograd.Function` of a loss is the `torch::autograd::Function` in csrc/autograd/<loss>_autograd.cpp.
+`torch.utils.cpp_extension` compiles it and binds it to Python; fusedloss/_build.py gives it the sources and flags.
 """
 
+from collections.abc import Callable
 from numbers import Integral
 
 from torch import Tensor
@@ -58,49 +60,52 @@ def cross_entropy(
     *,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Cross entropy between logits and targets, `torch.nn.functional.cross_entropy`, fused.
+    r"""Cross entropy between logits and targets: a fused `torch.nn.functional.cross_entropy`.
 
-    With logits :math:`x`, :math:`m = \max_c x_c`, :math:`\ell = \log \sum_c e^{x_c - m}`, a row of weights :math:`w`
-    and smoothing :math:`\epsilon`, each row's loss is
+    With logits :math:`x`, :math:`m = \max_c x_c`, :math:`\ell = \log \sum_c e^{x_c - m}`, class weights :math:`w` and
+    smoothing :math:`\epsilon`, the loss of a row, in nats, is
 
     .. math::
         \sum_c q_c \, (\ell - (x_c - m)), \qquad
         q_c = (1 - \epsilon) \, w_y [c = y] + \tfrac{\epsilon}{C} \, w_c
         \quad\text{or}\quad q_c = w_c \, ((1 - \epsilon) \, t_c + \tfrac{\epsilon}{C})
 
-    for a class index :math:`y` or class probabilities :math:`t`; its gradient is
-    :math:`p_c \sum_k q_k - q_c` with the softmax :math:`p_c = e^{x_c - m - \ell}`. 'mean' divides the sum of the rows
-    by :math:`\sum w_y` over the rows kept, and for probabilities by the number of rows.
+    for a class index :math:`y` (first form) or class probabilities :math:`t` (second form). Its gradient for
+    :math:`x_c` is :math:`p_c \sum_k q_k - q_c`, with the softmax :math:`p_c = e^{x_c - m - \ell}`. For class indices,
+    'mean' divides the sum over the rows by :math:`\sum w_y` over the rows that are not ignored; for probabilities, it
+    divides by the number of rows.
 
-    Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2015, for the smoothing; the
-    one-pass softmax is Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+    Sources: the definition is that of `torch.nn.CrossEntropyLoss`. The smoothing is from Szegedy et al., "Rethinking
+    the Inception Architecture for Computer Vision", 2015, and the one-pass softmax from Milakov and Gimelshein, "Online
+    normalizer calculation for softmax", 2018.
 
     Args:
         input: logits of shape (C), (N, C) or (N, C, d1, …, dK); float32, float64, bfloat16 or float16.
-        target: class indices of shape (), (N) or (N, d1, …, dK), of any integer type; or class probabilities of
+        target: class indices of shape (), (N) or (N, d1, …, dK) and of any integer type, or class probabilities of
             input's shape and dtype.
-        weight: one weight for each class, shape (C), of input's dtype.
+        weight: one weight per class, of shape (C) and input's dtype. Default: 1 for every class.
         size_average, reduce: deprecated; they override reduction.
-        ignore_index: class index whose rows add nothing. Default -100.
+        ignore_index: the rows of this class index add nothing to the loss or the gradient. Default -100.
         reduction: 'none', 'mean' or 'sum'. Default 'mean'.
         label_smoothing: :math:`\epsilon` in [0, 1]. Default 0.
-        inplace_backward: the backward pass writes the gradient over input, which saves that much memory and the time
-            to map it. input must be the result of an operation, not a leaf, and no other backward pass may need its
-            values any more: autograd raises a RuntimeError where one does, a second one of this loss included. Without
-            effect where the gradient is itself differentiated, where the call is a registered op (under the compiler or
-            a dispatch mode), and where the kernels do not compute it. Default False.
+        inplace_backward: if True, the backward pass overwrites input with the gradient, which saves the gradient's
+            memory and the time to map it. input must be the result of an operation, not a leaf. No other backward pass
+            may still need its values: if one does, a second backward pass of this loss included, autograd raises a
+            RuntimeError. The option has no effect if the gradient is itself differentiated, if the call is a registered
+            op (under the compiler or a dispatch mode), or if the kernels do not compute the loss. Default False.
 
     Returns:
-        A scalar of input's dtype, or with 'none' one loss a row, in the shape of class-index targets. Under autocast
-        float32 (float64 stays), as torch's.
+        A scalar of input's dtype. With 'none', one loss per row, in the shape that class-index targets have. Under
+        autocast the result is float32, as in torch; a float64 input still gives float64.
 
     Raises:
-        IndexError: a class index is neither in [0, C) nor ignore_index (CPU; on CUDA a device-side assertion fails).
+        IndexError: a class index is neither in [0, C) nor ignore_index. This is for the CPU; on CUDA a device-side
+            assertion fails, unless `fusedloss.debug` is on.
         ValueError: the batch sizes differ, or reduction is unknown.
-        TypeError: an option is of another type.
-        RuntimeError: another shape, dtype or device is wrong; or inplace_backward, and input is a leaf, a view of one,
-            or has elements that share memory.
-        NotImplementedError: input is not of one of the four types.
+        TypeError: an option has the wrong type.
+        RuntimeError: another shape, a dtype or a device is wrong; or inplace_backward is True and input is a leaf, is a
+            view of a leaf, or has elements that share memory.
+        NotImplementedError: input has none of the four dtypes.
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -112,7 +117,7 @@ def cross_entropy(
             return call_torch(torch_cross_entropy, input, target, weight, **options)
         ignore_index, label_smoothing = int(ignore_index), float(label_smoothing)
     if is_eager((input, target), weight):
-        loss = _backend.extension().cross_entropy(
+        loss: Tensor | None = _backend.extension().cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing, inplace_backward
         )
         if loss is not None:
@@ -133,30 +138,33 @@ def nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Negative log likelihood of class indices, `torch.nn.functional.nll_loss`, fused.
+    r"""Negative log likelihood of class indices: a fused `torch.nn.functional.nll_loss`.
 
-    With log-probabilities :math:`x`, weights :math:`w` and a class index :math:`y`, each row's loss is
-    :math:`-w_y x_y`; its gradient is :math:`-w_y` for that class and 0 for the others. 'mean' divides the sum of the
-    rows by :math:`\sum w_y` over the rows kept.
+    With log-probabilities :math:`x`, class weights :math:`w` and a class index :math:`y`, the loss of a row, in nats,
+    is :math:`-w_y x_y`. Its gradient is :math:`-w_y` for class :math:`y` and 0 for the others. 'mean' divides the sum
+    over the rows by :math:`\sum w_y` over the rows that are not ignored.
+
+    Source: the definition of `torch.nn.NLLLoss`.
 
     Args:
         input: log-probabilities of shape (C), (N, C) or (N, C, d1, …, dK); float32, float64, bfloat16 or float16. The
-            backward pass does not need them: they may be freed, or overwritten.
-        target: class indices of shape (), (N) or (N, d1, …, dK), of any integer type.
-        weight: one weight for each class, shape (C), of input's dtype.
+            backward pass does not read them, so they may be freed or overwritten before it.
+        target: class indices of shape (), (N) or (N, d1, …, dK) and of any integer type.
+        weight: one weight per class, of shape (C) and input's dtype. Default: 1 for every class.
         size_average, reduce: deprecated; they override reduction.
-        ignore_index: class index whose rows add nothing. Default -100.
+        ignore_index: the rows of this class index add nothing to the loss or the gradient. Default -100.
         reduction: 'none', 'mean' or 'sum'. Default 'mean'.
 
     Returns:
-        A scalar of input's dtype, or with 'none' one loss a row, in the shape of target. Under autocast float32
-        (float64 stays), as torch's.
+        A scalar of input's dtype. With 'none', one loss per row, in the shape of target. Under autocast the result is
+        float32, as in torch; a float64 input still gives float64.
 
     Raises:
-        IndexError: a class index is neither in [0, C) nor ignore_index (CPU; on CUDA a device-side assertion fails).
+        IndexError: a class index is neither in [0, C) nor ignore_index. This is for the CPU; on CUDA a device-side
+            assertion fails, unless `fusedloss.debug` is on.
         ValueError: the batch sizes differ, or reduction is unknown.
-        RuntimeError: another shape, dtype or device is wrong.
-        NotImplementedError: input is not of one of the four types.
+        RuntimeError: another shape, a dtype or a device is wrong.
+        NotImplementedError: input has none of the four dtypes.
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -166,7 +174,7 @@ def nll_loss(
         ignore_index = int(ignore_index)
     if is_eager((input, target), weight):
         number = _reduction.get_enum(reduction)
-        loss = _backend.extension().nll_loss(input, target, weight, number, ignore_index)
+        loss: Tensor | None = _backend.extension().nll_loss(input, target, weight, number, ignore_index)
         if loss is not None:
             return loss
     if nll_loss_covers(input, target, weight):
@@ -175,10 +183,15 @@ def nll_loss(
 
 
 def _is_index(value: object) -> bool:
-    """Is it an integer that the kernels take? What else torch takes or refuses for one, it decides."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and INT64[0] <= value <= INT64[1]
+    """True for an integer of 64 bits. torch decides about every other value: it may accept or refuse it."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and INT64[0] <= int(value) <= INT64[1]
 
 
-# TorchScript cannot compile a call into an extension. Asked for these functions, or what calls them, it gets torch's.
+def _give_to_torchscript(torchs: Callable[..., Tensor], instead_of: Callable[..., Tensor]) -> None:
+    # The attribute that torch.jit.script looks for, which no function is declared to have.
+    instead_of.__prepare_scriptable__ = lambda: torchs  # type: ignore[attr-defined]
+
+
+# TorchScript cannot compile a call into an extension. It compiles torch's functions in place of these.
 for _ours, _torchs in {cross_entropy: torch_cross_entropy, nll_loss: torch_nll_loss, **TORCHS}.items():
-    _ours.__prepare_scriptable__ = lambda torchs=_torchs: torchs
+    _give_to_torchscript(_torchs, instead_of=_ours)

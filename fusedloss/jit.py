@@ -1,21 +1,21 @@
-"""Compile at first use, with torch.utils.cpp_extension.load, and keep the result: the extension, and custom losses.
+"""Compiles the extension and custom losses at first use, with torch.utils.cpp_extension.load, and caches the result.
 
-    fusedloss.jit.load()           # compile now, where nothing is prebuilt, and not at the first loss
-    fusedloss.jit.load(cuda=True)  # with CUDA, or an error that names what is missing
+    fusedloss.jit.load()           # if nothing is prebuilt, compile now instead of at the first loss
+    fusedloss.jit.load(cuda=True)  # with CUDA, or raise an error that names what is missing
 
-The cache holds one folder a build, named by a hash of everything that could change the build:
+The cache holds one folder per build. Its name is a hash of everything that could change the build:
 
     cpu-0123456789abcdef/
-        flock        locked by the process that compiles; the system unlocks it when that process ends, however it ends
-        attempt-*/   one a try, so that a try that was killed leaves nothing which the next one could trip over
-        done.json    written last, and at once: which try is the finished one
-        failed.log   what the compiler said when a try failed
+        flock        locked by the process that compiles; the system unlocks it whenever that process ends
+        attempt-*/   one folder per attempt, so that a killed attempt cannot disturb the next one
+        done.json    written last, and atomically: names the finished attempt
+        failed.log   the compiler's output of a failed attempt
 
-A library is loaded only from a folder in which nobody but the user and root can put one. Where the cache cannot be used
-(other users can write to it, it cannot be written, it is full, it is mounted with noexec, or its path is none for
-ninja), a line says so, and the build is made in a temporary folder for this process only.
+A library is loaded only from a folder to which nobody but the user and root can write. If the cache cannot be used, a
+line tells the reason, and the build is made in a temporary folder for this process only. Reasons are that other users
+can write to the cache, that it is read-only, full or mounted with noexec, or that ninja cannot parse its path.
 
-Old folders are not removed; the whole cache can be deleted at any time.
+Old folders are not removed. The whole cache can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ import torch
 from . import _backend
 from ._build import UNPARSABLE, BuildError, Plan, check_torch_path, cuda_setting, find_ninja, header_files, make_plan
 
-_SECONDS = {".cpp": 9, ".cu": 40}  # what one source takes, for the estimate in the progress line
+_SECONDS = {".cpp": 9, ".cu": 40}  # to compile one source, for the estimate in the progress line
 _CUDA_ENVIRONMENT = ("TORCH_CUDA_ARCH_LIST", "CC", "PYTORCH_NVCC", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large|terminated with signal 7")
-# What the loader says where the file system or a policy forbids to execute the files in it.
+# The loader's messages if the file system or a policy forbids executing its files.
 _NOT_EXECUTABLE = re.compile(r"failed to map segment|Operation not permitted|Permission denied")
 _FOLDER_ERRORS = (
     errno.EACCES,
@@ -69,19 +69,22 @@ _loaded: dict[str, ModuleType] = {}
 
 
 def load(verbose: bool = False, cuda: bool | None = None) -> ModuleType:
-    """Make the extension ready, so that no loss has to wait for it, and let fusedloss use it from now on.
+    """Load the extension now, so that no loss has to wait for it, and make fusedloss use it from now on.
 
-    It is the one in use, else the prebuilt one, else it is compiled or taken from the cache. The environment variable
-    FUSEDLOSS_JIT=1 asks for one from the cache, or a new one, in any case.
+    This is the extension in use, else the prebuilt one, else one from the cache, else it is compiled. With the
+    environment variable FUSEDLOSS_JIT=1 it always comes from the cache or is compiled.
 
     Args:
-        verbose: show the commands of a build.
-        cuda: True takes only one with CUDA, and raises RuntimeError where something to compile it is missing; False
-            takes only one without; None follows the environment variable FUSEDLOSS_CUDA, else takes what is there, or
-            compiles with CUDA where a CUDA build of torch, its toolkit and a GPU are present.
+        verbose: show the commands of a build. Default False.
+        cuda: True accepts only an extension with CUDA, False only one without. None, the default, follows the
+            environment variable FUSEDLOSS_CUDA. If that is not set, None accepts what is found, and otherwise compiles
+            with CUDA if a CUDA build of torch, its toolkit and a GPU are present.
 
     Returns:
-        The compiled module. fusedloss.functional finds it by itself.
+        The compiled module. `fusedloss.functional` uses it without further steps.
+
+    Raises:
+        RuntimeError: something that compiling needs is missing, or compiling failed.
     """
     with _backend.lock:
         try:
@@ -96,9 +99,9 @@ def load(verbose: bool = False, cuda: bool | None = None) -> ModuleType:
 
 
 def compiled_module(plan: Plan, cache: Path | None = None, verbose: bool = False, why: str = "") -> ModuleType:
-    """The module that the plan describes. The caller holds _backend.lock; other processes are kept out here.
+    """The module that the plan describes. The caller must hold _backend.lock; this function locks out other processes.
 
-    why: what keeps it from being prebuilt, for the line that says what is compiled.
+    why: why no prebuilt module is used, for the line that announces the compilation.
     """
     key = cache_key(plan)
     if key not in _loaded:
@@ -116,20 +119,20 @@ def compiled_module(plan: Plan, cache: Path | None = None, verbose: bool = False
 
 @dataclass(frozen=True)
 class Build:
-    """Something to be compiled once, and found in its folder of the cache from then on."""
+    """Something that is compiled once, and later found in its folder of the cache."""
 
     plan: Plan
-    name: str  # of the library, without its ending
+    name: str  # of the library, without the suffix
     folder: Path
-    says: str  # what is compiled, for the line that tells
-    seconds: int  # about
-    opens: Callable[[Path], Any]  # the library -> what is made of it; OSError or ImportError where that fails
-    generated: Mapping[str, str] = field(default_factory=dict)  # sources and headers, in place of the plan's sources
+    says: str  # what is compiled, for the progress line
+    seconds: int  # the estimated time of the build
+    opens: Callable[[Path], Any]  # makes the result from the library; raises OSError or ImportError if it cannot
+    generated: Mapping[str, str] = field(default_factory=dict)  # texts by file name, compiled instead of plan.sources
 
 
 def compiled(build: Build, verbose: bool = False) -> Any:
-    """What `opens` makes of the library, which is compiled if it is not there."""
-    # Resolved first, so that what is checked and what is loaded are the same, whoever may change a link.
+    """The result of `opens` for the library, which is compiled if the cache does not have it."""
+    # Links are resolved first. Otherwise one could be changed between the check of a folder and the load from it.
     build = replace(build, folder=Path(os.path.realpath(build.folder)))
     try:
         opened = _finished(build)
@@ -143,8 +146,11 @@ def compiled(build: Build, verbose: bool = False) -> Any:
 
 
 def cache_directory() -> Path:
-    """FUSEDLOSS_CACHE_DIR, else fusedloss/ in TORCH_EXTENSIONS_DIR, in XDG_CACHE_HOME or in ~/.cache; without a home
-    directory that can be written, as for the numeric user ids of containers, a folder among the temporary files."""
+    """FUSEDLOSS_CACHE_DIR, else fusedloss/ in TORCH_EXTENSIONS_DIR, in XDG_CACHE_HOME or in ~/.cache.
+
+    Without a home directory that can be written, as with the numeric user ids of containers, it is a folder among the
+    temporary files.
+    """
     for variable, folder in (
         ("FUSEDLOSS_CACHE_DIR", ""),
         ("TORCH_EXTENSIONS_DIR", "fusedloss"),
@@ -171,13 +177,13 @@ def cache_directory() -> Path:
 def _without_home() -> Path:
     try:
         temporary = Path(tempfile.gettempdir())
-    except OSError:  # none can be written, of which the build will tell
+    except OSError:  # no folder for temporary files can be written; the build will report that
         temporary = Path("/tmp")
     return temporary.absolute() / f"fusedloss-{os.geteuid()}"
 
 
 def cache_key(plan: Plan, generated: Mapping[str, str] | None = None) -> str:
-    """A hash of all that could change the build. torch's own key knows neither its full version nor any header."""
+    """A hash of everything that could change the build. torch's own key lacks torch's full version and all headers."""
     parts: list[object] = [
         torch.__version__,
         torch.version.git_version,
@@ -203,16 +209,16 @@ def cache_key(plan: Plan, generated: Mapping[str, str] | None = None) -> str:
 
 
 class _UnusableFolderError(Exception):
-    """Nothing can be compiled in a folder, or loaded from it. The message follows the name of the folder."""
+    """Nothing can be compiled in a folder, or loaded from it. The message continues a sentence about the folder."""
 
 
 def _compile_once(build: Build, verbose: bool) -> Any:
     _check_tools()
     try:
         _make(build.folder)
-        _check(build.folder)  # again: another user can have been faster
+        _check(build.folder)  # again: another user can have made the folder in the meantime
         with _locked(build.folder) as alone:
-            opened = _finished(build)  # by the process that was waited for
+            opened = _finished(build)  # the process that held the lock may have compiled it
             if opened is None:
                 if alone:
                     for leftover in build.folder.glob("attempt-*"):
@@ -224,10 +230,10 @@ def _compile_once(build: Build, verbose: bool) -> Any:
 
 
 def _compile_apart(build: Build, verbose: bool, reason: str) -> Any:
-    """Compile in a temporary folder, of which nothing is left when the process ends but the log of a failure."""
+    """Compile in a temporary folder. When the process ends it is removed, except for the log of a failure."""
     _check_tools()
     reasons = [reason]
-    with contextlib.suppress(OSError):  # there is none that can be written
+    with contextlib.suppress(OSError):  # no folder for temporary files can be written
         tempfile.gettempdir()
     for parent in dict.fromkeys(os.path.realpath(path) for path in (tempfile.tempdir, "/var/tmp", "/dev/shm") if path):
         try:
@@ -236,7 +242,7 @@ def _compile_apart(build: Build, verbose: bool, reason: str) -> Any:
                 _check(folder)
                 opened = _compile(replace(build, folder=folder), verbose)
             except RuntimeError:
-                with contextlib.suppress(OSError):  # the folder stays if it holds the log, which the error names
+                with contextlib.suppress(OSError):  # it fails if the folder holds the log that the error names
                     folder.rmdir()
                 raise
             except BaseException:
@@ -300,7 +306,7 @@ def _compile(build: Build, verbose: bool) -> Any:
     opened = build.opens(library) if build.generated else loaded
     try:
         _publish(plan, library, build.folder)
-    except OSError as error:  # it is compiled and loaded; only the next process has to do so again
+    except OSError as error:  # the library is loaded, so only the next process has to compile again
         _say(f"fusedloss: the build cannot be kept in {build.folder} ({error.strerror or error})")
         atexit.register(shutil.rmtree, attempt, ignore_errors=True)
     return opened
@@ -310,7 +316,7 @@ def _publish(plan: Plan, library: Path, folder: Path) -> None:
     for leftover in library.parent.iterdir():
         if leftover != library and (leftover.is_file() or leftover.is_symlink()):
             leftover.unlink()
-    library.chmod(0o755)  # whatever the umask is, for otherwise the next process would not trust it
+    library.chmod(0o755)  # with some umasks, the next process would not trust it
     plan.write_info(library)
     done = {"file": str(library.relative_to(folder)), "size": library.stat().st_size}
     draft = library.with_name("done.json")
@@ -320,7 +326,7 @@ def _publish(plan: Plan, library: Path, folder: Path) -> None:
 
 
 def _finished(build: Build) -> Any | None:
-    """The finished build; None if there is none, or one that cannot be loaded and is to be made anew."""
+    """The result of a finished build; None if there is none, or if it cannot be loaded and must be built again."""
     _check(build.folder)
     note = build.folder / "done.json"
     try:
@@ -344,9 +350,12 @@ def _finished(build: Build) -> Any | None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Keep other processes out of this folder. False where the file system has no locks (some NFS): two processes then
-    both compile, each its own attempt, and either result is right."""
-    import fcntl  # here, because Windows has none: fusedloss is imported there, and says that only Linux is supported
+    """Lock other processes out of this folder; yield True if that worked.
+
+    It yields False if the file system has no locks (some NFS). Two processes may then compile at the same time, each in
+    its own attempt, and both results are correct.
+    """
+    import fcntl  # here, because Windows lacks it, and importing fusedloss there must work: it reports an error later
 
     with open(folder / "flock", "w") as file:
         alone = True
@@ -360,15 +369,15 @@ def _locked(folder: Path) -> Iterator[bool]:
         try:
             yield alone
         finally:
-            if alone:  # said outright: a process forked meanwhile shares the lock, and would keep it beyond the close
+            if alone:  # a process that was forked meanwhile shares the lock, and closing the file would not release it
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 
-# ---- folders that can be used, and trusted
+# ---- checks of folders
 
 
 def _make(folder: Path) -> None:
-    """Make this folder and those above it, for the user alone whatever the umask is."""
+    """Make this folder and its missing parents, accessible to the user alone with any umask, and test writing to it."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
         with contextlib.suppress(FileExistsError):
@@ -377,8 +386,11 @@ def _make(folder: Path) -> None:
 
 
 def _check(folder: Path) -> None:
-    """Raise _UnusableFolderError where nothing can be compiled in this folder, which need not exist yet, or nothing in
-    it can be loaded, or other users could put a library of theirs in its place."""
+    """Raise _UnusableFolderError if this folder, which need not exist yet, cannot be used.
+
+    That is the case if nothing can be compiled in it or loaded from it, or if other users could replace a library in it
+    by their own.
+    """
     found = UNPARSABLE.search(str(folder))
     if found:
         raise _UnusableFolderError(f"has {found[0]!r} in its path, which ninja cannot parse")
@@ -394,10 +406,14 @@ def _check(folder: Path) -> None:
 
 
 def _check_writers(path: Path, above: bool = False) -> None:
-    """Raise _UnusableFolderError if others than the user and root can write there. A folder `above` the one in question
-    may be sticky, as /tmp is: nobody can replace there what belongs to the user. It may also be open to the user's own
-    group, as many systems have it; and it may belong to the id that stands for all ids unknown in a container."""
-    status = os.lstat(path)  # of resolved paths; a link that took a folder's place since is open to all, by its mode
+    """Raise _UnusableFolderError if anyone but the user and root can write to this path.
+
+    If it is a folder `above` the one in question, three exceptions apply. It may be sticky, as /tmp is: other users
+    cannot replace the user's files there. It may be writable for the user's own group, as is the default on many
+    systems. It may belong to the id that stands for all unknown ids in a container.
+    """
+    # The path is resolved. If a link has replaced it since, its mode is open to all, and so it is refused.
+    status = os.lstat(path)
     user = os.geteuid()
     if status.st_uid not in (0, user) and not (above and status.st_uid == _unknown_user()):
         raise _UnusableFolderError(f"is not trusted, because {path} belongs to another user (id {status.st_uid})")
@@ -422,8 +438,8 @@ def _unknown_user() -> int | None:
 
 
 def _is_own_group(group: int) -> bool:
-    """Whether this is the group of the user's own name, which has no other members by convention."""
-    import grp  # here, because Windows has neither
+    """True if the group has the user's name. By convention, such a group has no other members."""
+    import grp  # here, because Windows has neither module
     import pwd
 
     try:
@@ -432,13 +448,15 @@ def _is_own_group(group: int) -> bool:
         return False
 
 
-# ---- what can go wrong while it compiles
+# ---- failures while compiling, and messages
 
 
 def _end_compilers(attempt: Path) -> None:
-    """End what still runs in this folder. Where the interrupt of a notebook reaches Python alone, torch ends ninja but
-    not the compilers that ninja has started. They have their working directory there, and the session of this process;
-    nothing else has both."""
+    """Kill the compilers that still run in this folder.
+
+    If an interrupt reaches Python alone, as in a notebook, torch ends ninja but not the compilers that ninja started.
+    Only these have both this working directory and the session id of this process.
+    """
     for _ in range(100):
         running = [int(name) for name in os.listdir("/proc") if name.isdigit() and _works_in(name, attempt)]
         if not running:
@@ -456,7 +474,7 @@ def _works_in(process: str, folder: Path) -> bool:
             and int(process) != os.getpid()
             and os.getsid(int(process)) == os.getsid(0)
         )
-    except OSError:  # it has ended, or is another user's
+    except OSError:  # the process has ended, or belongs to another user
         return False
 
 
@@ -466,7 +484,7 @@ def _failure(error: Exception, folder: Path) -> Exception:
         return _UnusableFolderError(f"cannot be written ({error.strerror})")
     from_loader = isinstance(error, ImportError | OSError) and not isinstance(error, ModuleNotFoundError)
     if from_loader and getattr(error, "errno", None) is None:
-        text = str(error.__cause__ or error)  # torch may put a sentence of its own before the loader's
+        text = str(error.__cause__ or error)  # torch may wrap the loader's error in one of its own
         if _NOT_EXECUTABLE.search(text):
             return _UnusableFolderError(f"holds a library that cannot be loaded ({text})")
         return RuntimeError(f"fusedloss: the library is compiled, but cannot be loaded: {text}")
@@ -491,11 +509,11 @@ def _estimate(plan: Plan) -> int:
 
 
 def _say(text: str, end: str = "\n") -> None:
-    """Print to stderr; that nobody can read it is no reason for a loss to fail."""
-    # A notebook shows what comes from stderr on pink, as if something had failed.
+    """Print to stderr. A loss must not fail because a message cannot be printed, so errors are ignored."""
+    # A notebook shows stderr on a pink background, as if something had failed, so stdout is used there.
     in_notebook = type(sys.stderr).__module__ == "ipykernel.iostream"
     stream = sys.stdout if in_notebook else sys.stderr
-    if stream is not None:  # closed before Python started
+    if stream is not None:  # it is None if it was closed before Python started
         with contextlib.suppress(OSError, ValueError):
             print(text, end=end, file=stream, flush=True)
 
@@ -507,8 +525,10 @@ def _say_once(text: str) -> None:
 
 @contextlib.contextmanager
 def _streams_that_flush() -> Iterator[None]:
-    """torch flushes stdout and stderr before it runs ninja, and fails where one is missing, closed, or a pipe without a
-    reader. Such a stream is put aside meanwhile."""
+    """Replace stdout and stderr by a buffer if they cannot be flushed.
+
+    torch flushes both before it runs ninja, and fails if one is missing, closed, or a pipe without a reader.
+    """
     with contextlib.ExitStack() as stack:
         for stream, redirect in ((sys.stdout, contextlib.redirect_stdout), (sys.stderr, contextlib.redirect_stderr)):
             try:

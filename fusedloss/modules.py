@@ -1,4 +1,8 @@
-"""The losses as modules: torch's own classes, with `forward` computed by the fused kernels."""
+"""The losses as modules. Each is a subclass of torch's class whose `forward` calls the function in
+`fusedloss.functional`.
+
+That function documents the shapes, the errors, the formula and its source.
+"""
 
 from torch import Tensor, nn
 
@@ -6,26 +10,26 @@ from . import functional
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """`torch.nn.CrossEntropyLoss`, fused. The arguments, shapes and results are torch's.
+    """A fused `torch.nn.CrossEntropyLoss`, with the same arguments and results.
 
     Args:
-        weight: one weight for each class, shape (C).
-        size_average, reduce: deprecated, see `reduction`.
-        ignore_index: class index that adds nothing to the loss nor the gradient. Default -100.
+        weight: one weight per class, of shape (C). Default: 1 for every class.
+        size_average, reduce: deprecated; they override reduction.
+        ignore_index: the rows of this class index add nothing to the loss or the gradient. Default -100.
         reduction: 'none', 'mean' or 'sum'. Default 'mean'.
-        label_smoothing: how much of each target is spread evenly over the classes, in [0, 1]. Default 0.
-        inplace_backward: the backward pass writes the gradient over input; see `fusedloss.functional.cross_entropy`.
-            Default False.
+        label_smoothing: the part of each target, in [0, 1], that is spread evenly over the classes. Default 0.
+        inplace_backward: if True, the backward pass overwrites input with the gradient; see
+            `fusedloss.functional.cross_entropy` for the conditions. Default False.
 
     Shape:
         - input: logits, (C), (N, C) or (N, C, d1, …, dK); float32, float64, bfloat16 or float16.
-        - target: class indices, () or (N) or (N, d1, …, dK); or class probabilities, of input's shape and dtype.
-        - output: a scalar, or the shape of class-index targets for reduction 'none'.
+        - target: class indices, (), (N) or (N, d1, …, dK); or class probabilities of input's shape and dtype.
+        - output: a scalar; with reduction 'none', the shape that class-index targets have.
 
-    The formula is in `fusedloss.functional.cross_entropy`.
+    The formula, its source and the errors are in `fusedloss.functional.cross_entropy`.
     """
 
-    inplace_backward: bool = False  # also of modules that were pickled without it
+    inplace_backward: bool = False  # modules that were pickled without it have it too
 
     def __init__(
         self,
@@ -53,7 +57,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
     def __prepare_scriptable__(self) -> nn.CrossEntropyLoss:
-        """TorchScript, which knows torch's function only, gets torch's module."""
+        """TorchScript cannot compile a call into an extension, so it compiles torch's module instead."""
         return nn.CrossEntropyLoss(
             self.weight,
             ignore_index=self.ignore_index,
@@ -63,18 +67,18 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class MSELoss(nn.MSELoss):
-    """`torch.nn.MSELoss`, fused. The arguments, shapes and results are torch's.
+    """A fused `torch.nn.MSELoss`, with the same arguments and results.
 
     Args:
-        size_average, reduce: deprecated, see `reduction`.
+        size_average, reduce: deprecated; they override reduction.
         reduction: 'none', 'mean' or 'sum'. Default 'mean'.
 
     Shape:
         - input: any shape; float32, float64, bfloat16 or float16.
-        - target: the shape of input; another that broadcasts with it works, with torch's warning.
-        - output: a scalar, or the broadcast shape for reduction 'none'.
+        - target: the shape of input. Another shape that broadcasts with it works too, with torch's warning.
+        - output: a scalar; with reduction 'none', the broadcast shape.
 
-    The formula is in `fusedloss.functional.mse_loss`.
+    The formula, its source and the errors are in `fusedloss.functional.mse_loss`.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -82,20 +86,20 @@ class MSELoss(nn.MSELoss):
 
 
 class NLLLoss(nn.NLLLoss):
-    """`torch.nn.NLLLoss`, fused. The arguments, shapes and results are torch's.
+    """A fused `torch.nn.NLLLoss`, with the same arguments and results.
 
     Args:
-        weight: one weight for each class, shape (C).
-        size_average, reduce: deprecated, see `reduction`.
-        ignore_index: class index that adds nothing to the loss nor the gradient. Default -100.
+        weight: one weight per class, of shape (C). Default: 1 for every class.
+        size_average, reduce: deprecated; they override reduction.
+        ignore_index: the rows of this class index add nothing to the loss or the gradient. Default -100.
         reduction: 'none', 'mean' or 'sum'. Default 'mean'.
 
     Shape:
         - input: log-probabilities, (C), (N, C) or (N, C, d1, …, dK); float32, float64, bfloat16 or float16.
-        - target: class indices, () or (N) or (N, d1, …, dK).
-        - output: a scalar, or the shape of target for reduction 'none'.
+        - target: class indices, (), (N) or (N, d1, …, dK).
+        - output: a scalar; with reduction 'none', the shape of target.
 
-    The formula is in `fusedloss.functional.nll_loss`.
+    The formula, its source and the errors are in `fusedloss.functional.nll_loss`.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -105,8 +109,9 @@ class NLLLoss(nn.NLLLoss):
 
 
 class L1Loss(nn.L1Loss):
-    """`torch.nn.L1Loss`, fused. The arguments, shapes and results are torch's; the formula is in
-    `fusedloss.functional.l1_loss`.
+    """A fused `torch.nn.L1Loss`, with the same arguments and results.
+
+    The shapes, the formula, its source and the errors are in `fusedloss.functional.l1_loss`.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -114,8 +119,9 @@ class L1Loss(nn.L1Loss):
 
 
 class SmoothL1Loss(nn.SmoothL1Loss):
-    """`torch.nn.SmoothL1Loss`, fused. The arguments, shapes and results are torch's; the formula is in
-    `fusedloss.functional.smooth_l1_loss`.
+    """A fused `torch.nn.SmoothL1Loss`, with the same arguments and results.
+
+    The shapes, the formula, its source and the errors are in `fusedloss.functional.smooth_l1_loss`.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -123,8 +129,9 @@ class SmoothL1Loss(nn.SmoothL1Loss):
 
 
 class HuberLoss(nn.HuberLoss):
-    """`torch.nn.HuberLoss`, fused. The arguments, shapes and results are torch's; the formula is in
-    `fusedloss.functional.huber_loss`.
+    """A fused `torch.nn.HuberLoss`, with the same arguments and results.
+
+    The shapes, the formula, its source and the errors are in `fusedloss.functional.huber_loss`.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -132,8 +139,9 @@ class HuberLoss(nn.HuberLoss):
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
-    """`torch.nn.BCEWithLogitsLoss`, fused. The arguments, shapes and results are torch's; the formula is in
-    `fusedloss.functional.binary_cross_entropy_with_logits`.
+    """A fused `torch.nn.BCEWithLogitsLoss`, with the same arguments and results.
+
+    The shapes, the formula, its source and the errors are in `fusedloss.functional.binary_cross_entropy_with_logits`.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -143,8 +151,9 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
 
 class KLDivLoss(nn.KLDivLoss):
-    """`torch.nn.KLDivLoss`, fused. The arguments, shapes and results are torch's; the formula is in
-    `fusedloss.functional.kl_div`.
+    """A fused `torch.nn.KLDivLoss`, with the same arguments and results.
+
+    The shapes, the formula, its source and the errors are in `fusedloss.functional.kl_div`.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -152,8 +161,9 @@ class KLDivLoss(nn.KLDivLoss):
 
 
 class PoissonNLLLoss(nn.PoissonNLLLoss):
-    """`torch.nn.PoissonNLLLoss`, fused. The arguments, shapes and results are torch's; the formula is in
-    `fusedloss.functional.poisson_nll_loss`.
+    """A fused `torch.nn.PoissonNLLLoss`, with the same arguments and results.
+
+    The shapes, the formula, its source and the errors are in `fusedloss.functional.poisson_nll_loss`.
     """
 
     def forward(self, log_input: Tensor, target: Tensor) -> Tensor:
@@ -163,8 +173,9 @@ class PoissonNLLLoss(nn.PoissonNLLLoss):
 
 
 class GaussianNLLLoss(nn.GaussianNLLLoss):
-    """`torch.nn.GaussianNLLLoss`, fused. The arguments, shapes and results are torch's; the formula is in
-    `fusedloss.functional.gaussian_nll_loss`.
+    """A fused `torch.nn.GaussianNLLLoss`, with the same arguments and results.
+
+    The shapes, the formula, its source and the errors are in `fusedloss.functional.gaussian_nll_loss`.
     """
 
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
@@ -172,8 +183,9 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
 
 
 class SoftMarginLoss(nn.SoftMarginLoss):
-    """`torch.nn.SoftMarginLoss`, fused. The arguments, shapes and results are torch's; the formula is in
-    `fusedloss.functional.soft_margin_loss`.
+    """A fused `torch.nn.SoftMarginLoss`, with the same arguments and results.
+
+    The shapes, the formula, its source and the errors are in `fusedloss.functional.soft_margin_loss`.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""The pointwise losses of torch as functions: mean squared error and its family."""
+"""torch's pointwise losses as functions: mean squared error and its family."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch.nn import _reduction
 from ._dispatch import NUMBER, call_torch, fused, is_eager, may_be_fused, named_reduction, warn
 from .pointwise_registry import GAUSSIAN_CONSTANT
 
-# torch's own functions, taken where `patch` has not replaced them.
+# torch's own functions, read here before `patch` can replace them.
 torch_mse_loss = F.mse_loss
 torch_l1_loss = F.l1_loss
 torch_smooth_l1_loss = F.smooth_l1_loss
@@ -30,26 +31,29 @@ def mse_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Mean squared error, `torch.nn.functional.mse_loss`, fused.
+    r"""Mean squared error: a fused `torch.nn.functional.mse_loss`.
 
-    Each element's loss is :math:`(x - t)^2`, its gradient :math:`2 (x - t)` for input and the negative for target;
-    'mean' divides the sum by the number of elements.
+    With input :math:`x` and target :math:`t`, the loss of an element is :math:`(x - t)^2`, in the unit of input
+    squared. Its gradient is :math:`2 (x - t)` for input and the negative of that for target. 'mean' divides the sum by
+    the number of elements.
+
+    Source: the definition of `torch.nn.MSELoss`.
 
     Args:
         input: any shape; float32, float64, bfloat16 or float16.
-        target: the shape of input; another that broadcasts with it works, with torch's warning.
+        target: the shape of input. Another shape that broadcasts with it works too, with torch's warning.
         size_average, reduce: deprecated; they override reduction.
         reduction: 'none', 'mean' or 'sum'. Default 'mean'.
-        weight: the shape of input; computed by torch's own function.
+        weight: the shape of input. With a weight, torch's own function computes the loss.
 
     Returns:
-        A scalar of input's dtype, or with 'none' one loss an element, in the broadcast shape. Under autocast float32
-        (float64 stays), as torch's.
+        A scalar of input's dtype. With 'none', one loss per element, in the broadcast shape. Under autocast the result
+        is float32, as in torch; a float64 input still gives float64.
 
     Raises:
         ValueError: reduction is unknown.
         RuntimeError: the shapes do not broadcast, or the devices differ.
-        NotImplementedError: the dtype is none that squared errors are computed in.
+        NotImplementedError: torch does not compute squared errors in this dtype.
     """
     reduction = named_reduction(reduction, size_average, reduce)
     if weight is None:
@@ -67,12 +71,15 @@ def l1_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Mean absolute error, `torch.nn.functional.l1_loss`, fused.
+    r"""Mean absolute error: a fused `torch.nn.functional.l1_loss`.
 
-    Each element's loss is :math:`|x - t|`, its gradient :math:`\operatorname{sign}(x - t)` for input, 0 where both are
-    equal or one is NaN, and the negative for target.
+    With input :math:`x` and target :math:`t`, the loss of an element is :math:`|x - t|`, in the unit of input. Its
+    gradient for input is :math:`\operatorname{sign}(x - t)`, which is 0 if both are equal or one is NaN. The gradient
+    for target is the negative of that.
 
-    Arguments, result and errors are those of `mse_loss`.
+    Source: the definition of `torch.nn.L1Loss`.
+
+    The arguments, the result and the errors are those of `mse_loss`.
     """
     reduction = named_reduction(reduction, size_average, reduce)
     if weight is None:
@@ -90,18 +97,18 @@ def smooth_l1_loss(
     reduction: str = "mean",
     beta: float = 1.0,
 ) -> Tensor:
-    r"""Smooth L1 loss, `torch.nn.functional.smooth_l1_loss`, fused.
+    r"""Smooth L1 loss: a fused `torch.nn.functional.smooth_l1_loss`.
 
-    With :math:`d = x - t`, each element's loss is :math:`d^2 / 2\beta` where :math:`|d| < \beta`, else
-    :math:`|d| - \beta / 2`; its gradient for input is :math:`d / \beta` limited to [-1, 1], and the negative for
-    target.
+    With :math:`d = x - t`, the loss of an element is :math:`d^2 / 2\beta` where :math:`|d| < \beta`, else
+    :math:`|d| - \beta / 2`, in the unit of input. Its gradient for input is :math:`d / \beta` clamped to [-1, 1]. The
+    gradient for target is the negative of that.
 
     Source: Girshick, "Fast R-CNN", 2015.
 
     Args:
-        beta: where the parabola ends, in the unit of input; not negative, and 0 for `l1_loss`. Default 1.
+        beta: the distance at which the parabola ends, in the unit of input; not negative. 0 gives `l1_loss`. Default 1.
 
-    Other arguments, result and errors are those of `mse_loss`; a negative beta is a RuntimeError.
+    The other arguments, the result and the errors are those of `mse_loss`. A negative beta is a RuntimeError.
     """
     reduction = named_reduction(reduction, size_average, reduce)
     if isinstance(beta, NUMBER) and 0 <= beta < math.inf:
@@ -119,19 +126,20 @@ def huber_loss(
     delta: float = 1.0,
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Huber loss, `torch.nn.functional.huber_loss`, fused.
+    r"""Huber loss: a fused `torch.nn.functional.huber_loss`.
 
-    With :math:`d = x - t`, each element's loss is :math:`d^2 / 2` where :math:`|d| < \delta`, else
-    :math:`\delta \, (|d| - \delta / 2)`; its gradient for input is :math:`d` limited to
-    :math:`[-\delta, \delta]`, and the negative for target.
+    With :math:`d = x - t`, the loss of an element is :math:`d^2 / 2` where :math:`|d| < \delta`, else
+    :math:`\delta \, (|d| - \delta / 2)`, in the unit of input squared. Its gradient for input is :math:`d` clamped to
+    :math:`[-\delta, \delta]`. The gradient for target is the negative of that.
 
     Source: Huber, "Robust Estimation of a Location Parameter", 1964.
 
     Args:
-        delta: where the parabola ends, in the unit of input; positive. Default 1.
-        weight: the shape of input; computed by torch's own function.
+        delta: the distance at which the parabola ends, in the unit of input; positive. Default 1.
+        weight: the shape of input. With a weight, torch's own function computes the loss.
 
-    Other arguments, result and errors are those of `mse_loss`; a delta that is not positive is a RuntimeError.
+    The other arguments, the result and the errors are those of `mse_loss`. A delta that is not positive is a
+    RuntimeError.
     """
     if weight is None and isinstance(delta, NUMBER) and 0 < delta < math.inf:
         loss = fused("huber_loss", (input, target), reduction, (delta,), warns=True)
@@ -149,27 +157,29 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Binary cross entropy of logits, `torch.nn.functional.binary_cross_entropy_with_logits`, fused.
+    r"""Binary cross entropy of logits: a fused `torch.nn.functional.binary_cross_entropy_with_logits`.
 
-    With the softplus :math:`s(x) = \log(1 + e^x)`, each element's loss is
-    :math:`w \, ((1 - t) \, s(x) + p \, t \, s(-x))`; its gradient for input is
-    :math:`w \, ((1 - t) \, \sigma(x) - p \, t \, \sigma(-x))`.
+    With the softplus :math:`s(x) = \log(1 + e^x)`, the loss of an element, in nats, is
+    :math:`w \, ((1 - t) \, s(x) + p \, t \, s(-x))`. Its gradient for input is
+    :math:`w \, ((1 - t) \, \sigma(x) - p \, t \, \sigma(-x))`. target, weight and pos_weight receive gradients too, if
+    they require them.
+
+    Source: the definition of `torch.nn.BCEWithLogitsLoss`.
 
     Args:
         input: logits of any shape; float32, float64, bfloat16 or float16.
         target: probabilities, of the shape of input.
         weight: :math:`w`, of a shape that can be expanded to that of input. Default 1.
         size_average, reduce: deprecated; they override reduction.
-        reduction: 'none', 'mean' or 'sum'. Default 'mean', which divides by the number of elements.
+        reduction: 'none', 'mean' or 'sum'. The default, 'mean', divides by the number of elements.
         pos_weight: :math:`p`, of a shape that can be expanded to that of input. Default 1.
 
     Returns:
-        A scalar of input's dtype, or with 'none' one loss an element. Under autocast float32 (float64 stays), as
-        torch's.
-        All of input, target, weight and pos_weight receive gradients where they require them.
+        A scalar of input's dtype. With 'none', one loss per element. Under autocast the result is float32, as in torch;
+        a float64 input still gives float64.
 
     Raises:
-        ValueError: target has not the shape of input, or reduction is unknown.
+        ValueError: target does not have the shape of input, or reduction is unknown.
         RuntimeError: weight or pos_weight cannot be expanded, or the devices differ.
     """
     reduction = named_reduction(reduction, size_average, reduce)
@@ -200,30 +210,32 @@ def kl_div(
     reduction: str = "mean",
     log_target: bool = False,
 ) -> Tensor:
-    r"""Kullback-Leibler divergence, `torch.nn.functional.kl_div`, fused.
+    r"""Kullback-Leibler divergence: a fused `torch.nn.functional.kl_div`.
 
-    Each element's loss is :math:`t \, (\log t - x)`, 0 where :math:`t` is and :math:`x` is finite, or with log_target
-    :math:`e^t \, (t - x)`; its gradient for input is :math:`-t` or :math:`-e^t`. As with torch's function, a target of
-    probability 0 whose input is infinite gives NaN, and with log_target one of :math:`-\infty` does with any input.
+    The loss of an element, in nats, is :math:`t \, (\log t - x)`, or with log_target :math:`e^t \, (t - x)`. Its
+    gradient for input is :math:`-t` or :math:`-e^t`. A probability :math:`t = 0` gives the loss 0 if :math:`x` is
+    finite and, as in torch, NaN if it is infinite. With log_target, :math:`t = -\infty` gives NaN for any :math:`x`, as
+    in torch.
 
     Source: Kullback and Leibler, "On Information and Sufficiency", 1951.
 
     Args:
         input: log-probabilities of any shape; float32, float64, bfloat16 or float16.
-        target: probabilities, or log-probabilities; of a shape that broadcasts with that of input.
+        target: probabilities, or with log_target their logarithms, of a shape that broadcasts with that of input.
         size_average, reduce: deprecated; they override reduction.
-        reduction: 'none', 'batchmean', 'mean' or 'sum'. 'batchmean' divides by the first size of input; 'mean', the
-            default, by the number of elements, and torch's warning says that the former is meant.
-        log_target: target holds log-probabilities. Default False.
+        reduction: 'none', 'batchmean', 'mean' or 'sum'. 'batchmean' divides by the first size of input. The default,
+            'mean', divides by the number of elements and warns, as torch does, that 'batchmean' is the divergence.
+        log_target: if True, target holds log-probabilities. Default False.
 
-    Returns and raises what `mse_loss` does.
+    The result and the errors are those of `mse_loss`.
     """
     by_name = size_average is None and reduce is None
-    kind, divisor = reduction, None
+    kind: str | None = reduction
+    divisor: int | None = None
     if log_target is not False and log_target is not True:
         kind = None  # torch refuses it
     elif not by_name:
-        # torch divides by the batch even where those override 'batchmean': a call for torch.
+        # torch divides by the batch even where size_average and reduce override 'batchmean': leave that call to torch.
         batch = reduction == "batchmean"
         kind = None if batch else _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
     elif reduction == "batchmean" and may_be_fused(input, target):
@@ -235,7 +247,7 @@ def kl_div(
         options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
         return call_torch(torch_kl_div, input, target, **options, log_target=log_target)
     if not by_name:
-        named_reduction(reduction, size_average, reduce)  # for its warning
+        named_reduction(reduction, size_average, reduce)  # only to give torch's warning
     elif reduction == "mean":
         warn(
             "reduction: 'mean' divides the total loss by both the batch size and the support size."
@@ -256,22 +268,26 @@ def poisson_nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Negative log-likelihood of Poisson counts, `torch.nn.functional.poisson_nll_loss`, fused.
+    r"""Negative log likelihood of Poisson counts: a fused `torch.nn.functional.poisson_nll_loss`.
 
-    Each element's loss is :math:`e^x - t x`, or :math:`x - t \log(x + \epsilon)` where input is the rate itself; full
-    adds Stirling's approximation of :math:`\log t!`, :math:`t \log t - t + \tfrac12 \log 2 \pi t` where
-    :math:`t > 1`.
+    The loss of an element, in nats, is :math:`e^x - t x`, or :math:`x - t \log(x + \epsilon)` with log_input=False.
+    Where :math:`t > 1`, full adds Stirling's approximation of :math:`\log t!`, which is
+    :math:`t \log t - t + \tfrac12 \log 2 \pi t`. The gradient for input is :math:`e^x - t`, or
+    :math:`1 - t / (x + \epsilon)`.
+
+    Source: the definition of `torch.nn.PoissonNLLLoss`.
 
     Args:
-        input: logarithm of the rate, or with log_input=False the rate; any shape; float32, float64, bfloat16, float16.
+        input: the logarithm of the rate, or with log_input=False the rate; any shape; float32, float64, bfloat16 or
+            float16.
         target: counts, of a shape that broadcasts with that of input.
-        log_input: input is the logarithm of the rate. Default True.
-        full: add the approximation. Default False.
+        log_input: if True, input is the logarithm of the rate. Default True.
+        full: if True, add the approximation. Default False.
         size_average, reduce: deprecated; they override reduction.
-        eps: :math:`\epsilon`, added to the rate. Default 1e-8.
+        eps: :math:`\epsilon`, which is added to the rate inside the logarithm. Default 1e-8.
         reduction: 'none', 'mean' or 'sum'. Default 'mean'.
 
-    Returns and raises what `mse_loss` does.
+    The result and the errors are those of `mse_loss`.
     """
     reduction = named_reduction(reduction, size_average, reduce)
     are_bool = type(log_input) is bool and type(full) is bool  # torch refuses another type
@@ -292,33 +308,41 @@ def gaussian_nll_loss(
     eps: float = 1e-6,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Negative log-likelihood of a normal distribution, `torch.nn.functional.gaussian_nll_loss`, fused.
+    r"""Negative log likelihood of a normal distribution: a fused `torch.nn.functional.gaussian_nll_loss`.
 
-    With :math:`v = \max(\mathrm{var}, \epsilon)`, each element's loss is
-    :math:`\tfrac12 \, (\log v + (x - t)^2 / v)`, and with full :math:`\tfrac12 \log 2 \pi` more. The gradients are
-    :math:`(x - t) / v` for input, the negative for target, and :math:`\tfrac12 \, (1 - (x - t)^2 / v) / v` for var,
-    also where it is below :math:`\epsilon`.
+    With :math:`v = \max(\mathrm{var}, \epsilon)`, the loss of an element, in nats, is
+    :math:`\tfrac12 \, (\log v + (x - t)^2 / v)`; full adds :math:`\tfrac12 \log 2 \pi`. The gradients are
+    :math:`(x - t) / v` for input, the negative of that for target, and :math:`\tfrac12 \, (1 - (x - t)^2 / v) / v` for
+    var, even where var is below :math:`\epsilon`.
 
     Source: Nix and Weigend, "Estimating the mean and variance of the target probability distribution", 1994.
 
     Args:
-        input: means, any shape; float32, float64, bfloat16 or float16.
-        target: of the shape of input, or one that broadcasts with it.
-        var: variances, not negative: a number, or of input's shape, that without its last dimension, or that with one
-            dimension of size 1.
-        full: add the constant. Default False.
-        eps: :math:`\epsilon`. Default 1e-6.
+        input: means, of any shape; float32, float64, bfloat16 or float16.
+        target: observed values, of the shape of input or one that broadcasts with it.
+        var: variances in the unit of input squared, not negative. Either a number or a tensor, whose shape is that of
+            input, that of input without its last dimension, or that of input with one dimension of size 1.
+        full: if True, add the constant. Default False.
+        eps: :math:`\epsilon`, the least variance. Default 1e-6.
         reduction: 'none', 'mean' or 'sum'. Default 'mean'.
 
     Returns:
-        As `mse_loss`; but of 16-bit tensors on the CPU, whose autocast does not know this loss, it stays one.
+        What `mse_loss` returns, with one exception: for 16-bit tensors on the CPU the result keeps their dtype under
+        autocast, because torch's CPU autocast does not cover this loss.
 
     Raises:
-        ValueError: var is negative (a RuntimeError where the compiler has made a graph of it) or of another size, or
-            reduction is unknown. To look for a negative var the host waits for the GPU, as with torch's function.
+        ValueError: var has a negative element or a shape other than these, or reduction is unknown. In a compiled graph
+            a negative var is a RuntimeError. To look for one, the host waits for the GPU, as in torch's function.
+        RuntimeError: the shapes of input and target do not broadcast, or the devices differ.
     """
-    plain = isinstance(var, Tensor) and isinstance(eps, NUMBER) and reduction in ("none", "mean", "sum")
-    if plain and may_be_fused(input, target, var) and not math.isnan(eps) and not _stays_16_bit(input):
+    if (
+        isinstance(var, Tensor)
+        and isinstance(eps, NUMBER)
+        and reduction in ("none", "mean", "sum")
+        and may_be_fused(input, target, var)
+        and not math.isnan(eps)
+        and not _stays_16_bit(input)
+    ):
         fits = var.shape == input.shape
         if not fits and var.shape == input.shape[:-1]:
             var, fits = var.unsqueeze(-1), True
@@ -328,7 +352,7 @@ def gaussian_nll_loss(
             parameters = (eps, GAUSSIAN_CONSTANT if full else 0.0)
             loss = fused("gaussian_nll_loss", (input, target, var), reduction, parameters)
             if loss is not None:
-                _refuse_negative(var, loss)  # after the kernels, which refuse one whose memory was freed
+                _refuse_negative(var, loss)  # after the kernels, which refuse a var whose memory was freed
                 return loss
     return call_torch(torch_gaussian_nll_loss, input, target, var, full=full, eps=eps, reduction=reduction)
 
@@ -340,13 +364,15 @@ def soft_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Logistic loss of two classes, `torch.nn.functional.soft_margin_loss`, fused.
+    r"""Logistic loss of two classes: a fused `torch.nn.functional.soft_margin_loss`.
 
-    Each element's loss is :math:`\log(1 + e^{-t x})` for targets 1 and -1, its gradient for input
-    :math:`-t \, \sigma(-t x)`. Computed so that it is finite where torch's overflows.
+    With targets :math:`t` of 1 and -1, the loss of an element, in nats, is :math:`\log(1 + e^{-t x})`. Its gradient for
+    input is :math:`-t \, \sigma(-t x)`. The computation stays finite where torch's overflows.
 
-    Arguments, result and errors are those of `mse_loss`, but that the shape of target must be one that can be expanded
-    to that of input, and that no warning is given where the shapes differ.
+    Source: the definition of `torch.nn.SoftMarginLoss`.
+
+    The arguments, the result and the errors are those of `mse_loss`, with two exceptions: the shape of target must be
+    one that can be expanded to that of input, and different shapes give no warning.
     """
     reduction = named_reduction(reduction, size_average, reduce)
     loss = fused("soft_margin_loss", (input, target), reduction, fits=lambda input, target: _can_expand(target, input))
@@ -356,18 +382,18 @@ def soft_margin_loss(
 
 
 def _stays_16_bit(input: Tensor) -> bool:
-    """Where the other losses become float32."""
+    """True if torch keeps the dtype of this input under autocast; the other losses become float32."""
     return input.dtype.itemsize == 2 and input.is_cpu and torch.is_autocast_enabled("cpu")
 
 
 def _refuse_negative(var: Tensor, loss: Tensor) -> None:
     """Raise ValueError if var has a negative element.
 
-    A check of all of var would take as long as the loss. But the loss of a negative variance is -inf, so var is checked
-    only if the loss, or its least element, is -inf or NaN.
+    Checking all of var would take as long as the loss itself. But a negative variance makes the loss -inf, so var is
+    checked only if the loss, or its least element, is -inf or NaN.
     """
     message = "gaussian_nll_loss: var has negative entry/entries, expected none"
-    if not is_eager((var,)):  # a graph looks when it runs
+    if not is_eager((var,)):  # a graph checks when it runs
         torch._assert_async(~torch.any(var < 0), message)
     elif loss.numel() > 0:
         least = loss if loss.dim() == 0 else loss.detach().amin()
@@ -376,7 +402,7 @@ def _refuse_negative(var: Tensor, loss: Tensor) -> None:
 
 
 def _if_given(**options: Tensor | None) -> dict[str, Tensor]:
-    """For arguments that an older torch does not have."""
+    """The options that are not None: an older torch does not have these arguments."""
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -389,7 +415,7 @@ def _can_expand(tensor: Tensor, to: Tensor) -> bool:
     return more >= 0 and all(size in (1, other) for size, other in zip(tensor.shape, to.shape[more:], strict=True))
 
 
-TORCHS = {
+TORCHS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
     mse_loss: torch_mse_loss,
     l1_loss: torch_l1_loss,
     smooth_l1_loss: torch_smooth_l1_loss,

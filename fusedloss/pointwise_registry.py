@@ -1,6 +1,6 @@
 """The pointwise losses by name: those of csrc/kernels/formulas/pointwise-inl.h, and those of a user's expression.
 
-A name is what graphs hold. The extension knows a loss by a number, which it is given at its first use.
+Graphs refer to a loss by its name. The extension refers to it by a number, which it assigns at the first use.
 """
 
 import functools
@@ -19,16 +19,16 @@ from . import _backend
 @dataclass(frozen=True)
 class PointwiseLoss:
     name: str
-    # (*operands, *parameters) -> the loss of each element, composed of torch's operations
+    # Called with the operands and the parameters; returns each element's loss, composed of torch's operations.
     elementwise: Callable[..., Tensor]
-    # -> the addresses of its formulas for the CPU and for CUDA; 0 and 0 for those of the extension itself
+    # Returns the addresses of the formulas for the CPU and for CUDA. Both are 0 if the loss is the extension's own.
     formulas: Callable[[], tuple[int, int]] = lambda: (0, 0)
     operands: tuple[str, ...] = ("input", "target")  # their names, for messages
 
 
 _losses: dict[str, PointwiseLoss] = {}
 _numbers: dict[ModuleType, dict[str, int]] = {}
-_without_cuda: set[tuple[ModuleType, str]] = set()  # those that an extension was given without a formula for CUDA
+_without_cuda: set[tuple[ModuleType, str]] = set()  # losses registered without a CUDA formula
 
 
 def add(loss: PointwiseLoss) -> None:
@@ -36,7 +36,7 @@ def add(loss: PointwiseLoss) -> None:
 
 
 def number_of(name: str) -> int:
-    """Its number in the extension that is used now."""
+    """The number of this loss in the extension in use."""
     extension = _backend.extension()
     numbers = _numbers.get(extension)
     if numbers is None:
@@ -54,21 +54,19 @@ def number_of(name: str) -> int:
     return number
 
 
+@_backend.called_by_compiler
 def is_compiled_for(name: str, device_type: str) -> bool:
-    """Is the loss compiled for this type of device? A user's own is not compiled for CUDA without nvcc or a GPU."""
+    """True if the loss is compiled for this type of device. Without nvcc or a GPU a custom loss is not, for CUDA."""
     number_of(name)
     return device_type != "cuda" or (_backend.extension(), name) not in _without_cuda
-
-
-is_compiled_for._dynamo_marked_constant = True  # the compiler calls it, instead of tracing it
 
 
 def composed(
     name: str, operands: Sequence[Tensor], parameters: Sequence[float], reduction: int, divisor: int | None
 ) -> Tensor:
-    """The loss, composed of torch's operations; `reduction` is torch's number for it.
+    """The loss, composed of torch's operations. `reduction` is torch's number for it.
 
-    16-bit operands are widened, so that what comes of it, gradients too, is rounded once.
+    16-bit operands are widened, so that the loss and the gradients are rounded only once.
     """
     dtype = operands[0].dtype
     wide = [operand.float() if operand.dtype in (torch.bfloat16, torch.float16) else operand for operand in operands]
@@ -80,13 +78,13 @@ def composed(
     return loss.to(dtype)
 
 
-# ---- those of this library
+# ---- the losses of this library
 #
-# Composed of torch's own functions, taken here, where `patch` has not replaced them.
+# They are composed of torch's own functions, which are read here before `patch` can replace them.
 
 
 def _torch_elementwise(function: Callable[..., Tensor], *names: str, **options: object) -> Callable[..., Tensor]:
-    """The function, with parameters of these names after the operands."""
+    """The function as one of positional arguments: the operands, then parameters with these names."""
 
     def elementwise(*arguments: object) -> Tensor:
         operands, parameters = arguments[: len(arguments) - len(names)], arguments[len(arguments) - len(names) :]
@@ -95,7 +93,7 @@ def _torch_elementwise(function: Callable[..., Tensor], *names: str, **options: 
     return elementwise
 
 
-# torch's own functions of these losses have no derivatives by every operand, or NaN where the kernels have none.
+# torch's own functions for the next losses lack the derivative by some operand, or give NaN where the kernels do not.
 
 
 def _weighted_bce(input: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor) -> Tensor:
@@ -118,7 +116,7 @@ def _full_poisson(input: Tensor, target: Tensor, eps: float, log_input: bool) ->
 
 
 def _gaussian(input: Tensor, target: Tensor, var: Tensor, eps: float, constant_part: float) -> Tensor:
-    raised = torch.where(var < eps, eps + (var - var.detach()), var)  # with the derivative of var, as torch has it
+    raised = torch.where(var < eps, eps + (var - var.detach()), var)  # keeps the derivative of var, as torch does
     return 0.5 * (torch.log(raised) + (input - target) ** 2 / raised) + constant_part
 
 
@@ -129,7 +127,7 @@ _OTHER_OPERANDS = {
 
 GAUSSIAN_CONSTANT = 0.5 * math.log(2 * math.pi)
 
-for _name, _elementwise in {
+_ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
     "mse_loss": _torch_elementwise(F.mse_loss),
     "l1_loss": _torch_elementwise(F.l1_loss),
     "smooth_l1_loss": _torch_elementwise(F.smooth_l1_loss, "beta"),
@@ -144,5 +142,6 @@ for _name, _elementwise in {
     "poisson_nll_loss_of_rate_full": functools.partial(_full_poisson, log_input=False),
     "gaussian_nll_loss": _gaussian,
     "soft_margin_loss": _soft_margin,
-}.items():
+}
+for _name, _elementwise in _ELEMENTWISE.items():
     add(PointwiseLoss(_name, _elementwise, operands=_OTHER_OPERANDS.get(_name, ("input", "target"))))

@@ -1,6 +1,6 @@
-"""The oracle of tests and benchmarks: each loss once more, slow, obvious, in float64, without torch's loss functions.
+"""Reference implementations for tests and benchmarks: slow and simple, in float64, without torch's loss functions.
 
-Differentiable by autograd, so that gradients have a reference too.
+Autograd can differentiate them, so they are the reference for gradients too. They expect valid arguments.
 """
 
 import math
@@ -17,13 +17,13 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross entropy of valid arguments, as `fusedloss.functional.cross_entropy` defines it; float64."""
+    """Cross entropy as `fusedloss.functional.cross_entropy` defines it, in float64."""
     logits = input.double()
     classes_last = logits if logits.dim() == 1 else logits.movedim(1, -1)
     classes = classes_last.shape[-1]
     rows = classes_last.reshape(-1, classes)
     weights = torch.ones(classes, dtype=torch.float64, device=input.device) if weight is None else weight.double()
-    relative = rows - rows.detach().amax(dim=1, keepdim=True)  # exact near the maximum, however large that is
+    relative = rows - rows.detach().amax(dim=1, keepdim=True)  # exact near the maximum, even if that is large
     log_p = relative - relative.exp().sum(dim=1, keepdim=True).log()
     if target.is_floating_point() and target.shape == input.shape:
         probabilities = target.double() if target.dim() == 1 else target.double().movedim(1, -1)
@@ -54,7 +54,7 @@ def nll_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """Negative log likelihood of valid arguments, as `fusedloss.functional.nll_loss` defines it; float64."""
+    """Negative log likelihood as `fusedloss.functional.nll_loss` defines it, in float64."""
     class_dim = min(1, input.dim() - 1)
     weights = torch.ones(input.shape[class_dim], dtype=torch.float64, device=input.device)
     weights = weights if weight is None else weight.double()
@@ -68,7 +68,7 @@ def nll_loss(
 
 
 def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """Squared error of valid arguments, as `fusedloss.functional.mse_loss` defines it; float64. So are the others."""
+    """Squared error as `fusedloss.functional.mse_loss` defines it, in float64. The same holds for the losses below."""
     return _reduced((input.double() - target.double()) ** 2, reduction)
 
 
@@ -136,7 +136,7 @@ def gaussian_nll_loss(
     eps: float = 1e-6,
     reduction: str = "mean",
 ) -> Tensor:
-    """With var of a shape that broadcasts."""
+    """Gaussian negative log likelihood. The shape of var must broadcast with that of input."""
     given = var.double()
     raised = torch.where(given < eps, eps + given - given.detach(), given)
     losses = 0.5 * (raised.log() + (input.double() - target.double()) ** 2 / raised)

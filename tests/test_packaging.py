@@ -101,7 +101,7 @@ def test_wheel_without_a_compiled_part(unpacked, tmp_path):
     csrc = _build.csrc_directory()
     sources = [*_build.source_files(csrc, cuda=True), *_build.header_files(csrc)]
     assert {f"fusedloss/csrc/{path.relative_to(csrc).as_posix()}" for path in sources} <= carried
-    assert "fusedloss/_C.pyi" in carried
+    assert {"fusedloss/_C.pyi", "fusedloss/py.typed"} <= carried
     assert not [name for name in carried if name.endswith(".so")]
     assert not [name for name in carried if not name.startswith(("fusedloss/", "fusedloss-"))]
     assert metadata["License-Expression"] == "BSD-3-Clause" and metadata["Requires-Python"] == ">=3.10"
