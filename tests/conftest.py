@@ -12,6 +12,9 @@ import torch
 
 from fusedloss import _backend
 
+pytest.register_assert_rewrite("helpers")
+pytest_plugins = ["helpers.custom"]  # the fixture custom_loss_folder
+
 # Another build of the extension, to run tests with: tests/test_cuda_op_layer.py makes one.
 if path := os.environ.get("FUSEDLOSS_TEST_EXTENSION"):
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)

@@ -15,8 +15,8 @@ import torch
 from cuda_emulator import build
 from cuda_emulator.emulator import DTYPES, REDUCTIONS, Emulator
 from cuda_emulator.pointwise_problems import Formula, Pointwise
-from test_custom_loss import CASES as OF_CUSTOM_LOSS
-from test_custom_loss import Case
+from helpers.custom import CASES as OF_CUSTOM_LOSS
+from helpers.custom import Case
 
 from fusedloss import _build, custom
 
