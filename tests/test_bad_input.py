@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.bad_input import TYPES_ARE_OURS, i, x
 from helpers.pointwise import CASES, Case
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,16 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fusedloss
 import fusedloss.functional as fused
 from fusedloss import custom_loss
-from fusedloss._build import release
-
-
-def x(*shape, **options):
-    return torch.randn(shape, **options)
-
-
-def i(*shape, **options):
-    return torch.zeros(shape, dtype=torch.int64, **options)
-
 
 # arguments, options, what the message must say
 CROSS_ENTROPY = {
@@ -75,10 +66,6 @@ MSE = {
     "target device": ((x(3), x(3, device="meta")), {}, []),
     "input type": (([1.0], x(1)), {}, []),
 }
-
-
-# Older ones raised RuntimeError for some of these.
-TYPES_ARE_OURS = release(torch.__version__) >= (2, 13)
 
 
 def check(ours, torchs, arguments, options, says):
@@ -294,12 +281,12 @@ def test_memory_that_was_freed_of_the_registered_ops(device):
     for name, arguments in calls:
         op = getattr(ops, name)
         op(*arguments)
-        for i, argument in enumerate(arguments):
+        for place, argument in enumerate(arguments):
             if isinstance(argument, torch.Tensor):
                 freed = argument.clone()
                 free(freed)
                 with pytest.raises(RuntimeError, match="must have memory for its elements"):
-                    op(*arguments[:i], freed, *arguments[i + 1 :])
+                    op(*arguments[:place], freed, *arguments[place + 1 :])
 
 
 # Users may call the registered ops themselves: nothing has then judged whether the kernels cover the call.

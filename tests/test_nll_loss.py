@@ -7,12 +7,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.bad_input import TYPES_ARE_OURS, i, x
 from helpers.draws import DTYPES, LAYOUTS, REDUCTIONS, class_dim, random_indices, random_logits
 from helpers.graphs import losses_in
 from helpers.oracle import assert_exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_bad_input import TYPES_ARE_OURS, i, x
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import grad as func_grad
