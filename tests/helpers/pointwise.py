@@ -98,3 +98,15 @@ def leaves(operands: dict[str, Tensor], dtype: torch.dtype | None = None, but: S
 
 
 every_case = pytest.mark.parametrize("name", CASES)
+
+
+MODULES = {
+    "l1_loss": "L1Loss",
+    "smooth_l1_loss": "SmoothL1Loss",
+    "huber_loss": "HuberLoss",
+    "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
+    "kl_div": "KLDivLoss",
+    "poisson_nll_loss": "PoissonNLLLoss",
+    "gaussian_nll_loss": "GaussianNLLLoss",
+    "soft_margin_loss": "SoftMarginLoss",
+}
