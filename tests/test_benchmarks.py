@@ -95,11 +95,11 @@ def test_weights_are_one_a_class_for_each_option_that_takes_them() -> None:
 def test_peak_memory_is_exact() -> None:
     def two_at_a_time() -> None:
         first = torch.empty(1000)  # 4,000 bytes
-        second = torch.empty(500)  # 2,000 beside them: the peak
+        second = torch.empty(500)  # 2,000 bytes more: the peak
         del first, second
         torch.empty(250)
 
-    before = torch.empty(10_000)  # not the step's, and freed in none of its calls
+    before = torch.empty(10_000)  # does not belong to the step, and is not freed in it
     assert peak_extra_bytes(two_at_a_time, "cpu") == 6000
     del before
 
@@ -311,7 +311,7 @@ def test_other_programs_are_told_from_our_own_work(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(contention.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(contention, "core_seconds_of_others", lambda: next(others))
     monkeypatch.setattr(contention, "usable_cores", lambda: {0, 1})
-    assert contention.start_watch()() == pytest.approx(0.2)  # 4 of the 2 x 10 seconds
+    assert contention.start_watch()() == pytest.approx(0.2)  # 4 of 2 cores x 10 seconds
 
 
 def test_own_work_is_not_counted_as_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +320,7 @@ def test_own_work_is_not_counted_as_that_of_others(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(contention, "usable_cores", lambda: {0})
     monkeypatch.setattr(contention.os, "times", lambda: SimpleNamespace(user=1.0, system=2.0))
     monkeypatch.setattr(contention.os, "sysconf", lambda name: 100)
-    # All but idle (5000) and iowait (60) is 1317 ticks of a hundredth of a second.
+    # All fields but idle (5000) and iowait (60) add up to 1317 ticks of a hundredth of a second.
     assert contention.core_seconds_of_others() == pytest.approx(13.17 - 3)
 
 

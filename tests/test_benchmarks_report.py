@@ -87,18 +87,18 @@ def test_table_is_whole_in_a_narrow_place(capsys: pytest.CaptureFixture[str], mo
 
 
 def drawn_up(case: Case, names: list[str]) -> CaseResult:
-    """Figures that take as much place as any."""
+    """A result with figures as wide as any."""
     times = Times([0.8e-5, 1.2345e-5, 2.9e-5], 1)
     return CaseResult(case, {name: Measurement(times, 1023 * 2**20 + 12345) for name in names}, others_share=0.5)
 
 
 @pytest.mark.parametrize("suite", [None, "cpu", "pointwise", "scaling", "goals", "cuda"])
 def test_table_fits_80_columns(suite: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whether it goes to a terminal or to a file, with every figure in it."""
+    """The table fits both in a terminal and in a file, and has every figure."""
     options = SimpleNamespace(suite=suite, no_compile=False, device="cpu", loss=None, quick=True)
     options.sizes, options.dtype = command.SIZES, command.DEFAULT_DTYPES
     plan = command.plan_of(options)
-    if suite in command.CUDA_SUITES:  # their own shapes, which plan_of makes tiny without a GPU
+    if suite in command.CUDA_SUITES:  # take the real shapes, since plan_of makes them tiny without a GPU
         plan = [(case, suites.cuda_contenders(case)) for case in getattr(suites, suite)()]
     results = [drawn_up(case, names) for case, names in plan]
     names = [name for name in report.COLUMNS if any(name in each for _, each in plan)]
@@ -165,7 +165,7 @@ def test_a_suite_is_printed_written_and_drawn(
         "pointwise": ["eager", "fusedloss", "copy"],
         "scaling": ["eager", "fusedloss"],
     }[suite]
-    if suite == "pointwise":  # a process for each case takes long, and 'cpu' has it
+    if suite == "pointwise":  # a process for each case is slow, and the suite 'cpu' covers it
         monkeypatch.setattr(suites, "CPU_CONTENDERS", contenders_of)
         monkeypatch.setattr(fusedloss, "custom_loss", composed_custom_loss)
     monkeypatch.setattr(suites, suite, lambda: list(dict.fromkeys(map(small, cases))))

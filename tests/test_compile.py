@@ -48,7 +48,7 @@ def test_compiled_is_eager_bitwise(kind, reduction, device):
     input, target, options = given(kind, device)
     compiled = torch.compile(doubled(ours), backend="aot_eager", fullgraph=True)
     assert_step(kind, compiled, input, target, reduction=reduction, **options)
-    # A gradient of 1 is what loss.backward() sends. After one, eager forward passes on the CPU compute it at once.
+    # loss.backward() sends a gradient of 1. After one of 1, eager forward passes on the CPU compute the gradient too.
     fused.cross_entropy(torch.zeros(1, 2, requires_grad=True), torch.zeros(1, dtype=torch.int64)).backward()
     ones = torch.ones_like(ours(input, target, reduction=reduction, **options))
     (loss, grad, _), (eager_loss, eager_grad, _) = (
@@ -77,7 +77,7 @@ def test_compiled_with_class_indices_of_any_integer_type(dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inductor(dtype, device):
-    """All kinds in one graph, of logits in several layouts: compiling takes seconds."""
+    """All kinds are in one graph, with logits in several layouts, since compiling takes seconds."""
     if device == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("inductor needs a C++ compiler")
     layouts = ["2-D", "transposed", "channels last", "a stride over the classes"]
@@ -106,7 +106,7 @@ def test_inductor(dtype, device):
     ]
     compiled, eager = run(torch.compile(all_losses, backend="inductor", fullgraph=True)), run(all_losses)
     for mine, same in zip(compiled[0] + list(compiled[1]), eager[0] + list(eager[1]), strict=True):
-        # An older inductor lays out the logits anew, and rows are not added up as columns are.
+        # An older inductor changes the layout of the logits, and the sums of rows and of columns differ in order.
         assert mine.dtype == same.dtype and (OLD or torch.equal(mine, same))
     for (kind, input, target, options), loss, grad, upstream in zip(cases, *compiled, upstreams, strict=True):
         exact_loss, exact_grad, _ = step(doubled(functions(kind)[1]), input.double(), target, upstream, **options)
@@ -138,7 +138,7 @@ def test_one_compilation_serves_every_batch_size(kind, device):
             assert_step(kind, compiled, input, target, reduction=reduction, **options)
             frames.append(counter.frame_count)
         assert frames[0] == frames[-1]
-    # The compiler has sizes 0 and 1 to itself. They are right as well.
+    # The compiler specializes on sizes 0 and 1. Their results must be right as well.
     for rows in (1, 0):
         input, target, options = given(kind, device, rows, CLASSES)
         if rows > 0 and kind == "smoothed":
@@ -147,7 +147,7 @@ def test_one_compilation_serves_every_batch_size(kind, device):
 
 
 def test_a_changed_batch_size_compiles_once_more(device):
-    """Without dynamic=True: the second size makes the graph dynamic, the third finds it so."""
+    """Without dynamic=True, the second size makes the graph dynamic, and the third one reuses it."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(doubled(fused.cross_entropy), backend=counter, fullgraph=True)
     for rows in (5, 9, 33, 12):
@@ -157,7 +157,7 @@ def test_a_changed_batch_size_compiles_once_more(device):
 
 
 def test_an_argument_that_changes_compiles_again(device):
-    """What was traced holds for its options only."""
+    """A traced graph is valid for its options only."""
     compiled = torch.compile(doubled(fused.cross_entropy), backend="aot_eager", fullgraph=True)
     input, target, _ = given("indices", device)
     target[0] = 3
@@ -186,7 +186,7 @@ def test_autocast(kind, inside, device):
         compiled = torch.compile(under_autocast, backend="aot_eager", fullgraph=True)
     else:
         whole = torch.compile(doubled(ours), backend="aot_eager", fullgraph=True)
-        assert step(whole, input, target)[0].dtype == torch.bfloat16  # compiled without autocast first
+        assert step(whole, input, target)[0].dtype == torch.bfloat16  # compile without autocast first
 
         def compiled(input: Tensor, target: Tensor) -> Tensor:
             with torch.autocast(device, dtype=torch.bfloat16):
@@ -220,7 +220,7 @@ def rows_of(*shape: int) -> Tensor:
 
 
 INDICES = torch.zeros(5, dtype=torch.int64)
-# input, target, weight, what torch says to it, and what is said here
+# Input, target, weight, torch's message, and the message of these losses.
 REFUSED = {
     "batch": (
         rows_of(5, 7),
@@ -245,7 +245,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_torch_refuses_is_refused(what):
-    """While it is compiled, by an error of the same type."""
+    """Compiling raises an error of the same type as torch's."""
     *arguments, says, said_here = REFUSED[what]
     raised = []
     for loss, words in ((fused.cross_entropy, said_here), (F.cross_entropy, says)):
@@ -265,7 +265,7 @@ def test_an_unknown_reduction(kind, device):
 
 @pytest.mark.parametrize("kind", ["indices", "smoothed"])
 def test_a_class_index_out_of_range(kind):
-    """On CUDA it is a device-side assertion, after which no other test could run."""
+    """This runs on the CPU only: on CUDA it is a device-side assertion, after which no other test could run."""
     input, target, options = given(kind, "cpu")
     target[3] = CLASSES
     compiled = torch.compile(fused.cross_entropy, backend="aot_eager", fullgraph=True)
@@ -276,7 +276,7 @@ def test_a_class_index_out_of_range(kind):
 
 
 def test_mse_that_broadcasts_or_promotes(device):
-    """Left to torch, as any mixture of dtypes is."""
+    """Such calls use torch's own loss."""
     input = torch.randn(5, CLASSES, device=device, requires_grad=True)
     for target in (torch.randn(CLASSES, device=device), torch.randn(5, CLASSES, device=device).bfloat16()):
         recorded = AotEagerAndRecordGraphs()
@@ -301,7 +301,7 @@ def some_classes(loss: Callable[..., Tensor], logits: Tensor, labels: Tensor) ->
 
 @pytest.mark.parametrize("model", [filtered, sliced, some_classes])
 def test_sizes_that_only_the_run_knows(model, device):
-    """As in losses of masked tokens. That both sizes are one the compiler cannot prove, and torch's loss need not."""
+    """Sizes of masked tokens are known at run time only. The compiler need not prove that both sizes are equal."""
     logits = torch.randn(9, CLASSES, device=device)
     labels = torch.tensor([0, 2, 6, 2, 1, 3, 2, 0, 5], device=device)
 
@@ -326,7 +326,7 @@ def test_sizes_that_only_the_run_knows(model, device):
 
 
 class Counting(TorchFunctionMode):
-    """Knows torch's functions, and changes what one of them gives."""
+    """A mode that multiplies the results of torch's losses by 10."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))

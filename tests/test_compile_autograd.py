@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_probabilities_and_their_weights_that_require_grad(reduction, device):
-    """Composed: the kernels have no gradient for these."""
+    """Such losses are composed of torch's operations, since the kernels have no gradient for these operands."""
     tensors = [
         torch.rand(5, CLASSES, device=device),
         torch.rand(5, CLASSES, device=device),
@@ -122,7 +122,7 @@ def test_without_gradients(kind, mode, device):
         assert torch.equal(loss, ours(input, target, **options))
         assert_exact(loss, expected(input, target, **options))
     assert not loss.requires_grad and not recorded.bw_graphs and losses_in(*recorded.graphs)
-    # And then with gradients: another graph.
+    # With gradients another graph is compiled.
     assert_step(kind, torch.compile(doubled(ours), backend="aot_eager", fullgraph=True), input, target, **options)
 
 
@@ -139,7 +139,7 @@ def test_logits_overwritten_before_the_backward_pass(kind, device):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_overwritten_within_the_graph(kind, device):
-    """Autograd's error as well, when the graph is compiled."""
+    """Autograd raises its error while the graph is compiled."""
     ours, _ = functions(kind)
 
     def overwriting(input: Tensor, target: Tensor, **options) -> Tensor:
@@ -154,7 +154,7 @@ def test_logits_overwritten_within_the_graph(kind, device):
 
 
 def test_a_second_derivative_is_refused_not_wrong(device):
-    """torch has none through a compiled graph."""
+    """torch does not support a second derivative through a compiled graph."""
     input, target, _ = given("indices", device)
     leaf = input.requires_grad_()
     loss = torch.compile(fused.cross_entropy, backend="aot_eager", fullgraph=True)(leaf, target)
@@ -170,7 +170,7 @@ def save_nothing(context, op, *args, **kwargs) -> CheckpointPolicy:
 @pytest.mark.parametrize("policy", [None, save_nothing], ids=["all", "selective"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointing_in_a_compiled_graph(kind, policy, device):
-    """The forward op is run again, in the backward graph."""
+    """The backward graph runs the forward op again."""
     ours, _ = functions(kind)
     chosen = {} if policy is None else {"context_fn": lambda: create_selective_checkpoint_contexts(policy)}
 
@@ -188,7 +188,7 @@ def test_checkpointing_in_a_compiled_graph(kind, policy, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_autograd(kind, dtype, device):
-    """The backward pass of an eager loss, compiled: bitwise the eager one."""
+    """The compiled backward pass of an eager loss is bitwise equal to the eager backward pass."""
     ours, expected = functions(kind)
     recorded = AotEagerAndRecordGraphs()
     compiler = torch.compile(backend=recorded, fullgraph=True)
@@ -235,7 +235,7 @@ def test_compiled_autograd_under_autocast(device):
 
 
 def test_a_compiled_step_with_compiled_autograd(device):
-    """The forward pass by AOT, the backward pass by compiled autograd, for more than one batch size."""
+    """AOTAutograd compiles the forward pass, and compiled autograd the backward pass, for several batch sizes."""
     ours, torchs = models(device)
 
     def train(model: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:

@@ -30,7 +30,7 @@ def test_against_torch(name, dtype):
 
 @pytest.mark.parametrize("name", ["absolute", "squared", "masked"])
 def test_sizes(name):
-    """Around the sizes of a vector, of a block and of a chunk, which one thread takes."""
+    """Sizes around those of a vector, of a block, and of a chunk, which is the work of one thread."""
     for size, dtype in itertools.product((0, 1, 15, 16, 17, 511, 512, 513, 8193, 40_000), DTYPES[:3]):
         for reduction in REDUCTIONS if size else ("none", "sum"):
             assert_same(name, drawn(name, (size,), dtype), reduction)
@@ -57,7 +57,7 @@ def test_layouts(dtype):
 @pytest.mark.parametrize("shape", [(), (1,), (10,), (6, 1), (1, 10), (3, 1, 1), (3, 6, 10)], ids=str)
 @pytest.mark.parametrize("name", ["squared", "masked"])
 def test_broadcasting(name, shape):
-    """Gradients have the shape of what they are of; the mean is over the broadcast shape."""
+    """Each gradient has the shape of its operand. The mean is over the broadcast shape."""
     for reduction, small in itertools.product(REDUCTIONS, ("weight", "target", "input")):
         operands = drawn(name, (6, 10)) | {small: torch.randn(shape, dtype=torch.float64).requires_grad_()}
         assert_same(name, operands, reduction)
@@ -67,10 +67,10 @@ def test_broadcasting(name, shape):
 
 @pytest.mark.parametrize("name", CASES)
 def test_special_values(name):
-    """NaN, infinities and zeros of both signs, each with each: NaN where torch has it, of values and gradients.
+    """NaN, infinities and zeros of both signs in all combinations: values and gradients are NaN where torch's are.
 
-    Of gradients at kinks only what is finite is compared: autograd goes from the loss to input, and makes 0 of a NaN
-    that it meets before a kink; the kernels go the other way.
+    Expressions with kinks are compared for finite operands only. Autograd multiplies from the loss to the input, so
+    that a kink turns a NaN from before it into 0. The kernels multiply in the other order.
     """
     special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -2.0, 0.5, 1e-30])
     grid = torch.cartesian_prod(special, special, torch.tensor([1.0, math.nan, math.inf, 0.0]))
@@ -141,7 +141,7 @@ def test_other_devices():
 
 
 def test_clamp_at_its_bounds():
-    """Between numbers and between tensors, in whatever order, torch's own."""
+    """Results and derivatives are torch's, for bounds that are numbers or tensors, in any order."""
     grid = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=3)), dtype=torch.float64)
     for text, torchs in {
         "clamp(input, target, weight)": torch.clamp,
@@ -183,7 +183,7 @@ def test_gradcheck(name):
 
 @pytest.mark.parametrize("name", ["squared", "quantile", "focal", "masked", "by hand"])
 def test_functional_transforms(name):
-    is_by_hand = name == "by hand"  # and has no derivative by target
+    is_by_hand = name == "by hand"  # has no derivative with respect to target
     name = "squared" if is_by_hand else name
     criterion = by_hand() if is_by_hand else made(name)
     operands = [x.detach() for x in drawn(name, (4, 5)).values()]
@@ -227,7 +227,7 @@ def test_second_backward():
 
 
 def test_grad_output():
-    """Another than 1, as a loss scale or a weight of this loss is."""
+    """An upstream gradient other than 1, as from a loss scale or a weight of this loss."""
     operands = drawn("huber", (100,), torch.float16)
     (one, _), (many, _) = (
         gradients(made("huber")(**operands), operands),
@@ -252,7 +252,7 @@ def test_without_gradients():
 
 
 def test_a_mask_has_no_derivative():
-    """It may require one, and gets 0."""
+    """A mask may require grad, and its gradient is 0."""
     operands = drawn("masked", (8,))
     operands["mask"].requires_grad_()
     *ours, zero = gradients(made("masked")(**operands), operands)
@@ -303,7 +303,7 @@ def test_checkpointing():
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(7,), (3, 1), (5, 3, 7)], ids=str)
 def test_derivative_by_hand(shape, reduction):
-    """It is what the expression's own is, but for target, which has none."""
+    """The result equals the expression's own derivative, except for target, which has none."""
     operands = drawn("squared", (3, 7)) | {"weight": torch.rand(shape, dtype=torch.float64).requires_grad_()}
     ours, theirs = by_hand(reduction=reduction)(**operands), made("squared", reduction)(**operands)
     torch.testing.assert_close(ours, theirs)
@@ -332,8 +332,8 @@ def test_derivative_by_hand_elsewhere(fresh_compiler):
         torch.testing.assert_close(ours, theirs)
     plain = {key: x.detach() for key, x in operands.items()}
     criterion = by_hand()
-    torch.jit.trace(lambda input: criterion(**plain | {"input": input}), plain["input"])  # compares with a second call
-    with forward_ad.dual_level():  # by what has no derivative
+    torch.jit.trace(lambda input: criterion(**plain | {"input": input}), plain["input"])  # calls it twice
+    with forward_ad.dual_level():  # with respect to target, which has no derivative
         dual = forward_ad.make_dual(operands["target"].detach(), torch.ones(3, 7).double())
         loss = by_hand()(operands["input"], dual, weight=operands["weight"])
         assert forward_ad.unpack_dual(loss).tangent.eq(0).all()

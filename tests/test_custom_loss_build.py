@@ -47,7 +47,7 @@ BAD = [
 @pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(("expression", "says"), BAD, ids=lambda text: ascii(text[:30]))
 def test_bad_expressions(expression, says, monkeypatch):
-    """They are refused before anything is compiled: as a loss, and as a derivative by hand."""
+    """They are refused before anything is compiled, both as a loss and as a derivative by hand."""
     monkeypatch.setattr(jit, "compiled", lambda *_: pytest.fail("it was compiled"))
     monkeypatch.setattr(custom, "make_plan", lambda *_, **__: pytest.fail("a compiler was looked for"))
     calls = [lambda: fusedloss.custom_loss(expression, alpha=1.0)]
@@ -88,7 +88,7 @@ def test_bad_options(monkeypatch):
 
 @pytest.mark.parametrize("compiler", ["nonexistent-c++", "false", "sh -c 'echo g++ 9; test $# -eq 0' sh"])
 def test_no_compiler(compiler, monkeypatch, tmp_path):
-    """What is not yet compiled cannot be, and the reason is told."""
+    """A loss that is not in the cache cannot be compiled, and the error gives the reason."""
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(custom, "_libraries", {})
@@ -115,7 +115,7 @@ def compile_all(expressions: list[str], folder: Path, **environment: str) -> sub
 
 
 def test_threads_and_processes(tmp_path):
-    """Two processes, of two threads each, that want the same: it is compiled once."""
+    """Two processes with two threads each ask for the same loss, which is compiled once."""
     same = "abs(input - target) * 2"
     running = [compile_all([same, same], tmp_path) for _ in range(2)]
     output = [process.communicate(timeout=120) for process in running]
@@ -125,7 +125,7 @@ def test_threads_and_processes(tmp_path):
 
 
 def test_threads():
-    """Different and same losses, made and used at once."""
+    """Threads make and use different losses and the same losses at the same time."""
     failures, operands = [], {name: drawn(name, (300,)) for name in list(CASES)[:6]}
 
     def work(name):
@@ -146,7 +146,7 @@ def test_threads():
 
 
 def test_unwritable_cache(tmp_path):
-    """It is compiled for this process alone."""
+    """The loss is compiled for this process only."""
     (tmp_path / "file").touch()
     printed, told = compile_all(["input * 3"], tmp_path / "file" / "cache").communicate(timeout=120)
     assert printed.split() == ["3.0"] and "cannot be written" in told

@@ -24,14 +24,15 @@ ROOT = Path(fusedloss.__file__).parent.parent
 
 # ---- each function over its whole domain
 
-# In units in the last place of a normal result, of its value and its derivative. torch's own are up to 0.9, and up to
-# 64 of some derivatives, or all of it where they are a difference: 1 - tanh(x)^2, expm1(x) + 1, s (1 - s).
+# The allowed errors of the value and of the derivative, in units in the last place of a normal result. torch's own
+# errors are up to 0.9, and up to 64 for some derivatives. Derivatives that torch computes as a difference may have no
+# correct digit: 1 - tanh(x)^2, expm1(x) + 1, s (1 - s).
 ULPS = {"rsqrt": (2, 6), "tan": (6, 9), "tanh": (4, 6), "sinh": (5, 5), "cosh": (5, 5)}
 USUAL_ULPS = (4.5, 4.5)
 
 
 def numbers_of(dtype: torch.dtype) -> Tensor:
-    """Of all exponents, and more where functions bend, branch or overflow."""
+    """Numbers of all exponents, with more of them where functions bend, branch or overflow."""
     count = 3000
     if dtype == torch.float32:
         bits = torch.randint(-(2**31), 2**31, (4 * count,)).to(torch.int32).view(dtype)
@@ -51,7 +52,7 @@ def numbers_of(dtype: torch.dtype) -> Tensor:
 
 
 def exact(name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Value and derivative in long double, which has 11 bits more than float64 on x86. But for erf, which it lacks."""
+    """Value and derivative in long double, 11 bits more than float64 on x86. erf is in float64 for lack of another."""
     tail = np.exp(-np.abs(x))
     zero, one = np.zeros_like(x), np.ones_like(x)
     return {
@@ -116,16 +117,17 @@ def test_function(name, dtype):
     slopes = [torch.autograd.grad(y.sum(), x)[0] for y, x in ((found, ours), (wanted, theirs))]
     torch.testing.assert_close(found, wanted, equal_nan=True)
     torch.testing.assert_close(*slopes, equal_nan=True)
-    if name not in ("relu", "logsigmoid"):  # of which torch's zeros have another sign
+    if name not in ("relu", "logsigmoid"):  # torch's zeros have another sign there
         assert torch.equal(found.signbit()[:2], wanted.signbit()[:2])
-    agrees = torch.from_numpy(~np.isnan(expected[1])) & x.ne(0)  # at 0 and where there is none, as torch: above
+    # 0 and points without a derivative are compared with torch above.
+    agrees = torch.from_numpy(~np.isnan(expected[1])) & x.ne(0)
     assert_within(by_slope, slope[agrees], expected[1][agrees.numpy()], x[agrees], f"{name}'")
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("choice", FUNCTIONS_OF_TWO)
 def test_function_of_two(choice, dtype):
-    """Of ordinary numbers within some units of float64's; of special ones as torch in the same type."""
+    """For ordinary numbers, within a few units of float64. For special ones, torch's results in the same dtype."""
     functions = {
         "pow(input, target)": torch.pow,
         "xlogy(input, target)": torch.special.xlogy,
@@ -153,17 +155,18 @@ def test_function_of_two(choice, dtype):
     ).double()
     a, b = torch.cartesian_prod(special, special).T
     if choice == "pow(input, target)":
-        kept = ~((a == -1) & b.isinf())  # whose power has no parity: torch's slope is of one sign, ours of the other
+        # An infinite power has no parity: torch's slope has one sign, and ours the other.
+        kept = ~((a == -1) & b.isinf())
         a, b = a[kept], b[kept]
     for found, wanted in both(a, b, dtype):
         if choice.startswith("input **"):
-            kept = b.isfinite()  # which torch's own is given only to be used
+            kept = b.isfinite()  # torch's version uses b only to have a gradient for it
             found, wanted = found[kept], wanted[kept]
         torch.testing.assert_close(found, wanted, equal_nan=True, rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_each_instruction_set():
-    """What looks at numbers, in processes that are told to use a lesser one, side by side."""
+    """The numerical tests pass in processes that are told to use a lesser instruction set. They run side by side."""
     known = ["portable", "avx2", "avx512"]
     lesser = known[: known.index(_backend.extension().cpu_capability())]
     if not lesser:

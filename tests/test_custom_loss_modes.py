@@ -41,7 +41,7 @@ def assert_does_the_same(found: Callable[..., Tensor], criterion: nn.Module, ope
     torch.testing.assert_close(ours.double(), expected.double(), **TOLERANCE[ours.dtype])
     upstream = torch.randn(expected.shape).to(expected.dtype)
     both = zip(*(gradients(loss, operands, upstream, allow_unused=True) for loss in (ours, expected)), strict=True)
-    for a, b in both:  # of a mask, or a derivative by hand, None or 0
+    for a, b in both:  # the gradient of a mask, or one that a derivative by hand leaves out, is None or 0
         shape_of = next(x for x in (a, b, torch.zeros(())) if x is not None)
         a, b = (torch.zeros_like(shape_of) if x is None else x for x in (a, b))
         torch.testing.assert_close(a.double(), b.double(), **TOLERANCE[a.dtype])
@@ -50,11 +50,11 @@ def assert_does_the_same(found: Callable[..., Tensor], criterion: nn.Module, ope
 @SCRIPT
 @pytest.mark.parametrize("name", CASES)
 def test_torchscript(name):
-    """The expression, composed of torch's operations."""
+    """A scripted loss is the expression, composed of torch's operations."""
     for reduction in REDUCTIONS:
         scripted = torch.jit.script(made(name, reduction))
         assert "fusedloss::" not in str(scripted.inlined_graph)
-        for _ in range(3):  # the later calls are compiled for what the first ones have seen
+        for _ in range(3):  # later calls are compiled for the shapes and types of the first ones
             assert_does_the_same(scripted, made(name, reduction), drawn(name, (7, 11)))
 
 
@@ -70,7 +70,7 @@ def test_torchscript_of_each_function():
 
 @SCRIPT
 def test_torchscript_of_types():
-    """What is given is promoted, and widened under autocast, as in Python."""
+    """Operands are promoted, and widened under autocast, as in Python."""
     criterion = made("squared")
     scripted = torch.jit.script(criterion)
     for dtype, autocast in itertools.product(DTYPES, (False, True)):
@@ -88,7 +88,7 @@ def test_torchscript_of_types():
 @SCRIPT
 @pytest.mark.parametrize("make", [lambda: made("squared", "sum"), lambda: by_hand(reduction="sum")], ids=["", "hand"])
 def test_torchscript_of_a_model(make):
-    """It can be stored, and what the model itself is left with computes the same and can be copied."""
+    """A scripted model can be saved. The original model still computes the same and can be copied."""
     model = Model(make()).double()
     _, target, weight = (x.detach() for x in drawn("squared", (3, 7)).values())
     x = torch.randn(3, 7, dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_torchscript_of_a_model(make):
 
 @pytest.mark.parametrize("make", [lambda: made("squared", "none"), lambda: by_hand(reduction="none")], ids=["", "hand"])
 def test_fx(make, fresh_compiler):
-    """One call is recorded, whichever way it is computed later."""
+    """Tracing records a single call, and the graph gives the loss's results however it is run."""
     model, operands = Model(make()).double(), drawn("squared", (3, 7))
     graph = torch.fx.symbolic_trace(model)
     assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [custom.custom_loss_of]
@@ -151,7 +151,7 @@ def test_compiled(name, fresh_compiler):
 
 
 def test_compiled_with_changes(fresh_compiler):
-    """Of a parameter, of sizes, of types and of what is given; by inductor, within a model."""
+    """A parameter, sizes and dtypes change after a model was compiled by inductor."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -191,7 +191,7 @@ def test_compiled_with_changes(fresh_compiler):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_autocast(dtype, fresh_compiler):
-    """The loss is float32, as torch's are, and gradients are of their tensors' types."""
+    """The loss is float32, as torch's losses are, and each gradient has the dtype of its tensor."""
     operands = drawn("squared", (70,), dtype)
     wide = {key: x.detach().double().requires_grad_() for key, x in operands.items()}
     criterion = made("squared")
@@ -212,7 +212,7 @@ def test_autocast(dtype, fresh_compiler):
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
 def test_composed_of_torch_in_float32_too(dtype):
-    """Values that the type cannot square."""
+    """The 16-bit dtypes cannot hold the square of these values."""
     x, y = torch.full((6,), 300.0, dtype=dtype), torch.zeros(6, dtype=dtype)
     eps = made("charbonnier")
     by_vmap = torch.func.vmap(lambda a, b: eps(a, b))(x.expand(2, -1), y.expand(2, -1))
@@ -224,7 +224,7 @@ def test_composed_of_torch_in_float32_too(dtype):
 
 
 def test_parameters():
-    """Attributes, read at each call; nothing is compiled for a new value."""
+    """Parameters are attributes that are read at each call. A new value compiles nothing."""
     operands = drawn("power", (50,))
     criterion = made("power")
     with pytest.MonkeyPatch.context() as patch:
@@ -248,7 +248,7 @@ def test_parameters():
 
 
 def test_names(monkeypatch):
-    """Such as C++ has for itself, or a module."""
+    """Names that C++ reserves are accepted, and names that a module has are refused."""
     criterion = fusedloss.custom_loss(
         "input * int + INFINITY * V - default * loss + M_PI",
         tensors=("V", "loss"),
@@ -274,7 +274,7 @@ def test_names(monkeypatch):
         "pi",
     ):
         if name == "expression":
-            continue  # Python refuses it
+            continue  # Python itself refuses it
         with pytest.raises(ValueError, match=f"parameter '{name}' (is|must)"):
             fusedloss.custom_loss(f"input * {name}", **{name: 1.0})
     with pytest.raises(ValueError, match="tensor 'self' cannot be"):
@@ -296,7 +296,7 @@ def test_missing_tensors():
         with pytest.raises(TypeError, match=re.escape(says)):
             call()
     unused = made("no target")
-    assert torch.equal(unused(x, y), unused(x))  # a loss like any other for who calls it
+    assert torch.equal(unused(x, y), unused(x))  # it can be called like any other loss
 
 
 def test_module():
@@ -324,7 +324,7 @@ def test_module():
 
 
 def test_training():
-    """The same steps as with torch's own operations."""
+    """Training takes the same steps as with torch's own operations."""
     found = []
     for loss in (made("charbonnier"), lambda i, t: by_torch("charbonnier", {"input": i, "target": t}, "mean")):
         torch.manual_seed(1)

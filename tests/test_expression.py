@@ -9,11 +9,11 @@ from torch.autograd import forward_ad
 
 from fusedloss.expression import CLAMP_AT_BOUND, FUNCTIONS, to_cpp, to_torch, to_torchscript
 
-NUMBER, TENSOR = (f"<AtBound::{who}>" for who in CLAMP_AT_BOUND)  # of clamp, by what the bound is
+NUMBER, TENSOR = (f"<AtBound::{who}>" for who in CLAMP_AT_BOUND)  # clamp's template arguments
 SLOPE_AT_NUMBER = 1 if CLAMP_AT_BOUND[0] == "kX" else 0
 
 
-# The same in torch, of input, target, mask (of 0. and 1.), delta and gamma.
+# Expressions, and the same in torch as functions of input, target, mask (of 0. and 1.), delta and gamma.
 GOOD = {
     "input": lambda i, t, m, d, g: i,
     "+input": lambda i, t, m, d, g: i,
@@ -78,7 +78,7 @@ GOOD = {
 
 @pytest.mark.parametrize("text", GOOD)
 def test_torch_function(text):
-    """On halves from -1 to 1, so that every kink and tie is met."""
+    """The operands are halves from -1 to 1, so that every kink and tie occurs."""
     input, target = (torch.randint(-2, 3, (64,)).double().div(2).requires_grad_() for _ in range(2))
     mask = torch.randint(2, (64,)).double()
     values = (input, target, mask, 1.0, 3.0)
@@ -93,7 +93,7 @@ def test_torch_function(text):
     ):
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
-    # Masks of other types, parameters as tensors or of another type, and half the precision.
+    # Masks of other types, parameters as tensors or of another type, and float32.
     for other in (mask.bool(), mask.long()):
         assert torch.equal(
             composed(input, target, other, 1, torch.tensor(3.0).double()).nan_to_num(), ours.nan_to_num()
@@ -155,7 +155,7 @@ def test_transformations_of_torch(fresh_compiler):
 
 
 def test_arguments():
-    """By position, in the order that is asked for; what the formula does not use may be missing."""
+    """Arguments are positional, in the given order. Those that the expression does not use may be missing."""
     expression = read("input - 2 * target")
     assert expression.names == ("input", "target")
     assert to_torch(expression, ("target", "mask", "input"))(torch.tensor(1.0), None, torch.tensor(3.0)).item() == 1
@@ -168,7 +168,7 @@ def test_expression_is_a_value():
     assert read("delta * input + delta * target").names == ("delta", "input", "target")
     assert read("clamp(input, max=gamma, min=delta)").names == ("input", "gamma", "delta")
     assert "tree" not in repr(read("input"))
-    # Python itself normalises names (NFKC), so that these letters are the plain ones.
+    # Python itself normalises names (NFKC), so these letters become the plain ones.
     assert read("\uff49\uff4eput").names == ("input",)
 
 
@@ -225,7 +225,7 @@ def test_cpp(text):
 
 @pytest.mark.parametrize("text", ["(-2) ** input", "input * -0.0", "2 - -3 - (4 - input)", "max(input, -1) ** -2.0"])
 def test_torchscript_text(text):
-    """It means the same when it is read again."""
+    """The text has the same value when it is evaluated as Python."""
     source, names = to_torchscript(read(text))
     x = torch.arange(1.0, 5.0)
     expected = torch_function(text)(x, *[None] * 4)
@@ -240,7 +240,7 @@ def test_functions_print_a_line_each():
 
 
 def test_functions():
-    """Each is described, and is what torch and C++ are given of that name."""
+    """Each function has a description, and is printed as C++ and composed in torch."""
     for name, function in FUNCTIONS.items():
         assert function.doc and name.isidentifier()
         arguments = ", ".join(["input", "target", "delta"][: function.arguments])

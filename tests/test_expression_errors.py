@@ -8,7 +8,7 @@ from helpers.expression import ARGUMENTS, PARAMETERS, TENSORS, read
 
 from fusedloss.expression import FUNCTIONS, check_names, parse, to_cpp, to_torch
 
-# The message, and what stands from the caret to the end of the line.
+# A part of the message, and the text from the caret to the end of the line.
 BAD = {
     "abs(input - targte)": (
         "unknown name 'targte'; the tensors are input, target, mask; the parameters are delta, gamma",
@@ -99,7 +99,7 @@ BAD = {
     "(input +\r1 +\x0c x\r+ input)": ("unknown name 'x'", "x"),
     "input + '\u00e9\u4e2d\U0001f600' + (x)": ("str", "'\u00e9\u4e2d\U0001f600' + (x)"),
     "(input if '\u00e9' else 1) + 1": ("where(condition", "input if '\u00e9' else 1) + 1"),
-    # What an attacker would try first.
+    # The first attempts of an attacker.
     "__import__('os').system('true')": ("attributes", "__import__('os').system('true')"),
     "__import__('os')": ("unknown function '__import__'", "__import__('os')"),
     "input.__class__.__base__": ("attributes", "input.__class__.__base__"),
@@ -112,7 +112,7 @@ BAD = {
     "input\x00": ("null bytes", None),
     "input\ud800": ("surrogates", None),
     "input + \x1b[31m": ("", None),
-    # What would take all memory, or all time, or all of the stack.
+    # Expressions that would exhaust the memory, the time or the stack.
     "input * 9**9**9**9": ("not a finite", "9**9**9"),
     "input * 10**400": ("not a finite", "10**400"),
     "input * 1" + "0" * 400: ("not a finite", None),
@@ -143,7 +143,7 @@ def test_refused(text):
     assert shown.startswith("    ") and shown.isprintable() and len(shown) < 170
     assert caret.strip(" ") == "^" and caret.startswith("    ")
     if place is not None:
-        # An older Python may see the mistake elsewhere.
+        # An older Python may report the mistake at another place.
         assert shown[caret.index("^") :] == place or "invalid syntax" in first or "#" in text
 
 
@@ -160,7 +160,7 @@ def test_no_parameters():
 
 @pytest.mark.parametrize("depth", [95, 300])
 def test_deep_but_allowed(depth):
-    """Also where the caller has used up most of the stack."""
+    """Deep expressions are also read if the caller has used most of the stack."""
 
     def deeper(left):
         return deeper(left - 1) if left else read("abs(" * 95 + "input" + ")" * 95)

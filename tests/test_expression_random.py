@@ -16,7 +16,7 @@ from fusedloss.expression import FUNCTIONS, to_cpp
 
 
 def formula(rng, levels):
-    """A random number; no function leaves its domain, and nothing grows so that it would lose its digits."""
+    """A random expression. No function leaves its domain, and no value grows so large that digits are lost."""
     if levels == 0 or rng.random() < 0.1:
         return rng.choice([*ARGUMENTS, "pi", str(rng.randint(0, 4)), repr(rng.uniform(-2, 2)), "1e-3"])
     a, b, c = (formula(rng, levels - 1) for _ in range(3))
@@ -47,7 +47,7 @@ def formula(rng, levels):
 
 
 def exact(rng):
-    """A number that all compute to the last bit, for what jumps, and that differs from one element to the other."""
+    """An expression that all compute exactly, for functions that jump. Its value differs between elements."""
     return f"({rng.choice(TENSORS)} {rng.choice('+-*')} {rng.choice([*ARGUMENTS, '1', '0.25', 'pi'])})"
 
 
@@ -67,7 +67,7 @@ def log_one_plus_exp(x):
     return max(x, 0) + math.log1p(math.exp(-abs(x)))
 
 
-# The text is Python, but for ~, so that Python itself can say what it is worth.
+# The text is Python, except for ~, so Python itself can compute the expected value.
 PYTHON = {
     "abs": abs,
     "sign": lambda x: (x > 0) - (x < 0),
@@ -97,7 +97,7 @@ def by_python(text, values):
 
 
 def random_formula(rng):
-    return f"({formula(rng, 4)}) + 0 * input"  # every formula has input in it
+    return f"({formula(rng, 4)}) + 0 * input"  # every expression must use input
 
 
 def points(rng, count):
@@ -145,7 +145,7 @@ template <int n> double power(double x) { return pow(x, n); }
 
 
 def test_cpp_against_python(tmp_path):
-    """What is printed is C++, and worth the same."""
+    """The printed C++ compiles and has the same value."""
     rng = random.Random(torch.initial_seed())
     texts = [random_formula(rng) for _ in range(80)]
     elements = points(rng, 3)

@@ -30,7 +30,7 @@ SMALL = Case("cross_entropy", 4, 3, "float32", "forward")
 
 
 class Clock:
-    """A GPU's: steps move it, events read it."""
+    """A simulated clock of a GPU: steps advance it, and events read it."""
 
     now = 0.0
 
@@ -60,7 +60,7 @@ def test_events_count_the_run_alone(prepare: Callable[[], None] | None, monkeypa
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: pass_time(cycles / timing.QUEUEING_CYCLES)())
     start = Clock.now
     assert timing.cuda_timer(Step(pass_time(3), prepare), 5) == pytest.approx(3e-3)
-    kept_busy = 5  # while the host queues 5 calls
+    kept_busy = 5  # for as long as the host queues 5 calls
     assert Clock.now - start == kept_busy + (15 if prepare is None else 515)
 
 
@@ -148,7 +148,7 @@ def test_the_suite_has_the_goals_first_and_more_of_each_dtype() -> None:
         itertools.product(suites.CUDA_CLASSES, ("bfloat16", "float32"), ("forward", "forward+backward"))
     )
     assert all(gradient_bytes(suites.of_cuda_bytes(n, "float32")) >= suites.CUDA_BYTES for n in suites.CUDA_CLASSES)
-    # A few tensors of that size are there at once.
+    # A few tensors of that size exist at the same time.
     assert max(gradient_bytes(case) for case in cases) < 5 * 2**30
     contenders = {case: suites.cuda_contenders(case) for case in cases}
     assert all(names[0] == "eager" and names[-1] == "copy" and "fusedloss" in names for names in contenders.values())
@@ -172,7 +172,7 @@ def test_what_is_too_large_for_float64_is_checked_in_its_first_rows(monkeypatch:
     monkeypatch.setattr(measure, "CHECKED_ELEMENTS", 7 * 5)
     seen: list[tuple[int, ...]] = []
     loss_of = measure.loss_of
-    # No loss sees two sizes: a compiled one would be slower code for any.
+    # No loss is called with two sizes, since a compiled one would become slower for all sizes.
 
     def watched(name: str, case: Case) -> Callable[..., Tensor]:
         def loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def test_what_is_too_large_for_float64_is_checked_in_its_first_rows(monkeypatch:
 
 
 class GradientOverLogits(torch.autograd.Function):
-    """What liger's does: after the forward pass, the logits are the gradient."""
+    """A loss that writes the gradient over the logits in the forward pass, as liger's does."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ def test_the_suite_is_tried_out_without_a_gpu(
     suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {name: tmp_path / name for name in ("figures.json", "figures.svg", "figures.jsonl")}
-    # The compiler is needed for custom losses, and another file times those.
+    # Custom losses need the compiler, and another test file times them.
     cases = [case for case in getattr(suites, suite)() if case.loss not in CUSTOM][::4]
     monkeypatch.setattr(suites, suite, lambda: cases)
     warmed_up: list[list[str]] = []

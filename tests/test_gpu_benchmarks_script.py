@@ -41,7 +41,7 @@ esac
 def run_script(
     tmp_path: Path, *steps: str, fails: str = "nothing", **environment: str
 ) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """The script's outcome, and what it called, with stubs of everything that it calls."""
+    """The script's result and its calls, with stubs for every program that it calls."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for tool in ("python", "nvidia-smi", "nvcc", "compute-sanitizer", "ncu"):
@@ -60,7 +60,7 @@ def run_script(
 
 
 def outcomes(done: subprocess.CompletedProcess) -> dict[str, str]:
-    """Of each step in the summary."""
+    """The outcome of each step in the summary."""
     lines = done.stdout.partition("== summary\n")[2].splitlines()
     matched = [re.fullmatch(r"(.*?) +\d+s  (\w+)(: .*)?", line) for line in lines]
     assert all(matched), lines
@@ -91,7 +91,7 @@ def test_steps_run_and_are_summed_up(asked_for: list[str], steps: list[str], tmp
     assert outcomes(done).keys() == set(steps) and set(outcomes(done).values()) == {"passed"}
     assert not any("setup.py" in call for call in calls), "what is prebuilt is taken"
     assert not any("-n 8" in call for call in calls)  # without xdist
-    # What is timed runs first, and alone: whatever comes later begins when it has ended.
+    # Measurements run first, and alone: later steps begin after they have ended.
     timed = [place for place, call in enumerate(calls) if re.search("kernels|--suite|sweep", call)]
     beside = [place for place, call in enumerate(calls) if re.search("compute-sanitizer|-m pytest", call)]
     assert timed and (not beside or max(timed) < min(beside))
@@ -162,7 +162,7 @@ def test_an_unknown_step_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_script_runs_on_the_cpu_too(tmp_path: Path) -> None:
-    """With everything real, at tiny sizes."""
+    """No stubs here: the real programs run, at tiny sizes."""
     out = tmp_path / "out"
     done = subprocess.run(
         ["bash", ROOT / "benchmarks" / "gpu.sh", out, "representative", "kernels", "goals", "sweep", "memcheck"],

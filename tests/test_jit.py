@@ -61,7 +61,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch) -> Path:
-    """A compiler that writes down every file it compiles, and hangs at it while there is a file named `hang`."""
+    """A compiler that logs every file that it compiles, and hangs while a file named `hang` exists."""
     real = _build.find_compiler().words[0]
     script = tmp_path / "logging-g++"
     script.write_text(
@@ -85,7 +85,7 @@ def compiled(folder: Path) -> int:
 
 
 def start(csrc: Path, cache: Path) -> subprocess.Popen:
-    """Load in a process of its own; `start_new_session` lets a test kill it together with its compilers."""
+    """Load in a new process. `start_new_session` lets a test kill it together with its compilers."""
     environment = dict(os.environ, PYTHONPATH=str(Path(fusedloss.__file__).parent.parent))
     return subprocess.Popen(
         [sys.executable, "-c", LOAD, str(csrc), str(cache)],
@@ -98,7 +98,7 @@ def start(csrc: Path, cache: Path) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[str, str]:
-    """What it printed, and what fusedloss said meanwhile."""
+    """The output of the process, and the messages of fusedloss on stderr."""
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return out, "".join(line + "\n" for line in err.splitlines() if line.startswith("fusedloss"))
@@ -215,12 +215,12 @@ def test_cache_directory(no_cache_named, monkeypatch, tmp_path):
 
 
 def test_cache_directory_without_a_home(no_cache_named, monkeypatch, capsys):
-    """In a container the user id may be a bare number, and HOME be missing or a folder of root's."""
+    """In a container the user id may have no name, and HOME may be missing or belong to root."""
     own = Path(tempfile.gettempdir()) / f"fusedloss-{os.geteuid()}"
     monkeypatch.setenv("HOME", "/proc/nonexistent")
     assert jit.cache_directory() == own
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # KeyError, as where there is no entry
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # raises KeyError, as for an id without an entry
     assert jit.cache_directory() == own
     assert capsys.readouterr().err == ""
     jit._say_once.cache_clear()
@@ -247,7 +247,7 @@ def test_killed_build_blocks_nobody(tiny, cache, compiler):
     process.communicate()
     (compiler / "hang").unlink()
     (left,) = cache.glob("*/attempt-*")
-    assert (left / "lock").exists()  # torch's own lock, at which its next build would wait for ever
+    assert (left / "lock").exists()  # torch's own lock, for which its next build would wait forever
 
     out, _ = finish(start(tiny, cache))
     assert out.startswith("1 ") and compiled(compiler) == 2
@@ -256,7 +256,7 @@ def test_killed_build_blocks_nobody(tiny, cache, compiler):
 
 def test_damaged_build_is_made_anew(tiny, cache, monkeypatch):
     library = Path(load(tiny, cache).__file__)
-    # Replaced and not written over, since this process has it mapped.
+    # The file is replaced and not overwritten, since this process has it mapped.
     short = library.with_name("short")
     short.write_bytes(library.read_bytes()[:1000])
     short.replace(library)
@@ -304,7 +304,7 @@ def test_cache_that_cannot_be_written(tiny, tmp_path, cache, capsys):
 
 
 def for_this_process_only(csrc: Path, cache: Path, capsys) -> str:
-    """What was said about the cache; the module comes from elsewhere, and is right."""
+    """The message about the cache, after checking that a right module was loaded from elsewhere."""
     module = load(csrc, cache)
     assert module.value() == 1 and not Path(module.__file__).is_relative_to(cache)
     assert Path(module.__file__).parent.parent.stat().st_mode & 0o777 == 0o700
@@ -326,7 +326,7 @@ def test_cache_mounted_with_noexec(tiny, cache, capsys, monkeypatch):
 
 
 def test_cache_whose_libraries_may_not_be_executed(tiny, cache, capsys, monkeypatch):
-    """Which only the loader knows, under some security policies."""
+    """Some security policies forbid it, and only the loader finds out."""
     from torch.utils import cpp_extension
 
     real = cpp_extension._import_module_from_library
@@ -403,7 +403,7 @@ def test_nobody_reads_what_is_said(tiny, cache, monkeypatch, stream):
 
 
 def test_interrupt_ends_the_compilers(tiny, cache, compiler):
-    """The interrupt of a notebook reaches Python, and not its children, as Ctrl-C does in a terminal."""
+    """The interrupt of a notebook reaches Python only. Ctrl-C in a terminal also reaches its children."""
     (compiler / "hang").touch()
     process = start(tiny, cache)
     while not compiled(compiler):
@@ -411,7 +411,7 @@ def test_interrupt_ends_the_compilers(tiny, cache, compiler):
         time.sleep(0.05)
     assert working_in(cache)
     os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)  # which waits for all that hold its streams
+    _, err = process.communicate(timeout=60)  # waits for all processes that have its streams open
     assert process.returncode != 0 and "KeyboardInterrupt" in err
     assert not working_in(cache) and not list(cache.glob("*/attempt-*"))
 
@@ -425,7 +425,7 @@ def working_in(folder: Path) -> list[str]:
 
 
 def test_without_fcntl(monkeypatch):
-    """Windows has none; importing fusedloss works there, and its first use says what is supported."""
+    """Windows has no fcntl. Importing fusedloss works there, and its first use reports what is supported."""
     monkeypatch.setattr(sys, "platform", "win32")
     for name in ("fcntl", "grp", "pwd"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -433,7 +433,7 @@ def test_without_fcntl(monkeypatch):
         spec = importlib.util.spec_from_file_location(f"fusedloss.again_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, module)
-        if path.stem not in ("__init__", "ops"):  # the ops are there already, and cannot be registered twice
+        if path.stem not in ("__init__", "ops"):  # ops cannot be registered twice
             spec.loader.exec_module(module)
     monkeypatch.setenv("FUSEDLOSS_JIT", "1")
     monkeypatch.setattr(_backend, "_module", None)
@@ -441,7 +441,7 @@ def test_without_fcntl(monkeypatch):
         _backend.extension()
 
 
-# ---- whom to trust -------------------------------------------------------------------------------------------------
+# ---- which files are trusted -----------------------------------------------------------------------------------------
 
 
 def test_library_that_others_can_replace_is_not_loaded(tiny, cache, capsys, monkeypatch):
@@ -451,7 +451,7 @@ def test_library_that_others_can_replace_is_not_loaded(tiny, cache, capsys, monk
     finally:
         os.umask(before)
     monkeypatch.setattr(jit, "_loaded", {})
-    assert load(tiny, cache).__file__ == kept  # an umask does not keep the user from what is the user's
+    assert load(tiny, cache).__file__ == kept  # the user's own files are trusted, whatever the umask was
     capsys.readouterr()
     monkeypatch.setattr(jit, "_loaded", {})
     Path(kept).chmod(0o777)

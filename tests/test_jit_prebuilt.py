@@ -24,7 +24,7 @@ def test_cuda_asked_for_and_not_there(monkeypatch):
 
 @pytest.fixture
 def prebuilt(tmp_path, monkeypatch):
-    """Pretend that a module is prebuilt; what it was built for is the test's to say."""
+    """Pretends that a module is prebuilt. The test calls the result with the torch version that it was built for."""
     monkeypatch.delenv("FUSEDLOSS_JIT", raising=False)
     monkeypatch.delenv("FUSEDLOSS_CUDA", raising=False)
     monkeypatch.setattr(_backend, "_module", None)
@@ -97,7 +97,7 @@ def test_load_keeps_the_module_in_use_if_it_suits(prebuilt):
 
 
 def test_a_checkout_takes_the_installed_build_of_its_sources(prebuilt, tmp_path, monkeypatch):
-    """Or says why it compiles."""
+    """If it compiles instead, it reports the reason."""
     monkeypatch.setattr(sys, "path", [str(tmp_path / "own"), str(tmp_path / "site"), str(tmp_path / "nothing")])
     same = _build.sources_digest(_build.csrc_directory())
 

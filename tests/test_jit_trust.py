@@ -12,7 +12,7 @@ from fusedloss import jit
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch) -> SimpleNamespace:
-    """A build as it is found in the cache, and what becomes of it."""
+    """A finished build in the cache. `get` returns how it was loaded or compiled."""
     folder = tmp_path / "above" / "cache" / "cpu-0"
     attempt = folder / "attempt-0"
     attempt.mkdir(parents=True)
@@ -51,7 +51,7 @@ def test_files_that_others_can_change(finished, place, capsys, monkeypatch):
         monkeypatch.setattr(jit.os, "lstat", changed)
 
     monkeypatch.setattr(jit.os, "geteuid", lambda: 12345)
-    belongs_to(0)  # an administrator's, for all
+    belongs_to(0)  # installed by an administrator
     assert finished.get() == "loaded a.so"
     belongs_to(54321)
     assert finished.get() == "compiled for this process"
@@ -71,7 +71,7 @@ def test_folders_above_that_others_can_change(finished, monkeypatch):
 
 
 def test_links_in_the_cache(finished, tmp_path):
-    """The cache may be a link; its files may not lead out of it."""
+    """The cache may be a symbolic link, but its files may not be links to files outside of it."""
     (tmp_path / "link").symlink_to(finished.above)
     assert finished.get(tmp_path / "link" / "cache" / "cpu-0") == "loaded a.so"
     outside = finished.library.rename(tmp_path / "a.so")

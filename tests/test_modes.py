@@ -53,7 +53,7 @@ def test_saved_tensor_hooks(kind, packing, device):
     input, target, options = given(kind, device)
     assert_step(kind, under_hooks, input, target, **options)  # two steps
     assert len(packed) == len(unpacked) >= 4
-    # What is saved beside the arguments: two numbers a row, and two sums of weights. Not the gradient.
+    # Beside the arguments, two numbers for each row and two sums of weights are saved. The gradient is not.
     arguments = input.numel() + target.numel() + (CLASSES if "weight" in options else 0)
     assert sum(packed) <= 2 * (arguments + (0 if kind == "mse" else 2 * len(input) + 2))
 
@@ -73,7 +73,7 @@ def test_save_on_cpu(kind, pin_memory, device):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_tensors_that_may_be_overwritten(kind, device):
-    """torch copies what is about to be overwritten; without this it is autograd's error."""
+    """torch copies a tensor before it is overwritten. Without this mode, autograd raises an error."""
     ours, _, _ = functions(kind)
     input, target, options = given(kind, device)
     leaf = input.detach().requires_grad_()
@@ -89,7 +89,7 @@ def test_saved_tensors_that_may_be_overwritten(kind, device):
 
 
 def policy_to(save: bool) -> Callable:
-    """Saves, or recomputes, what the losses' ops gave."""
+    """A policy that saves, or recomputes, the results of the losses' ops."""
 
     def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
         seen.append(str(op))
@@ -129,7 +129,7 @@ def test_checkpointing(kind, how, device):
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """torch then fills what is allocated with NaN, so that nothing that is left unwritten goes unseen."""
+    """In this mode torch fills new memory with NaN, so that elements that are never written are noticed."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
@@ -171,12 +171,12 @@ def test_without_gradients(kind, device):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_inference_tensors_outside_of_their_mode(kind, device):
-    """They can be computed with, but not saved for a backward pass: torch's error."""
+    """They can be used in a loss, but cannot be saved for a backward pass: torch's error."""
     ours, torchs, _ = functions(kind)
     with torch.inference_mode():
         input, target, options = given(kind, device)
     if kind == "probabilities":
-        options = {}  # those that are smoothed are new tensors to torch, which may be saved
+        options = {}  # smoothed probabilities are new tensors in torch, which may be saved
     torch.testing.assert_close(ours(input, target, **options), torchs(input, target, **options))
     for loss in (ours, torchs):
         with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
@@ -204,7 +204,7 @@ def test_anomaly_mode_names_the_loss(kind, device):
 
 
 def test_functional_call(device):
-    """The buffer of a module, replaced for a call."""
+    """The buffer of a module is replaced for one call."""
     input, target, _ = given("indices", device)
     module = fusedloss.CrossEntropyLoss(weight=torch.ones(CLASSES, device=device), reduction="sum")
     weight = torch.rand(CLASSES, device=device)
@@ -212,7 +212,7 @@ def test_functional_call(device):
     assert is_fused(loss)
     assert_exact(loss, reference.cross_entropy(input, target, weight, reduction="sum"), scale=10)
     assert torch.equal(module.weight, torch.ones(CLASSES, device=device))
-    # Soft targets, weights that are differentiated, a stack of weights under vmap.
+    # Probabilities with a stack of weights under vmap, and with weights that require grad.
     probabilities = torch.rand(5, CLASSES, device=device)
 
     def of_weight(weight: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ def test_functional_call(device):
 @pytest.mark.parametrize("sent", [1.0, 0.3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_survives_errors(kind, sent, device):
-    """Of what is asked of it, of a hook in it, of another forward pass."""
+    """A graph can be used after a wrong upstream gradient, an error in a hook, and one in another forward pass."""
     ours, _, _ = functions(kind)
     input, target, options = given(kind, device)
     expected, upstream = step(ours, input, target, torch.tensor(sent, device=device), **options)[1:]

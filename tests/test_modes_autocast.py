@@ -32,7 +32,7 @@ def outcome(loss: Callable[..., Tensor], input: Tensor, *others: Tensor, autocas
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16, None], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_autocast_gives_torchs_dtypes(dtype, autocast, device):
-    """Of loss and gradient, for every mixture; and torch's errors."""
+    """Loss and gradient have torch's dtypes, for every combination of dtypes, and the errors are torch's."""
     input = torch.randn(5, CLASSES, device=device).to(dtype)
     indices = torch.randint(0, CLASSES, (5,), device=device)
     weight, probabilities = torch.rand(CLASSES, device=device), torch.rand(5, CLASSES, device=device)
@@ -48,11 +48,11 @@ def test_autocast_gives_torchs_dtypes(dtype, autocast, device):
             ours = outcome(getattr(fused, name), input, *others, autocast=autocast, reduction=reduction)
             what = f"{name}, {[t.dtype for t in others]}, {reduction}: {ours}, torch's {torchs}"
             if isinstance(torchs, type):
-                if others[0].dtype != torch.int32:  # torch has no such indices
+                if others[0].dtype != torch.int32:  # torch does not support such indices
                     assert ours is torchs, what
                 continue
             assert [t.dtype for t in ours] == [t.dtype for t in torchs], what
-            # On CUDA torch rounds log-probabilities to the input's dtype, though their sum is of float32.
+            # On CUDA torch rounds log-probabilities to the input's dtype, although their sum is float32.
             in_float32 = autocast is not None and ours[0].dtype != dtype and device == "cpu"
             tolerance = CLOSE[torch.float32 if in_float32 else dtype]
             torch.testing.assert_close(ours[0], torchs[0], rtol=tolerance, atol=tolerance, msg=lambda m, w=what: w + m)
@@ -73,7 +73,7 @@ def test_autocast_may_be_switched_off_within(kind, device):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scaled_float16_backward_pass(kind, device):
-    """What a gradient scaler does: the scale arrives in float32, and small gradients survive in float16."""
+    """As with a gradient scaler: the scale is float32, and small float16 gradients do not underflow."""
     ours, _, expected = functions(kind)
     input, target, options = given(kind, device, rows=300, dtype=torch.float16)
     scale = torch.tensor(2.0**12, device=device)
@@ -83,7 +83,7 @@ def test_a_scaled_float16_backward_pass(kind, device):
     assert loss.dtype == torch.float32 and grad.dtype == torch.float16
     assert_exact(loss, exact_loss)
     assert_exact(grad, exact_grad)
-    # Too large a scale becomes inf, never NaN nor a large number, so that a scaler finds it.
+    # With too large a scale the gradient is inf, never NaN or a large number, so that a scaler detects it.
     with torch.autocast(device, dtype=torch.float16):
         grad = step(ours, input, target, torch.tensor(1e9, device=device), reduction="sum", **options)[1]
     exact_grad = step(expected, input.double(), target, torch.tensor(1e9, device=device), reduction="sum", **options)[1]
@@ -92,7 +92,7 @@ def test_a_scaled_float16_backward_pass(kind, device):
 
 
 def test_a_gradient_scaler(device):
-    """The same steps skipped, the same scales, the same parameters as with torch's losses."""
+    """The scaler skips the same steps and sets the same scales as with torch's losses. The parameters are as close."""
     features = torch.randn(32, 6, device=device)
     target, values = torch.randint(0, CLASSES, (32,), device=device), torch.randn(32, CLASSES, device=device)
     start = nn.Linear(6, CLASSES, device=device)

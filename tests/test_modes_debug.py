@@ -16,7 +16,7 @@ from fusedloss import _backend
 
 
 def conversions(target: Tensor) -> int:
-    """How often a forward pass converts a tensor, `target.cpu()` of the check on the host among them."""
+    """How often a forward pass converts a tensor. `target.cpu()` in the check on the host is a conversion too."""
     logits = torch.zeros(*target.shape, CLASSES, device=target.device)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         fused.cross_entropy(logits, target)
@@ -35,7 +35,7 @@ def test_debug_is_switched_on_and_off(undo_debug, device):
     fusedloss.debug(False)
     without = conversions(target)
     fusedloss.debug()
-    assert [conversions(target) for _ in range(2)] == [without + 1] * 2  # at every forward pass
+    assert [conversions(target) for _ in range(2)] == [without + 1] * 2  # the check runs in every forward pass
     fusedloss.debug(False)
     assert conversions(target) == without
 
@@ -54,16 +54,16 @@ def test_messages_of_the_check(enabled, undo_debug, device):
             IndexError, match=r"target\[3, 2\] is 7, expected a class index in \[0, 7\) or ignore_index -1"
         ):
             fused.cross_entropy(logits, target, **options)
-    # As the op that a dispatch mode or the compiler calls.
+    # The same check in the op that a dispatch mode or the compiler calls.
     with pytest.raises(IndexError, match=r"target\[3, 2\] is 7"):
         torch.ops.fusedloss.cross_entropy_forward(logits, target, None, 1, -1, 0.0, False)
-    # Probabilities are no indices, and what the kernels accept is not refused.
+    # Probabilities are not checked, and valid indices are accepted.
     assert_step("probabilities", fused.cross_entropy, *given("probabilities", device)[:2])
     assert_step("indices", fused.cross_entropy, *given("indices", device)[:2])
 
 
 def test_a_module_that_is_loaded_later_is_told(undo_debug, monkeypatch):
-    """Debugging may be asked for before the compiled part is found, or by the environment."""
+    """Debugging may be switched on before the extension is loaded, or by the environment."""
 
     class Module:
         enabled = False

@@ -15,7 +15,7 @@ import fusedloss.functional as fused
 
 
 def results(seed: int, rows: int = 64, classes: int = 33) -> tuple[Tensor, ...]:
-    """Losses and gradients of arguments that the seed decides."""
+    """Losses and gradients of arguments that are drawn with this seed."""
     generator = torch.Generator().manual_seed(seed)
     input = torch.randn(rows, classes, generator=generator).requires_grad_()
     target = torch.randint(0, classes, (rows,), generator=generator)
@@ -30,7 +30,7 @@ def results(seed: int, rows: int = 64, classes: int = 33) -> tuple[Tensor, ...]:
 
 
 class Scored(Dataset):
-    """Losses and gradient are computed by the worker that loads the item."""
+    """A dataset whose items are losses and gradients, computed by the worker that loads the item."""
 
     def __len__(self) -> int:
         return 12
@@ -40,7 +40,7 @@ class Scored(Dataset):
 
 
 def use_data_loader_workers() -> None:
-    before = results(0, 2048, 512)  # the threads of this process have started
+    before = results(0, 2048, 512)  # starts the threads of this process
     loader = DataLoader(Scored(), batch_size=3, num_workers=2, timeout=120, multiprocessing_context="fork")
     seen, workers = [], set()
     for seeds, pids, batches in loader:
@@ -50,14 +50,14 @@ def use_data_loader_workers() -> None:
             seen.append(seed)
         workers.update(pids.tolist())
         logits, target, _ = given("indices", "cpu", rows=9)
-        assert_step("indices", fused.cross_entropy, logits, target)  # and here, between batches
+        assert_step("indices", fused.cross_entropy, logits, target)  # this process computes too, between batches
     assert sorted(seen) == list(range(12)) and len(workers) == 2 and os.getpid() not in workers
     assert all(map(torch.equal, before, results(0, 2048, 512)))
     print("done")
 
 
 def test_data_loader_workers():
-    """In a process in which autograd has no threads of its own, for a GPU say: it refuses to work in a fork then."""
+    """The process hides the GPUs: with threads for them, autograd refuses to work in a fork."""
     script = "import test_modes_processes; test_modes_processes.use_data_loader_workers()"
     assert run_python(script, CUDA_VISIBLE_DEVICES="") == ["done"]
 
@@ -101,7 +101,7 @@ FORK = """
 
 
 def test_a_forked_child():
-    """GNU OpenMP's threads do not survive a fork, and torch's losses hang then. Where those work, so do these."""
+    """GNU OpenMP's threads do not survive a fork, so torch's losses may hang. Where they work, ours work too."""
     assert run_python(FORK, CUDA_VISIBLE_DEVICES="") == ["True"] * 6
 
 
@@ -126,7 +126,7 @@ def test_one_graph_for_several_threads(kind, device):
     with ThreadPoolExecutor(8) as pool:
         grads = list(pool.map(lambda _: torch.autograd.grad(loss, leaf, retain_graph=True)[0], range(32)))
     assert all(torch.equal(grad, expected) for grad in grads)
-    assert len({grad.data_ptr() for grad in grads}) == len(grads)  # to each its own
+    assert len({grad.data_ptr() for grad in grads}) == len(grads)  # each thread has its own gradient
 
 
 def test_autocast_is_of_one_thread():

@@ -18,11 +18,11 @@ import fusedloss.functional as fused
 
 
 class Kept(Tensor):
-    """What torch's functions make of it is of this class again."""
+    """A subclass that torch's functions preserve."""
 
 
 class Tabled(Tensor):
-    """Has its own versions of torch's functions, as unit or named tensors do."""
+    """A subclass with its own versions of torch's functions, as tensors with units or names have."""
 
     table: dict = {}  # noqa: RUF012
 
@@ -34,7 +34,7 @@ class Tabled(Tensor):
 
 
 class Disabled(Tensor):
-    """A subclass by name only, which torch's functions do not ask."""
+    """A subclass that does not override torch's functions."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -66,7 +66,7 @@ def test_subclasses_are_kept(kind, patched, device):
 
 
 def test_a_table_of_functions_knows_torchs_own(patched, device, monkeypatch):
-    """It was filled with torch's functions, before anyone patched them."""
+    """The keys of the table are torch's functions as they were before they were patched."""
     mine = {function: lambda *_, **options: ("mine", options) for function in TORCHS.values()}
     monkeypatch.setattr(Tabled, "table", mine)
     input, target, _ = given("indices", device)
@@ -80,14 +80,14 @@ def test_a_table_of_functions_knows_torchs_own(patched, device, monkeypatch):
     handled, options = library.mse_loss(input, input.as_subclass(Tabled), reduction="none")
     assert handled == "mine" and options["reduction"] == "none"
     assert modules[1]()(input.as_subclass(Tabled), input)[0] == "mine"
-    # A function that is not in the table is computed, and the class kept.
+    # A function that is not in the table is computed as usual, and the class is kept.
     Tabled.table.clear()
     assert type(library.mse_loss(input, input.as_subclass(Tabled))) is Tabled
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_subclasses_of_torch_dispatch(kind, patched, device):
-    """Wrappers: both of the tensors within are computed with, by torch's own function."""
+    """A wrapper of two tensors: torch's own function computes the loss of both."""
     ours, torchs, _ = functions(kind)
     input, target, options = given(kind, device)
     other = torch.randn_like(input)
@@ -102,7 +102,7 @@ def test_subclasses_of_torch_dispatch(kind, patched, device):
 
 
 class Asked(TorchFunctionMode):
-    """Notes torch's functions."""
+    """A mode that records the functions that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def test_modes_that_mean_nothing_to_a_loss(mode):
 
 
 def negated(tensor: Tensor) -> Tensor:
-    """The same numbers; in memory they have the other sign, and a bit says so. As the imaginary part of a conjugate."""
+    """The same numbers, stored with the other sign and the negative bit, as the imaginary part of a conjugate is."""
     return torch._neg_view(-tensor)
 
 
@@ -170,7 +170,7 @@ LAYOUTS = {
 @pytest.mark.filterwarnings("ignore")  # sparse CSR and nested tensors are prototypes
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_layouts_give_what_torch_gives(layout):
-    """Values or errors."""
+    """The value, or the type of the error, is torch's."""
     change, failed = LAYOUTS[layout], []
     input, other = torch.randn(5, CLASSES), torch.rand(5, CLASSES)
     calls: dict[str, tuple[str, tuple]] = {

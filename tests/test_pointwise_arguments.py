@@ -108,13 +108,13 @@ def test_autocast(name, device):
             assert loss.dtype == torchs.dtype, what
             if loss.dtype in (torch.bfloat16, torch.float16) or (
                 case.function == "gaussian_nll_loss" and kind not in (of_target or kind, torch.float64)
-            ):  # of which autocast on the CPU does not know; mixed
+            ):  # autocast on the CPU does not cover gaussian_nll_loss; mixed dtypes
                 assert torch.equal(loss, torchs), what
                 continue
             torch.testing.assert_close(
                 loss.double(), exact, rtol=1e-4, atol=1e-4, msg=lambda text, w=what: f"{w}: {text}"
             )
-            if of_target is None:  # torch's own huber_loss has no gradients of mixed types
+            if of_target is None:  # torch's own huber_loss has no gradients for mixed types
                 wanted = [operand for operand, leaf in ours.items() if leaf.requires_grad]
                 grads = torch.autograd.grad(loss.sum(), [ours[operand] for operand in wanted])
                 right = torch.autograd.grad(exact.sum(), [double[operand] for operand in wanted])

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides", "ign
 
 
 def away_from_kinks(case: Case, shape: tuple[int, ...], device: str) -> dict[str, Tensor]:
-    """In float64, where finite differences see a derivative."""
+    """float64 operands at which finite differences approximate the derivative."""
     operands = case.draw(shape, torch.float64, device)
     if "probability" in case.operands.values():
         operands["target"] = operands["target"].clamp(0.05, 0.95)
@@ -51,7 +51,7 @@ def test_finite_differences(name, device):
             by_torch = not set(case.not_torchs) & set(wanted)
             checks = {"check_batched_grad": True, "check_forward_ad": by_torch, "check_batched_forward_grad": by_torch}
             if case.function == "gaussian_nll_loss":
-                checks["check_batched_forward_grad"] = False  # looks at var, which no batch allows
+                checks["check_batched_forward_grad"] = False  # reads the values of var, which vmap does not support
             assert gradcheck(loss, args, **checks), f"{name}, {reduction}, {wanted}"
             assert gradgradcheck(loss, args, check_batched_grad=True), f"{name}, {reduction}, {wanted}"
 
@@ -66,7 +66,7 @@ def first_and_second(loss: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
 
 @every_case
 def test_a_differentiable_gradient_is_the_kernels(name, device):
-    """Composed, for those who differentiate twice; in 16 bits rounded as once. And its derivative is torch's."""
+    """With create_graph the gradient is composed. It equals the kernel's gradient, and its derivative is torch's."""
     case = CASES[name]
     for dtype, reduction in itertools.product(DTYPES, reductions(case)):
         operands = case.draw((7, 11), dtype, device)
@@ -75,10 +75,10 @@ def test_a_differentiable_gradient_is_the_kernels(name, device):
         found = first_and_second(case.ours(given, reduction=reduction), given)
         for operand, grad, composed in zip(operands, kernels, found, strict=False):
             what, grad = f"{name}, {dtype}, {reduction}: {operand}", grad.double()
-            size = grad.nan_to_num().abs().max().item()  # in 16 bits each is rounded
+            size = grad.nan_to_num().abs().max().item()  # each 16-bit result is rounded
             assert_exact(composed, grad, 1 + (size if dtype.itemsize > 2 else 1e3 * size), what)
         if dtype == torch.float16:
-            continue  # overflows
+            continue  # the second derivative overflows
         ours, torchs = leaves(operands, but=case.not_torchs), leaves(operands, torch.float64, but=case.not_torchs)
         found = first_and_second(case.ours(ours, reduction=reduction), ours)
         expected = first_and_second(case.torchs(torchs, reduction=reduction), torchs)
@@ -162,7 +162,7 @@ def test_several_backward_passes(name, device):
 @every_case
 def test_operands_that_were_written_to(name, device):
     case = CASES[name]
-    for reduction, value in itertools.product(REDUCTIONS, (1, 3)):  # a gradient of the forward pass, or of the backward
+    for reduction, value in itertools.product(REDUCTIONS, (1, 3)):  # computed by the forward or backward pass
         for written in case.operands:
             given = leaves(case.draw((5, 33), device=device))
             used = {operand: leaf * 1 for operand, leaf in given.items()}
@@ -174,7 +174,7 @@ def test_operands_that_were_written_to(name, device):
 
 @every_case
 def test_operands_of_inference_mode(name, device):
-    """They cannot be saved for the backward pass; some losses of torch's do without."""
+    """They cannot be saved for the backward pass, but some of torch's losses do not need them."""
     case = CASES[name]
     operands = case.draw((5, 33), device=device)
     for reduction in REDUCTIONS:

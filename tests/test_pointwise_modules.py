@@ -68,7 +68,7 @@ def test_torchscript_gives_torchs(name):
     torch.testing.assert_close(torch.jit.trace(ours, args, check_trace=False)(*args), torchs(*args))
     try:
         scripted = torch.jit.script(torchs)
-    except Exception as error:  # gaussian_nll_loss, of some versions
+    except Exception as error:  # gaussian_nll_loss in some versions
         with pytest.raises(type(error)):
             torch.jit.script(ours)
         return
@@ -94,7 +94,7 @@ def test_patch(name, device):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, fusedloss.patch():
         module(*args)
         case.torchs(operands)
-        # What differentiates twice is composed of torch's own, also while they are replaced.
+        # A second derivative is composed of torch's own functions, also while they are replaced.
         given = leaves(operands)
         torch.autograd.grad(case.torchs(given).sum(), list(given.values()), create_graph=True)
     counts = {event.key: event.count for event in profile.key_averages() if event.key.startswith("fusedloss::")}
@@ -113,7 +113,7 @@ COMPILED = [
 
 @pytest.mark.parametrize(("name", "reduction"), COMPILED)
 def test_compiled(name, reduction, device, fresh_compiler):
-    """fullgraph, so that nothing breaks it; bitwise the eager call's, also where the size varies."""
+    """Compiled without graph breaks. Results are bitwise equal to the eager ones, also if the size changes."""
     case = CASES[name]
     recorded = AotEagerAndRecordGraphs()
     operands = case.draw((6, 5), device=device)

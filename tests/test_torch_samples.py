@@ -35,7 +35,7 @@ import fusedloss.functional as fused
 
 
 def scales(sample: Sample) -> tuple[float, float]:
-    """The size of the terms that a loss, and a gradient for a grad_output of 1, are summed up from.
+    """The size of the terms of the loss, and of those of the gradient for a grad_output of 1.
 
     The weights of torch's samples are negative as often as positive, and so is their sum, the mean's denominator.
     """
@@ -54,7 +54,7 @@ def scales(sample: Sample) -> tuple[float, float]:
     weight = options.pop("weight", None)
     if weight is None:
         weight = input.new_ones(input.shape[min(input.dim() - 1, 1)])
-    # A row's loss is a difference, with an error relative to what is subtracted.
+    # A row's loss is a difference, with an error relative to its terms.
     rows = F.cross_entropy(input, target, weight.abs(), reduction="none", **options) + weight.abs().max()
     if reduction != "mean":
         return (rows.sum() if reduction == "sum" else rows.max()).item(), 3 * weight.abs().max().item()
@@ -68,9 +68,9 @@ def scales(sample: Sample) -> tuple[float, float]:
 def assert_as_good(
     ours: Tensor, torchs: Tensor, exact: Tensor, scale: float, what: str, is_summed: bool = False
 ) -> None:
-    """`ours` has torch's form and value; in 16 bits torch rounds often, and ours is at least as close to float64.
+    """`ours` has torch's dtype, shape and value. In 16 bits torch rounds often, and ours must be as close to float64.
 
-    is_summed: autograd has added up what either had rounded.
+    is_summed: autograd has added up rounded results, in both ours and torch's.
     """
     for form in ("dtype", "shape", "device", "requires_grad"):
         assert getattr(ours, form) == getattr(torchs, form), f"{what}: {form}"
@@ -93,7 +93,7 @@ def assert_as_good(
 
 
 def differentiated(sample: Sample, function: Callable, *, batch: int = 0) -> Callable[[Tensor], list[Tensor | None]]:
-    """Runs the loss; what is returned takes grad_output, and gives the loss and the gradients."""
+    """Runs the loss. The returned function takes grad_output, and returns the loss and the gradients."""
     args = [leaf(arg, arg) for arg in sample.args]
     loss = function(*args)
     wanted = [arg for arg in args if arg.requires_grad]
@@ -120,7 +120,8 @@ def compare(sample: Sample, torchs_sample: Sample, batch: int = 0) -> None:
     grad_scale *= grad_output.abs().max().item()
     names = ["loss", *(f"gradient {i}" for i, arg in enumerate(sample.args) if arg.requires_grad)]
     for name, results in zip(names, zip(*(loss(grad_output) for loss in losses), strict=True), strict=True):
-        if sample.loss == "poisson_nll_loss":  # torch's has no gradient by a count of 0 with the constant, ours has
+        # torch's gradient is NaN for a count of 0 with the constant term, and ours is not.
+        if sample.loss == "poisson_nll_loss":
             results = (results[0].masked_fill(results[2].isnan(), torch.nan), *results[1:])
         is_summed = any(arg.shape != shape for arg in sample.args) and sample.loss == "gaussian_nll_loss"
         assert_as_good(*results, loss_scale if name == "loss" else grad_scale, name, is_summed)
@@ -128,7 +129,7 @@ def compare(sample: Sample, torchs_sample: Sample, batch: int = 0) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The samples are tiny."""
+    """The samples are too small for several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -219,7 +220,7 @@ def test_finite_differences(source, device):
                 assert gradcheck(loss, variant.args, check_forward_ad=True, check_batched_forward_grad=True, **checks)
                 assert gradgradcheck(loss, variant.args, **checks)
                 if not any(applies(variant) for _, applies in WITHOUT_FORWARD_OVER_REVERSE):
-                    # As torch's own test of it does; with undefined gradients torch's mse_loss raises here too.
+                    # As in torch's own test. With undefined gradients torch's mse_loss raises here too.
                     checks |= {"check_batched_grad": False, "check_undefined_grad": False}
                     assert gradgradcheck(
                         loss, variant.args, check_fwd_over_rev=True, check_rev_over_rev=False, **checks

@@ -4,7 +4,7 @@ import torch
 
 from fusedloss._build import release
 
-# Before torch 2.13, torch raised RuntimeError for some arguments of a wrong type, where these losses raise TypeError.
+# Before torch 2.13, torch raised RuntimeError for some of these arguments. The types of errors are compared since then.
 TYPES_ARE_OURS = release(torch.__version__) >= (2, 13)
 
 

@@ -7,6 +7,6 @@ BRIEF = Effort(min_rounds=3, max_rounds=3, seconds=0, batch_seconds=0)
 
 
 def composed_custom_loss(expression: str, **parameters: float):
-    """What `fusedloss.custom_loss` computes, by torch's operations, without a compiler."""
+    """The loss that `fusedloss.custom_loss` computes, composed of torch's operations, without a compiler."""
     value = to_torch(parse(expression, ("input", "target"), tuple(parameters)), ("input", "target", *parameters))
     return lambda input, target: value(input, target, *parameters.values()).mean()

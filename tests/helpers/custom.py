@@ -19,15 +19,15 @@ from fusedloss.expression import FUNCTIONS
 
 ROOT = Path(fusedloss.__file__).parent.parent
 
-# ---- the expressions, and the same in torch
+# ---- the expressions, and the same losses in torch
 
 
 @dataclass(frozen=True)
 class Case:
     expression: str
-    torch: Callable[..., Tensor]  # of input, target, the further tensors, and p, which has the parameters
+    torch: Callable[..., Tensor]  # takes input, target, the further tensors, and p, which has the parameters
     tensors: tuple[str, ...] = ()
-    positive: tuple[str, ...] = ()  # tensors that are positive
+    positive: tuple[str, ...] = ()  # tensors that are drawn positive
     parameters: dict[str, float] = field(default_factory=dict)
 
 
@@ -142,7 +142,7 @@ CASES = {
 
 GIVEN = {"input": "2 * weight * (input - target)", "weight": "square(input - target)"}
 
-# One library for all functions: each is computed, and one chosen.
+# One library serves all functions: the expression computes each of them and selects one by `which`.
 FUNCTIONS_OF_ONE = [name for name, function in FUNCTIONS.items() if function.arguments == 1]
 FUNCTIONS_OF_TWO = ["pow(input, target)", "xlogy(input, target)", "input / target", "input ** 3", "input ** -2"]
 CHOICES = [*(f"{name}(input)" for name in FUNCTIONS_OF_ONE), *FUNCTIONS_OF_TWO]
@@ -161,7 +161,7 @@ HAND = "weight * square(input - target)"
 
 @pytest.fixture(scope="session")
 def custom_loss_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What is compiled here is kept, by its contents. The first time, two processes compile."""
+    """The cache of compiled custom losses, kept between runs. If it is empty, two processes fill it."""
     cache = getattr(request.config, "cache", None)
     folder = cache.mkdir("custom_loss") if cache else tmp_path_factory.mktemp("custom_loss")
     with pytest.MonkeyPatch.context() as patch:
@@ -190,7 +190,7 @@ def by_torch(name: str, operands: dict[str, Tensor], reduction: str = "none", **
 def drawn(
     name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, halves: bool = False
 ) -> dict[str, Tensor]:
-    """Random operands. `halves`: multiples of 1/2, so that every kink and tie is met."""
+    """Random operands. With `halves` they are multiples of 1/2, so that every kink and tie occurs."""
     case = CASES[name]
     names = ["input", *(["target"] if "target" in case.expression else []), *case.tensors]
     operands = {}
@@ -209,7 +209,7 @@ def gradients(loss: Tensor, operands: dict[str, Tensor], upstream: Tensor | None
     return list(torch.autograd.grad(loss, wanted, upstream, **options))
 
 
-# Of float32's own rounding there are some; a 16-bit result is rounded once more, at the end.
+# A float32 computation rounds several times. A 16-bit result is computed in float32 and rounded once more at the end.
 TOLERANCE = {
     torch.float64: {"rtol": 1e-11, "atol": 1e-12},
     torch.float32: {"rtol": 2e-5, "atol": 2e-6},
@@ -219,7 +219,7 @@ TOLERANCE = {
 
 
 def assert_same(name: str, operands: dict[str, Tensor], reduction: str, **parameters: float) -> None:
-    """Value and gradients, with a random upstream, against torch in float64."""
+    """Value and gradients, for a random upstream gradient, are those of torch in float64."""
     dtype = operands["input"].dtype
     wide = {key: x.detach().double().requires_grad_(x.requires_grad) for key, x in operands.items()}
     expected = by_torch(name, wide, reduction, **parameters)

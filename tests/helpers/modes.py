@@ -22,7 +22,7 @@ from helpers.oracle import assert_exact
 ROOT = Path(__file__).parent.parent.parent
 CLASSES = 7
 KINDS = ["indices", "smoothed", "probabilities", "mse"]
-TORCHS = {"cross_entropy": F.cross_entropy, "mse_loss": F.mse_loss}  # also while they are patched
+TORCHS = {"cross_entropy": F.cross_entropy, "mse_loss": F.mse_loss}  # torch's own, also while F is patched
 
 
 def functions(kind: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
@@ -48,13 +48,13 @@ def target_for(kind: str, input: Tensor) -> tuple[Tensor, dict]:
     if kind == "indices":
         return target, {}
     target.view(-1)[-1] = 1  # ignored
-    target.view(-1)[0] = 0  # not all are
+    target.view(-1)[0] = 0  # not ignored
     weight = torch.rand(CLASSES, dtype=input.dtype, device=input.device) + 0.1
     return target, {"weight": weight, "ignore_index": 1, "label_smoothing": 0.1}
 
 
 def step(loss: Callable[..., Tensor], input: Tensor, target: Tensor, upstream: Tensor | None = None, **options):
-    """loss, its gradient, and the upstream gradient that was drawn for it."""
+    """The loss, its gradient, and the upstream gradient, which is drawn if it is not given."""
     leaf = input.detach().requires_grad_()
     value = loss(leaf * 1, target, **options)
     upstream = torch.randn_like(value) if upstream is None else upstream.to(value.dtype)
@@ -63,12 +63,12 @@ def step(loss: Callable[..., Tensor], input: Tensor, target: Tensor, upstream: T
 
 
 def send_one() -> None:
-    """Send a gradient of 1, as training does: on the CPU the forward passes after it compute the gradient at once."""
+    """Send an upstream gradient of 1, as training does. On the CPU, later forward passes then compute the gradient."""
     fused.cross_entropy(torch.zeros(1, 2, requires_grad=True), torch.zeros(1, dtype=torch.int64)).backward()
 
 
 def assert_step(kind: str, under: Callable[..., Tensor], input: Tensor, target: Tensor, **options) -> None:
-    """Steps of `under`, the fused loss under something: bitwise the plain one's, and those of the reference."""
+    """Steps of `under`, the fused loss in some mode, bitwise equal the plain ones and agree with the reference."""
     ours, _, expected = functions(kind)
     for upstream in (None, torch.ones_like(ours(input, target, **options))):
         if upstream is not None:
@@ -86,7 +86,7 @@ def is_fused(loss: Tensor) -> bool:
 
 
 def run_python(script: str, **environment: str) -> list[str]:
-    """Words that a fresh process prints. Whatever hangs or dies in it does not take the tests with it."""
+    """The words that a fresh process prints. If the script hangs or crashes, the test process survives."""
     finished = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         cwd=ROOT,

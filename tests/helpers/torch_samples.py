@@ -22,11 +22,11 @@ import fusedloss
 import fusedloss.functional as fused
 
 with pytest.MonkeyPatch.context() as patch:
-    # On import it forbids every later assignment to torch.backends flags, in the other tests as well.
+    # On import it would forbid every later assignment to torch.backends flags, in the other tests as well.
     patch.setattr(torch.backends, "disable_global_flags", lambda: None)
     from torch.testing._internal import common_methods_invocations, common_modules, common_nn, common_utils
 
-# Larger samples are checked against finite differences along random directions, not element by element.
+# Samples with more elements are compared with finite differences along random directions, not for each element.
 SMALL = 30
 MODULES = {
     "CrossEntropyLoss": "cross_entropy",
@@ -48,11 +48,11 @@ OPS = {f"nn.functional.{name}": name for name in MODULES.values()}
 class Sample:
     name: str
     loss: str
-    ours: Callable[..., Callable]  # takes the options, gives what takes the arguments
+    ours: Callable[..., Callable]  # takes the options, returns the function of the arguments
     torchs: Callable[..., Callable]
-    args: tuple[Tensor, ...]  # input, and mostly target
+    args: tuple[Tensor, ...]  # input, and in most cases target
     options: dict[str, Any]
-    reference: Callable | None = None  # torch's slow and simple one; takes the arguments
+    reference: Callable | None = None  # torch's slow reference implementation; takes the arguments
 
     def double(self) -> "Sample":
         return self.map(lambda t: t.double() if t.is_floating_point() else t)
@@ -65,7 +65,7 @@ class Sample:
         return replace(self, args=tuple(leaf(change(arg.detach()), arg) for arg in self.args), options=options)
 
     def variants(self) -> Iterator["Sample"]:
-        """As it is; and where target requires grad, which not every kernel covers, with input alone requiring it."""
+        """The sample, and if another argument requires grad, a copy in which only input does, for other kernels."""
         yield self
         if any(arg.requires_grad for arg in self.args[1:]):
             yield replace(self, args=(self.args[0], *(arg.detach() for arg in self.args[1:])))
@@ -93,7 +93,7 @@ def mean_of_a_constant_target(sample: Sample) -> bool:
     return mean and len(sample.args) == 2 and not sample.args[1].requires_grad
 
 
-# Samples that are not run at all, each kind with its reason; whether one is of the kind may depend on the values drawn.
+# Samples that are not run at all, with the reason. Which samples these are may depend on the values drawn.
 LEFT_OUT: list[tuple[str, Callable[[Sample], bool]]] = [
     (
         "the weights of the targets, drawn from both signs, add up to 0: the mean is NaN, and torch's inf",
@@ -119,7 +119,7 @@ def ops(name: str) -> list:
 
 def op_reference(op, input: Tensor, *args: Tensor, **options) -> Tensor | None:
     if op.name == "nn.functional.cross_entropy":
-        # The reference takes no input without batch.
+        # The reference does not support unbatched input.
         reference = common_nn.loss_reference_fns["CrossEntropyLoss"]
         return reference(input, *args, **options) if input.dim() > 1 else None
     if op.ref is None or op.name != "nn.functional.mse_loss":
@@ -132,7 +132,7 @@ def op_samples(name: str, device: str, dtype: torch.dtype, requires_grad: bool) 
     for op in ops(name):
         if dtype not in op.supported_dtypes(torch.device(device).type):
             missing(f"OpInfo samples of {name} in {dtype}")
-        # Not op.sample_inputs, which sets a seed of its own.
+        # op.sample_inputs would set a seed of its own.
         for sample in op.sample_inputs_func(op, device, dtype, requires_grad):
             args, options = (sample.input, *sample.args), sample.kwargs
             yield Sample(
@@ -152,14 +152,14 @@ def module_infos(name: str) -> list:
 
 
 def keep_a_target(args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-    """As torch's OpInfo does, and its ModuleInfo does not: the mean of no target is NaN, and has no derivative."""
+    """Keep at least one target, as torch's OpInfo does: a mean over none is NaN and has no derivative."""
     if "ignore_index" in options and (args[1] == options["ignore_index"]).all():
         args[1].view(-1)[0] = (options["ignore_index"] + 1) % args[0].shape[min(args[0].dim() - 1, 1)]
 
 
 def module_samples(name: str, device: str, dtype: torch.dtype, requires_grad: bool) -> Iterator[Sample]:
     for info in module_infos(name):
-        # bfloat16 too, which torch leaves out for CrossEntropyLoss.
+        # Also in bfloat16, which torch's ModuleInfo leaves out for CrossEntropyLoss.
         for sample in info.module_inputs_func(info, device, dtype, requires_grad, training=True):
             given = sample.constructor_input
             options = dict(inspect.signature(getattr(nn, name)).bind(*given.args, **given.kwargs).arguments)
@@ -178,11 +178,11 @@ def module_samples(name: str, device: str, dtype: torch.dtype, requires_grad: bo
 
 
 def criterion_samples(device: str, dtype: torch.dtype, requires_grad: bool) -> Iterator[Sample]:
-    """Of MSELoss alone: those of CrossEntropyLoss became ModuleInfo before torch 2.6, the others draw in other ways."""
+    """Samples of MSELoss. Those of CrossEntropyLoss became ModuleInfo before torch 2.6; others draw differently."""
     infos = [info for info in common_nn.criterion_tests if info.get("fullname", "").partition("_")[0] == "MSELoss"]
     for info in infos or missing("criterion tests of these losses"):
         name, _, rest = info["fullname"].partition("_")
-        # The constructor reads a global at the end of torch's loop over reductions: all would be 'sum'.
+        # The constructor reads a global after torch's loop over reductions, so every reduction would be 'sum'.
         assert rest.startswith("no_batch_dim_"), info
         options = {"reduction": rest.removeprefix("no_batch_dim_")}
         module = getattr(nn, name)(**options)
@@ -221,7 +221,7 @@ def functional_module_samples(name: str, device: str, dtype: torch.dtype, requir
     make = getattr(common_nn, name, None) or missing(f"common_nn.{name}")
     info = make()
     module, target = info["constructor"](), info["cpp_var_map"]["target"]
-    target.data = target.to(device, dtype).double()  # the module's own, by closure, which it casts to input's dtype
+    target.data = target.to(device, dtype).double()  # the closure's target, which the module casts to input's dtype
     input = torch.randn(info["input_size"], dtype=torch.float64).to(device, dtype)
     yield Sample(
         f"functional module {info['fullname']}",
@@ -254,10 +254,10 @@ def naming(what: str) -> Iterator[None]:
 
 
 def each(source: str, device: str, dtype: torch.dtype, requires_grad: bool = True) -> Iterator[Sample]:
-    random.seed(torch.initial_seed())  # torch's samples draw from it too
+    random.seed(torch.initial_seed())  # torch's samples use this generator too
     samples = list(SOURCES[source](device, dtype, requires_grad))
     assert samples
-    if samples[0].loss not in ("cross_entropy", "mse_loss"):  # tests/test_pointwise_losses.py has more of them
+    if samples[0].loss not in ("cross_entropy", "mse_loss"):  # tests/test_pointwise_losses.py covers them
         samples = random.sample(samples, min(len(samples), 12))
     for sample in samples:
         if not any(applies(sample) for _, applies in LEFT_OUT):
