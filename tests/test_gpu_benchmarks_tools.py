@@ -208,7 +208,8 @@ def test_the_sweep_names_the_settings_that_gain(
     monkeypatch.setattr(sweep, "CONTENDERS", {})
     monkeypatch.setattr(measure, "loss_of", lambda name, case: sweep.CONTENDERS[name](case))
     monkeypatch.setattr(sweep, "VALUES", {"warp_bytes": (2048,), "max_blocks": (1, 2), "target_weight_rows": (1,)})
-    monkeypatch.setattr(sweep, "EFFORT", replace(BRIEF, min_rounds=1, max_rounds=1))  # defaults not last
+    # In a single round the defaults are not timed last, so the sweep must restore them.
+    monkeypatch.setattr(sweep, "EFFORT", replace(BRIEF, min_rounds=1, max_rounds=1))
     monkeypatch.setattr(sweep, "cases", lambda: [suites.on_cuda(8192, 32000)])
     path = tmp_path / "sweep.jsonl"
     sweep.main(["--device", "cpu", "--records", str(path)])

@@ -1,6 +1,6 @@
 """Compiling at first use: each source is compiled once and kept, and no failure blocks a later build.
 
-Most tests compile a source so small that it takes a second. test_packaging.py and the notebooks compile the real one.
+Most tests compile a tiny source, which takes a second. test_packaging.py and the notebooks compile the real sources.
 """
 
 import contextlib
