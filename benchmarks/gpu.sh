@@ -146,7 +146,7 @@ run_tests() {
     local pytest=("$python" -m pytest -p benchmarks.leave_out -q -m gpu -rf --tb line --maxfail 60)
     "$python" -c 'import xdist' 2>/dev/null && several=(-n 8)
     # These take the longest and test the kernels the least.
-    local of_compiler=(tests/test_compile.py tests/test_export.py tests/test_accuracy.py)
+    local of_compiler=(tests/test_compile.py tests/test_compile_autograd.py tests/test_export.py tests/test_accuracy.py)
     for name in "${of_compiler[@]}" tests/test_large.py tests/test_cuda_emulator.py; do
         ignored+=(--ignore "$name")
     done

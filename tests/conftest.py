@@ -1,4 +1,4 @@
-"""What all tests share: devices, and a fresh seed for every run, printed so that a failure can be repeated."""
+"""What all tests share: the devices, and a fresh seed for each run, printed so that a failure can be repeated."""
 
 import importlib.util
 import os
@@ -12,7 +12,10 @@ import torch
 
 from fusedloss import _backend
 
-# Another build of the extension, to run tests with: tests/test_cuda_op_layer.py makes one.
+pytest.register_assert_rewrite("helpers")
+pytest_plugins = ["helpers.custom"]  # has the fixture custom_loss_folder
+
+# The tests can run with another build of the extension. tests/test_cuda_op_layer.py makes one.
 if path := os.environ.get("FUSEDLOSS_TEST_EXTENSION"):
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
@@ -20,7 +23,7 @@ if path := os.environ.get("FUSEDLOSS_TEST_EXTENSION"):
     spec.loader.exec_module(module)
     _backend.use(module)
 
-# In the environment, for the processes that pytest-xdist and tests start.
+# The seed is in the environment so that the processes that pytest-xdist and the tests start use it too.
 SEED = int(os.environ.setdefault("FUSEDLOSS_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 
 
@@ -52,6 +55,6 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def emulator_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What tests/cuda_emulator compiles is kept there, by its contents."""
+    """The folder in which tests/cuda_emulator keeps what it compiles, under a hash of the sources."""
     cache = getattr(request.config, "cache", None)
     return cache.mkdir("cuda_emulator") if cache else tmp_path_factory.mktemp("cuda_emulator")

@@ -1,9 +1,10 @@
-"""Losses and gradients are as exact as torch's: the errors of both, against a higher precision, over a grid of inputs.
+"""Losses and gradients are as exact as torch's: both are compared with a higher precision over a grid of inputs.
 
-The bound is torch's own error and half a unit in the last place of the output. Errors are counted in such units, over
-all draws of one kind together: their root mean square in units of the outputs' root mean square, the largest in units
-of the largest output. (Draw by draw, one draw in which every output is a small difference of large terms would outweigh
-the others, and which of two equally good computations is worse there is chance.)
+The bound is torch's own error plus half a unit in the last place of the output. Errors are counted over all draws of
+one kind together: the root mean square error in units in the last place of the outputs' root mean square, and the
+largest error in those of the largest output. If each draw were judged by itself, a draw in which every output is a
+small difference of large terms would outweigh the others, and there chance decides which of two equally good
+computations is worse.
 """
 
 import itertools
@@ -20,16 +21,16 @@ from torch import Tensor
 
 import fusedloss.functional as fused
 
-# How much larger than torch's an error may be by chance: the root mean square, and the largest. Every element of a row
-# shares the error of the row's sums, so that few rows are few samples, however many classes they have. The largest
-# error is one row's: of 100,000 comparisons of many rows, with 49 seeds, the worst was 5.6 times torch's; of 800 more
-# of the tightest kind ("swapped", "at 1e4", probabilities), 6.1 times, the same one for portable code and for AVX-512.
+# How much larger than torch's error ours may be by chance: the root mean square, and the largest. All elements of a row
+# share the error of the row's sums, so few rows are few samples, however many classes they have. The largest error is
+# that of one row: in 100,000 comparisons of many rows, with 49 seeds, the worst was 5.6 times torch's. In 800 more of
+# the tightest kind ("swapped", "at 1e4", probabilities) it was 6.1 times, the same for portable code and for AVX-512.
 MARGINS = {"many rows": (2.5, 10.0), "few rows": (8.0, 16.0)}
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """These are thousands of small calls. What they give does not depend on how many threads wait for each other."""
+    """The tests make thousands of small calls. Their results do not depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +51,7 @@ def wide(tensor: Tensor) -> NDArray:
 
 @dataclass
 class ExactRows:
-    """Each row's loss, the gradient of that, and what the mean divides by; leading dimensions are draws."""
+    """Each row's loss and its gradient, and the denominator of the mean. The leading dimension is the draw."""
 
     losses: NDArray  # [draws, rows]
     gradients: NDArray  # [draws, rows, classes]
@@ -70,7 +71,7 @@ class ExactRows:
 
 
 def exact_cross_entropy(x: NDArray, target: NDArray, weight: NDArray | None, smoothing: float) -> ExactRows:
-    """Nothing that cancels is computed as a difference: the largest class is kept out of the sum, for log1p."""
+    """No result is a difference that cancels: the largest class is kept out of the sum, and log1p is used."""
     draws, rows, classes = x.shape
     smoothing = x.dtype.type(smoothing)
     w = np.ones((draws, 1, classes), x.dtype) if weight is None else weight[:, None, :]
@@ -90,7 +91,7 @@ def exact_cross_entropy(x: NDArray, target: NDArray, weight: NDArray | None, smo
     else:
         q += w * (1 - smoothing) * target
     losses = (q * (np.log1p(others) - relative)).sum(2)
-    # sum(q) p - q = (sum(q) - q) p - q (1 - p); for the largest class 1 - p and sum(q) - q are sums of the others'.
+    # sum(q) p - q = (sum(q) - q) p - q (1 - p). For the largest class, 1 - p and sum(q) - q are sums over the others.
     q_others = q.copy()
     np.put_along_axis(q_others, top, 0, 2)
     gradients = q.sum(2, keepdims=True) * (e / (1 + others)) - q
@@ -103,7 +104,7 @@ def exact_cross_entropy(x: NDArray, target: NDArray, weight: NDArray | None, smo
 
 
 def unit(largest: NDArray, dtype: torch.dtype) -> NDArray:
-    """The unit in the last place of numbers of this size."""
+    """The unit in the last place of a number of this size."""
     info = torch.finfo(dtype)
     smallest = np.asarray(largest).dtype.type(info.tiny)
     exponent = np.floor(np.log2(np.maximum(largest, smallest)))
@@ -111,10 +112,10 @@ def unit(largest: NDArray, dtype: torch.dtype) -> NDArray:
 
 
 class Errors:
-    """Of one implementation and one kind of result, over draws of one kind of input."""
+    """The errors of one implementation in one kind of result, over draws of one kind of input."""
 
     def __init__(self, got: list[Tensor], exact: NDArray) -> None:
-        """Draws come first. A result that overflows where the exact one does not is infinitely wrong."""
+        """The first dimension is the draw. If a result overflows and the exact one does not, its error is infinite."""
         dtype, draws = got[0].dtype, len(got)
         size = np.abs(exact).reshape(draws, -1)
         fits = size.max(1) <= torch.finfo(dtype).max
@@ -128,7 +129,7 @@ class Errors:
 
 @dataclass
 class Comparison:
-    """Collects what is worse than torch, and says all of it at once."""
+    """Collects what is worse than torch, and reports all of it at once."""
 
     samples: str = "many rows"
     worse: list[str] = field(default_factory=list)
@@ -137,7 +138,7 @@ class Comparison:
         if ours.draws == 0:
             return
         margin_rms, margin_largest = MARGINS[self.samples]
-        # Half a unit is what rounding alone costs: torch's being luckier than that with its largest error is no merit.
+        # Rounding alone costs half a unit. If torch's largest error is smaller than that, it is chance.
         for name, mine, other, bound in (
             ("RMS", ours.rms, torchs.rms, margin_rms * torchs.rms + 0.5),
             ("largest", ours.largest, torchs.largest, margin_largest * max(torchs.largest, 0.5) + 0.5),
@@ -157,7 +158,7 @@ KINDS = [
     ("probabilities", 0.0, False),
     ("probabilities", 0.1, True),
 ]
-# layout, rows (outer, inner), classes, draws. The last ones: many additions of rows, many of classes.
+# Layout, rows (outer, inner), classes, draws. The last ones add up many rows, or many classes.
 GRIDS = [
     ("rows", (7, 1), 2, 60),
     ("rows", (33, 1), 15, 30),
@@ -172,7 +173,7 @@ GRIDS = [
     ("rows", (1, 1), 50000, 12),
     ("columns", (1, 2), 50000, 8),
 ]
-# Worse than torch's, and known to be: float64, in columns, has no wider type for the sums of so many classes.
+# Known to be worse than torch: in columns, float64 has no wider type for the sums over so many classes.
 KNOWN = [("columns", 50000, torch.float64)]
 
 
@@ -184,7 +185,7 @@ def draw_logits(draws: int, rows: int, classes: int, scale: str, target: Tensor)
         return x * 30
     if scale == "at 1e4":
         return x * 2 + 1e4 * torch.randn(draws, 1, 1, dtype=torch.float64).sign()
-    if scale in ("confident", "dominated"):  # p = 1 - exp(-5 … -25) for the target, or for a class of chance
+    if scale in ("confident", "dominated"):  # p = 1 - exp(-5 … -25) for the target, or for a random class
         chosen = target if scale == "confident" else torch.randint(classes, target.shape)
         height = torch.rand(draws, rows, 1, dtype=torch.float64) * 20 + 5 + np.log(classes)
         return x.scatter(2, chosen[:, :, None], height)
@@ -192,7 +193,7 @@ def draw_logits(draws: int, rows: int, classes: int, scale: str, target: Tensor)
 
 
 def lay_out(matrix: Tensor, layout: str, rows: tuple[int, int]) -> Tensor:
-    """[rows, classes] as the loss is given it, with that layout in memory."""
+    """Logits of shape [rows, classes] in the shape of the loss's input, with this layout in memory."""
     if layout == "columns":
         return matrix.view(*rows, -1).transpose(1, 2).contiguous()
     return matrix.t().contiguous().t() if layout == "swapped" else matrix
@@ -208,13 +209,13 @@ def test_cross_entropy_is_as_exact_as_torchs(layout, rows, classes, draws, dtype
     if (layout, classes, dtype) in KNOWN:
         pytest.skip("up to 1.4 units in the last place, torch's 0.6")
     if dtype.itemsize == 2:
-        draws = max(3, draws // 4)  # rounding outweighs everything else
+        draws = max(3, draws // 4)  # the error of rounding is larger than every other
     count = rows[0] * rows[1]
     comparison = Comparison("few rows" if count * draws < 30 else "many rows")
-    scales = SCALES if classes < 50000 else ["tiny", "thirty", "confident"]  # for the time they take
+    scales = SCALES if classes < 50000 else ["tiny", "thirty", "confident"]  # to save time
     for scale, (kind, smoothing, weighted) in itertools.product(scales, KINDS):
         if (layout, scale) == ("swapped", "confident"):
-            continue  # known to be worse: torch copies it to rows, which round the sum of 1 and the rest fewer times
+            continue  # known to be worse: torch copies it to rows, which round the sum of 1 and the rest less often
         target = torch.randint(classes, (draws, count))
         x = draw_logits(draws, count, classes, scale, target).to(dtype)
         if kind == "probabilities":
@@ -272,7 +273,7 @@ RESULTS = ("loss", "gradient of input", "gradient of target")
 def test_mse_loss_is_as_exact_as_torchs(size, draws, dtype, device):
     comparison = Comparison()
     scales = ["tiny", "one", "at 1e4", "equal but for rounding", "of all sizes"]
-    # Element by element, a large tensor is as a small one.
+    # Without a reduction, a large tensor is no different from a small one.
     for scale, reduction in itertools.product(scales, REDUCTIONS if size <= 4096 else ["mean", "sum"]):
         results = {name: ([], [], []) for name in ("exact", "ours", "torch")}
         for _ in range(draws):

@@ -1,4 +1,4 @@
-"""Derivatives of every kind, against finite differences and against torch's own losses."""
+"""Derivatives of every kind, compared with finite differences and with torch's own losses."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_a_retained_graph_gives_the_same_gradient_each_time(ours, torchs, device
     for scale in (1.0, 1.0, 3.0):
         (grad,) = torch.autograd.grad(loss, leaf, torch.tensor(scale, device=device), retain_graph=True)
         grads.append(grad)
-        # What is handed out is the caller's, to edit as they please.
+        # The caller may write to the gradient that it was given.
         kept = grad.clone()
         grad.mul_(-7)
         grads[-1] = kept
@@ -88,7 +88,7 @@ def test_a_retained_graph_gives_the_same_gradient_each_time(ours, torchs, device
 
 @pytest.mark.parametrize(("ours", "torchs"), LOSSES)
 def test_overwritten_logits_are_never_read(ours, torchs, device):
-    """torch's gradient or autograd's error, not a wrong number."""
+    """The result is torch's gradient or autograd's error, never a wrong number."""
     input, target = pair(ours, device)
     leaf = input.requires_grad_()
     logits = leaf * 1.0
@@ -100,7 +100,7 @@ def test_overwritten_logits_are_never_read(ours, torchs, device):
 
 @pytest.mark.parametrize(("ours", "torchs"), LOSSES)
 def test_inside_a_model(ours, torchs, device):
-    """The gradient flows on through a graph, and a loss can be part of a larger sum."""
+    """The gradient flows on through the graph, and the loss can be one term of a sum."""
     input, target = pair(ours, device)
     layer = torch.nn.Linear(9, 9, device=device)
     grads = []
@@ -127,7 +127,7 @@ def test_functorch(ours, torchs, device):
 
 @pytest.mark.parametrize(("ours", "torchs"), LOSSES)
 def test_second_order_training_step(ours, torchs, device):
-    """A gradient penalty, as in WGAN-GP or MAML: create_graph, then backward through the gradient."""
+    """A gradient penalty, as in WGAN-GP or MAML: create_graph, then a backward pass through the gradient."""
     input, target = pair(ours, device)
     results = []
     for loss in (ours, torchs):
@@ -140,7 +140,7 @@ def test_second_order_training_step(ours, torchs, device):
 
 
 def test_second_derivative_where_the_target_depends_on_the_input(device):
-    """What lies behind the inputs is the outer pass's to walk, once."""
+    """Only the outer backward pass goes through the graph behind the inputs, and only once."""
     values = torch.randn(5, device=device)
     for pair_of in (lambda x: (x, 2 * x), lambda x: (x * 3, x), lambda x: (x, x.sin())):
         results = []

@@ -1,4 +1,4 @@
-"""Bad input raises what torch raises, with a message that names the argument, what was given and what was expected."""
+"""Bad input raises torch's type of error. The message names the argument, what was given and what was expected."""
 
 import contextlib
 import inspect
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.bad_input import TYPES_ARE_OURS, i, x
 from helpers.pointwise import CASES, Case
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,18 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fusedloss
 import fusedloss.functional as fused
 from fusedloss import custom_loss
-from fusedloss._build import release
 
-
-def x(*shape, **options):
-    return torch.randn(shape, **options)
-
-
-def i(*shape, **options):
-    return torch.zeros(shape, dtype=torch.int64, **options)
-
-
-# arguments, options, what the message must say
+# Arguments, options, and what the message must contain.
 CROSS_ENTROPY = {
     "batch": ((x(4, 3), i(5)), {}, ["target", r"\[4\]", r"\[5\]"]),
     "no batch": ((x(4, 3), i()), {}, ["target", r"\[4\]", r"\[\]"]),
@@ -75,10 +66,6 @@ MSE = {
     "target device": ((x(3), x(3, device="meta")), {}, []),
     "input type": (([1.0], x(1)), {}, []),
 }
-
-
-# Older ones raised RuntimeError for some of these.
-TYPES_ARE_OURS = release(torch.__version__) >= (2, 13)
 
 
 def check(ours, torchs, arguments, options, says):
@@ -144,7 +131,7 @@ def outcome(call, *arguments):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", MODULES)
 def test_options_of_other_types(name):
-    """Whatever torch takes for an option is taken, with its result; what torch refuses is refused."""
+    """Option values that torch accepts give torch's result, and those that it refuses are refused."""
     arguments = [torch.rand(4, 3) + 0.1, torch.rand(4, 3), torch.rand(4, 3)]
     if name in ("cross_entropy", "nll_loss"):
         arguments[1] = torch.tensor([0, 2, 1, 1])
@@ -219,7 +206,7 @@ def shrink(tensor):
 
 
 def named_losses(device):
-    """Each with all of its operands, by their names."""
+    """The losses, each with all of its operands by name."""
 
     def rows():
         return {
@@ -254,7 +241,7 @@ def custom_losses(device):
 @pytest.mark.parametrize("lose", [free, shrink])
 @pytest.mark.parametrize("losses", [named_losses, custom_losses])
 def test_memory_that_was_freed(losses, lose, device):
-    """torch raises too, or crashes."""
+    """torch's own losses raise too, or crash."""
     for loss, operands in losses(device):
         for name in operands:
             given = {key: operand.clone() for key, operand in operands.items()}
@@ -274,7 +261,7 @@ def test_memory_that_was_freed_before_the_backward_pass(losses, create_graph, de
             given["input"].requires_grad_()
             value = loss(**given)
             free(given[name].detach())
-            if loss is fused.nll_loss and name == "input":  # which that pass does not read
+            if loss is fused.nll_loss and name == "input":  # the backward pass does not read it
                 torch.autograd.grad(2 * value, given["input"], create_graph=create_graph)
                 continue
             with pytest.raises(RuntimeError, match=f"{name} must have memory for its elements"):
@@ -294,15 +281,15 @@ def test_memory_that_was_freed_of_the_registered_ops(device):
     for name, arguments in calls:
         op = getattr(ops, name)
         op(*arguments)
-        for i, argument in enumerate(arguments):
+        for place, argument in enumerate(arguments):
             if isinstance(argument, torch.Tensor):
                 freed = argument.clone()
                 free(freed)
                 with pytest.raises(RuntimeError, match="must have memory for its elements"):
-                    op(*arguments[:i], freed, *arguments[i + 1 :])
+                    op(*arguments[:place], freed, *arguments[place + 1 :])
 
 
-# Users may call the registered ops themselves: nothing has then judged whether the kernels cover the call.
+# Users may call the registered ops directly. Nothing has then checked whether the kernels cover the call.
 REGISTERED = {
     "probabilities of fewer bytes": ("cross_entropy", (x(64, 50), torch.rand(64, 50).bfloat16()), ["target", "dtype"]),
     "probabilities of more bytes": ("cross_entropy", (x(4, 3), torch.rand(4, 3).double()), ["target", "dtype"]),

@@ -1,6 +1,6 @@
-"""Nothing is read beyond an input's last byte: inputs end where an unreadable page begins.
+"""Nothing is read beyond an input's last byte: the inputs end where an unreadable page begins.
 
-A read beyond would end the process, so the checks run in one of their own.
+A read beyond the end would kill the process, so the checks run in a process of their own.
 """
 
 import os

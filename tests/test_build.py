@@ -1,4 +1,4 @@
-"""What the build decides: sources, flags, toolkit, and the sentence it says where something is missing."""
+"""What the build decides: sources, flags and toolkit, and its message if something is missing."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def write_script(path: Path, text: str) -> Path:
 
 
 def fake_toolkit(home: Path, version: str = "12.8", architectures: tuple[int, ...] = (80, 90, 120)) -> Path:
-    """A CUDA toolkit as far as the build looks at it."""
+    """A CUDA toolkit with only the parts that the build looks at."""
     listed = "\n".join(f"compute_{number}" for number in architectures)
     write_script(
         home / "bin" / "nvcc",
@@ -51,7 +51,7 @@ def fake_torch(cuda: str | None = "12.8", parallel: str = "ATen parallel backend
 
 @pytest.fixture
 def bare(monkeypatch, tmp_path):
-    """No CUDA toolkit and no GPU, whatever this machine has, and none of the variables that steer the build."""
+    """Hides the machine's CUDA toolkit and GPU, and removes the variables that control the build."""
     for name in ("CC", "CUDA_HOME", "CUDA_PATH", "CXX", "FUSEDLOSS_CUDA", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(_build, "DEFAULT_TOOLKIT", tmp_path / "no-toolkit")
@@ -90,7 +90,7 @@ def test_sources_are_sorted_and_leave_cuda_to_cuda_builds(tmp_path):
 
 
 def test_base_names_are_unique():
-    """Both build routes name objects by the base name alone."""
+    """Both ways to build name an object file after the source's base name only."""
     stems = [path.stem for path in _build.source_files(_build.csrc_directory(), cuda=True)]
     assert len(stems) > 2 and len(set(stems)) == len(stems)
 
@@ -158,7 +158,7 @@ def test_compiler_chosen_by_cxx(monkeypatch, tmp_path):
     [("{wrapper} c++ -DX='a b'", ["c++", "-DX=a b"]), ("{spaced}", []), ("./bin/{name} c++", ["c++"])],
 )
 def test_compiler_of_several_words(bare, with_torch, monkeypatch, tmp_path, chosen, arguments):
-    """torch takes one word, and quotes it."""
+    """torch accepts a single word, and quotes it."""
     wrapper = write_script(bare / "wrapper", 'printf "%s\\n" "g++ 99" "$PWD" "$@"')
     spaced = write_script(tmp_path / "my compilers" / "g++", 'printf "%s\\n" "g++ 99" "$PWD" "$@"')
     monkeypatch.chdir(tmp_path)
@@ -187,7 +187,7 @@ def test_compiler_of_several_words_for_nvcc(bare, with_torch, monkeypatch, tmp_p
         assert printed.splitlines() == expected and os.environ["CC"] == chosen
     monkeypatch.setenv("CC", f"{wrapper} gcc")
     with _build.make_plan(cuda=False).environment():
-        assert os.environ["CC"] == f"{wrapper} gcc"  # a build without CUDA doesn't use it
+        assert os.environ["CC"] == f"{wrapper} gcc"  # a build without CUDA does not use it
 
 
 def test_compiler_of_no_word(bare, monkeypatch):
@@ -209,7 +209,7 @@ def test_torch_in_an_awkward_place(monkeypatch, tmp_path):
 
 
 def test_clang_without_openmp_is_said(bare, with_torch):
-    write_script(bare / "clang++", "[ $1 = --version ] && echo 'clang version 17.0.1'")  # and fails at compiling
+    write_script(bare / "clang++", "[ $1 = --version ] && echo 'clang version 17.0.1'")  # and fails to compile
     (bare / "c++").unlink()
     with_torch(cuda=None)
     plan = _build.make_plan()
@@ -266,7 +266,7 @@ def test_toolkit_without_headers_is_none(bare, tmp_path, monkeypatch):
         ((75, 80, 90), (), ["80,sm_80", "90,sm_90", "90,compute_90"]),
         ((75, 80, 90), (90,), ["90,sm_90"]),
         ((75, 80, 90), (80, 120), ["80,sm_80", "90,compute_90"]),  # a GPU newer than the nvcc gets PTX
-        ((75, 80, 90), (70,), []),  # one that this nvcc has forgotten
+        ((75, 80, 90), (70,), []),  # a GPU that this nvcc no longer supports
         ((), (), []),
     ],
 )
@@ -314,7 +314,7 @@ def test_cuda_setting(bare, with_torch, tmp_path, monkeypatch):
     with_torch()
     monkeypatch.setenv("FUSEDLOSS_CUDA", "0")
     assert _build.make_plan().device == "cpu"
-    assert _build.make_plan(cuda=True).device == "cuda"  # the argument is nearer than the variable
+    assert _build.make_plan(cuda=True).device == "cuda"  # the argument takes precedence over the variable
     monkeypatch.setenv("FUSEDLOSS_CUDA", "yes")
     with pytest.raises(BuildError, match=r"FUSEDLOSS_CUDA is 'yes', expected 0 or 1"):
         _build.make_plan()

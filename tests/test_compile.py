@@ -1,12 +1,10 @@
-"""The losses under torch.compile and compiled autograd."""
+"""The losses under torch.compile: values, dtypes, sizes, options and errors."""
 
-import copy
 import shutil
 from collections.abc import Callable
 
 import pytest
 import torch
-import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from helpers.draws import REDUCTIONS
 from helpers.graphs import (
@@ -30,11 +28,9 @@ from helpers.graphs import (
     target_for,
 )
 from helpers.oracle import assert_exact
-from torch import Tensor, nn
-from torch._dynamo import compiled_autograd
+from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fusedloss.functional as fused
 from fusedloss import reference
@@ -52,7 +48,7 @@ def test_compiled_is_eager_bitwise(kind, reduction, device):
     input, target, options = given(kind, device)
     compiled = torch.compile(doubled(ours), backend="aot_eager", fullgraph=True)
     assert_step(kind, compiled, input, target, reduction=reduction, **options)
-    # A gradient of 1 is what loss.backward() sends. After one, eager forward passes on the CPU compute it at once.
+    # loss.backward() sends a gradient of 1. After one of 1, eager forward passes on the CPU compute the gradient too.
     fused.cross_entropy(torch.zeros(1, 2, requires_grad=True), torch.zeros(1, dtype=torch.int64)).backward()
     ones = torch.ones_like(ours(input, target, reduction=reduction, **options))
     (loss, grad, _), (eager_loss, eager_grad, _) = (
@@ -81,7 +77,7 @@ def test_compiled_with_class_indices_of_any_integer_type(dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inductor(dtype, device):
-    """All kinds in one graph, of logits in several layouts: compiling takes seconds."""
+    """All kinds are in one graph, with logits in several layouts, since compiling takes seconds."""
     if device == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("inductor needs a C++ compiler")
     layouts = ["2-D", "transposed", "channels last", "a stride over the classes"]
@@ -110,7 +106,7 @@ def test_inductor(dtype, device):
     ]
     compiled, eager = run(torch.compile(all_losses, backend="inductor", fullgraph=True)), run(all_losses)
     for mine, same in zip(compiled[0] + list(compiled[1]), eager[0] + list(eager[1]), strict=True):
-        # An older inductor lays out the logits anew, and rows are not added up as columns are.
+        # An older inductor changes the layout of the logits, and the sums of rows and of columns differ in order.
         assert mine.dtype == same.dtype and (OLD or torch.equal(mine, same))
     for (kind, input, target, options), loss, grad, upstream in zip(cases, *compiled, upstreams, strict=True):
         exact_loss, exact_grad, _ = step(doubled(functions(kind)[1]), input.double(), target, upstream, **options)
@@ -142,7 +138,7 @@ def test_one_compilation_serves_every_batch_size(kind, device):
             assert_step(kind, compiled, input, target, reduction=reduction, **options)
             frames.append(counter.frame_count)
         assert frames[0] == frames[-1]
-    # The compiler has sizes 0 and 1 to itself. They are right as well.
+    # The compiler specializes on sizes 0 and 1. Their results must be right as well.
     for rows in (1, 0):
         input, target, options = given(kind, device, rows, CLASSES)
         if rows > 0 and kind == "smoothed":
@@ -151,7 +147,7 @@ def test_one_compilation_serves_every_batch_size(kind, device):
 
 
 def test_a_changed_batch_size_compiles_once_more(device):
-    """Without dynamic=True: the second size makes the graph dynamic, the third finds it so."""
+    """Without dynamic=True, the second size makes the graph dynamic, and the third one reuses it."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(doubled(fused.cross_entropy), backend=counter, fullgraph=True)
     for rows in (5, 9, 33, 12):
@@ -161,7 +157,7 @@ def test_a_changed_batch_size_compiles_once_more(device):
 
 
 def test_an_argument_that_changes_compiles_again(device):
-    """What was traced holds for its options only."""
+    """A traced graph is valid for its options only."""
     compiled = torch.compile(doubled(fused.cross_entropy), backend="aot_eager", fullgraph=True)
     input, target, _ = given("indices", device)
     target[0] = 3
@@ -190,7 +186,7 @@ def test_autocast(kind, inside, device):
         compiled = torch.compile(under_autocast, backend="aot_eager", fullgraph=True)
     else:
         whole = torch.compile(doubled(ours), backend="aot_eager", fullgraph=True)
-        assert step(whole, input, target)[0].dtype == torch.bfloat16  # compiled without autocast first
+        assert step(whole, input, target)[0].dtype == torch.bfloat16  # compile without autocast first
 
         def compiled(input: Tensor, target: Tensor) -> Tensor:
             with torch.autocast(device, dtype=torch.bfloat16):
@@ -224,7 +220,7 @@ def rows_of(*shape: int) -> Tensor:
 
 
 INDICES = torch.zeros(5, dtype=torch.int64)
-# input, target, weight, what torch says to it, and what is said here
+# Input, target, weight, torch's message, and the message of these losses.
 REFUSED = {
     "batch": (
         rows_of(5, 7),
@@ -249,7 +245,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_torch_refuses_is_refused(what):
-    """While it is compiled, by an error of the same type."""
+    """Compiling raises an error of the same type as torch's."""
     *arguments, says, said_here = REFUSED[what]
     raised = []
     for loss, words in ((fused.cross_entropy, said_here), (F.cross_entropy, says)):
@@ -269,7 +265,7 @@ def test_an_unknown_reduction(kind, device):
 
 @pytest.mark.parametrize("kind", ["indices", "smoothed"])
 def test_a_class_index_out_of_range(kind):
-    """On CUDA it is a device-side assertion, after which no other test could run."""
+    """This runs on the CPU only: on CUDA it is a device-side assertion, after which no other test could run."""
     input, target, options = given(kind, "cpu")
     target[3] = CLASSES
     compiled = torch.compile(fused.cross_entropy, backend="aot_eager", fullgraph=True)
@@ -280,7 +276,7 @@ def test_a_class_index_out_of_range(kind):
 
 
 def test_mse_that_broadcasts_or_promotes(device):
-    """Left to torch, as any mixture of dtypes is."""
+    """Such calls use torch's own loss."""
     input = torch.randn(5, CLASSES, device=device, requires_grad=True)
     for target in (torch.randn(CLASSES, device=device), torch.randn(5, CLASSES, device=device).bfloat16()):
         recorded = AotEagerAndRecordGraphs()
@@ -289,134 +285,6 @@ def test_mse_that_broadcasts_or_promotes(device):
             torch.testing.assert_close(compiled(input, target), (input - target).pow(2).mean())
         assert "fusedloss" not in str(losses_in(*recorded.fw_graphs))
         torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_probabilities_and_their_weights_that_require_grad(reduction, device):
-    """Composed: the kernels have no gradient for these."""
-    tensors = [
-        torch.rand(5, CLASSES, device=device),
-        torch.rand(5, CLASSES, device=device),
-        torch.rand(CLASSES, device=device),
-    ]
-    compiled = torch.compile(fused.cross_entropy, backend="aot_eager", fullgraph=True)
-    for required in ((True, True, False), (True, False, True), (False, True, True)):
-        results = []
-        for loss in (compiled, reference.cross_entropy):
-            leaves = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(tensors, required, strict=True)]
-            value = loss(*leaves, reduction=reduction, label_smoothing=0.1)
-            upstream = torch.linspace(0.5, 2, value.numel(), device=device).reshape(value.shape)
-            grads = torch.autograd.grad(
-                value, [leaf for leaf in leaves if leaf.requires_grad], upstream.to(value.dtype)
-            )
-            results.append((value.detach().float(), *grads))
-        for mine, exact in zip(*results, strict=True):
-            torch.testing.assert_close(mine, exact)
-
-
-@pytest.mark.parametrize("require", [(True, True), (True, False), (False, True)], ids=str)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_mse_targets_that_require_grad(reduction, require, device):
-    pair = [torch.randn(5, CLASSES, device=device) for _ in range(2)]
-    recorded = AotEagerAndRecordGraphs()
-    compiled = torch.compile(fused.mse_loss, backend=recorded, fullgraph=True)
-    results = []
-    for loss in (compiled, fused.mse_loss, reference.mse_loss):
-        leaves = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(pair, require, strict=True)]
-        value = loss(*leaves, reduction=reduction)
-        upstream = torch.linspace(-1, 2, value.numel(), device=device).reshape(value.shape).to(value.dtype)
-        results.append(torch.autograd.grad(value, [leaf for leaf in leaves if leaf.requires_grad], upstream))
-    for mine, eager, exact in zip(*results, strict=True):
-        assert torch.equal(mine, eager)
-        torch.testing.assert_close(mine, exact)
-    assert losses_in(*recorded.bw_graphs) == {MSE_BACKWARD}
-
-
-TRANSFORMS = {
-    "grad": lambda loss, x, t: torch.func.grad(lambda x: loss(x, t))(x),
-    "vmap": lambda loss, x, t: torch.func.vmap(loss)(x, t),
-    "hessian": lambda loss, x, t: torch.func.hessian(lambda x: loss(x, t))(x),
-    "jvp": lambda loss, x, t: torch.func.jvp(lambda x: loss(x, t), (x,), (x.cos(),)),
-    "vjp": lambda loss, x, t: torch.func.vjp(lambda x: loss(x, t), x)[1](torch.ones((), device=x.device)),
-    "gradients of each sample": lambda loss, x, t: torch.func.vmap(torch.func.grad(loss))(x, t),
-}
-
-
-@pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("kind", ["indices", "mse"])
-def test_functorch(kind, name, device):
-    input, target, _ = given(kind, device)
-    ours, _ = functions(kind)
-    torchs = getattr(F, ours.__name__)
-    compiled = torch.compile(lambda x, t: TRANSFORMS[name](ours, x, t), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(input, target), TRANSFORMS[name](torchs, input, target))
-
-
-@pytest.mark.parametrize("kind", ["indices", "mse"])
-def test_forward_mode(kind, device):
-    input, target, _ = given(kind, device)
-    ours, _ = functions(kind)
-
-    def tangent(loss: Callable[..., Tensor], x: Tensor, v: Tensor) -> Tensor:
-        with fwAD.dual_level():
-            return fwAD.unpack_dual(loss(fwAD.make_dual(x, v), target)).tangent
-
-    compiled = torch.compile(lambda x, v: tangent(ours, x, v), backend="aot_eager")
-    torch.testing.assert_close(compiled(input, input.sin()), tangent(getattr(F, ours.__name__), input, input.sin()))
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("kind", KINDS)
-def test_without_gradients(kind, mode, device):
-    ours, expected = functions(kind)
-    input, target, options = given(kind, device)
-    input.requires_grad_()
-    recorded = AotEagerAndRecordGraphs()
-    compiled = torch.compile(ours, backend=recorded, fullgraph=True)
-    with mode():
-        loss = compiled(input, target, **options)
-        assert torch.equal(loss, ours(input, target, **options))
-        assert_exact(loss, expected(input, target, **options))
-    assert not loss.requires_grad and not recorded.bw_graphs and losses_in(*recorded.graphs)
-    # And then with gradients: another graph.
-    assert_step(kind, torch.compile(doubled(ours), backend="aot_eager", fullgraph=True), input, target, **options)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_overwritten_before_the_backward_pass(kind, device):
-    input, target, options = given(kind, device)
-    leaf = input.requires_grad_()
-    logits = leaf * 1
-    loss = torch.compile(functions(kind)[0], backend="aot_eager", fullgraph=True)(logits, target, **options)
-    logits.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_overwritten_within_the_graph(kind, device):
-    """Autograd's error as well, when the graph is compiled."""
-    ours, _ = functions(kind)
-
-    def overwriting(input: Tensor, target: Tensor, **options) -> Tensor:
-        logits = input * 2
-        loss = ours(logits, target, **options)
-        logits.mul_(0)
-        return loss
-
-    input, target, options = given(kind, device)
-    with pytest.raises(Exception, match="modified by an inplace operation"):
-        torch.compile(overwriting, backend="aot_eager", fullgraph=True)(input.requires_grad_(), target, **options)
-
-
-def test_a_second_derivative_is_refused_not_wrong(device):
-    """torch has none through a compiled graph."""
-    input, target, _ = given("indices", device)
-    leaf = input.requires_grad_()
-    loss = torch.compile(fused.cross_entropy, backend="aot_eager", fullgraph=True)(leaf, target)
-    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        grad.sum().backward()
 
 
 def filtered(loss: Callable[..., Tensor], logits: Tensor, labels: Tensor) -> Tensor:
@@ -433,7 +301,7 @@ def some_classes(loss: Callable[..., Tensor], logits: Tensor, labels: Tensor) ->
 
 @pytest.mark.parametrize("model", [filtered, sliced, some_classes])
 def test_sizes_that_only_the_run_knows(model, device):
-    """As in losses of masked tokens. That both sizes are one the compiler cannot prove, and torch's loss need not."""
+    """Sizes of masked tokens are known at run time only. The compiler need not prove that both sizes are equal."""
     logits = torch.randn(9, CLASSES, device=device)
     labels = torch.tensor([0, 2, 6, 2, 1, 3, 2, 0, 5], device=device)
 
@@ -458,7 +326,7 @@ def test_sizes_that_only_the_run_knows(model, device):
 
 
 class Counting(TorchFunctionMode):
-    """Knows torch's functions, and changes what one of them gives."""
+    """A mode that multiplies the results of torch's losses by 10."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -482,102 +350,3 @@ def test_a_function_mode_sees_torchs_function(kind, inside, device):
         with Counting():
             loss = compiled(input, target)
     assert_exact(loss, 10 * expected(input, target), scale=100)
-
-
-def save_nothing(context, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-@pytest.mark.parametrize("policy", [None, save_nothing], ids=["all", "selective"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_in_a_compiled_graph(kind, policy, device):
-    """The forward op is run again, in the backward graph."""
-    ours, _ = functions(kind)
-    chosen = {} if policy is None else {"context_fn": lambda: create_selective_checkpoint_contexts(policy)}
-
-    def checkpointed(input: Tensor, target: Tensor, **options) -> Tensor:
-        return checkpoint(doubled(ours), input, target, use_reentrant=False, **chosen, **options)
-
-    recorded = AotEagerAndRecordGraphs()
-    input, target, options = given(kind, device)
-    assert_step(kind, torch.compile(checkpointed, backend=recorded, fullgraph=True), input, target, **options)
-
-
-# ---- compiled autograd ----
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiled_autograd(kind, dtype, device):
-    """The backward pass of an eager loss, compiled: bitwise the eager one."""
-    ours, expected = functions(kind)
-    recorded = AotEagerAndRecordGraphs()
-    compiler = torch.compile(backend=recorded, fullgraph=True)
-    for reduction, sent in (("none", None), ("mean", None), ("mean", 1.0), ("mean", 1.0)):
-        input, target, options = given(kind, device, dtype=dtype)
-        options["reduction"] = reduction
-        upstream = None if sent is None else torch.tensor(sent, device=device)
-        _, eager, upstream = step(doubled(ours), input, target, upstream, **options)
-        leaf = input.detach().requires_grad_()
-        with compiled_autograd._enable(compiler):
-            doubled(ours)(leaf, target, **options).backward(upstream)
-        assert torch.equal(leaf.grad, eager)
-        exact = step(doubled(expected), input.double(), target, upstream, **options)[1]
-        assert_exact(leaf.grad, exact, scale=8 * max(1.0, upstream.double().abs().max().item()))
-    assert losses_in(*recorded.fw_graphs) == {MSE_BACKWARD if kind == "mse" else CE_BACKWARD}
-
-
-def test_compiled_autograd_of_both_inputs_of_mse(device):
-    pair = [torch.randn(5, CLASSES, device=device) for _ in range(2)]
-    grads = []
-    for enabled in (True, False):
-        leaves = [tensor.detach().requires_grad_() for tensor in pair]
-        with (
-            compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True))
-            if enabled
-            else torch.enable_grad()
-        ):
-            (fused.mse_loss if enabled else F.mse_loss)(leaves[0] * 2, leaves[1].sin(), reduction="sum").backward()
-        grads.append([leaf.grad for leaf in leaves])
-    for mine, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
-def test_compiled_autograd_under_autocast(device):
-    input, target, options = given("indices", device, dtype=torch.bfloat16)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        _, eager, upstream = step(fused.cross_entropy, input, target, **options)
-    leaf = input.detach().requires_grad_()
-    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = fused.cross_entropy(leaf, target)
-        loss.backward(upstream)
-    assert loss.dtype == torch.float32 and torch.equal(leaf.grad, eager)
-
-
-def test_a_compiled_step_with_compiled_autograd(device):
-    """The forward pass by AOT, the backward pass by compiled autograd, for more than one batch size."""
-    ours, torchs = models(device)
-
-    def train(model: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
-        loss = model(*arguments)
-        loss.backward()
-        return loss.detach()
-
-    def check(model: nn.Module) -> None:
-        compiled = torch.compile(train, backend="aot_eager")
-        for rows in (5, 9):
-            arguments = batch(device, rows)
-            torchs.zero_grad()
-            model.zero_grad()
-            expected = train(torchs, arguments)
-            torch.testing.assert_close(compiled(model, arguments), expected)
-            assert_same_gradients(model, torchs)
-
-    with torch._dynamo.config.patch(compiled_autograd=True):
-        try:
-            check(copy.deepcopy(torchs))
-        except Exception as error:
-            pytest.skip(f"torch {torch.__version__} does not compile its own: {type(error).__name__}")
-        torch._dynamo.reset()
-        check(ours)

@@ -1,4 +1,4 @@
-"""docs/coverage.md says what the kernels compute and what torch's own functions do: each of its lines is run here."""
+"""Each line of docs/coverage.md is run here. It lists what the kernels compute and what torch's functions do."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ COLUMNS = ("cross_entropy", "mse_loss")
 
 
 def table() -> dict[str, dict[str, str]]:
-    """situation -> loss -> what computes it"""
+    """Maps a situation to a loss to what computes it."""
     rows = [line.strip("| \n").split(" | ") for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
     return {name: dict(zip(COLUMNS, cells, strict=True)) for name, *cells in rows[1:] if not name.startswith("**")}
 
@@ -28,7 +28,7 @@ def table() -> dict[str, dict[str, str]]:
 # ---- the situations ----
 
 Loss = Callable[..., Tensor]
-Situation = Callable[[str, Loss], object]  # takes the loss's name and the loss; computes with it
+Situation = Callable[[str, Loss], object]  # takes the loss's name and the loss, and calls it
 SITUATIONS: dict[str, Situation] = {}
 
 
@@ -215,7 +215,7 @@ def _(name, loss):
 
 
 def forward_apart(backward: Callable[[Tensor, Tensor], object]) -> Situation:
-    """Backward alone is looked at."""
+    """Only the backward pass counts."""
 
     def run(name: str, loss: Loss) -> object:
         input, target = given(name)

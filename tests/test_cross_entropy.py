@@ -1,4 +1,4 @@
-"""Cross entropy, values and gradients, against the float64 reference and against torch's own loss."""
+"""Values and gradients of cross entropy, compared with the float64 reference and with torch's own loss."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from torch import Tensor
 import fusedloss.functional as fused
 from fusedloss import reference
 
-# Odd sizes; one class, one row; just below, at and above a vector (16), a block (2048) and a tile (256).
+# Odd sizes, one class, one row, and just below, at and above a vector (16), a block (2048) and a tile (256).
 SHAPES = [
     (5,), (1,), (1, 1), (7, 1), (1, 7), (3, 10), (33, 15), (5, 16), (5, 17), (2, 2047), (2, 2049), (3, 4097),
     (2, 3, 5), (1, 10, 255), (2, 5, 256), (1, 21, 257), (2, 33, 3), (2, 4, 3, 5), (1, 3, 2, 2, 7), (3, 1, 4),
@@ -23,15 +23,15 @@ OPTIONS = list(itertools.product((False, True), (0.0, 0.1, 1.0)))
 
 
 def check(input: Tensor, target: Tensor, **options) -> None:
-    """The fused loss and its gradient, for a random grad_output, are those of the reference, and torch's in form."""
+    """Loss and gradient, for a random grad_output, agree with the reference, and have torch's dtype and shape."""
     ours = input.detach().requires_grad_()
     exact = input.detach().double().requires_grad_()
     loss = fused.cross_entropy(ours, target, **options)
     expected = reference.cross_entropy(exact, target, **options)
     torchs = F.cross_entropy(input.detach(), target, **options)
     assert (loss.dtype, loss.shape, loss.device) == (torchs.dtype, torchs.shape, torchs.device)
-    # Loss and gradient are differences, with errors relative to what is subtracted: for a row its largest weight, and
-    # that times grad_output.
+    # Loss and gradient are differences, with errors relative to the terms. For a row, the terms are as large as its
+    # largest weight, and for the gradient that times grad_output.
     rows = input.numel() // input.shape[class_dim(tuple(input.shape))]
     largest = 1.0 if options.get("weight") is None else options["weight"].abs().max().item()
     assert_exact(loss, expected, scale=largest * (rows if options["reduction"] == "sum" else 1), what="loss")
@@ -43,7 +43,7 @@ def check(input: Tensor, target: Tensor, **options) -> None:
     assert ours.grad.dtype == input.dtype
     terms = largest * grad_output.abs().max().item() / (rows if options["reduction"] == "mean" else 1)
     assert_exact(ours.grad, exact.grad, scale=terms, what="gradient")
-    # Computed without autograd, the loss is the same, bit for bit.
+    # Without autograd, the loss is bitwise identical to the one with it.
     assert torch.equal(loss.detach(), fused.cross_entropy(input.detach(), target, **options)) or loss.isnan().any()
 
 
@@ -80,7 +80,7 @@ def test_class_probabilities(shape, dtype, reduction, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [*range(1, 9), 16, 31, 32, 33])
 def test_few_classes_in_columns(classes, dtype, device):
-    """More than one tile (256) of rows, which end within a vector: few classes have a kernel of their own."""
+    """More than one tile (256) of rows, ending within a vector. Few classes have a kernel of their own."""
     shape = (2, classes, 5, 61)
     input = LAYOUTS["odd storage offset"](random_logits(shape, dtype, device))
     weight = (torch.rand(classes) + 0.1).to(device, dtype)
@@ -122,7 +122,7 @@ def test_strided_targets_and_weights(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("center", [1e4, -1e4])
 def test_large_logits_keep_their_digits(dtype, center, device):
-    """One float32 lse would lose three digits here."""
+    """A log-sum-exp in float32 would lose three digits here."""
     for shape in [(8, 50), (3, 20, 40)]:
         input = random_logits(shape, dtype, device, scale=2.0) + center
         check(input, random_indices(shape, device), reduction="none")
@@ -132,7 +132,7 @@ def test_large_logits_keep_their_digits(dtype, center, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_wide_range_of_logits(dtype, device):
-    """Each gradient is right relative to itself, however small: p is rounded no worse than its argument."""
+    """Each gradient is right relative to itself, however small: its error is that of exp's argument."""
     for shape in [(4, 1000), (1, 1000, 4)]:
         input = torch.linspace(-85, 0, 4000, dtype=torch.float64).to(dtype).double()
         input = input[torch.randperm(4000)].view(shape).to(device, dtype).requires_grad_()
@@ -184,7 +184,7 @@ def test_all_targets_ignored(reduction, label_smoothing, device):
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_targets_without_weight(label_smoothing, device):
-    """The mean over a total weight of 0."""
+    """The mean is divided by a total weight of 0."""
     target = torch.tensor([1, 1, -100], device=device)
     for weight in (torch.zeros(3, device=device), torch.tensor([1.0, 0.0, 2.0], device=device)):
         results = []
@@ -198,7 +198,7 @@ def test_targets_without_weight(label_smoothing, device):
 
 
 def test_an_ignored_row_may_hold_anything(device):
-    """Better than torch, whose gradient is NaN there."""
+    """The gradient of an ignored row is 0. torch's is NaN here."""
     for shape in [(3, 20), (3, 20, 5)]:
         clean = random_logits(shape, torch.float32, device)
         target = random_indices(shape, device)
@@ -241,7 +241,7 @@ def test_empty_batches_of_any_stride(device):
 
 
 def masked_logits(device: str) -> Tensor:
-    """Masks of every kind that a row can have, over more than one block of classes."""
+    """Logits with every kind of mask that a row can have, over more than one block of classes."""
     x = torch.randn(7, 5000, device=device) * 3
     x[0, :4096] = -torch.inf  # whole leading blocks
     x[1, 1:] = -torch.inf  # all but one class
@@ -264,7 +264,7 @@ def test_masked_and_non_finite_logits(columns, label_smoothing, device):
 
 
 def check_each_row(x, target, label_smoothing):
-    """The losses of all rows, and the gradient of their sum, are torch's in float64."""
+    """The losses of all rows and the gradient of their sum agree with torch's in float64."""
     ours, torchs = x.clone().requires_grad_(), x.to(torch.float64, copy=True).requires_grad_()
     options = {"reduction": "none", "label_smoothing": label_smoothing}
     loss, expected = fused.cross_entropy(ours, target, **options), F.cross_entropy(torchs, target, **options)
@@ -276,7 +276,7 @@ def check_each_row(x, target, label_smoothing):
 
 @pytest.mark.parametrize("classes", [1, 2, 3])
 def test_any_few_logits_in_columns(classes, device):
-    """Every combination of logits that a row of few classes can have, with each of its classes as the target."""
+    """Every combination of these logits in a row of few classes, with each of its classes as the target."""
     values = torch.tensor([-torch.inf, torch.inf, torch.nan, -1e4, 1e4, 0.5], device=device)
     every = torch.cartesian_prod(*[values] * classes).view(-1, classes)
     x = every.repeat(classes, 1).t().contiguous().unsqueeze(0)
@@ -289,8 +289,8 @@ def test_any_few_logits_in_columns(classes, device):
 @pytest.mark.parametrize("classes", [1, 3, 40])
 @pytest.mark.parametrize("position", [0, 8, 255, 256, 299])
 def test_the_first_class_that_does_not_exist_is_named(position, classes):
-    """Not one that is ignored, nor a later one. On a GPU the kernel stops instead."""
-    for bad in (-1, classes, 2**32, -(2**63)):  # 2**32 is class 0 in its lower half
+    """The message names the first bad class that is not ignored. On a GPU the kernel stops instead."""
+    for bad in (-1, classes, 2**32, -(2**63)):  # the lower half of 2**32 is class 0
         target = torch.zeros(2, 300, dtype=torch.int64)
         target[0, ::7] = target[1, :position] = -100
         target[1, position] = target[1, -1] = bad
@@ -303,7 +303,7 @@ def test_the_first_class_that_does_not_exist_is_named(position, classes):
 def test_masked_logits_with_probabilities(device):
     x = masked_logits(device)
     target = torch.rand_like(x)
-    target[3, 2048:] = 0  # 0 * -inf is NaN, as torch's
+    target[3, 2048:] = 0  # 0 * -inf is NaN, as in torch
     ours, torchs = x.clone().requires_grad_(), x.double().requires_grad_()
     loss = fused.cross_entropy(ours, target, reduction="none")
     expected = F.cross_entropy(torchs, target.double(), reduction="none")
@@ -315,7 +315,7 @@ def test_masked_logits_with_probabilities(device):
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_gradient_of_expanded_grad_output(layout, device):
-    """loss.sum() sends back one value, expanded; a slice of a larger tensor sends back strides."""
+    """The backward pass of loss.sum() sends one expanded value, and that of a slice sends a strided tensor."""
     shape = (6, 11) if layout == "rows" else (2, 11, 3)
     input, target = random_logits(shape, torch.float32, device), random_indices(shape, device)
     grads = []
@@ -336,8 +336,8 @@ def test_gradient_of_expanded_grad_output(layout, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_autocast_gives_float32(dtype, device):
-    """But for float64, which autocast leaves alone. On CUDA torch rounds log-probabilities to the input's dtype before
-    it adds them up in float32, so the values are compared with those of a loss of float32 logits."""
+    """Only float64 stays as it is. On CUDA, torch rounds log-probabilities to the input's dtype before it adds them up
+    in float32, so the values are compared with those of a loss of float32 logits."""
     input = random_logits((8, 12), dtype, device).requires_grad_()
     target = random_indices((8, 12), device)
     for weight in (None, torch.rand(12, device=device, dtype=torch.promote_types(dtype, torch.float32))):
@@ -363,7 +363,7 @@ def test_autocast_gives_float32(dtype, device):
     order=st.randoms(use_true_random=False),
 )
 def test_any_call(shape, dtype, probabilities, weighted, label_smoothing, reduction, order):
-    """Random shapes with their dimensions in any order in memory."""
+    """Random shapes, with the dimensions in any order in memory."""
     permutation = list(range(len(shape)))
     order.shuffle(permutation)
     inverse = [permutation.index(d) for d in range(len(shape))]

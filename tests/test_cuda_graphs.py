@@ -1,4 +1,4 @@
-"""On a GPU no loss waits for the device: neither pass synchronises, and both can be captured in a graph."""
+"""On a GPU neither pass of a loss synchronises with the device, and both passes can be captured in a CUDA graph."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ import fusedloss.functional as fused
 
 pytestmark = pytest.mark.gpu
 
-# Every kernel: a thread, a warp, a block, a cluster, blocks apart, columns.
+# Shapes for every kernel: one with a thread, warp, block, cluster or several blocks for a row, and columns.
 SHAPES = [(700, 10), (300, 100), (200, 5000), (256, 200_000), (3, 100_000), (4, 21, 30, 30)]
 OPTIONS = [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}]
 
@@ -78,24 +78,24 @@ def test_a_captured_step(shape, probabilities, scale):
 def test_what_is_handed_over_is_what_would_be_computed(shape, dtype):
     leaf, target = leaf_and_target(shape)
     leaf = leaf.detach().to(dtype).requires_grad_()
-    fused.cross_entropy(leaf, target).backward()  # so that the next forward pass computes the gradient as well
+    fused.cross_entropy(leaf, target).backward()  # so that the next forward pass also computes the gradient
     torch.cuda.synchronize()
     leaf.grad = None
     loss = fused.cross_entropy(leaf, target)
     (handed_over,) = torch.autograd.grad(loss, leaf, retain_graph=True)
     (computed,) = torch.autograd.grad(loss, leaf, retain_graph=True)
     assert torch.equal(handed_over, computed)
-    handed_over.zero_()  # it is the caller's
+    handed_over.zero_()  # the caller may write to it
     (again,) = torch.autograd.grad(loss, leaf)
     assert torch.equal(again, computed)
 
 
 def test_a_scaled_gradient_is_computed_from_the_logits():
-    """32768 times a float16 gradient that had been rounded, or lost, before would be another one."""
-    scale = 2**15  # the largest power of two that float16 has: the scale is what comes back, in the loss's dtype
+    """Scaling a float16 gradient by 32768 after it was rounded, or underflowed, would give another result."""
+    scale = 2**15  # float16's largest power of two: the scale is the upstream gradient, in the loss's dtype
     leaf, target = leaf_and_target((512, 5000))
     leaf = leaf.detach().half().requires_grad_()
-    for _ in range(3):  # with the gradient in the forward pass and, once the scale has been seen, without
+    for _ in range(3):  # with the gradient in the forward pass, and without it after the scale was seen
         leaf.grad = None
         (fused.cross_entropy(leaf, target) * scale).backward()
         torch.cuda.synchronize()

@@ -1,7 +1,7 @@
-"""Losses of one's own on CUDA, without a GPU: the formulas that expressions become, executed by the emulator.
+"""Custom losses on CUDA, without a GPU: the emulator executes the formulas that are generated from expressions.
 
-They take the place of the library's own formulas in a copy of the sources. The source that `custom_loss` hands to nvcc
-is compiled by it as well.
+The generated formulas replace the library's own ones in a copy of the sources. nvcc also compiles the source that
+`custom_loss` gives it.
 """
 
 import random
@@ -15,8 +15,8 @@ import torch
 from cuda_emulator import build
 from cuda_emulator.emulator import DTYPES, REDUCTIONS, Emulator
 from cuda_emulator.pointwise_problems import Formula, Pointwise
-from test_custom_loss import CASES as OF_CUSTOM_LOSS
-from test_custom_loss import Case
+from helpers.custom import CASES as OF_CUSTOM_LOSS
+from helpers.custom import Case
 
 from fusedloss import _build, custom
 
@@ -55,7 +55,7 @@ def emulator(emulator_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 class Custom(Pointwise):
-    """Operands as the expression's test draws them: of moderate size, positive where they have to be, with ties."""
+    """Operands of moderate size, positive where the expression requires it, and with ties."""
 
     def __init__(self, rng: random.Random, name: str, dtype: torch.dtype, numel: int, reduction: str):
         self.case, self.compiled = list(CASES.values())[list(FORMULAS).index(name)], FORMULAS[name]
@@ -67,7 +67,7 @@ class Custom(Pointwise):
         self.operands = []
         for name in self.compiled.operands:
             values = torch.randint(-3, 4, (self.numel,)).double() / 2 + 0.1 * torch.randn(self.numel).double()
-            ties = 0.3 if self.case not in BETWEEN_TENSORS.values() else 1  # at which its tensors' bounds lie
+            ties = 0.3 if self.case not in BETWEEN_TENSORS.values() else 1  # the bounds of a clamp lie on them
             values = torch.where(torch.rand(self.numel) < ties, (2 * values).round() / 2, values)
             values = values.abs() + 0.5 if name in self.case.positive else values
             values = (values > 0).double() if name == "mask" else values
@@ -78,7 +78,7 @@ class Custom(Pointwise):
         operands = dict(zip(self.compiled.operands, arguments, strict=False))
         names = [name for name in ("input", "target", *self.case.tensors) if name in operands]
         losses = self.case.torch(*(operands[name] for name in names), SimpleNamespace(**self.case.parameters))
-        return losses + 0 * sum(operands.values())  # the derivative by a mask is 0
+        return losses + 0 * sum(operands.values())  # the derivative with respect to a mask is 0
 
 
 @pytest.mark.parametrize("name", FORMULAS, ids=list(CASES))
@@ -90,7 +90,7 @@ def test_through_the_emulator(name, emulator):
 
 @pytest.mark.parametrize("name", list(FORMULAS)[-len(BETWEEN_TENSORS) :], ids=BETWEEN_TENSORS)
 def test_bounds_that_are_met(name, emulator):
-    """The derivatives by the bounds too: of a thousand halves from -1.5 to 1.5, many lie on them."""
+    """Also the derivatives with respect to the bounds. Of a thousand halves from -1.5 to 1.5, many lie on them."""
     rng = random.Random(int(torch.randint(1 << 30, ())))
     problem = Custom(rng, name, torch.float32, 1025, "none")
     problem.wanted = list(range(len(problem.operands)))
@@ -98,7 +98,7 @@ def test_bounds_that_are_met(name, emulator):
 
 
 def test_nvcc_compiles_what_custom_loss_generates(tmp_path):
-    """As a library of its own, with the symbol that is looked for in it."""
+    """nvcc makes a library of it, which has the symbol that is loaded from it."""
     formula = formula_of("masked")
     (tmp_path / "formula-inl.h").write_text(custom._HEADER.format(formula=formula.cpp()))
     (tmp_path / "on_cuda.cu").write_text(custom._CUDA_SOURCE.format(symbol="fusedloss_on_cuda_test"))

@@ -1,4 +1,4 @@
-"""The newcomer's first run: it ends well when the losses agree, and says so when they do not."""
+"""The demo, a newcomer's first run: it succeeds if the losses agree, and fails with a message if they do not."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ FAST = ["--epochs", "2", "--sizes", "8x3"]
 
 @pytest.fixture(autouse=True)
 def little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figures are not looked at here."""
+    """The timings are short, since these tests do not use them."""
     effort = Effort(min_rounds=2, max_rounds=2, seconds=0, batch_seconds=0)
     monkeypatch.setattr(demo, "BENCHMARK_EFFORT", effort)
     monkeypatch.setattr(demo, "LOSS_ALONE_EFFORT", effort)
@@ -41,14 +41,14 @@ def test_demo_ends_well_and_saves_its_plot(tmp_path: Path, capsys: pytest.Captur
 
 
 class SmoothedByMistake(nn.CrossEntropyLoss):
-    """A loss that is off by little."""
+    """A loss that is slightly wrong."""
 
     def __init__(self) -> None:
         super().__init__(label_smoothing=0.01)
 
 
 class RightValueWrongGradient(nn.MSELoss):
-    """The forward pass alone would not betray it."""
+    """The forward pass alone would not show the error."""
 
     def forward(self, predicted: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
         value = super().forward(predicted, actual)

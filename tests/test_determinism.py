@@ -1,4 +1,4 @@
-"""Results are bitwise the same from run to run, for any number of threads; and right on every instruction set."""
+"""Results are bitwise identical from run to run and for any number of threads, and right on every instruction set."""
 
 import os
 import subprocess
@@ -13,8 +13,8 @@ from fusedloss import _backend
 CASES = [
     ((1, 200_000), False),  # one row
     ((700, 1000), False),
-    ((37, 5000), False),  # exponentials kept in the gradients to come
-    ((5, 140_000), True),  # too many to be kept
+    ((37, 5000), False),  # the forward pass keeps the exponentials in the gradient's memory
+    ((5, 140_000), True),  # too many exponentials to keep
     ((4097, 33), True),
     ((2, 21, 3000), False),  # columns
     ((2, 2, 70_001), False),
@@ -84,7 +84,7 @@ def test_an_instruction_set_that_the_processor_lacks_is_refused():
 
 BEST = ["portable", "avx2", "avx512"]
 
-# Everything that looks at numbers, but for comparisons with 80 bits, which take as long as all the rest.
+# All tests of numerical results, except the comparisons with 80 bits, which take as long as all the others.
 LEFT_OUT = "is_as_exact_as_torchs and float64"
 KERNEL_TESTS = [
     f"tests/test_{name}.py"
@@ -103,7 +103,7 @@ KERNEL_TESTS = [
 
 @pytest.mark.parametrize("capability", BEST)
 def test_each_instruction_set(capability, request):
-    """The kernels' tests once more, in a process that is told to use a lesser instruction set."""
+    """The kernels' tests also pass in a process that is told to use a lesser instruction set."""
     machine = _backend.extension().cpu_capability()
     if BEST.index(capability) > BEST.index(machine):
         pytest.skip(f"this machine has {machine}")

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 class Looking(TorchDispatchMode):
-    """Looks at what passes."""
+    """A mode that records the calls and passes them on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def test_a_dispatch_mode_sees_the_ops(kind, reduction, device):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mode_that_looks_at_the_backward_pass_only(kind, device):
-    """The loss is an eager one."""
+    """The mode is active in the backward pass of an eager loss."""
     input, target, options = given(kind, device)
     ours, _ = functions(kind)
     _, eager, upstream = step(ours, input, target, **options)
@@ -104,7 +104,7 @@ for shape in ((2, 0), (0, 0), (0,), (2, 0, 3)):
 
 
 def test_a_custom_loss_without_kernels_for_the_device(monkeypatch):
-    """As on CUDA, where nvcc is missing: it is composed of torch's operations, whoever looks at the call."""
+    """Without kernels, as on CUDA without nvcc, the loss is composed of torch's operations, also under a mode."""
     criterion = fusedloss.custom_loss("log(cosh(input - target))")
     input, target = torch.randn(3, 4), torch.randn(4)
     expected = criterion(input, target)
@@ -116,7 +116,7 @@ def test_a_custom_loss_without_kernels_for_the_device(monkeypatch):
 
 
 def test_logits_without_classes():
-    """In a process of its own: memory would be read that is not there."""
+    """This runs in a process of its own, since a wrong call would read memory that does not exist."""
     finished = subprocess.run(
         [sys.executable, "-c", NO_CLASSES],
         cwd=Path(__file__).parent.parent,
@@ -148,7 +148,7 @@ def test_mse_targets_under_a_dispatch_mode(require, device):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_under_a_dispatch_mode(kind, reduction, device):
-    """The registered ops have derivatives of their own, the second one too."""
+    """The registered ops have derivatives, first and second."""
     input, target, options = given(kind, device, 2, 3, dtype=torch.float64)
     inputs = (input.requires_grad_(), target.requires_grad_()) if kind == "mse" else (input.requires_grad_(),)
 
@@ -162,7 +162,7 @@ def test_derivatives_under_a_dispatch_mode(kind, reduction, device):
 
 
 def test_a_second_derivative_under_a_dispatch_mode_walks_the_graph_once(device):
-    """What lies behind the inputs is the outer pass's, its hooks too, also where the target depends on the input."""
+    """Only the outer pass goes through the graph behind the inputs, hooks included, also if target depends on input."""
     values = torch.randn(5, dtype=torch.float64, device=device)
     for pair_of in (lambda x: (x, 2 * x), lambda x: (x * 3, x), lambda x: (x, x.sin())):
         results = []
@@ -177,7 +177,7 @@ def test_a_second_derivative_under_a_dispatch_mode_walks_the_graph_once(device):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_gradients(kind, device):
-    """Of an eager loss, of one under a dispatch mode, and of a backward pass under one: composed, as vmap has it."""
+    """With no mode, a mode in both passes, and one in the backward pass. The gradients are composed, as under vmap."""
     input, target, options = given(kind, device)
     options["reduction"] = "none"
     ours, expected = functions(kind)

@@ -1,4 +1,4 @@
-"""Each script in examples/ runs to its end, and prints what its docstring promises."""
+"""Each script in examples/ runs to its end, and prints what its docstring says."""
 
 import re
 import runpy
@@ -59,15 +59,15 @@ def test_every_example_is_found() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_example(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """In this process, so that importing torch again does not take most of the time. An example without a check of its
-    own must run, print something, and leave torch's functions in place."""
+    """The example runs in this process, since importing torch again would take most of the time. An example without a
+    check of its own must run, print something, and leave torch's functions in place."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     if script.stem in NEEDS:
         pytest.importorskip(NEEDS[script.stem])
     before = {name: getattr(F, name) for name in fusedloss.functional.__all__}
     found = runpy.run_path(str(script), run_name="__main__")
     assert {name: getattr(F, name) for name in before} == before
-    assert f"python examples/{script.name}" in found["__doc__"]  # how to run it
+    assert f"python examples/{script.name}" in found["__doc__"]  # tells how to run it
     printed = capsys.readouterr().out
     assert printed
     if script.stem in CHECKS:

@@ -55,7 +55,7 @@ def test_export(strict, device):
     loaded = torch.export.load(buffer)
     decomposed = program.run_decompositions()
     assert losses_in(loaded.graph_module) == losses_in(decomposed.graph_module) == {CE, MSE}
-    for rows in (5, 2, 31):  # the first is the one that was exported with
+    for rows in (5, 2, 31):  # the model was exported with the first
         arguments = batch(device, rows)
         for form in (program, loaded, decomposed):
             with torch.no_grad():
@@ -86,7 +86,7 @@ def test_an_exported_program_needs_the_import(tmp_path):
 
 @pytest.mark.parametrize("kind", ["probabilities", "smoothed"])
 def test_export_of_the_options(kind, device):
-    """What the modules do not show: per-row losses, probabilities, ignored rows."""
+    """Options that the test of the modules does not cover: losses of rows, probabilities and ignored rows."""
 
     class PerRow(nn.Module):
         def forward(self, input: Tensor, target: Tensor, options: dict[str, Tensor]) -> Tensor:
@@ -163,7 +163,7 @@ def test_make_fx(kind, mode, device):
     assert losses_in(loss) == {forward}
     gradient = make_fx(gradient_of(ours), tracing_mode=mode)(input, target, tensors)
     assert losses_in(gradient) == {forward, backward}
-    for rows in (5, 11) if mode == "symbolic" else (5,):  # other numbers than those of the tracing
+    for rows in (5, 11) if mode == "symbolic" else (5,):  # with other values than those of the tracing
         input, target, _ = given(kind, device, rows, CLASSES)
         assert_exact(loss(input, target, tensors), forward_of(expected)(input, target, tensors), what="loss")
         exact = gradient_of(expected)(input, target, tensors)
@@ -171,7 +171,7 @@ def test_make_fx(kind, mode, device):
 
 
 def test_make_fx_before_the_dispatcher(device):
-    """As torch.export traces."""
+    """Traced before the dispatcher, as torch.export does."""
     input, target, options = given("smoothed", device)
     graph = make_fx(lambda x, t: fused.cross_entropy(x, t, **options), pre_dispatch=True)(input, target)
     assert losses_in(graph) == {CE}
@@ -180,7 +180,7 @@ def test_make_fx_before_the_dispatcher(device):
 
 @pytest.mark.parametrize("kind", ["indices", "mse"])
 def test_forward_and_backward_traced_at_once(kind, device):
-    """By AOTAutograd alone, with functional tensors."""
+    """AOTAutograd alone traces, with functional tensors."""
     input, target, _ = given(kind, device)
     ours, _ = functions(kind)
     graph = aot_export_joint_simple(
@@ -194,7 +194,7 @@ def test_forward_and_backward_traced_at_once(kind, device):
 
 
 def test_make_fx_of_functorch(device):
-    """Torch's own function, as in every transform."""
+    """The traced graph has torch's own function, as in every transform."""
     input, target, _ = given("indices", device)
     graph = make_fx(torch.func.grad(lambda x: fused.cross_entropy(x, target)))(input)
     assert "fusedloss" not in str(losses_in(graph))
@@ -202,7 +202,7 @@ def test_make_fx_of_functorch(device):
 
 
 def test_fx_symbolic_trace():
-    """Proxies are no tensors: torch's function is what is recorded."""
+    """Proxies are not tensors, so the call of torch's function is recorded."""
     ours, torchs = models("cpu")
     graph = torch.fx.symbolic_trace(ours)
     called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
@@ -224,7 +224,7 @@ def test_functionalize(kind, device):
     ids=["cross_entropy", "mse"],
 )
 def test_jit_trace(ours, device):
-    """Torch's own function is traced, and works for other sizes."""
+    """Torch's own function is traced, and the trace works for other sizes."""
     kind = "mse" if isinstance(ours, nn.MSELoss) else "indices"
     torchs = nn.MSELoss() if kind == "mse" else nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum")
     traced = torch.jit.trace(ours, given(kind, device)[:2])

@@ -1,4 +1,4 @@
-"""The losses of fake and meta tensors."""
+"""The losses with fake and meta tensors."""
 
 import functools
 import warnings
@@ -24,7 +24,7 @@ def facts(tensor: Tensor) -> tuple:
 
 
 def everything(kind: str, input: Tensor, target: Tensor, options: dict, autocast: bool) -> list[Tensor]:
-    """Loss and gradients."""
+    """The loss and the gradients."""
     leaves = [input.detach().requires_grad_()]
     if kind == "mse":
         leaves.append(target := target.detach().requires_grad_())
@@ -62,7 +62,7 @@ def test_fake_tensors_are_known_outside_of_their_mode(device):
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities", "mse"])
 def test_fake_tensors_of_a_gpu_that_is_not_there(kind):
-    """As in an estimate of memory, made on another machine."""
+    """As when the memory of a model is estimated on another machine."""
     with FakeTensorMode():
         input, target, options = given(kind, "cuda")
         loss = functions(kind)[0](input, target, reduction="none", **options)
@@ -70,7 +70,7 @@ def test_fake_tensors_of_a_gpu_that_is_not_there(kind):
 
 
 class WithoutCuda:
-    """The extension as a build without CUDA has it."""
+    """The extension, as a build without CUDA provides it."""
 
     with_cuda = False
 
@@ -83,7 +83,7 @@ class WithoutCuda:
 
 @pytest.mark.parametrize("cuda", ["13.0", None])
 def test_cuda_tensors_without_cuda_kernels_are_warned_of_once(cuda, monkeypatch):
-    """Fake ones, which go the way that real ones go."""
+    """The tensors are fake, and are dispatched as real ones are."""
     monkeypatch.setattr(_backend, "_module", WithoutCuda(_backend.extension()))
     monkeypatch.setattr(_backend, "_warned", False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -107,7 +107,7 @@ def test_cuda_tensors_without_cuda_kernels_are_warned_of_once(cuda, monkeypatch)
     assert ("install a CUDA toolkit with nvcc, version 13.x" in message) == (cuda is not None)
     assert ("fusedloss.jit.load(cuda=True)" in message) == (cuda is not None)
 
-    # The compiler asks while it records, and must not be stopped by the warning.
+    # The compiler dispatches while it records, and the warning must not interrupt it.
     monkeypatch.setattr(_backend, "_warned", False)
     compiled = torch.compile(lambda x: x if _dispatch._has_kernels("cuda") else -x, fullgraph=True, backend="eager")
     assert told_by(lambda: compiled(torch.ones(1))) == [message]
@@ -117,7 +117,7 @@ def test_cuda_tensors_without_cuda_kernels_are_warned_of_once(cuda, monkeypatch)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_meta_tensors(kind, layout):
-    """Torch's own function, which says as much as it says without these."""
+    """They go to torch's own function, which gives the results and errors that it gives without this package."""
     input = LAYOUTS[layout]()
     target, options = target_for(kind, input)
     options = {name: option.to("meta") if isinstance(option, Tensor) else option for name, option in options.items()}

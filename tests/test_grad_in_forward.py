@@ -1,4 +1,4 @@
-"""The forward pass may leave the gradient, to be handed over. Nobody must be able to tell."""
+"""The forward pass may compute the gradient for the backward pass. Results are identical; only the time differs."""
 
 import pytest
 import torch
@@ -21,12 +21,12 @@ def send_back_one(device: str) -> None:
     fused.cross_entropy(logits, torch.tensor([0], device=device)).backward()
     fused.mse_loss(logits, torch.ones(1, 2, device=device)).backward()
     if device == "cuda":
-        torch.cuda.synchronize()  # the kernel tells the host
+        torch.cuda.synchronize()  # the kernel's report to the host has arrived
 
 
 @pytest.fixture(autouse=True)
 def grad_output_was_one(request: pytest.FixtureRequest) -> None:
-    """What comes back from a loss is 1, as far as the library has seen on the device under test."""
+    """Make the library expect an upstream gradient of 1 on the device under test."""
     send_back_one(request.getfixturevalue("device") if "device" in request.fixturenames else "cpu")
 
 
@@ -65,8 +65,8 @@ def test_it_is_the_same_gradient_bit_for_bit(shape, dtype, reduction, device):
         exact = x.detach().double().requires_grad_()
         reference.cross_entropy(exact, target, reduction=reduction, **options).backward()
         assert exact.grad is not None
-        # Several times the largest entry: over 140,000 classes the reference, in float64, has an error of its own.
-        # Where one class has nearly all of the probability, entries are small differences of terms of about 1 / rows.
+        # The scale is several times the largest entry: over 140,000 classes the float64 reference has an error too.
+        # If one class has nearly all of the probability, entries are small differences of terms of about 1 / rows.
         rows = 1 if reduction == "sum" else max(x.numel() // max(x.shape[min(1, x.dim() - 1)], 1), 1)
         scale = max(4 * exact.grad.abs().max().item(), 0.1 / rows)
         assert_exact(handed_over, exact.grad, scale=scale, what="gradient")
@@ -98,7 +98,7 @@ def test_the_way_that_is_taken(name):
 
     with_grad, backward = WITH_GRAD.format(name), BACKWARD.format(name)
     assert events(lambda: loss().backward()) & {with_grad, backward} == {with_grad}
-    # Another grad_output than 1: the gradient is computed anew, and next time not beforehand.
+    # A grad_output other than 1: the gradient is computed again, and the next forward pass does not compute it.
     assert events(lambda: (loss() * 2).backward()) & {with_grad, backward} == {with_grad, backward}
     assert events(lambda: loss().backward()) & {with_grad, backward} == {backward}
     assert events(lambda: loss().backward()) & {with_grad, backward} == {with_grad}
@@ -112,7 +112,7 @@ def test_the_way_that_is_taken(name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(700, 100), (300, 1000), (200, 5000), (256, 100_000), (4, 21, 30, 30)], ids=str)
 def test_the_way_that_is_taken_on_a_gpu(shape, dtype):
-    """The backward pass launches a kernel in any case, but takes memory only if the forward pass left no gradient."""
+    """The backward pass always launches a kernel, but allocates only if the forward pass left no gradient."""
     send_back_one("cuda")
     x = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
     target = torch.randint(shape[1], (shape[0], *shape[2:]), device="cuda")
@@ -120,15 +120,15 @@ def test_the_way_that_is_taken_on_a_gpu(shape, dtype):
     def grows_by_a_gradient(run) -> tuple[Tensor, bool]:
         before = torch.cuda.memory_allocated()
         result = run()
-        # A backward pass releases some memory as well: what the loss has saved, and the gradient before.
+        # A backward pass also releases memory: the tensors that the loss saved, and the previous gradient.
         return result, torch.cuda.memory_allocated() - before >= x.nbytes / 2
 
-    # Another grad_output than 1: the next forward pass leaves no gradient.
+    # After a grad_output other than 1, the next forward pass leaves no gradient.
     for grad_output, of_forward in ((1.0, True), (1.0, True), (2.0, True), (1.0, False), (1.0, True)):
         loss, in_forward = grows_by_a_gradient(lambda: fused.cross_entropy(x, target))
         back = torch.full_like(loss, grad_output)
         grad, in_backward = grows_by_a_gradient(lambda loss=loss, back=back: torch.autograd.grad(loss, x, back)[0])
-        torch.cuda.synchronize()  # the kernel tells the host what it saw
+        torch.cuda.synchronize()  # the kernel's report to the host has arrived
         assert (in_forward, in_backward) == (of_forward, not of_forward)
         exact = x.detach().double().requires_grad_()
         reference.cross_entropy(exact, target).backward(back.double())
@@ -137,7 +137,7 @@ def test_the_way_that_is_taken_on_a_gpu(shape, dtype):
 
 
 def test_a_loss_scale_is_applied_before_rounding():
-    """As a gradient scaler for float16 does, whose loss autocast keeps in float32. Unscaled, much would round to 0."""
+    """With a float16 gradient scaler, autocast keeps the loss in float32. Unscaled, many entries would become 0."""
     x = torch.randn(64, 5000).half().requires_grad_()
     target = torch.randint(0, 5000, (64,))
     for _ in range(2):
@@ -179,9 +179,9 @@ def test_each_op_remembers_by_itself_what_was_sent_back(device):
         x = torch.randn(4, 5, device=device, requires_grad=True)
         (fused.cross_entropy(x, target) + 0.5 * fused.mse_loss(x, other)).backward()
         if device == "cuda":
-            torch.cuda.synchronize()  # the kernels tell the host
+            torch.cuda.synchronize()  # the kernels' reports to the host have arrived
 
-    step()  # from now on 1 is expected for the one, and something else for the other
+    step()  # from now on 1 is expected for one of them, and another value for the other
     for _ in range(2):
         seen = events(step)
         assert WITH_GRAD.format("cross_entropy") in seen

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(CXX is None, reason="there is no g++")
 
 
 def flags(header: str) -> list[str]:
-    """Those that its layer is compiled with. The kernels' have no torch in them, which shows that they need none."""
+    """The flags of the header's layer. The kernels' flags have no torch folder, so kernels cannot include torch."""
     if header.startswith("kernels/cuda/"):
         if missing := emulator.missing():
             pytest.skip(missing)
@@ -26,7 +26,7 @@ def flags(header: str) -> list[str]:
         cuda = [f"-I{EMULATOR}", "-isystem", f"{home}/include", "-isystem", f"{home}/include/cccl"]
         return [*cuda, "-fno-extern-tls-init", "-Wno-unknown-pragmas", "-include", "cuda_on_cpu.h"]
     if header == "kernels/cpu/foreach_instruction_set.h":
-        return ['-DFUSEDLOSS_KERNELS="kernels/cpu/math-inl.h"']  # what it compiles
+        return ['-DFUSEDLOSS_KERNELS="kernels/cpu/math-inl.h"']  # the file that it compiles
     if header.startswith("kernels/"):
         return []
     return [argument for path in cpp_extension.include_paths() for argument in ("-isystem", path)]

@@ -1,4 +1,4 @@
-"""`inplace_backward=True`: the gradient lies where the logits were, and whoever still needs those is told."""
+"""`inplace_backward=True`: the gradient overwrites the logits, and a later use of the logits is an error."""
 
 import copy
 import pickle
@@ -19,18 +19,18 @@ OVERWRITTEN = "the first has written the gradient over input"
 
 
 def in_layout(leaf: Tensor, layout: str) -> Tensor:
-    """A result of an operation, with that layout in memory."""
+    """The result of an operation, with this layout in memory."""
     if layout == "swapped":
         return (leaf * 1).t().contiguous().t()
     if layout == "padded":
         return torch.cat([leaf, leaf], 1)[:, : leaf.shape[1]]
-    if layout == "every other":  # no layout of the kernels, so computed elsewhere and copied
+    if layout == "every other":  # not a layout of the kernels: the gradient is computed elsewhere and copied
         return torch.stack([leaf, leaf], 2).flatten(1)[:, ::2].view(leaf.shape)
     return leaf * 1
 
 
 def gradients_seen(logits: Tensor) -> list[Tensor]:
-    """What the operation that made the logits will be given; `retain_grad` would keep a copy."""
+    """The gradients that the operation that made the logits receives. `retain_grad` would keep a copy."""
     seen = []
     logits.register_hook(lambda grad: seen.append(grad.detach()))
     return seen
@@ -105,7 +105,7 @@ def test_another_loss_of_the_same_logits_is_told(device):
 
 
 def test_other_uses_of_the_logits_add_up(device):
-    """Their gradients are added in another place: the logits' memory is not theirs."""
+    """Autograd adds the gradients of several uses up in other memory than the logits'."""
     leaf, target = pair(device)
     other = torch.randn(6, 50, device=device)
 
@@ -145,7 +145,7 @@ def test_what_must_not_be_overwritten_is_refused(device):
     with pytest.raises(RuntimeError, match="got elements that share memory"):
         fused.cross_entropy((leaf * 1).flatten().as_strided((6, 50), (20, 1)), target, inplace_backward=True)
     before = leaf.detach().clone()
-    with torch.no_grad():  # without a backward pass there is nothing to refuse
+    with torch.no_grad():  # nothing is refused without a backward pass
         fused.cross_entropy(leaf, target, inplace_backward=True)
     assert torch.equal(leaf, before)
 
@@ -175,7 +175,7 @@ def test_the_module_has_the_option(device):
         loss(logits, target).backward()
         assert grads[0].data_ptr() == logits.data_ptr()
     old = fusedloss.CrossEntropyLoss()
-    del old.__dict__["inplace_backward"]  # as in a file from before there was the option
+    del old.__dict__["inplace_backward"]  # as in a file that was saved before the option existed
     old(leaf, target).backward()
 
 

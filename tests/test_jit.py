@@ -1,10 +1,11 @@
-"""Compiling at first use: once for everybody, kept, and never stuck. Mostly on a source so small that it compiles in a
-second; the real sources go through it in test_packaging.py and in the notebooks."""
+"""Compiling at first use: each source is compiled once and kept, and no failure blocks a later build.
+
+Most tests compile a tiny source, which takes a second. test_packaging.py and the notebooks compile the real sources.
+"""
 
 import contextlib
 import errno
 import importlib.util
-import json
 import os
 import pwd
 import signal
@@ -14,7 +15,6 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -61,7 +61,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch) -> Path:
-    """A compiler that writes down every file it compiles, and hangs at it while there is a file named `hang`."""
+    """A compiler that logs every file that it compiles, and hangs while a file named `hang` exists."""
     real = _build.find_compiler().words[0]
     script = tmp_path / "logging-g++"
     script.write_text(
@@ -85,7 +85,7 @@ def compiled(folder: Path) -> int:
 
 
 def start(csrc: Path, cache: Path) -> subprocess.Popen:
-    """Load in a process of its own; `start_new_session` lets a test kill it together with its compilers."""
+    """Load in a new process. `start_new_session` lets a test kill it together with its compilers."""
     environment = dict(os.environ, PYTHONPATH=str(Path(fusedloss.__file__).parent.parent))
     return subprocess.Popen(
         [sys.executable, "-c", LOAD, str(csrc), str(cache)],
@@ -98,7 +98,7 @@ def start(csrc: Path, cache: Path) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[str, str]:
-    """What it printed, and what fusedloss said meanwhile."""
+    """The output of the process, and the messages of fusedloss on stderr."""
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return out, "".join(line + "\n" for line in err.splitlines() if line.startswith("fusedloss"))
@@ -215,12 +215,12 @@ def test_cache_directory(no_cache_named, monkeypatch, tmp_path):
 
 
 def test_cache_directory_without_a_home(no_cache_named, monkeypatch, capsys):
-    """In a container the user id may be a bare number, and HOME be missing or a folder of root's."""
+    """In a container the user id may have no name, and HOME may be missing or belong to root."""
     own = Path(tempfile.gettempdir()) / f"fusedloss-{os.geteuid()}"
     monkeypatch.setenv("HOME", "/proc/nonexistent")
     assert jit.cache_directory() == own
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # KeyError, as where there is no entry
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # raises KeyError, as for an id without an entry
     assert jit.cache_directory() == own
     assert capsys.readouterr().err == ""
     jit._say_once.cache_clear()
@@ -247,7 +247,7 @@ def test_killed_build_blocks_nobody(tiny, cache, compiler):
     process.communicate()
     (compiler / "hang").unlink()
     (left,) = cache.glob("*/attempt-*")
-    assert (left / "lock").exists()  # torch's own lock, at which its next build would wait for ever
+    assert (left / "lock").exists()  # torch's own lock, for which its next build would wait forever
 
     out, _ = finish(start(tiny, cache))
     assert out.startswith("1 ") and compiled(compiler) == 2
@@ -256,7 +256,7 @@ def test_killed_build_blocks_nobody(tiny, cache, compiler):
 
 def test_damaged_build_is_made_anew(tiny, cache, monkeypatch):
     library = Path(load(tiny, cache).__file__)
-    # Replaced and not written over, since this process has it mapped.
+    # The file is replaced and not overwritten, since this process has it mapped.
     short = library.with_name("short")
     short.write_bytes(library.read_bytes()[:1000])
     short.replace(library)
@@ -304,7 +304,7 @@ def test_cache_that_cannot_be_written(tiny, tmp_path, cache, capsys):
 
 
 def for_this_process_only(csrc: Path, cache: Path, capsys) -> str:
-    """What was said about the cache; the module comes from elsewhere, and is right."""
+    """The message about the cache, after checking that a right module was loaded from elsewhere."""
     module = load(csrc, cache)
     assert module.value() == 1 and not Path(module.__file__).is_relative_to(cache)
     assert Path(module.__file__).parent.parent.stat().st_mode & 0o777 == 0o700
@@ -326,7 +326,7 @@ def test_cache_mounted_with_noexec(tiny, cache, capsys, monkeypatch):
 
 
 def test_cache_whose_libraries_may_not_be_executed(tiny, cache, capsys, monkeypatch):
-    """Which only the loader knows, under some security policies."""
+    """Some security policies forbid it, and only the loader finds out."""
     from torch.utils import cpp_extension
 
     real = cpp_extension._import_module_from_library
@@ -403,7 +403,7 @@ def test_nobody_reads_what_is_said(tiny, cache, monkeypatch, stream):
 
 
 def test_interrupt_ends_the_compilers(tiny, cache, compiler):
-    """The interrupt of a notebook reaches Python, and not its children, as Ctrl-C does in a terminal."""
+    """The interrupt of a notebook reaches Python only. Ctrl-C in a terminal also reaches its children."""
     (compiler / "hang").touch()
     process = start(tiny, cache)
     while not compiled(compiler):
@@ -411,7 +411,7 @@ def test_interrupt_ends_the_compilers(tiny, cache, compiler):
         time.sleep(0.05)
     assert working_in(cache)
     os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)  # which waits for all that hold its streams
+    _, err = process.communicate(timeout=60)  # waits for all processes that have its streams open
     assert process.returncode != 0 and "KeyboardInterrupt" in err
     assert not working_in(cache) and not list(cache.glob("*/attempt-*"))
 
@@ -425,7 +425,7 @@ def working_in(folder: Path) -> list[str]:
 
 
 def test_without_fcntl(monkeypatch):
-    """Windows has none; importing fusedloss works there, and its first use says what is supported."""
+    """Windows has no fcntl. Importing fusedloss works there, and its first use reports what is supported."""
     monkeypatch.setattr(sys, "platform", "win32")
     for name in ("fcntl", "grp", "pwd"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -433,7 +433,7 @@ def test_without_fcntl(monkeypatch):
         spec = importlib.util.spec_from_file_location(f"fusedloss.again_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, module)
-        if path.stem not in ("__init__", "ops"):  # the ops are there already, and cannot be registered twice
+        if path.stem not in ("__init__", "ops"):  # ops cannot be registered twice
             spec.loader.exec_module(module)
     monkeypatch.setenv("FUSEDLOSS_JIT", "1")
     monkeypatch.setattr(_backend, "_module", None)
@@ -441,7 +441,7 @@ def test_without_fcntl(monkeypatch):
         _backend.extension()
 
 
-# ---- whom to trust -------------------------------------------------------------------------------------------------
+# ---- which files are trusted -----------------------------------------------------------------------------------------
 
 
 def test_library_that_others_can_replace_is_not_loaded(tiny, cache, capsys, monkeypatch):
@@ -451,7 +451,7 @@ def test_library_that_others_can_replace_is_not_loaded(tiny, cache, capsys, monk
     finally:
         os.umask(before)
     monkeypatch.setattr(jit, "_loaded", {})
-    assert load(tiny, cache).__file__ == kept  # an umask does not keep the user from what is the user's
+    assert load(tiny, cache).__file__ == kept  # the user's own files are trusted, whatever the umask was
     capsys.readouterr()
     monkeypatch.setattr(jit, "_loaded", {})
     Path(kept).chmod(0o777)
@@ -459,185 +459,10 @@ def test_library_that_others_can_replace_is_not_loaded(tiny, cache, capsys, monk
     assert f"is not trusted, because other users can write to {kept} (mode 777; delete it to have it made anew)" in said
 
 
-@pytest.fixture
-def finished(tmp_path, monkeypatch) -> SimpleNamespace:
-    """A build as it is found in the cache, and what becomes of it."""
-    folder = tmp_path / "above" / "cache" / "cpu-0"
-    attempt = folder / "attempt-0"
-    attempt.mkdir(parents=True)
-    (attempt / "a.so").touch(mode=0o755)
-    (folder / "done.json").write_text('{"file": "attempt-0/a.so", "size": 0}')
-    for path in (tmp_path / "above", tmp_path / "above" / "cache", folder, attempt):
-        path.chmod(0o755)
-    monkeypatch.setattr(jit, "_compile_once", lambda *_: "compiled")
-    monkeypatch.setattr(jit, "_compile_apart", lambda *_: "compiled for this process")
-    build = jit.Build(None, "a", folder, says="", seconds=0, opens=lambda library: f"loaded {library.name}")
-    places = {"folder": folder, "attempt": attempt, "library": attempt / "a.so", "note": folder / "done.json"}
-    return SimpleNamespace(
-        get=lambda folder=folder: jit.compiled(replace(build, folder=folder)),
-        above=tmp_path / "above",
-        **places,
-    )
-
-
-@pytest.mark.parametrize("place", ["folder", "attempt", "library", "note"])
-def test_files_that_others_can_change(finished, place, capsys, monkeypatch):
-    path = getattr(finished, place)
-    assert finished.get() == "loaded a.so"
-    for bit in (0o020, 0o002):
-        path.chmod(0o755 | bit)
-        assert finished.get() == "compiled for this process"
-        assert f"other users can write to {path} (mode " in capsys.readouterr().err
-    path.chmod(0o755)
-    assert finished.get() == "loaded a.so" and capsys.readouterr().err == ""
-    lstat = os.lstat
-
-    def belongs_to(owner):
-        def changed(name, **options):
-            status = lstat(name, **options)
-            return os.stat_result([*status[:4], owner if Path(name) == path else os.geteuid(), *status[5:]])
-
-        monkeypatch.setattr(jit.os, "lstat", changed)
-
-    monkeypatch.setattr(jit.os, "geteuid", lambda: 12345)
-    belongs_to(0)  # an administrator's, for all
-    assert finished.get() == "loaded a.so"
-    belongs_to(54321)
-    assert finished.get() == "compiled for this process"
-    assert f"{path} belongs to another user (id 54321)" in capsys.readouterr().err
-
-
-def test_folders_above_that_others_can_change(finished, monkeypatch):
-    monkeypatch.setattr(jit, "_is_own_group", lambda group: False)
-    results = {}
-    for mode in (0o755, 0o775, 0o757, 0o777, 0o1777):
-        finished.above.chmod(mode)
-        results[mode] = finished.get()
-    assert [mode for mode, result in results.items() if result == "loaded a.so"] == [0o755, 0o1777]
-    monkeypatch.setattr(jit, "_is_own_group", lambda group: True)
-    finished.above.chmod(0o775)
-    assert finished.get() == "loaded a.so"
-
-
-def test_links_in_the_cache(finished, tmp_path):
-    """The cache may be a link; its files may not lead out of it."""
-    (tmp_path / "link").symlink_to(finished.above)
-    assert finished.get(tmp_path / "link" / "cache" / "cpu-0") == "loaded a.so"
-    outside = finished.library.rename(tmp_path / "a.so")
-    finished.library.symlink_to(outside)
-    assert finished.get() == "compiled"
-
-
 def test_missing_ninja(tiny, cache, monkeypatch):
     monkeypatch.setattr(jit, "find_ninja", lambda: None)
     with pytest.raises(_build.BuildError, match=r"ninja is missing.*pip install ninja"):
         load(tiny, cache)
-
-
-def test_cuda_asked_for_and_not_there(monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(
-        RuntimeError, match="fusedloss: CUDA was asked for and cannot be built: this torch is a build without CUDA"
-    ):
-        jit.load(cuda=True)
-
-
-# ---- the prebuilt module -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def prebuilt(tmp_path, monkeypatch):
-    """Pretend that a module is prebuilt; what it was built for is the test's to say."""
-    monkeypatch.delenv("FUSEDLOSS_JIT", raising=False)
-    monkeypatch.delenv("FUSEDLOSS_CUDA", raising=False)
-    monkeypatch.setattr(_backend, "_module", None)
-    monkeypatch.setattr(_backend, "PACKAGE", tmp_path / "own" / "fusedloss")
-    monkeypatch.setattr(_backend, "_import", lambda library: SimpleNamespace(name="prebuilt", with_cuda=False))
-    monkeypatch.setattr(_backend, "_debug", False)
-    monkeypatch.setattr(jit, "make_plan", lambda cuda=None, **_: cuda)
-
-    def compile_it(plan, why, **_):
-        return SimpleNamespace(name="compiled", with_cuda=bool(plan), why=why)
-
-    monkeypatch.setattr(jit, "compiled_module", compile_it)
-
-    def built_for(version, place="own", sources=""):
-        library = tmp_path / place / "fusedloss" / f"_C{EXTENSION_SUFFIXES[0]}"
-        library.parent.mkdir(parents=True, exist_ok=True)
-        library.touch()
-        _build.info_file(library).write_text(json.dumps({"torch": str(version), "sources": sources}))
-        return library
-
-    return built_for
-
-
-@pytest.mark.parametrize("built_for", ["1.9.0", torch.__version__])
-def test_prebuilt_for_another_torch(prebuilt, monkeypatch, built_for):
-    def fail(library):
-        raise ImportError("undefined symbol: _ZN2at4gone")
-
-    monkeypatch.setattr(_backend, "_import", fail)
-    prebuilt(built_for)
-    with pytest.raises(ImportError) as caught:
-        _backend.extension()
-    message = str(caught.value)
-    assert f"was built for torch {built_for}, and this is torch {torch.__version__}. Rebuild" in message
-    assert ("undefined symbol" in message) == (built_for == torch.__version__)
-    assert jit.load().name == "compiled"
-
-
-def test_prebuilt_is_preferred_unless_told_otherwise(prebuilt, monkeypatch):
-    prebuilt(torch.__version__)
-    assert _backend.extension().name == "prebuilt"
-    monkeypatch.setattr(_backend, "_module", None)
-    monkeypatch.setenv("FUSEDLOSS_JIT", "1")
-    assert _backend.extension().name == "compiled" and _backend.extension().why == ""
-
-
-def test_load_takes_what_is_prebuilt_unless_another_is_asked_for(prebuilt, monkeypatch):
-    def load_anew(cuda=None, **environment):
-        with monkeypatch.context() as patch:
-            patch.setattr(_backend, "_module", None)
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            module = jit.load(cuda=cuda)
-            assert _backend.extension() is module
-        return module.name
-
-    prebuilt(torch.__version__)
-    assert load_anew() == load_anew(cuda=False) == load_anew(FUSEDLOSS_CUDA="0") == "prebuilt"
-    assert load_anew(cuda=True) == load_anew(FUSEDLOSS_CUDA="1") == load_anew(FUSEDLOSS_JIT="1") == "compiled"
-    monkeypatch.setattr(_backend, "_import", lambda library: SimpleNamespace(name="with CUDA", with_cuda=True))
-    assert load_anew() == load_anew(cuda=True) == load_anew(FUSEDLOSS_CUDA="1") == "with CUDA"
-    assert load_anew(cuda=False) == load_anew(cuda=False, FUSEDLOSS_CUDA="1") == "compiled"
-
-
-def test_load_keeps_the_module_in_use_if_it_suits(prebuilt):
-    prebuilt(torch.__version__)
-    with_cuda = jit.load(cuda=True)
-    assert with_cuda.name == "compiled" and jit.load() is with_cuda and jit.load(cuda=True) is with_cuda
-    assert jit.load(cuda=False).name == "prebuilt" and _backend.extension().name == "prebuilt"
-
-
-def test_a_checkout_takes_the_installed_build_of_its_sources(prebuilt, tmp_path, monkeypatch):
-    """Or says why it compiles."""
-    monkeypatch.setattr(sys, "path", [str(tmp_path / "own"), str(tmp_path / "site"), str(tmp_path / "nothing")])
-    same = _build.sources_digest(_build.csrc_directory())
-
-    def found():
-        monkeypatch.setattr(_backend, "_module", None)
-        return _backend.extension()
-
-    own = rf"the checkout {tmp_path}/own has no compiled part, which `python setup.py build_ext --inplace` makes"
-    assert found().why == own
-    there = prebuilt(torch.__version__, "site", same).parent
-    assert found().name == "prebuilt"
-    prebuilt("1.9.0", "site", same)
-    assert found().why == f"{own}; that in {there} is for torch 1.9.0"
-    prebuilt(torch.__version__, "site", "0123")
-    assert found().why == f"{own}; that in {there} is of other sources"
-    prebuilt(torch.__version__)
-    assert found().name == "prebuilt"
 
 
 def test_sources_digest_knows_names_and_contents(tiny):
@@ -648,13 +473,3 @@ def test_sources_digest_knows_names_and_contents(tiny):
     digests.append(_build.sources_digest(tiny))
     (tiny / "README.md").touch()
     assert len(set(digests)) == 3 and _build.sources_digest(tiny) == digests[-1]
-
-
-def test_nothing_prebuilt_and_nothing_to_compile_with(monkeypatch):
-    monkeypatch.setattr(_backend, "_module", None)
-    monkeypatch.setenv("FUSEDLOSS_JIT", "1")
-    monkeypatch.setenv("CXX", "/nonexistent/c++")
-    with pytest.raises(
-        ImportError, match=r"nothing is prebuilt, and it cannot be compiled now: there is no C\+\+ comp"
-    ):
-        _backend.extension()

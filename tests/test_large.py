@@ -1,7 +1,7 @@
-"""Every offset that can pass 2^31 is 64 bits wide: tensors of more than 2^31 elements, and strides that large.
+"""Every offset that can exceed 2^31 is 64 bits wide, for tensors of more than 2^31 elements and for large strides.
 
-The values are a random block, repeated; its length is prime, so that an offset cut to fewer bits finds other values.
-Those beyond element 2^31 are larger than the rest and outweigh it: what is not read there is missed.
+The values are a repeated random block. Its length is prime, so an offset that is cut to fewer bits finds other values.
+The values beyond element 2^31 are larger than the others and outweigh them, so a loss that skips them is wrong.
 Losses and gradients are compared with float64 in rows at both ends and around the 2^30th and 2^31st element.
 """
 
@@ -20,8 +20,8 @@ import fusedloss.functional as fused
 from fusedloss import _backend, reference
 
 GIB = 2**30
-PERIOD = 1_000_003  # of the values
-ROWS, CLASSES = 71_563, 30_011  # six rows, or as columns six classes, lie beyond element 2^31
+PERIOD = 1_000_003  # of the repeated values
+ROWS, CLASSES = 71_563, 30_011  # six rows, or six classes of columns, lie beyond element 2^31
 NUMEL = ROWS * CLASSES
 BEYOND = 2**31
 assert BEYOND < NUMEL < BEYOND + 7 * CLASSES
@@ -39,7 +39,7 @@ def available_bytes(device: str) -> int:
 
 
 def need(gib: float, device: str) -> None:
-    gc.collect()  # what the test before has left
+    gc.collect()  # frees what the previous test left
     if device == "cuda":
         torch.cuda.empty_cache()
     available = available_bytes(device) / GIB
@@ -57,7 +57,7 @@ def repeated(block: Tensor) -> Tensor:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], scope="module")
 def device(request: pytest.FixtureRequest) -> str:
-    """As the one of tests/conftest.py, for as long as the logits live."""
+    """Like the fixture of tests/conftest.py, but with the scope of the logits."""
     return request.param
 
 
@@ -77,12 +77,12 @@ def flat(block: Tensor, device: str) -> Iterator[Tensor]:
 
 
 def sum_of_repeated(values: Tensor) -> Tensor:
-    """Over the elements up to 2^31, of which these are a period."""
+    """The sum over the elements up to 2^31, given one period of them."""
     return values.sum() * (BEYOND // PERIOD) + values[: BEYOND % PERIOD].sum()
 
 
 def places(size: int, elements_apart: int) -> Tensor:
-    """Some of `size` rows that begin so far apart: at both ends, around elements 2^30 and 2^31, and a few more."""
+    """Some of `size` rows at this distance: at both ends, around elements 2^30 and 2^31, and a few more."""
     marked = [0, 1, size - 2, size - 1]
     for boundary in (2**30 // elements_apart, 2**31 // elements_apart):
         marked += [row for row in (boundary - 1, boundary, boundary + 1) if row < size]
@@ -90,7 +90,7 @@ def places(size: int, elements_apart: int) -> Tensor:
 
 
 def check_rows(input: Tensor, grad: Tensor, loss: Tensor, target: Tensor, grad_output: Tensor) -> None:
-    """[rows, classes] each, a few rows."""
+    """A few rows agree with the reference. `input` and `grad` are [rows, classes]."""
     exact = input.double().requires_grad_()
     expected = reference.cross_entropy(exact, target, reduction="none")
     expected.backward(grad_output.double())
@@ -122,11 +122,11 @@ def test_rows_beyond_2_to_the_31(flat, device):
 
 
 def test_columns_beyond_2_to_the_31(flat, device):
-    """The same memory with neighbouring rows side by side: the last classes lie beyond."""
+    """The same memory as columns, so that the last classes lie beyond 2^31."""
     need(5, device)
     input = flat.detach().view(1, CLASSES, ROWS).requires_grad_()
     target = random_targets(ROWS, CLASSES, device)
-    target[::5] = CLASSES - 1 - torch.arange(len(target[::5]), device=device) % 6  # beyond 2^31 themselves
+    target[::5] = CLASSES - 1 - torch.arange(len(target[::5]), device=device) % 6  # targets beyond element 2^31
     loss = fused.cross_entropy(input, target[None], reduction="none")
     grad_output = torch.randn(ROWS, device=device).bfloat16()
     (grad,) = torch.autograd.grad(loss, input, grad_output[None])
@@ -154,7 +154,7 @@ def test_one_row_of_more_than_2_to_the_31_classes(flat, block, device):
     log_p = flat[some].double() - largest - total.log()
     assert_exact(loss.detach(), -log_p[some == NUMEL - 2][0], scale=30.0, what="loss")
     expected = log_p.exp() - (some == NUMEL - 2).double()
-    # Relative to each: the classes' sum has 2^31 terms of float32.
+    # The error is relative to each value, since the sum over the classes has 2^31 terms in float32.
     assert ((grad[some].double() - expected).abs() <= (2**-8 + 1e-3) * expected.abs()).all()
 
 
@@ -165,7 +165,7 @@ def test_rows_of_more_classes_than_the_cuda_kernels_count_go_to_torch(beyond):
     classes = 2**30 + beyond
     row = torch.zeros((), device="cuda", dtype=torch.bfloat16).expand(1, classes)
     target = torch.zeros(1, device="cuda", dtype=torch.int64)
-    loss = _backend.extension().cross_entropy(row, target, None, 1, -100, 0.0, False)  # 1: the mean
+    loss = _backend.extension().cross_entropy(row, target, None, 1, -100, 0.0, False)  # 1 is the mean
     if beyond:
         assert loss is None
     else:
@@ -194,7 +194,7 @@ def test_mse_beyond_2_to_the_31(flat, block, device):
 # ---- strides ----
 
 FAR = 2**31 + 11
-STRIDES = {  # shape, strides in elements: some are large, and what lies between is never touched
+STRIDES = {  # shape and strides in elements. Some are large, and the memory between is never touched
     "rows": ((3, 37), (FAR, 1)),
     "rows of 3-D logits, outer": ((3, 21, 2), (FAR, 1, 40)),
     "rows of 3-D logits, inner": ((2, 21, 3), (40, 1, FAR)),
@@ -202,7 +202,7 @@ STRIDES = {  # shape, strides in elements: some are large, and what lies between
     "columns, classes": ((2, 3, 33), (50, FAR, 1)),
     "columns, both": ((2, 2, 300), (FAR, FAR + 4096, 1)),
     "swapped": ((33, 3), (1, FAR)),
-    "neither": ((2, 3, 5), (2, FAR, 9)),  # is copied first
+    "neither": ((2, 3, 5), (2, FAR, 9)),  # the loss copies it first
     "1-D": ((3,), (FAR,)),
 }
 
@@ -213,7 +213,7 @@ def reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
 
 @pytest.fixture(scope="module")
 def untouched(device: str) -> Tensor:
-    """Address space for any of them; memory is what a test touches of it."""
+    """Address space for any of the strides. Only what a test touches takes memory."""
     if device == "cuda":
         need(20, device)
     elements = max(reach(*case) for case in STRIDES.values()) + 10_000
@@ -227,7 +227,7 @@ def untouched(device: str) -> Tensor:
 def test_huge_strides(name, untouched, device):
     shape, strides = STRIDES[name]
     logits = untouched.as_strided(shape, strides).copy_(torch.randn(shape) * 3)
-    # Probabilities that lie as the logits do, a little further on.
+    # Probabilities with the strides of the logits, at a small offset from them.
     beside = untouched.as_strided(shape, strides, 5000).copy_(torch.randn(shape).softmax(min(1, len(shape) - 1)))
     rows = shape[:1] * (len(shape) > 1) + shape[2:]
     indices = torch.randint(shape[min(1, len(shape) - 1)], rows, device=device)

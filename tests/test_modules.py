@@ -1,4 +1,4 @@
-"""The modules stand in for torch's: same class, same arguments, same state, same examples."""
+"""The modules can replace torch's: they have the same class, arguments and state, and give the same in examples."""
 
 import copy
 import inspect
@@ -21,7 +21,7 @@ def described(function: Callable) -> list[tuple]:
 
 
 def without_our_own(function: Callable) -> list[tuple]:
-    """What torch has not is given by name, and is off."""
+    """The parameters except `inplace_backward`, which torch does not have. It is keyword-only and off by default."""
     own = ("inplace_backward", inspect.Parameter.KEYWORD_ONLY, False)
     return [parameter for parameter in described(function) if parameter != own]
 
@@ -55,7 +55,7 @@ def test_state_copies_and_repr():
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["CrossEntropyLoss", "MSELoss"])
 def test_torchscript(name):
-    """It compiles torch's own function."""
+    """TorchScript compiles torch's own function."""
     logits = torch.randn(7, 5)
     target = torch.randint(0, 5, (7,)) if name == "CrossEntropyLoss" else torch.randn(7, 5)
     expected = getattr(nn, name)()(logits, target)
@@ -83,7 +83,7 @@ def test_deprecated_arguments(size_average, reduce):
         )
 
 
-# ---- the examples that every tutorial uses ----
+# ---- the usual examples of tutorials ----
 
 
 def test_tutorial_mse():
@@ -102,7 +102,7 @@ def test_tutorial_cross_entropy():
 
 
 class MeanAbsoluteError(nn.Module):
-    """A loss of one's own."""
+    """A loss that a user has written."""
 
     def forward(self, predicted, actual):
         return torch.mean(torch.abs(predicted - actual))

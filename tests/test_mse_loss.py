@@ -1,4 +1,4 @@
-"""Squared error, values and gradients, against the float64 reference and against torch's own loss."""
+"""Values and gradients of the squared error, compared with the float64 reference and with torch's own loss."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from torch import Tensor
 import fusedloss.functional as fused
 from fusedloss import reference
 
-# Odd sizes; just below, at and above a vector (16), four of them, a block (4096) and a chunk (32768).
+# Odd sizes, and just below, at and above a vector (16), four of them, a block (4096) and a chunk (32768).
 SHAPES = [(), (1,), (3,), (15,), (17,), (63,), (4095,), (4097,), (5, 7), (3, 1, 5), (32768,), (3, 32769)]
 
 
@@ -70,7 +70,7 @@ def test_broadcasting_with_torchs_warning(input_shape, target_shape, reduction, 
         leaves = [input.clone().requires_grad_(), target.clone().requires_grad_()]
         with pytest.warns(UserWarning, match="Using a target size") as caught:
             loss = loss_function(*leaves, reduction=reduction)
-        assert caught[0].filename == __file__  # it points at the caller
+        assert caught[0].filename == __file__  # the warning points at the caller
         loss.backward(torch.full_like(loss, 0.7))
         results.append((loss.detach(), leaves[0].grad, leaves[1].grad, str(caught[0].message)))
     for expected, actual in zip(*results, strict=True):

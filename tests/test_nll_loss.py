@@ -1,4 +1,4 @@
-"""The negative log likelihood, values and gradients, against the float64 reference and against torch's own loss."""
+"""Values and gradients of the negative log likelihood, compared with the float64 reference and torch's own loss."""
 
 import copy
 import inspect
@@ -7,12 +7,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.bad_input import TYPES_ARE_OURS, i, x
 from helpers.draws import DTYPES, LAYOUTS, REDUCTIONS, class_dim, random_indices, random_logits
 from helpers.graphs import losses_in
 from helpers.oracle import assert_exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_bad_input import TYPES_ARE_OURS, i, x
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import grad as func_grad
@@ -35,7 +35,7 @@ def random_weight(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Te
 
 
 def check(input: Tensor, target: Tensor, **options) -> None:
-    """The fused loss and its gradient, for a random grad_output, are those of the reference, and torch's in form."""
+    """Loss and gradient, for a random grad_output, agree with the reference, and have torch's dtype and shape."""
     ours = input.detach().requires_grad_()
     exact = input.detach().double().requires_grad_()
     loss = fused.nll_loss(ours, target, **options)
@@ -95,7 +95,7 @@ def test_strided_targets_and_weights(device):
     order=st.randoms(use_true_random=False),
 )
 def test_any_call(shape, dtype, weighted, reduction, order):
-    """Random shapes with their dimensions in any order in memory."""
+    """Random shapes, with the dimensions in any order in memory."""
     permutation = list(range(len(shape)))
     order.shuffle(permutation)
     inverse = [permutation.index(d) for d in range(len(shape))]
@@ -125,7 +125,7 @@ def test_ignore_index(ignore_index, device):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0), (4, 5), (2, 5, 3)], ids=str)
 def test_no_rows_that_count(shape, reduction, device):
-    """An empty batch, or all of it ignored."""
+    """The batch is empty, or all of its rows are ignored."""
     input, target = torch.randn(shape, device=device), torch.full((shape[0], *shape[2:]), -100, device=device)
     ours, torchs = input.clone().requires_grad_(), input.clone().requires_grad_()
     loss, expected = (
@@ -142,7 +142,7 @@ def test_values_that_are_not_finite_or_have_no_weight(device):
     weight = torch.tensor([1.0, 0.0, 2.0], device=device)
     input = torch.randn(5, 3, device=device)
     input[0, 1], input[1, 1], input[2], input[3, 0] = torch.inf, 1.0, torch.nan, -torch.inf
-    for rows in (slice(None), slice(0, 3), slice(1, 3)):  # the last two weigh nothing together
+    for rows in (slice(None), slice(0, 3), slice(1, 3)):  # the last two weights add up to 0
         for reduction in REDUCTIONS:
             results = []
             for function in (fused.nll_loss, F.nll_loss):
@@ -156,7 +156,7 @@ def test_values_that_are_not_finite_or_have_no_weight(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(8, 12), (8, 12, 3)], ids=str)
 def test_autocast_gives_float32(shape, dtype, device):
-    """But for float64, which autocast leaves alone."""
+    """Only float64 stays as it is."""
     input, target = random_logits(shape, dtype, device).requires_grad_(), random_indices(shape, device)
     for weight in (None, torch.rand(12, device=device, dtype=torch.promote_types(dtype, torch.float32))):
         with torch.autocast(device, dtype=torch.bfloat16):
@@ -196,13 +196,13 @@ def test_first_and_second_derivatives(reduction, shape, device):
         return fused.nll_loss(x, target, weight, reduction=reduction)
 
     assert torch.autograd.gradcheck(loss, input) and torch.autograd.gradgradcheck(loss, input)
-    # Through something that is not linear, so that the second derivative is not 0.
+    # The function of the loss is not linear, so that the second derivative is not 0.
     through = lambda x: loss(x.log_softmax(class_dim(shape)))  # noqa: E731
     assert torch.autograd.gradgradcheck(through, input)
 
 
 def test_the_second_derivative_is_0_and_not_none(device):
-    for make in (lambda x: x, lambda x: x * 1):  # a leaf, and what was computed
+    for make in (lambda x: x, lambda x: x * 1):  # a leaf, and the result of an operation
         leaf = torch.randn(3, 4, device=device, requires_grad=True)
         input = make(leaf)
         loss = fused.nll_loss(input, torch.tensor([0, -100, 2], device=device))
@@ -212,7 +212,7 @@ def test_the_second_derivative_is_0_and_not_none(device):
 
 
 def test_the_input_is_not_needed_by_the_backward_pass(device):
-    """torch keeps it, and refuses a backward pass after it was overwritten."""
+    """torch saves the input, and refuses a backward pass after it was overwritten."""
     leaf, target = torch.randn(3, 4, device=device, requires_grad=True), torch.tensor([0, 1, 1], device=device)
     input = leaf * 1
     loss = fused.nll_loss(input, target)
@@ -223,7 +223,7 @@ def test_the_input_is_not_needed_by_the_backward_pass(device):
         input.zero_()
     assert torch.equal(torch.autograd.grad(loss, leaf)[0], right)
     loss = fused.nll_loss(leaf * 1, target)
-    target[0] = 2  # this one is needed
+    target[0] = 2  # the backward pass needs target
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -258,7 +258,7 @@ def test_a_batch_of_gradients(device):
 
 
 def test_functorch_and_forward_mode(device):
-    """All by torch's own function."""
+    """Torch's own function computes all of these."""
     input, target = torch.randn(6, 5, 4, device=device), torch.randint(0, 4, (6, 5), device=device)
     for f in (lambda f: vmap(f)(input, target), lambda f: vmap(func_grad(f))(input, target),
               lambda f: hessian(lambda x: f(x.exp(), target[0]))(input[0]),
@@ -266,7 +266,7 @@ def test_functorch_and_forward_mode(device):
         torch.testing.assert_close(f(fused.nll_loss), f(F.nll_loss))
 
 
-# ---- The compiler and its kin
+# ---- Compiling and tracing
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -330,7 +330,7 @@ def test_fake_tensors_look_like_the_real_ones(device):
 
 
 def test_a_second_derivative_of_the_ops(device):
-    """Under a dispatch mode, which sees the registered ops."""
+    """Under a dispatch mode, where the registered ops are called."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Look(TorchDispatchMode):
@@ -413,7 +413,7 @@ def test_bad_arguments_of_the_backward_op():
 
 
 def test_one_row_with_a_target_of_one(device):
-    """torch takes (1) for () there."""
+    """For a single row, torch accepts a target of shape (1) in place of ()."""
     for classes in (1, 5):
         input, target = torch.randn(classes, device=device), torch.zeros(1, dtype=torch.int64, device=device)
         for reduction in REDUCTIONS:

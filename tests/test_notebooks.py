@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom in a clean kernel, next to sources that nobody has compiled yet."""
+"""The notebooks run from top to bottom in a new kernel, beside sources that are not compiled yet."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ def pictures(notebook: nbformat.NotebookNode) -> int:
 
 
 def check_drop_in(notebook: nbformat.NotebookNode) -> None:
-    """The figures that every tutorial shows, by all three ways."""
+    """The well-known results of tutorials, by all three ways to use the package."""
     text = printed(notebook)
     for way in ("hand", "torch", "fusedloss"):
         assert f"MSE by {way}: 0.1700" in text
@@ -44,7 +44,7 @@ def check_drop_in(notebook: nbformat.NotebookNode) -> None:
 
 
 def check_own_loss(notebook: nbformat.NotebookNode) -> None:
-    """A module and its expression: one value, one training, and what a typing error is told."""
+    """A module and its expression have the same value and train alike, and a typing error gets a helpful message."""
     text = printed(notebook)
     values = re.findall(r"(?:module|expression) +loss ([\d.]+), gradient", text)
     assert len(values) == 2 and abs(float(values[0]) - float(values[1])) < 1e-5
@@ -63,16 +63,16 @@ def test_every_notebook_is_checked() -> None:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Empty; the first notebook compiles the extension for all."""
+    """An empty cache. The first notebook compiles the extension for all of them."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-@pytest.mark.filterwarnings("ignore")  # the kernel client's own
+@pytest.mark.filterwarnings("ignore")  # warnings of the kernel client itself
 def test_notebook_runs_with_nothing_prebuilt(path: Path, tmp_path: Path, cache: Path) -> None:
     notebook = read(path)
     notebook.cells.append(nbformat.v4.new_code_cell("print('fusedloss from', fusedloss.__file__)"))
-    execute(notebook, tmp_path, cache)  # raises where a cell does
+    execute(notebook, tmp_path, cache)  # raises if a cell does
     CHECKS[path.stem](notebook)
     assert f"fusedloss from {tmp_path / 'fusedloss'}" in printed(notebook), "another fusedloss was tested"
     assert list(cache.rglob("*.so")), "nothing was compiled"

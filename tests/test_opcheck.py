@@ -1,4 +1,4 @@
-"""opcheck: the schema, the fake kernel, the derivative and the AOT dispatch of each registered op."""
+"""torch's opcheck of each registered op: its schema, fake kernel, derivative and AOT dispatch."""
 
 from collections.abc import Iterator
 
@@ -13,9 +13,9 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def samples(device: str, layouts: list[str], passes: int = 1) -> Iterator[tuple[str, Tensor, str, int, bool]]:
-    """(what, input, kind of target, reduction, autocast): each layout, and within a few samples each of the others.
+    """(what, input, kind of target, reduction, autocast) for each layout.
 
-    Which of them meet is another from run to run.
+    A few samples cover all values of the others. Their combinations differ from run to run.
     """
     for i in range(passes * len(layouts)):
         j = i + SEED
@@ -55,7 +55,7 @@ def cross_entropy_composed_gradient_samples(device: str):
         yield what, (grad_output, input, target, weight, *options)
 
 
-# A loss of the family with a parameter, and one with three operands.
+# A pointwise loss with a parameter, and one with three operands.
 POINTWISE = [("mse_loss", 2, []), ("smooth_l1_loss", 2, [0.5]), ("gaussian_nll_loss", 3, [1e-6, 0.0])]
 
 
@@ -84,7 +84,7 @@ def pointwise_backward_samples(device: str):
 
 def nll_loss_forward_samples(device: str):
     for what, input, _, reduction, autocast in samples(device, list(LAYOUTS), passes=2):
-        kind = ("indices", "smoothed")[autocast]  # the latter is the one with a weight
+        kind = ("indices", "smoothed")[autocast]  # the second one has a weight
         input, target, weight, reduction, ignore_index, _ = cross_entropy_arguments(input, kind, reduction)
         yield what, (input, target, weight, reduction, ignore_index, autocast)
 

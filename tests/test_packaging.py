@@ -1,4 +1,4 @@
-"""The source distribution and the two kinds of wheel: what they carry, and that they work away from the checkout."""
+"""The source distribution and the two kinds of wheel: their contents, and that they work away from the checkout."""
 
 import email
 import os
@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LEFT_BEHIND = (".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_C.*.json")
 
 BACKEND = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
-ISOLATED = "import sys; sys.modules['torch'] = None; " + BACKEND  # as in pip's build, which does not see torch
+ISOLATED = "import sys; sys.modules['torch'] = None; " + BACKEND  # as in pip's isolated build, without torch
 
-# The same sources would take a minute; that they compile by this route, `make test` has just shown.
+# The real sources would take a minute. `make test` has just compiled them in this way.
 TINY = """
 #include <torch/csrc/utils/pybind.h>
 int value();
@@ -53,7 +53,7 @@ def call_backend(code: str, kind: str, source: Path, target: Path, **environment
 
 
 def build(kind: str, source: Path, target: Path, code: str = BACKEND, **environment: str) -> Path:
-    """What pip does: call the backend, in the folder of the source."""
+    """Call the build backend in the folder of the source, as pip does."""
     done = call_backend(code, kind, source, target, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("fusedloss: there is no torch here to compile against") == (code == ISOLATED)
@@ -62,7 +62,7 @@ def build(kind: str, source: Path, target: Path, code: str = BACKEND, **environm
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
-    """Made from a copy: a build leaves things behind, and the checkout may hold an extension that is in use."""
+    """It is made from a copy: a build leaves files behind, and the checkout may have an extension that is in use."""
     folder = tmp_path_factory.mktemp("sdist")
     shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(*LEFT_BEHIND))
     shutil.copytree(ROOT / ".ci", folder / "tree" / ".ci")
@@ -90,8 +90,8 @@ def test_sdist_carries_all(sdist):
 
 
 def test_wheel_without_a_compiled_part(unpacked, tmp_path):
-    """What a plain `pip install .` makes, and FUSEDLOSS_JIT=1. It is the same for every Python and torch, carries the
-    sources, and compiles at its first use, once."""
+    """The wheel that a plain `pip install .` builds, and FUSEDLOSS_JIT=1. It is the same for every Python and torch,
+    contains the sources, and compiles once, at its first use."""
     wheel = build("wheel", unpacked, tmp_path, ISOLATED)
     assert wheel.name == f"fusedloss-{__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
@@ -140,7 +140,7 @@ def test_wheel_with_the_compiled_part(unpacked, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = "import fusedloss as f; print(f.__file__); print(f._backend.extension().value()); print(f.describe())"
-    for first in (tmp_path / "site", unpacked):  # in the checkout as well, where nothing is compiled
+    for first in (tmp_path / "site", unpacked):  # also in the unpacked sources, where nothing is compiled
         path = os.pathsep.join([str(first), str(tmp_path / "site")])
         done = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=path)
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""`fusedloss.patch`: torch's own functions replaced, given back, and models that never heard of it computed by it."""
+"""`fusedloss.patch`: torch's functions are replaced and restored, and unchanged models then use the fused losses."""
 
 import copy
 import inspect
@@ -32,7 +32,7 @@ def installed() -> dict[str, Callable]:
 
 @pytest.fixture(autouse=True)
 def torchs_functions_before_and_after(monkeypatch) -> Iterator[None]:
-    """monkeypatch gives F its functions back last, whatever a test did."""
+    """monkeypatch restores the functions of F after the test, whatever the test did."""
     for name, function in TORCHS.items():
         monkeypatch.setattr(F, name, function)
     yield
@@ -41,7 +41,7 @@ def torchs_functions_before_and_after(monkeypatch) -> Iterator[None]:
 
 
 def computed_by(run: Callable[[], object]) -> dict[str, int]:
-    """How many losses were computed by which fused kernel, and by torch's own functions."""
+    """How many losses each fused kernel computed, and how many torch's own functions did."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     found = Counter()
@@ -59,7 +59,7 @@ def given(name: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
     return input, target
 
 
-# ---- replacing, and giving back ----
+# ---- replacing and restoring ----
 
 
 def test_a_call():
@@ -67,12 +67,12 @@ def test_a_call():
     assert installed() == OURS
     fusedloss.unpatch()
     assert installed() == TORCHS
-    fusedloss.unpatch()  # nothing is left to do
+    fusedloss.unpatch()  # there is nothing left to undo
     assert installed() == TORCHS
 
 
 def test_calls_do_not_add_up():
-    """One unpatch() undoes them all."""
+    """One unpatch() undoes all calls of patch()."""
     for _ in range(3):
         fusedloss.patch()
     fusedloss.unpatch()
@@ -117,7 +117,7 @@ def test_two_handles_in_any_order():
     for first_to_go in (0, 1):
         handles = [fusedloss.patch(), fusedloss.patch()]
         handles.pop(first_to_go).__exit__(None, None, None)
-        assert installed() == OURS  # the other one is still there
+        assert installed() == OURS  # the outer patch is still active
         handles.pop().__exit__(None, None, None)
         assert installed() == TORCHS
 
@@ -126,7 +126,7 @@ def test_a_block_within_a_call():
     fusedloss.patch()
     with fusedloss.patch():
         pass
-    assert installed() == OURS  # the call has not been undone
+    assert installed() == OURS  # the call of patch() is not undone
 
 
 def test_a_decorator():
@@ -141,7 +141,7 @@ def test_a_decorator():
             assert installed() == OURS
         return F.cross_entropy(input, target)
 
-    assert installed() == TORCHS  # not when it is defined
+    assert installed() == TORCHS  # defining the function patches nothing
     input, target = given("cross_entropy")
     for _ in range(2):
         result = loss(input.requires_grad_(), target, depth=2)
@@ -185,7 +185,7 @@ def test_a_replacement_that_came_later_is_kept():
 
 
 def test_a_replacement_that_calls_what_it_replaced():
-    """A logger around F.cross_entropy, set before or after."""
+    """Another library wraps F.cross_entropy in a logger, before or after patch()."""
     logged = []
 
     def around(function: Callable) -> Callable:
@@ -204,7 +204,7 @@ def test_a_replacement_that_calls_what_it_replaced():
     F.cross_entropy = around(TORCHS["cross_entropy"])
     with fusedloss.patch():
         F.cross_entropy(*arguments)
-    assert len(logged) == 1  # ours does not ask
+    assert len(logged) == 1  # our function does not call it
 
 
 def test_threads_that_patch_at_once():
@@ -224,7 +224,7 @@ def test_threads_that_patch_at_once():
     assert not failed and installed() == TORCHS
 
 
-# ---- what then computes ----
+# ---- what computes the losses ----
 
 MODULES = {"cross_entropy": nn.CrossEntropyLoss, "mse_loss": nn.MSELoss}
 
@@ -232,7 +232,7 @@ MODULES = {"cross_entropy": nn.CrossEntropyLoss, "mse_loss": nn.MSELoss}
 @pytest.mark.parametrize("name", TORCHS)
 def test_functions_and_modules_are_fused(name, device):
     input, target = given(name, device)
-    module = MODULES[name](reduction="sum")  # made before
+    module = MODULES[name](reduction="sum")  # constructed before patch()
 
     def steps() -> list[Tensor]:
         grads = []
@@ -309,7 +309,7 @@ OPS = {f"fusedloss.{name}_{way}" for name in ("cross_entropy", "pointwise") for 
 
 
 class Losses(nn.Module):
-    """Modules and functions of torch."""
+    """A model that uses modules and functions of torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -321,7 +321,7 @@ class Losses(nn.Module):
 
 
 def eager(loss: Callable[..., Tensor], input: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-    """Its value and gradient."""
+    """The loss's value and gradient."""
     leaf = input.detach().requires_grad_()
     value = loss(leaf, *others)
     value.backward()
@@ -329,8 +329,8 @@ def eager(loss: Callable[..., Tensor], input: Tensor, *others: Tensor) -> tuple[
 
 
 def compiled(loss: Callable[..., Tensor], *arguments: Tensor) -> tuple[tuple[Tensor, Tensor], set[str]]:
-    """Its value and gradient, and the losses in the graphs of its forward and backward pass."""
-    from torch._dynamo.testing import AotEagerAndRecordGraphs  # not before it is patched
+    """The loss's value and gradient, and the losses in the graphs of its forward and backward pass."""
+    from torch._dynamo.testing import AotEagerAndRecordGraphs  # must not be imported before patch()
 
     recorded = AotEagerAndRecordGraphs()
     found = eager(torch.compile(loss, backend=recorded, fullgraph=True), *arguments)
@@ -351,7 +351,7 @@ def test_compiled_before_and_while_patched():
         fusedloss.unpatch()
         torch.testing.assert_close(found, expected)
         assert names == OPS if patched else names and not OPS & names
-    # Without a reset, what was compiled stays right.
+    # Compiled functions stay right without a reset of the compiler.
     torch._dynamo.reset()
     kept = torch.compile(model, backend="aot_eager", fullgraph=True)
     for context in (torch.enable_grad, fusedloss.patch, torch.enable_grad):
@@ -368,7 +368,7 @@ def compile_while_patched() -> None:
     torch.testing.assert_close(found, expected)
     assert names == OPS, names
     print("fused")
-    # What the op does not take goes to torch's own function, which the compiler has not met yet.
+    # Calls that the op does not cover use torch's own function, which the compiler has not traced yet.
     for weight, of in ((torch.rand(CLASSES), target), (torch.rand(CLASSES, requires_grad=True), input.softmax(1))):
         found, names = compiled(lambda x, t, w: F.cross_entropy(x, t, w), input, of, weight)
         torch.testing.assert_close(found, eager(torchs, input, of, weight))
@@ -388,7 +388,7 @@ def compile_while_patched() -> None:
 
 
 def test_compiled_while_patched_before_the_compiler_was_ever_used():
-    """In a fresh process: the compiler looks once which functions are torch's."""
+    """This needs a fresh process, since the compiler determines only once which functions are torch's."""
     finished = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", "import test_patch; test_patch.compile_while_patched()"],
         cwd=ROOT,
@@ -403,7 +403,7 @@ def test_compiled_while_patched_before_the_compiler_was_ever_used():
 
 # ---- models of another library ----
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before it is imported; nothing is fetched
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # set before the import, so that nothing is downloaded
 VOCABULARY = 101
 
 
@@ -430,8 +430,8 @@ def llama(transformers, device: str) -> tuple[nn.Module, dict]:
 def causal_batch(device: str) -> dict:
     tokens = torch.randint(0, VOCABULARY, (3, 16), device=device)
     labels = tokens.clone()
-    labels[:, :4] = -100  # a prompt
-    labels[0, 12:] = -100  # padding
+    labels[:, :4] = -100  # the prompt is ignored
+    labels[0, 12:] = -100  # the padding is ignored
     return {"input_ids": tokens, "labels": labels}
 
 
@@ -455,7 +455,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_transformers(name, transformers, device):
-    """Loss and every gradient are the unpatched ones', the kernel was the fused one, and training goes the same way."""
+    """Loss and gradients agree with the unpatched ones, the fused kernel computes, and training gives the same."""
     build, loss = MODELS[name]
     model, batch = build(transformers, device)
     start = copy.deepcopy(model.state_dict())
@@ -489,7 +489,7 @@ def test_models_of_transformers(name, transformers, device):
     torch.testing.assert_close(grads, expected_grads)
     assert curve == pytest.approx(expected_curve, rel=1e-3, abs=1e-5)
     assert curve[-1] < curve[0]
-    if "labels" in batch and batch["input_ids"].shape == batch["labels"].shape:  # the labels are the next tokens
+    if "labels" in batch and batch["input_ids"].shape == batch["labels"].shape:  # the model predicts the next token
         model.load_state_dict(start)
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1].double()
         labels = batch["labels"][:, 1:]

@@ -1,5 +1,7 @@
-"""The family of pointwise losses (squared error has its own file): values, gradients and options, against the float64
-reference and against torch's own losses."""
+"""Values, gradients and options of the pointwise losses, compared with the float64 reference and torch's own losses.
+
+The squared error is in test_mse_loss.py.
+"""
 
 import itertools
 import math
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides", "ign
 
 
 def terms(operands: dict[str, Tensor]) -> Tensor:
-    """The size of what is added up for each element, roughly."""
+    """A rough size of the terms that are added up for each element."""
     size = torch.ones((), dtype=torch.float64)
     for name, operand in operands.items():
         magnitude = operand.detach().double().abs()
@@ -30,12 +32,12 @@ def terms(operands: dict[str, Tensor]) -> Tensor:
     return size
 
 
-# How much worse than the accumulate type, in which the kernels add, autograd adds up a gradient.
+# How much larger the error is if autograd adds up a gradient, and not the kernels in their accumulate type.
 SUMMED = {torch.float32: 1, torch.float64: 1, torch.bfloat16: 2**-8 / 3e-6, torch.float16: 2**-11 / 3e-6}
 
 
 def assert_right(case: Case, operands: dict[str, Tensor], what: str, reduction: str) -> None:
-    """Value and gradients are the reference's, and the reference's are those of torch in float64."""
+    """Value and gradients agree with the reference, and the reference agrees with torch in float64."""
     ours, exact = leaves(operands), leaves(operands, torch.float64)
     double = leaves(operands, torch.float64, but=case.not_torchs)
     loss, expected = case.ours(ours, reduction=reduction), case.reference(exact, reduction=reduction)
@@ -63,21 +65,21 @@ def assert_right(case: Case, operands: dict[str, Tensor], what: str, reduction: 
     torchs = iter(torch.autograd.grad(of_torch, known, upstream.double()))
     scale = of_element * upstream.double().abs() * share
     for name, kind in case.operands.items():
-        if kind == "variance" or (name, kind) == ("input", "rate"):  # divided by
+        if kind == "variance" or (name, kind) == ("input", "rate"):  # the loss divides by it
             scale = scale / operands[name].double()
     for (name, leaf), grad, exact_grad in zip(ours.items(), grads, right, strict=True):
         assert (grad.dtype, grad.shape) == (leaf.dtype, leaf.shape), what
         if leaf.shape == of_element.shape:
             assert_exact(grad, exact_grad, scale=scale, what=f"{what}: gradient of {name}")
-        else:  # summed by autograd, in 16 bits too
+        else:  # autograd adds it up, also in 16 bits
             assert_exact(grad, exact_grad, scale=scale.sum().item() * SUMMED[leaf.dtype], what=f"{what}: {name}")
         if name not in case.not_torchs:
             theirs = next(torchs)
-            given = ~theirs.isnan()  # torch has none by a count of 0 where the constant is added
+            given = ~theirs.isnan()  # torch's gradient is NaN for a count of 0 with the constant term
             torch.testing.assert_close(theirs[given], exact_grad[given], **close, msg=f"{what}: torch, {name}")
 
 
-# Odd sizes; just below, at and above a vector, a block of elements and several of them, and more than one chunk.
+# Odd sizes, and just below, at and above a vector, a block of elements and several of them, and more than one chunk.
 SIZES = [1, 2, 3, 15, 16, 17, 511, 512, 513, 8191, 8193, 100_003]
 
 
@@ -182,7 +184,7 @@ def test_no_dimensions_and_no_elements(name, device):
 
 
 def last_grad_output_was(value: float, device: str) -> None:
-    """What decides whether the next forward pass leaves a gradient."""
+    """Sets the last upstream gradient, which decides whether the next forward pass computes the gradient."""
     leaf = torch.ones(3, device=device, requires_grad=True)
     (fused.mse_loss(leaf, torch.zeros_like(leaf)) * value).backward()
 
@@ -201,7 +203,7 @@ def test_only_the_wanted_gradients(name, device):
                 given = leaves(operands, but=[operand for operand in operands if operand not in wanted])
                 loss = case.ours(given, reduction=reduction).sum() * value
                 grads = torch.autograd.grad(loss, [given[operand] for operand in wanted])
-                for operand, grad in zip(wanted, grads, strict=True):  # kl_div has none, NaN, by a target of 0
+                for operand, grad in zip(wanted, grads, strict=True):  # NaN for kl_div's targets of 0
                     right = expected[operand].nan_to_num()
                     assert torch.equal(grad.nan_to_num(), right), f"{name}: {operand}, {wanted}"
 
@@ -211,7 +213,7 @@ def test_either_pass_gives_the_same_bits(name, device):
     case = CASES[name]
     for dtype, reduction in itertools.product(DTYPES, ("mean", "sum")):
         operands, found = case.draw((5000,), dtype, device), []
-        for value in (1, 3):  # by the forward pass, and by the backward pass
+        for value in (1, 3):  # computed by the forward pass, and by the backward pass
             last_grad_output_was(value, device)
             given = leaves(operands)
             loss = case.ours(given, reduction=reduction)
@@ -239,14 +241,14 @@ def test_strided_grad_output(name, device):
 
 @every_case
 def test_no_worse_than_torch(name, device):
-    """The largest relative error of an element, for input of all sizes."""
+    """The largest relative error of an element is no larger than torch's, for inputs of all sizes."""
     case = CASES[name]
     operands = case.draw((20_000,), device=device)
     operands["input"] = operands["input"] * 10 ** torch.empty(20_000, device=device).uniform_(-6, 0)
 
     def assert_no_worse(what: str, ours: Tensor, torchs: Tensor, exact: Tensor) -> None:
         known = ~exact.isnan()
-        # What is a small difference of large terms is as wrong as chance has it, for either.
+        # The error of a small difference of large terms is a matter of chance, for both.
         is_difference = case.function in ("poisson_nll_loss", "gaussian_nll_loss", "kl_div") or (
             name == "bce, both weights" and what.endswith("target")
         )
@@ -269,7 +271,7 @@ def test_no_worse_than_torch(name, device):
 
 
 def outcome(call: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What it returns or raises, and the files that its warnings point at."""
+    """The call's result or error, and the files that its warnings point at."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -280,7 +282,7 @@ def outcome(call: Callable[[], Any]) -> tuple[Any, list[str]]:
 
 
 def assert_same(call: Callable[[Any], Any], what: str, **close: Any) -> None:
-    """call(fused) gives what call(torch.nn.functional) gives: the result or the type of error, and as many warnings."""
+    """call(fused) has the result or type of error of call(torch.nn.functional), and as many warnings."""
     (ours, given), (torchs, expected) = outcome(lambda: call(fused)), outcome(lambda: call(F))
     if isinstance(torchs, Exception):
         assert type(ours) is type(torchs), f"{what}: {ours!r}, torch {torchs!r}"
@@ -292,7 +294,7 @@ def assert_same(call: Callable[[Any], Any], what: str, **close: Any) -> None:
 
 
 def test_what_the_docstrings_say_of_corners():
-    """And torch's functions do the same."""
+    """Ours and torch's functions do what the docstrings state about corner cases."""
     inf, nan = math.inf, math.nan
     for library in (fused, F):
         x, t = torch.tensor([0.5, -inf, inf, nan]), torch.tensor([0.0, 0.0, 0.0, 0.0])
@@ -321,7 +323,7 @@ def test_thresholds(function, option, device):
                 getattr(fused, function)(input, target, **{option: value})
             continue
 
-        # torch is asked on the CPU: its CUDA kernel divides 0 by a beta that is 0 in float32.
+        # torch computes on the CPU here, since its CUDA kernel divides 0 by a beta that is 0 in float32.
         def step(module: Any, value: Any = value, reduction: str = reduction) -> tuple[Tensor, ...]:
             where = device if module is fused else "cpu"
             x, t = (leaf.to(where, copy=True).requires_grad_() for leaf in (input, target))
@@ -338,7 +340,7 @@ def test_a_beta_whose_inverse_overflows(dtype, device):
     input, target = distance.to(device).requires_grad_(), torch.zeros_like(distance, device=device).requires_grad_()
     loss = fused.smooth_l1_loss(input, target, beta=beta, reduction="none")
     grads = torch.autograd.grad(loss, (input, target), torch.full_like(loss, 3))
-    exact = distance.double() / beta  # of float16, the small ones are 0
+    exact = distance.double() / beta  # small distances are 0 in float16
     slope = 3 * exact.clamp(-1, 1)
     for grad, expected in zip(grads, (slope, -slope), strict=True):
         torch.testing.assert_close(grad.cpu(), expected.to(dtype), rtol=1e-2, atol=0, equal_nan=True)
@@ -348,7 +350,7 @@ def test_a_beta_whose_inverse_overflows(dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_gradients_whose_slope_overflows(dtype, device):
-    """The gradients themselves are finite, and of either kind of reduction."""
+    """The slope overflows, but the gradients are finite, for every reduction."""
     largest = torch.finfo(dtype).max
     input = (torch.tensor([0.9, -0.8, 0.6, 0.3], dtype=torch.float64) * largest).to(dtype).to(device)
     for function, options, slope in (
@@ -366,7 +368,7 @@ def test_gradients_whose_slope_overflows(dtype, device):
 
 
 def test_kinks(device):
-    """At |x - t| = beta or delta exactly, and at 0, for distances that are exact."""
+    """Gradients at exactly |x - t| = beta or delta, and at 0. The distances are exact."""
     target = torch.tensor([0.0, 0.5, -3.0], device=device)[:, None]
     input = target + torch.tensor([-2.0, -0.5, -0.25, 0.0, 0.25, 0.5, 2.0], device=device)
     target = target.expand(input.shape)
@@ -400,8 +402,9 @@ SPECIAL: dict[str, list[float]] = {
 
 @every_case
 def test_extremes(name, device):
-    """What is finite is as near to torch in float64 as torch in float32 is. Infinities and NaN are torch's, but that an
-    element whose loss is a number may have gradients where torch has none, and a finite loss where torch overflows.
+    """Finite results are as near to torch in float64 as torch in float32 is. Infinities and NaN are torch's, with two
+    exceptions: an element whose loss is a number may have a gradient where torch's is NaN, and a finite loss where
+    torch overflows.
     """
     case = CASES[name]
     rows = list(itertools.product(*(SPECIAL[kind] for kind in case.operands.values())))
@@ -424,10 +427,10 @@ def test_extremes(name, device):
             raise AssertionError(f"{name}: {what} at {rows[i]}: {ours[i]}, torch {torchs[i]}, in float64 {exact[i]}")
 
 
-# Shorter and longer than a block of the CPU's kernels (512), and not a divisor of one.
+# Shorter and longer than a block of the CPU's kernels (512), and not divisors of it.
 @pytest.mark.parametrize("classes", [1, 2, 3, 17, 511, 512, 513, 1000, 9001])
 def test_a_weight_of_classes_serves_all_rows(classes, device):
-    """It is not written out for each row; chunks (8192 elements) and blocks begin anywhere in it."""
+    """The weight is not expanded to all rows. Chunks (8192 elements) and blocks begin anywhere in it."""
     rows = 20_011 // classes + 3
     for dtype in DTYPES:
         input, target = torch.randn(rows, classes, device=device), torch.rand(rows, classes, device=device)
@@ -444,11 +447,11 @@ def test_a_weight_of_classes_serves_all_rows(classes, device):
             torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
 
 
-# Whole blocks and chunks, with an end that fills no vector; a period that blocks begin anywhere in, shorter and longer
-# than a block.
+# Whole blocks and chunks, with a last vector that is not full. Blocks begin anywhere in a period, which is shorter or
+# longer than a block.
 @pytest.mark.parametrize(("rows", "classes"), [(1, 24_601), (1, 16_384), (631, 39), (17, 1_447)])
 def test_sums_over_blocks(rows, classes, device):
-    """What is added up where it lies, though it begins at an odd address, and what goes by way of a buffer."""
+    """Sums of operands that are read in place, also from an odd address, and of operands that pass through a buffer."""
 
     def drawn(*shape):
         memory = torch.rand(3 + math.prod(shape), dtype=torch.float64, device=device)
@@ -464,14 +467,14 @@ def test_sums_over_blocks(rows, classes, device):
                 (function.binary_cross_entropy_with_logits, {"weight": w.to(to)}),
             ):
                 for wanted in ((0,), (0, 1)):
-                    # Not copied where the type is the same, so that the memory begins where it did.
+                    # `to` does not copy if the type is the same, so the memory still begins at that address.
                     leaves = [operand.to(to).detach().requires_grad_(i in wanted) for i, operand in enumerate((x, t))]
                     value = loss(*leaves, reduction="sum", **options)
                     grads = torch.autograd.grad(value, [leaves[i] for i in wanted])
                     without = loss(*(leaf.detach() for leaf in leaves), reduction="sum", **options)
                     if device == "cpu" or dtype != torch.float64:
                         assert torch.equal(value, without)
-                    else:  # where nvcc may fuse a product with a sum in one kernel and not in the other
+                    else:  # nvcc may fuse a product and a sum in one kernel and not in the other
                         torch.testing.assert_close(value, without, rtol=1e-14, atol=0)
                     found.append((value, *grads))
         half = len(found) // 2

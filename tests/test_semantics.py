@@ -1,6 +1,6 @@
-"""Cross entropy does what torch's does: every combination of options, every dtype, every corner that a row can have.
+"""Cross entropy does what torch's does, for all combinations of options, all dtypes and all special rows.
 
-Values and gradients are those of torch's own loss in float64, up to one rounding; shape, dtype and device those of
+Values and gradients equal those of torch's own loss in float64 up to one rounding. Shape, dtype and device are those of
 torch's own loss of the same input.
 """
 
@@ -28,14 +28,14 @@ def rows_of(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def as_float64(tensor: Tensor | None) -> Tensor | None:
-    """On the CPU: there torch's mean over one row, if nothing of it counts, is NaN as over several; on CUDA it is 0."""
+    """torch's loss on the CPU, where the mean over a single ignored row is NaN, as over several. On CUDA it is 0."""
     if tensor is None:
         return None
     return tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu()
 
 
 def check(input: Tensor, target: Tensor, weight: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
-    """The fused loss and its gradient, after comparing them with torch's."""
+    """The fused loss and its gradient, after a comparison with torch's."""
     ours, exact = input.detach().requires_grad_(), input.detach().cpu().double().requires_grad_()
     loss = fused.cross_entropy(ours, target, weight, **options)
     expected = F.cross_entropy(exact, as_float64(target), as_float64(weight), **options)
@@ -46,7 +46,7 @@ def check(input: Tensor, target: Tensor, weight: Tensor | None = None, **options
     rows = max(1, math.prod(rows_of(tuple(input.shape))))
     largest = 1.0 if weight is None else max(1.0, weight.abs().max().item())
     reduction = options.get("reduction", "mean")
-    # What is added up: rows of a size that the logits have, where finite.
+    # The terms of the sum are rows, which are as large as the finite logits.
     terms = largest * max(1.0, input.detach()[input.isfinite()].abs().max().item() if input.isfinite().any() else 1.0)
     assert_exact(loss.cpu(), expected, scale=terms * (rows if reduction == "sum" else 1), what="loss")
 
@@ -56,7 +56,7 @@ def check(input: Tensor, target: Tensor, weight: Tensor | None = None, **options
     assert ours.grad is not None and exact.grad is not None
     assert (ours.grad.dtype, ours.grad.shape, ours.grad.device) == (input.dtype, input.shape, input.device)
     scale = largest * grad_output.abs().max().item() if grad_output.numel() else 1.0
-    if input.dtype == torch.float64:  # torch adds up classes one after another: it is wrong by 1e-13 for 5000
+    if input.dtype == torch.float64:  # torch adds up classes one after another, with an error of 1e-13 for 5000
         scale *= max(1.0, input.shape[min(1, input.dim() - 1)] / 200)
     assert_exact(ours.grad.cpu(), exact.grad, scale=scale, what="gradient")
     return loss.detach(), ours.grad
@@ -74,7 +74,7 @@ def test_every_combination_of_options_with_class_indices(rank, dtype, reduction,
     for weight, ignore_index, label_smoothing in itertools.product(weights, (-100, -1, 0, 3, 1000), SMOOTHINGS):
         target = random_indices(shape, device, ignore_index)
         if weight is not None and weight[0] == 0:
-            target = torch.where(target == ignore_index, target, 4)  # or the mean might be over a total weight of 0
+            target = torch.where(target == ignore_index, target, 4)  # otherwise the total weight of the mean might be 0
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
         check(random_logits(shape, dtype, device), target, weight, **options)
 
@@ -89,7 +89,7 @@ def test_every_combination_of_options_with_class_probabilities(rank, dtype, redu
         target = random_probabilities(shape, dtype, device)
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
         check(random_logits(shape, dtype, device), target, weight, **options)
-    # Whatever they hold: probabilities are not looked at.
+    # The values of probabilities are never checked.
     check(random_logits(shape, dtype, device), random_logits(shape, dtype, device), weights[1], reduction=reduction)
 
 
@@ -97,7 +97,7 @@ def test_every_combination_of_options_with_class_probabilities(rank, dtype, redu
 @pytest.mark.parametrize("reduce", [None, True, False])
 @pytest.mark.parametrize("size_average", [None, True, False])
 def test_deprecated_arguments_win_over_reduction(size_average, reduce, reduction, device):
-    """Of the functions; tests/test_modules.py has the classes."""
+    """This tests the functions. tests/test_modules.py tests the classes."""
     input, t = torch.randn(6, 5, device=device), torch.randint(5, (6,), device=device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -117,7 +117,7 @@ INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, tor
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 @pytest.mark.parametrize("rank", SHAPES)
 def test_class_indices_of_every_integer_type(rank, dtype, device):
-    """As int64 ones, bit for bit; and as torch's own, where torch takes them."""
+    """Results are bitwise identical to those with int64 indices, and agree with torch where torch supports the type."""
     shape = SHAPES[rank]
     ignored = (2, -100) if dtype.is_signed else (2, 255)
     for ignore_index, label_smoothing, reduction in itertools.product(ignored, (0.0, 0.1), REDUCTIONS):
@@ -141,7 +141,7 @@ def test_class_indices_of_every_integer_type(rank, dtype, device):
 @pytest.mark.parametrize("of_weight", [*DTYPES, torch.int64], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_of_another_dtype(dtype, of_weight, device):
-    """With class indices an error, with probabilities promoted; as torch's."""
+    """As in torch, an error with class indices, and promoted with probabilities."""
     for shape in (SHAPES[2], SHAPES[3]):
         input, weight = random_logits(shape, dtype, device), torch.arange(1, CLASSES + 1).to(device, of_weight)
         target = random_indices(shape, device)
@@ -164,13 +164,13 @@ def test_class_probabilities_of_another_dtype(dtype, of_target, device):
 
 
 def check_as_torchs(input: Tensor, target: Tensor, weight: Tensor | None, **options) -> None:
-    """Of the dtype that torch promotes to, and of its value, for every reduction."""
+    """The loss has torch's promoted dtype and torch's value, for every reduction."""
     for reduction in REDUCTIONS:
         leaves = [input.clone().requires_grad_() for _ in range(2)]
         ours = fused.cross_entropy(leaves[0], target, weight, reduction=reduction, **options)
         torchs = F.cross_entropy(leaves[1], target, weight, reduction=reduction, **options)
         assert ours.dtype == torchs.dtype
-        # torch rounds on the way: the log-softmax to input's dtype, smoothed targets to target's.
+        # torch rounds intermediate results: the log-softmax to input's dtype, and smoothed targets to target's.
         rounded = [input, target] if options.get("label_smoothing", 0) > 0 else [input]
         tolerance = 30 * max(torch.finfo(tensor.dtype).eps for tensor in rounded)
         tolerance *= math.prod(rows_of(tuple(input.shape))) if reduction == "sum" else 1
@@ -187,7 +187,7 @@ LAYOUTS = ["rows", "columns", "swapped"]
 
 
 def lay_out(rows: Tensor, layout: str) -> Tensor:
-    """[rows, classes], as logits with that layout in memory."""
+    """Logits of shape [rows, classes], with this layout in memory."""
     if layout == "columns":
         return rows.t().contiguous()[None]
     return rows.t().contiguous().t() if layout == "swapped" else rows
@@ -201,10 +201,10 @@ def targets_for(target: Tensor, layout: str) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_leading_classes(dtype, layout, masked, device):
-    """Whole vectors, tiles and blocks of -inf before the first class that is not."""
+    """Whole vectors, tiles and blocks of -inf precede the first finite class."""
     x = random_logits((4, masked + 3), dtype, device)
-    x[:3, :masked] = -torch.inf  # the last row is as it was
-    target = torch.tensor([masked, 0, masked + 2, 1], device=device)  # the second is masked itself: infinite
+    x[:3, :masked] = -torch.inf  # the last row is unchanged
+    target = torch.tensor([masked, 0, masked + 2, 1], device=device)  # the second target is masked: infinite
     for label_smoothing in (0.0, 0.1):
         loss, _ = check(
             lay_out(x, layout), targets_for(target, layout), reduction="none", label_smoothing=label_smoothing
@@ -222,7 +222,7 @@ def test_masked_leading_classes(dtype, layout, masked, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [1, 2, 17, 300, 2500])
 def test_rows_of_every_kind_of_mask(classes, dtype, layout, device):
-    """Everything masked is NaN; everything but the target is a loss of 0."""
+    """A row that is masked entirely is NaN. If only the target is unmasked, the loss is 0."""
     x = random_logits((5, classes), dtype, device)
     target = torch.randint(classes, (5,), device=device)
     x[0] = -torch.inf
@@ -244,7 +244,7 @@ def test_rows_of_every_kind_of_mask(classes, dtype, layout, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [1, 5, 40, 2100])
 def test_a_bad_row_is_bad_alone(classes, dtype, layout, value, device):
-    """NaN or +inf in one row is NaN there, as torch's; the other rows are what they were without it, bit for bit."""
+    """NaN or +inf makes its own row NaN, as in torch. The other rows are bitwise identical to those without it."""
     x = random_logits((37, classes), dtype, device)
     for target, options in (
         (torch.randint(classes, (37,), device=device), {}),
@@ -275,7 +275,7 @@ def test_a_bad_row_is_bad_alone(classes, dtype, layout, value, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_a_bad_row_that_is_ignored(label_smoothing, dtype, layout, value, device):
-    """torch's gradient is NaN in that row, and in no other; ours is 0. Everything else is torch's."""
+    """torch's gradient is NaN in that row only, and ours is 0. Everything else equals torch's."""
     x = random_logits((6, 23), dtype, device)
     x[2, 7] = value
     target = torch.tensor([0, 22, -100, 5, -100, 9], device=device)
@@ -284,7 +284,7 @@ def test_a_bad_row_that_is_ignored(label_smoothing, dtype, layout, value, device
         options = {"reduction": reduction, "label_smoothing": label_smoothing}
         loss = fused.cross_entropy(ours, targets_for(target, layout), **options)
         expected = F.cross_entropy(exact, targets_for(target, layout), **options)
-        if label_smoothing == 0:  # else torch multiplies the ignored row by 0 where it should leave it out
+        if label_smoothing == 0:  # otherwise torch multiplies the ignored row by 0, and does not skip it
             assert_exact(loss, expected, scale=100.0, what="loss")
         assert loss.isfinite().all()
         loss.sum().backward()
@@ -299,10 +299,10 @@ def test_a_bad_row_that_is_ignored(label_smoothing, dtype, layout, value, device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("height", [100.0, 1e4, -1e4])
 def test_logits_far_apart(height, dtype, layout, device):
-    """Probabilities of exactly 0 and 1: nothing overflows, a loss of 0 is 0."""
+    """Probabilities are exactly 0 and 1. Nothing overflows, and a loss of 0 is exactly 0."""
     x = random_logits((6, 70), dtype, device)
     x[:, 33] = height
-    x[5] = height  # all the same
+    x[5] = height  # all logits of the row are equal
     target = torch.tensor([33, 0, 33, 69, 34, 1], device=device)
     for label_smoothing, reduction in itertools.product((0.0, 0.1), REDUCTIONS):
         options = {"label_smoothing": label_smoothing, "reduction": reduction}
@@ -316,7 +316,7 @@ def test_logits_far_apart(height, dtype, layout, device):
 @pytest.mark.parametrize("value", [1.3e9, -1.4e9, 5e9, -1e10, -1e30, -3e38])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_logits_masked_with_a_huge_number(dtype, value, device):
-    """Wholly or in part: a row of one number is uniform, whatever the number."""
+    """Rows are masked entirely or in part. A row of equal numbers is uniform, whatever the number is."""
     for classes in (7, 300, 3000):
         logits = torch.randn(4, classes).to(device, dtype)
         logits[0] = value
@@ -324,21 +324,21 @@ def test_logits_masked_with_a_huge_number(dtype, value, device):
         logits[2, : classes // 2] = value
         target = torch.tensor([1, 1, classes - 1, 0], device=device)
         if value > 0:
-            target[1:3] = 0  # a loss of the number's own size would hide the others
+            target[1:3] = 0  # a loss as large as the number would hide the others
         check(logits, target, reduction="none")
-        if abs(value) < 1e34:  # float32 holds the sum of so many
+        if abs(value) < 1e34:  # the sum of so many does not overflow in float32
             check(logits, target, label_smoothing=0.1, reduction="none")
         check(logits[:1], target[:1])
 
 
-# ---- nothing to average, nothing at all, one class ----
+# ---- total weight of 0, no rows, one class ----
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("classes", [3, 20, 2500])
 def test_an_infinite_weight(classes, dtype, layout, device):
-    """The loss of a row that shares in its class is infinite, whichever class has the maximum."""
+    """A row whose target includes that class has an infinite loss, whichever class has the maximum."""
     rows = 37 if classes < 100 else 5
     x = random_logits((rows, classes), dtype, "cpu")
     target = torch.randint(classes, (rows,))
@@ -372,7 +372,7 @@ def test_an_infinite_weight(classes, dtype, layout, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rank", SHAPES)
 def test_all_rows_ignored(rank, dtype, device):
-    """The mean is NaN, the sum 0, every gradient 0."""
+    """The mean is NaN, the sum is 0, and every gradient is 0."""
     shape = SHAPES[rank]
     weights = (None, torch.rand(CLASSES).to(device, dtype))
     for weight, ignore_index, label_smoothing, reduction in itertools.product(
@@ -414,7 +414,7 @@ def test_no_rows(shape, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (4, 1), (1, 1), (3, 1, 5), (2, 1, 3, 2), (2, 1, 1, 1, 3)], ids=str)
 def test_one_class(shape, dtype, device):
-    """A loss of 0 and a gradient of 0, however large the logit."""
+    """Loss and gradient are 0, however large the logit is."""
     weights = (None, torch.tensor([1.7]).to(device, dtype))
     for weight, label_smoothing, reduction in itertools.product(weights, SMOOTHINGS, REDUCTIONS):
         input = random_logits(shape, dtype, device) * 1000
@@ -426,7 +426,7 @@ def test_one_class(shape, dtype, device):
 
 
 def test_the_class_is_the_function(device):
-    """Every argument of the class reaches the kernels."""
+    """The class passes every argument on to the function."""
     input, target = torch.randn(6, 5, device=device), torch.tensor([0, 1, 2, 2, 4, 3], device=device)
     weight = torch.rand(5, device=device)
     for ignore_index, label_smoothing, reduction in itertools.product((-100, 2), (0.0, 0.3), REDUCTIONS):

@@ -1,4 +1,4 @@
-"""fusedloss/_C.pyi describes the extension as it is."""
+"""fusedloss/_C.pyi agrees with the extension's functions and arguments."""
 
 import ast
 import re

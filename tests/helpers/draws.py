@@ -1,4 +1,4 @@
-"""The dtypes and reductions that the tests go through, and random arguments of cross entropy."""
+"""The dtypes and reductions that the tests cover, and random arguments of cross entropy."""
 
 import torch
 import torch.nn.functional as F

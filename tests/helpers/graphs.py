@@ -1,6 +1,6 @@
-"""What the tests of the compiler and its kin share: arguments, what becomes of them, and which ops a graph holds.
+"""What the tests of compiling and tracing share: arguments, a step of a loss, and the ops that a graph holds.
 
-Values are compared with the float64 reference, and bitwise with the eager call: it is the same kernel.
+Values are compared with the float64 reference, and bitwise with the eager call, which runs the same kernel.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def given(kind: str, device: str, *shape: int, dtype: torch.dtype = torch.float3
 
 
 def doubled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The loss of logits that were computed. Twice a float is exact in every dtype, and so is the gradient's double."""
+    """The loss of twice the input, which is not a leaf. Doubling is exact in every dtype, also for the gradient."""
 
     def of_doubled(input: Tensor, target: Tensor, **options) -> Tensor:
         return loss(input * 2, target, **options)
@@ -78,7 +78,7 @@ def doubled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def step(loss: Callable[..., Tensor], input: Tensor, target: Tensor, upstream: Tensor | None = None, **options):
-    """loss, its gradient, and the upstream gradient that was drawn for it."""
+    """The loss, its gradient, and the upstream gradient, which is drawn if it is not given."""
     leaf = input.detach().requires_grad_()
     value = loss(leaf, target, **options)
     upstream = torch.randn_like(value) if upstream is None else upstream.to(value.dtype)
@@ -86,7 +86,7 @@ def step(loss: Callable[..., Tensor], input: Tensor, target: Tensor, upstream: T
 
 
 def assert_step(kind: str, compiled: Callable[..., Tensor], input: Tensor, target: Tensor, **options) -> None:
-    """One step of `compiled`, which is to be `doubled(...)`: bitwise the eager one's, and that of the reference."""
+    """A step of `compiled`, a compiled `doubled(...)`, bitwise equals the eager one and agrees with the reference."""
     ours, expected = functions(kind)
     loss, grad, upstream = step(compiled, input, target, **options)
     eager_loss, eager_grad, _ = step(doubled(ours), input, target, upstream, **options)
@@ -95,12 +95,12 @@ def assert_step(kind: str, compiled: Callable[..., Tensor], input: Tensor, targe
     assert grad.stride() == eager_grad.stride()
     exact_loss, exact_grad, _ = step(doubled(expected), input.double(), target, upstream, **options)
     assert_exact(loss, exact_loss, scale=max(1.0, exact_loss.abs().sum().item()), what="loss")
-    # A gradient is a difference of numbers of this size at most.
+    # A gradient is a difference of numbers that are at most this large.
     assert_exact(grad, exact_grad, scale=8 * max(1.0, upstream.double().abs().max().item()), what="gradient")
 
 
 def losses_in(*graphs: torch.fx.GraphModule) -> set[str]:
-    """The ops in these graphs that compute a loss, ours or torch's."""
+    """The ops in these graphs that compute a loss, either ours or torch's."""
     modules = (module for graph in graphs for module in graph.modules() if isinstance(module, torch.fx.GraphModule))
     names = (str(node.target) for module in modules for node in module.graph.nodes if node.op == "call_function")
     return set(filter(is_loss, (name.removesuffix(".default") for name in names)))
@@ -111,7 +111,7 @@ def is_loss(name: str) -> bool:
 
 
 class Model(nn.Module):
-    """Both losses behind a layer; with torch's modules or with these."""
+    """Both losses behind a layer, as modules of `library`: torch.nn or fusedloss."""
 
     def __init__(self, library, device: str) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Model(nn.Module):
 
 
 def models(device: str) -> tuple[Model, Model]:
-    """Ours and torch's, with the same parameters."""
+    """One model with our losses and one with torch's, with the same parameters."""
     ours, torchs = Model(fusedloss, device), Model(nn, device)
     ours.load_state_dict(torchs.state_dict())
     return ours, torchs

@@ -1,21 +1,21 @@
-"""How results are judged: against the float64 reference, by a bound that a single rounding at the end can meet."""
+"""How results are compared with the float64 reference: the bound allows a single rounding at the end."""
 
 import torch
 from torch import Tensor
 
-# Relative error of the computation itself, in the accumulate type. Its sums run over up to a few thousand terms, and
-# exp(x - max) has the error of its argument, about 1e-6 in float32.
+# Relative error of the computation itself, in the accumulate type. Its sums have up to a few thousand terms, and
+# exp(x - max) inherits the error of its argument, about 1e-6 in float32.
 COMPUTED = {torch.float32: 3e-6, torch.float64: 3e-14, torch.bfloat16: 3e-6, torch.float16: 3e-6}
-# Half a unit in the last place of the result: of a normal number at most this part of it, of a subnormal one this much.
+# Half a unit in the last place of the result: relative to a normal number, and absolute for a subnormal one.
 ROUNDED = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SMALLEST = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 0.0, torch.float16: 2**-25}
 
 
 def assert_exact(actual: Tensor, expected: Tensor, scale: float | Tensor | None = None, what: str = "result") -> None:
-    """`actual` is `expected` (float64) up to one rounding, and the computation's error relative to `scale`.
+    """`actual` equals `expected` (float64) up to one rounding and the computation's error relative to `scale`.
 
-    The scale is the size of the terms that were added up, at least the largest result; or a tensor of them, each at
-    least the result there.
+    The scale is the size of the terms that were added up, and at least the largest result. As a tensor, it has one
+    scale for each result, and each is at least that result.
     """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:

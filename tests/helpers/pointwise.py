@@ -1,4 +1,4 @@
-"""What the tests of pointwise losses share: the losses with their options, and what their operands are drawn as."""
+"""What the tests of pointwise losses share: the losses with their options, and how their operands are drawn."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,16 +21,16 @@ DRAWS: dict[str, Callable[[Sequence[int]], Tensor]] = {
     "probability": lambda shape: (1.2 * torch.rand(shape, dtype=torch.float64) - 0.1).clamp(0, 1),  # also 0 and 1
     "count": lambda shape: torch.randint(0, 9, tuple(shape)).double(),
     "sign": lambda shape: 2.0 * torch.randint(0, 2, tuple(shape)).double() - 1,
-    "variance": lambda shape: torch.rand(shape, dtype=torch.float64) + 0.05,  # some below the eps of its case
+    "variance": lambda shape: torch.rand(shape, dtype=torch.float64) + 0.05,  # some are below the eps of the case
 }
 
 
 @dataclass(frozen=True)
 class Case:
     function: str
-    operands: dict[str, str]  # each one's name, and what it is drawn as
+    operands: dict[str, str]  # from each operand's name to how it is drawn
     options: dict[str, Any] = field(default_factory=dict)
-    not_torchs: tuple[str, ...] = ()  # operands that torch's function has no derivative by
+    not_torchs: tuple[str, ...] = ()  # operands for which torch's function has no derivative
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Tensor]:
         return {name: DRAWS[kind](shape).to(device, dtype) for name, kind in self.operands.items()}
@@ -90,7 +90,7 @@ def reductions(case: Case) -> list[str]:
 
 
 def leaves(operands: dict[str, Tensor], dtype: torch.dtype | None = None, but: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Each a leaf of its own, in the same layout."""
+    """New leaves with the same values in the same layout."""
     return {
         name: operand.detach().to(dtype or operand.dtype).requires_grad_(name not in but)
         for name, operand in operands.items()
@@ -98,3 +98,15 @@ def leaves(operands: dict[str, Tensor], dtype: torch.dtype | None = None, but: S
 
 
 every_case = pytest.mark.parametrize("name", CASES)
+
+
+MODULES = {
+    "l1_loss": "L1Loss",
+    "smooth_l1_loss": "SmoothL1Loss",
+    "huber_loss": "HuberLoss",
+    "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
+    "kl_div": "KLDivLoss",
+    "poisson_nll_loss": "PoissonNLLLoss",
+    "gaussian_nll_loss": "GaussianNLLLoss",
+    "soft_margin_loss": "SoftMarginLoss",
+}
