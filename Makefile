@@ -16,7 +16,7 @@ PIP_CUDA := $(VENV_CUDA)/bin/python -m pip --quiet --disable-pip-version-check
 TESTS_CUDA := $(addprefix tests/test_,$(addsuffix .py,cross_entropy mse_loss semantics autograd bad_input \
 	bounds fake_tensors opcheck grad_in_forward inplace_backward modules))
 # Two files at a time: what they compile and compute keeps more cores busy than that.
-TWO := --numprocesses 2 --dist loadfile
+TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py fusedloss/_build.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 

@@ -39,7 +39,7 @@ from fusedloss import _build
 MISSING = build.missing()
 pytestmark = pytest.mark.skipif(MISSING != "", reason=MISSING or "not skipped")
 CSRC = _build.csrc_directory()
-BUGS = [*planted_bugs.listed_bugs(CSRC), *planted_bugs.missing_barriers(CSRC)]
+BUGS = planted_bugs.all_bugs(CSRC)
 
 # Threads that share a row: one alone (up to 16 classes), some lanes of a warp (a few thousand), a block. Sizes that
 # vectors divide, and others.
@@ -55,16 +55,11 @@ SIZES = [0, 1, 3, 8, 9, 31, 257, 1000, 4099, 20011]
 
 
 @pytest.fixture(scope="session")
-def emulator(emulator_folder: Path) -> Emulator:
-    return Emulator(build.build(CSRC, emulator_folder, self_test=True))
-
-
-@pytest.fixture(scope="session")
-def buggy(emulator_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    """Copies of the kernels with, where asked for, one of the BUGS."""
+def emulator(emulator_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """The kernels, each of the BUGS planted but inactive unless a test activates it. One compile serves all tests."""
     copy = tmp_path_factory.mktemp("planted") / "csrc"
     planted_bugs.plant(CSRC, copy, BUGS)
-    return Emulator(build.build(copy, emulator_folder))
+    return Emulator(build.build(copy, emulator_folder, self_test=True))
 
 
 @pytest.fixture
@@ -467,7 +462,7 @@ def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
 
 
 @pytest.mark.parametrize("number", range(1, len(BUGS) + 1), ids=lambda number: BUGS[number - 1].what)
-def test_planted_bug_is_caught(number, buggy, rng):
+def test_planted_bug_is_caught(number, emulator, rng):
     bug = BUGS[number - 1]
     bad_target = "targets" in bug.what
     sign = "OUT OF BOUNDS" if bad_target else ""  # a bad target stops the clean kernel too, but by an assert
@@ -479,7 +474,7 @@ def test_planted_bug_is_caught(number, buggy, rng):
                 problem.target.view(-1)[0] = 10**6  # beyond the whole input
             problem.schedules = problem.schedules[:1]
             try:
-                problem.check(buggy, number)
+                problem.check(emulator, number)
             except AssertionError as error:
                 if sign in str(error):
                     return

@@ -5,14 +5,13 @@ The generated formulas replace the library's own ones in a copy of the sources. 
 """
 
 import random
-import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_emulator import build
+from cuda_emulator import build, planted_bugs
 from cuda_emulator.emulator import DTYPES, REDUCTIONS, Emulator
 from cuda_emulator.pointwise_problems import Formula, Pointwise
 from helpers.custom import CASES as OF_CUSTOM_LOSS
@@ -45,7 +44,7 @@ FORMULAS = {f"custom_{i}": formula_of(name) for i, name in enumerate(CASES)}
 @pytest.fixture(scope="session")
 def emulator(emulator_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     copy = tmp_path_factory.mktemp("custom") / "csrc"
-    shutil.copytree(CSRC, copy)
+    planted_bugs.plant(CSRC, copy, planted_bugs.all_bugs(CSRC))  # as in test_cuda_emulator.py, whose objects are used
     texts = [f"namespace {name} {{\n{formula.cpp()}}}" for name, formula in FORMULAS.items()]
     names = " ".join(f"X({name}, {name}::CustomLoss)" for name in FORMULAS)
     listed = f"#undef FUSEDLOSS_POINTWISE_LOSSES\n#define FUSEDLOSS_POINTWISE_LOSSES(X) {names}\n"

@@ -75,9 +75,9 @@ def _compile(source: Path, csrc: Path, folder: Path, checked: bool) -> Path:
     flags = [*FLAGS, *(CHECKED if is_kernel and checked else ["-O2"])]
     if is_kernel:
         flags += ["-include", "cuda_on_cpu.h", "-x", "c++"]
-    headers = [*HERE.glob("*.h"), *(path for path in _build.header_files(csrc) if is_kernel or path.suffix == ".h")]
-    contents = [path.name + path.read_text() for path in [source, *sorted(headers)]]
-    target = folder / f"{source.stem}-{_digest(str(home), str(shutil.which('g++')), *flags, *contents)}.o"
+    # Two copies of csrc/ that differ in one formula share the objects of all sources that do not include it.
+    preprocessed = _run(["g++", *flags, *includes, "-E", source]).replace(str(csrc), "csrc")
+    target = folder / f"{source.stem}-{_digest(str(shutil.which('g++')), *flags, preprocessed)}.o"
     return _make(target, ["g++", *flags, *includes, "-c", source])
 
 
@@ -95,7 +95,8 @@ def _make(target: Path, command: list[str | Path]) -> Path:
     return target
 
 
-def _run(command: list[str | Path]) -> None:
+def _run(command: list[str | Path]) -> str:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"the emulator's build failed: {' '.join(map(str, command))}\n{done.stderr[-4000:]}")
+    return done.stdout

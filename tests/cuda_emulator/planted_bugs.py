@@ -393,6 +393,10 @@ def missing_barriers(csrc: Path) -> list[Bug]:
     return found
 
 
+def all_bugs(csrc: Path) -> list[Bug]:
+    return [*listed_bugs(csrc), *missing_barriers(csrc)]
+
+
 def plant(csrc: Path, copy: Path, bugs: list[Bug]) -> None:
     """Copies the kernels, so that `planted_bug == n` activates the n-th bug, counted from 1, and 0 none of them."""
     shutil.copytree(csrc, copy)
