@@ -12,8 +12,8 @@ TORCH_CUDA := torch==2.14.1
 CUDA_ARCHITECTURES ?= 9.0
 VENV_CUDA := .venv-cuda
 PIP_CUDA := $(VENV_CUDA)/bin/python -m pip --quiet --disable-pip-version-check
-# What computes on the CPU, and what torch is told of the ops. The others look at the checkout, or take long.
-TESTS_CUDA := $(addprefix tests/test_,$(addsuffix .py,cross_entropy mse_loss semantics autograd bad_input \
+# Fast tests of what the kernels compute on the CPU and of what the registered ops tell torch. They need no checkout.
+FAST_TESTS := $(addprefix tests/test_,$(addsuffix .py,cross_entropy nll_loss mse_loss semantics autograd bad_input \
 	bounds fake_tensors opcheck grad_in_forward inplace_backward modules))
 # Two files at a time: what they compile and compute keeps more cores busy than that.
 TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -38,7 +38,7 @@ demo: build
 	$(PY) -m benchmarks.demo
 
 check: lint build
-	$(PY) -m pytest $(TWO) $(FAST_TESTS)
+	$(PY) -m pytest $(TWO) $(FAST_TESTS) tests/test_layers.py tests/test_stub.py
 
 test: build
 	$(PY) -m pytest $(TWO) tests
@@ -48,7 +48,7 @@ cuda-build: $(VENV_CUDA)/built
 	@rm -rf $(VENV_CUDA)/away && mkdir $(VENV_CUDA)/away && cp -r pyproject.toml tests $(VENV_CUDA)/away
 	cd $(VENV_CUDA)/away && ../bin/python -c "import fusedloss; what = fusedloss.describe(); print(what); \
 		assert 'CPU and CUDA' in what and '(prebuilt, ' in what"
-	cd $(VENV_CUDA)/away && ../bin/python -m pytest $(TWO) $(TESTS_CUDA)
+	cd $(VENV_CUDA)/away && ../bin/python -m pytest $(TWO) $(FAST_TESTS)
 
 bench: build
 	$(PY) -m benchmarks

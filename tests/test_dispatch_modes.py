@@ -91,7 +91,7 @@ class Looking(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 for shape in ((2, 0), (0, 0), (0,), (2, 0, 3)):
-    for reduction in REDUCTIONS:
+    for reduction in ("none", "mean", "sum"):
         found = []
         for loss in (fused.cross_entropy, F.cross_entropy):
             input = torch.zeros(shape, requires_grad=True)

@@ -36,8 +36,9 @@ PyMODINIT_FUNC NAME(TORCH_EXTENSION_NAME)(void) { return PyModule_Create(&module
 """
 
 LOAD = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in a shell's background ignores the signal
 from fusedloss import _build, jit
 module = jit.compiled_module(_build.make_plan(Path(sys.argv[1]), cuda=False), cache=Path(sys.argv[2]))
 print(module.value(), module.__file__)
