@@ -24,9 +24,9 @@ SOURCES := setup.py fusedloss/_build.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
 help:
 	@echo "make demo        train with fusedloss's losses beside torch's, show the curves and a table of times"
-	@echo "make check       lint, check the types, and run the fast tests: about a minute after a build"
+	@echo "make check       lint, check the types, and run the fast tests: under 90 s after a build"
 	@echo "make test        run all tests"
-	@echo "make cuda-build  build with nvcc too, in $(VENV_CUDA), and run tests of the CPU through that; needs no GPU"
+	@echo "make cuda-build  build with nvcc, which must be installed, in $(VENV_CUDA), and run CPU tests; needs no GPU"
 	@echo "make bench       measure against torch, eager and compiled"
 	@echo "make gpu         on a machine with a GPU, in the Python there: build, measure, sanitize and test the kernels;"
 	@echo "                 STEPS names the steps, or a group of them: first (5 min), second (4 min) or all"

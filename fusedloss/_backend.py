@@ -33,7 +33,7 @@ _warned = False  # True once the warning about missing CUDA kernels was given
 
 
 def extension() -> ModuleType:
-    """The compiled module. The first call finds or compiles it, which can take a minute; later calls return at once.
+    """The compiled module. The first call finds or compiles it, which can take minutes; later calls return at once.
 
     Raises:
         ImportError: nothing usable is prebuilt, and something that compiling needs is missing.

@@ -1,8 +1,8 @@
 """Decides where a call goes: directly to the kernels, to the registered op, or to torch's own function.
 
-For plain tensors the extension decides, in the functions named `…_covers` in csrc/ops/. For every other call, such as
-one with fake tensors or one that the compiler traces, this file decides: in the functions of the same names, and for
-pointwise losses in `fused`.
+For plain tensors (csrc/ops/plain.h) the extension decides, in the functions named `…_covers` in csrc/ops/. For every
+other call, such as one with fake tensors or one that the compiler traces, and for a call that the extension declines,
+this file decides: in `cross_entropy_covers`, in `nll_loss_covers`, and for pointwise losses in `fused`.
 """
 
 import warnings
@@ -20,12 +20,12 @@ from torch.overrides import _get_current_function_mode_stack, handle_torch_funct
 from . import _backend, ops
 from .pointwise_registry import is_compiled_for, number_of
 
-NUMBER = (int, float)  # not int | float: the compiler of torch 2.6 does not support unions
+NUMBER = (int, float)  # not int | float: Dynamo in torch 2.6 does not support unions
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_eager(tensors: Sequence[Tensor], weight: Tensor | None = None) -> bool:
-    """True if the C++ entry point may be called directly, which can compile the extension. It may still decline."""
+    """True if the C++ entry point may be called directly. That call may compile the extension, or return None."""
     if torch.compiler.is_compiling():
         return False
     if has_torch_function_variadic(*tensors, weight) and not _only_modes(*tensors, weight):
@@ -37,14 +37,15 @@ def is_eager(tensors: Sequence[Tensor], weight: Tensor | None = None) -> bool:
 
 
 def _only_modes(*arguments: object) -> bool:
+    """True if torch functions are overridden by transparent modes only, and not by a subclass or another mode."""
     plain = all(type(argument) in (Tensor, Parameter, type(None)) for argument in arguments)
     return plain and only_transparent_modes()
 
 
 def call_torch(function: Callable[..., Tensor], *tensors: Tensor | float | None, **options: Any) -> Tensor:
-    """Call torch's own function. A subclass's `__torch_function__` also receives it as the function that is called.
+    """Call torch's own function. A subclass's `__torch_function__` also receives torch's function, not fusedloss's.
 
-    After `patch`, the name in torch.nn.functional would lead to our function instead.
+    `function` must have been read at import, because `patch` replaces the functions in torch.nn.functional.
     """
     if not torch.compiler.is_compiling() and has_torch_function_variadic(*tensors):
         return handle_torch_function(function, tensors, *tensors, **options)
@@ -52,7 +53,7 @@ def call_torch(function: Callable[..., Tensor], *tensors: Tensor | float | None,
 
 
 def named_reduction(reduction: str, size_average: bool | None, reduce: bool | None) -> str:
-    """The reduction in effect: torch's deprecated arguments override the named one, with torch's warning."""
+    """The reduction in effect: size_average and reduce, which are deprecated, override it, with torch's warning."""
     if size_average is None and reduce is None:
         return reduction
     return _reduction.legacy_get_string(size_average, reduce)
@@ -85,7 +86,8 @@ def _has_kernels(device_type: str) -> bool:
 def accepts(*tensors: Tensor) -> bool:
     """True if a registered op can take these tensors.
 
-    It cannot under functorch, forward-mode AD, tracing or a function mode, which handle torch's own functions only.
+    It cannot under functorch, forward-mode AD, torch.jit.trace or a function mode that may affect the loss, because
+    these handle torch's own functions only.
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
@@ -106,9 +108,9 @@ def accepts(*tensors: Tensor) -> bool:
 
 
 def cross_entropy_covers(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """True if the registered op computes this call. Calls whose types torch promotes or refuses go to torch.
+    """True if the registered op computes this call. Calls with dtypes that torch promotes or rejects go to torch.
 
-    The fake kernel compares the sizes, not this function: the compiler may not know them before the graph runs.
+    The fake kernel checks the sizes, because in a traced call they may be symbolic.
     """
     if not accepts(input, target, *([] if weight is None else [weight])) or input.dim() == 0:
         return False
@@ -149,13 +151,14 @@ def fused(
     """The pointwise loss of this name, computed by its kernels or the registered op. None if the call goes to torch.
 
     warns: give torch's warning if input and target have different shapes, which is likely a mistake.
-    fits: returns whether the loss broadcasts these operands of different shapes. Without it, the loss broadcasts any.
+    fits: called if the shapes differ; returns whether the loss may broadcast these operands. Default: always.
     """
     eager = is_eager(operands)
     if not eager and not accepts(*operands):
         return None
     options = (parameters, _reduction.get_enum(reduction), divisor)
     loss = _by_kernels(name, operands, *options) if eager else None
+    # Either the kernels have computed the loss, or they have declined and the registered op cannot compute it either.
     if loss is not None or (eager and not accepts(*operands)):
         return loss
     given, shape = operands, operands[0].shape
@@ -164,7 +167,7 @@ def fused(
         if fits is not None and not fits(*operands):
             return None
         if warns and torch.compiler.is_compiling():
-            return None  # torch's function gives the warning, which the compiler lets through
+            return None  # torch's function gives the warning, without a graph break
         operands = _broadcast(name, operands)
         loss = _by_kernels(name, operands, *options) if eager else None
     if loss is None and _pointwise_op_covers(name, operands):
@@ -192,7 +195,10 @@ def _pointwise_op_covers(name: str, operands: Sequence[Tensor]) -> bool:
 
 
 def _can_be_saved(operands: Sequence[Tensor]) -> bool:
-    """False if autograd would have to save an inference tensor. Some of torch's own functions need not save one."""
+    """False if autograd would have to save an inference tensor, which it refuses.
+
+    Such a call goes to torch, some of whose own functions do not save their operands.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return True
     return not any(operand.requires_grad for operand in operands) or not any(map(Tensor.is_inference, operands))
@@ -209,6 +215,6 @@ def _broadcast(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
         return broadcast
     except RuntimeError as error:
         shapes = ", ".join(str(list(operand.shape)) for operand in operands)
-        who = name.partition("#")[0]  # without the digest of a custom loss
+        who = name.partition("#")[0]  # the name of a custom loss ends with # and a digest
         what = "input and target" if len(operands) == 2 else "the tensors"
         raise RuntimeError(f"{who}: {what} must have shapes that broadcast, got {shapes}: {error}") from None

@@ -45,11 +45,12 @@ def custom_loss(
     >>> criterion = fusedloss.custom_loss("weight * maximum(q * (target - input), (q - 1) * (target - input))", q=0.9)
     >>> loss = criterion(input, target, weight=weight)
 
-    The call compiles the loss for the CPU and, if a CUDA toolkit and a GPU are found, for CUDA. This takes some seconds
-    the first time; afterwards the loss is found in the cache. The forward and the backward pass each go over memory
-    once, are vectorised and sum in float64. The loss works under autocast, `torch.compile(fullgraph=True)`,
-    `torch.func` and forward-mode AD, and with `torch.jit.script` and `torch.fx`. It has second derivatives, which are
-    composed of torch's operations.
+    The call compiles the loss for the CPU and, if a CUDA toolkit and a GPU are found, for CUDA. The first time, this
+    takes some seconds for the CPU and about 40 for CUDA; afterwards the loss is found in the cache. If the last
+    upstream gradient was 1, the forward pass also computes the gradients, and memory is read once; otherwise each pass
+    reads it once. Both passes are vectorised and sum in float64. The loss works under autocast,
+    `torch.compile(fullgraph=True)`, `torch.func` and forward-mode AD, and with `torch.jit.script` and `torch.fx`. It
+    has second derivatives, which are composed of torch's operations.
 
     Args:
         expression: the loss of one element, in Python's syntax. It may contain `input`, `target`, the further names

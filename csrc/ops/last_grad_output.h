@@ -1,7 +1,10 @@
 // Records whether the last backward pass of a loss got a grad_output of 1. If so, the next forward pass computes the
-// gradient as well: see autograd/ready_gradients.h. The record affects the time of a call. The only result it can
-// affect is a cross entropy loss on CUDA, in its last place, because there the order of a sum depends on whether the
-// forward pass computes the gradient.
+// gradient as well: see autograd/ready_gradients.h. The record affects the time of a call. On CUDA it can also affect
+// the last place of a cross entropy, whose sums are taken in another order if the forward pass computes the gradient,
+// and of float64 binary_cross_entropy_with_logits with weights (ARCHITECTURE.md, "Reproducibility").
+//
+// There is one record per ReadyLoss and type of device for the whole process: all models and threads share it. On CUDA
+// the device writes it and the host reads it without waiting, so a forward pass may still read an older value.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,8 +31,8 @@ void remember_grad_output(ReadyLoss loss, bool was_one);
 int32_t* last_grad_output_flag(ReadyLoss loss, const at::Tensor& tensor);
 #endif
 
-// Tells a backward pass on CUDA whether the gradient for a grad_output of 1 is ready, and where to record whether
-// grad_output was 1.
+// Sets the options that tell a backward pass on CUDA whether the gradient for a grad_output of 1 is ready, and where to
+// record whether grad_output was 1. Does nothing on the CPU.
 template <typename Options>
 void take_ready_gradient(Options& o, ReadyLoss loss, const at::Tensor& input, bool is_ready) {
 #ifdef FUSEDLOSS_WITH_CUDA

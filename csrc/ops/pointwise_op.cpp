@@ -33,7 +33,8 @@ bool is_compiled_for(const at::Tensor& input, const PointwiseLoss& loss) {
 
 // The kernels' arguments for one call: the options, and the tensors that own the memory the options point to. The
 // kernels pair elements by their place in memory. So input, the first operand, must be dense, and each other operand
-// must have the same strides or repeat itself (period_of). Gradients and losses have the layout of input.
+// must have the same strides or repeat (period_of). Gradients and losses have the layout of input. `operands` holds the
+// tensors; o.operands is their number, and o.operand their addresses.
 struct Arguments {
   const char* op;
   const PointwiseLoss& loss;
@@ -76,9 +77,9 @@ struct Arguments {
     check_memory(op, name, operand);
   }
 
-  // Returns after how many elements the operand repeats itself: 1 if one value serves all elements, the length of a row
-  // if one row (class weights, for example) serves all rows of a contiguous input. Returns 0 if it does not repeat
-  // itself.
+  // Returns the period of an operand that repeats: 1 if one value serves all elements, or the length of a row if one
+  // row (class weights, for example) serves all rows of a contiguous input. Returns 0 for any other operand, and on
+  // CUDA also for a row if the loss has fewer than kFewestOfRepeated operands, because its kernels do not support that.
   int64_t period_of(const at::Tensor& operand) const {
     if (is_one_value(operand)) return 1;
     if ((on_cuda(input()) && operands.size() < kFewestOfRepeated) || !input().is_contiguous()) return 0;
@@ -89,6 +90,7 @@ struct Arguments {
     return period > 1 && period < operand.numel() ? period : 0;
   }
 
+  // Points the options to operand k and sets its period. An operand with other strides than input is copied first.
   void place(int k) {
     at::Tensor& operand = operands[size_t(k)];
     o.operand_period[k] = k == 0 ? 0 : period_of(operand);
@@ -98,11 +100,11 @@ struct Arguments {
   }
 };
 
-// Allocates the gradients of the operands in `wanted` and points the options to them. ready: the gradients that the
-// forward pass computed.
+// The gradients of the operands in the bit mask `wanted` (bit k: operand k). Allocates those that are not in `ready`,
+// and points the options to all of them. ready: in the backward pass, the gradients that the forward pass computed.
 struct Gradients {
   std::vector<at::Tensor> tensors;
-  bool are_ready = true;  // true if the forward pass computed all wanted gradients
+  bool are_ready = true;  // no wanted gradient was missing in `ready`; used in the backward pass only
 
   Gradients(Arguments& a, unsigned wanted, std::vector<at::Tensor> ready = {}) : tensors(std::move(ready)) {
     tensors.resize(a.operands.size());
@@ -116,6 +118,7 @@ struct Gradients {
   }
 };
 
+// The same function of the kernels, `evaluate`, computes both passes. In the backward pass o.loss is null.
 void forward_on_cpu(Arguments& a) {
   PointwiseOptions& o = a.o;
   const cpu::PointwiseKernels& kernels = cpu::pointwise_kernels(o);
@@ -152,7 +155,7 @@ void run_backward(const Arguments& a) {
 
 bool pointwise_covers(const PointwiseCall& call) {
   const at::Tensor& input = call.operands[0];
-  // torch's own functions also support other dtypes, such as integers, and promote mixed dtypes.
+  // Other dtypes, such as integers, and mixed dtypes, which torch promotes, are left to torch's own functions.
   if (!is_ours(input) || !kernel_dtype(input.scalar_type())) return false;
   for (const at::Tensor& operand : call.operands)
     if (!is_plain(operand) || operand.scalar_type() != input.scalar_type() || operand.sizes() != input.sizes())
@@ -179,6 +182,7 @@ std::vector<at::Tensor> pointwise_backward(const at::Tensor& grad_output, const 
   });
 
   Gradients gradients(a, wanted, std::move(ready));
+  // On CUDA the kernel uses the ready gradients if grad_output is 1. On the CPU the caller has done so.
   take_ready_gradient(o, ReadyLoss::kPointwise, input, gradients.are_ready);
   run_backward(a);
   return std::move(gradients.tensors);

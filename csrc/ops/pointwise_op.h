@@ -30,7 +30,7 @@ struct PointwiseResult {
   std::vector<at::Tensor> grads;  // of the operands in with_grads, for a grad_output of 1; the others are undefined
 };
 
-// with_grads: the operands whose gradients are computed too; see with_grad of cross_entropy_forward.
+// with_grads: a set of the operands whose gradients are computed too; see with_grad of cross_entropy_forward.
 PointwiseResult pointwise_forward(const PointwiseCall& call, bool autocast, unsigned with_grads = 0);
 
 // Returns the gradients of the operands in `wanted`, times grad_output; the others are undefined. ready: for each

@@ -55,7 +55,9 @@
 //   3. the merge of the statistics, for split rows and columns
 //   4. the sum of the blocks' losses, if there is a reduction
 //   5. the gradient, if it is to be written, for split rows and columns
-// Every sum is taken in a fixed order, so results are bitwise identical from run to run. No launch waits for the host.
+// Every sum is taken in a fixed order, which follows from the plan. So with the same plan, results are bitwise
+// identical from run to run. The plan also depends on whether the forward pass writes the gradient (ARCHITECTURE.md,
+// "Reproducibility"). No launch waits for the host.
 //
 // Each logits dtype has its own .cu file that includes this one, so that the dtypes compile in parallel.
 #pragma once

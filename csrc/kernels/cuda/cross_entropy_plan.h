@@ -1,6 +1,7 @@
-// A plan selects the kernel for the rows, and the threads that share a row. The host makes it from the sizes, the
-// layout and the properties of the device (cross_entropy_plan_rows.h, cross_entropy_plan_columns.h). The kernels only
-// follow it.
+// A plan names the kernel that processes the rows of a call, and how many threads share each row. The host makes it
+// from the sizes, the layout and the properties of the device (cross_entropy_plan_rows.h,
+// cross_entropy_plan_columns.h). The kernels only follow it. ARCHITECTURE.md has a glossary: row, column, unit, tile,
+// slot, set, spread, split.
 #pragma once
 
 #include "kernels/cuda/cross_entropy_target.h"
@@ -15,56 +16,59 @@ enum class Pass { kForward, kBackward };
 
 enum class RowKernel : int32_t {
   // Forward pass.
-  kFewClasses,          // forward_few_classes: a thread takes a row
-  kRowsInRegisters,     // forward_rows_in_registers: some lanes of a warp take a row, and keep it for its gradient
-  kRowsInSharedMemory,  // forward_rows: lanes, a block or a cluster takes a row, and keeps it for its gradient
-  kRowsLossOnly,        // forward_rows_loss_only: lanes or a block takes a row; no gradient is written
-  kSplitRows,           // the same kernel, where several blocks share a row; finish_split_rows follows
-  kColumnsOfThread,     // forward_columns_of_thread: a thread takes all classes of its rows
-  kColumnsOfBlock,      // forward_columns: a block takes all classes of its rows
+  kFewClasses,          // forward_few_classes: one thread processes a row
+  kRowsInRegisters,     // forward_rows_in_registers: some lanes of a warp process a row, and keep it for its gradient
+  kRowsInSharedMemory,  // forward_rows: lanes, a block or a cluster processes a row, and keeps it for its gradient
+  kRowsLossOnly,        // forward_rows_loss_only: lanes or a block processes a row; no gradient is written
+  kSplitRows,           // forward_rows_loss_only with several blocks per row; finish_split_rows follows
+  kColumnsOfThread,     // forward_columns_of_thread: one thread processes all classes of its rows
+  kColumnsOfBlock,      // forward_columns: one block processes all classes of its rows
   kSplitColumns,        // forward_columns_split: several blocks share the rows; finish_split_rows follows
-  // Backward pass, and the gradient of split rows.
+  // Backward pass, and the gradient of split rows and split columns in the forward pass.
   kBackwardFewClasses,
   kBackwardRows,
   kBackwardColumns,
 };
 
-// Columns are rows that are neighbours in memory. See cross_entropy_columns.cuh.
+// In columns, adjacent elements belong to different rows, and the classes of a row lie apart. See
+// cross_entropy_columns.cuh.
 struct ColumnPlan {
-  int width = 1;               // neighbouring rows that a thread takes together: one unit
-  int64_t units = 0;           // units of all rows; RowPlan::step counts units
-  int kept_vectors = 0;        // 16-byte vectors that the block keeps in shared memory, before its exchange area
-  int64_t exchange_bytes = 0;  // shared memory through which the block's threads exchange statistics and factors
+  int width = 1;         // rows of one unit: a thread processes this many neighbouring rows together
+  int64_t units = 0;     // total number of units; RowPlan::step counts units in columns
+  int kept_vectors = 0;  // 16-byte vectors that the block keeps at the start of shared memory; the exchange follows
+  int64_t exchange_bytes = 0;  // shared memory through which the block's threads exchange statistics and what the
+                               // gradient needs of a row (cross_entropy_column_exchange.cuh)
   int classes_of_block = 0;    // if blocks share rows: classes of each block; the last block may have fewer
   unsigned groups = 1;         // groups of blocks that share rows
   // Sets of statistics in shared memory, see ColumnSharedMemory.
   int sets_shift = 0;  // log2 of the number of sets that the block's threads store, starting with set 0
-  int last_set = 0;    // the set that holds what the gradient needs
+  int last_set = 0;    // the set that holds what the gradient needs of each row; 0 if there is only one set
   int sets = 1;
 };
 
-// A block has (threads of a row, rows) threads. For columns it has (threads side by side, threads of a row) instead,
-// because the neighbours of an element in memory belong to other rows.
+// The dimensions of a block are (threads of a row, rows). For few classes they are (rows, 1). For columns they are
+// (units, threads of a row): threads with consecutive threadIdx.x access neighbouring rows.
 struct RowPlan {
   dim3 block = 1;
   unsigned grid = 1;
   RowKernel kernel = RowKernel::kRowsLossOnly;
-  int64_t rows = 0, step = 0;  // step: from a row of a block to the row that it takes next
-  int blocks = 1;              // blocks that share a row, as a cluster or split
+  int64_t rows = 0, step = 0;  // step: stride of the loop over the rows, in rows (columns: in units)
+  int blocks = 1;              // blocks that share a row: a cluster, or separate blocks (split)
   int blocks_shift = 0;        // log2 of `blocks`, if that is a power of two
-  int threads_shift = 0;       // log2 of the threads that share a row, over all its blocks
+  int threads_shift = 0;       // log2 of the threads that share a row, in all its blocks (columns: in one block)
   bool cluster = false;        // the blocks that share a row are a cluster
   bool shifted = false;        // the gradient's rows are aligned differently from the logits' rows
   int row_pitch = 0;           // few classes: bytes from one row to the next in shared memory
   // For kRowsInSharedMemory, see cross_entropy_row_pipeline.cuh. Columns use `slots`, too.
-  int tiles = 0;  // tiles that a thread has of a row
-  int depth = 0;  // how many of these tiles have slots in shared memory
-  int slots = 0;  // slots of a thread, one vector each; fewer than `depth` whole tiles need if the row ends earlier
+  int tiles = 0;  // tiles of each thread in a row
+  int depth = 0;  // the first `depth` of these tiles are kept in slots in shared memory
+  int slots = 0;  // slots of a thread, one vector each; the last tile may need fewer than a whole tile
   ColumnPlan columns;
   int64_t shared_bytes = 0;  // per block
 
   bool is_split() const { return kernel == RowKernel::kSplitRows || kernel == RowKernel::kSplitColumns; }
 
+  // overlaps: the kernel may start before the previous kernel ends (launch.cuh).
   LaunchShape shape(const CrossEntropyOptions& o, bool overlaps) const {
     return {grid, block, cluster ? blocks : 1, shared_bytes, overlaps && o.tuning.overlap};
   }
@@ -74,12 +78,13 @@ struct RowPlan {
     return kernel == RowKernel::kRowsInSharedMemory || kernel == RowKernel::kRowsLossOnly;
   }
 
-  // Limits the grid so that each block takes several rows in turn. Loss-only rows, and 16-bit rows of class
-  // probabilities, get a few times as many blocks as the device holds at once (tuning.waves). Where a gradient of class
-  // indices or of float32 is written, such a limit was up to 8 % slower on an H200, as if blocks that never end stayed
-  // in step with one another, and read and wrote at the same times. There is one exception: where rows of 16-bit
-  // elements are so long that a multiprocessor holds no more than two blocks, a block takes two rows. It copies the
-  // second while it still works on the first, which is 2 to 3 % faster.
+  // Reduces the grid, so that each block loops over several rows, in the two cases where that is faster
+  // (docs/experiments.md, measured on an H200):
+  //   - No gradient is written, or the targets are 16-bit class probabilities. The grid gets at most tuning.waves times
+  //     as many blocks as the device holds at once.
+  //   - 16-bit class indices without a cluster, with rows so long that a multiprocessor holds at most two blocks. Half
+  //     as many blocks copy the next row while they still work on the current one: 1.7 to 3.3 % faster.
+  // In the other cases, in which a gradient of class indices or of float32 is written, a limit was up to 8 % slower.
   void limit_grid(const CrossEntropyOptions& o, int64_t resident_blocks) {
     const bool is_16_bit = bytes_of(o.dtype) == 2;
     if (kernel == RowKernel::kRowsLossOnly || (o.target_probability != nullptr && is_16_bit)) {
@@ -103,6 +108,7 @@ inline int log2_of(int64_t power) {
   return shift;
 }
 
+// Enough blocks for all rows, in whole groups of `blocks_together` blocks, but about tuning.max_blocks at most.
 inline unsigned grid_size(const CrossEntropyOptions& o, int64_t rows_of_block, int64_t blocks_together = 1) {
   const int64_t groups = divide_up(o.rows(), rows_of_block), most = larger(1, o.tuning.max_blocks / blocks_together);
   return unsigned(smaller(groups, most) * blocks_together);
@@ -110,19 +116,19 @@ inline unsigned grid_size(const CrossEntropyOptions& o, int64_t rows_of_block, i
 
 // ---- Constants that plans and kernels share
 
-// Blocks per multiprocessor that fill the device. With fewer rows than such blocks, more threads share a row.
+// This many blocks per multiprocessor fill the device. Where there are fewer, most plans have more threads share a row.
 constexpr int kFullDeviceBlocks = 8;
 
-// Vectors of logits that a thread holds at a time, and as many vectors of probabilities. More vectors mean more bytes
-// in flight, but also more registers. The loop that writes the gradient takes half as many, because half of its traffic
-// is stores.
+// The vectors of logits in a tile; a tile also has as many vectors of class probabilities, if these are the targets.
+// More vectors mean more bytes in flight, but also more registers. The loop that writes the gradient processes half as
+// many at a time, because half of its traffic is stores.
 FUSEDLOSS_ANYWHERE constexpr int tile_vectors(TargetKind kind) { return kind == TargetKind::kProbabilities ? 2 : 4; }
 template <TargetKind kTarget>
 constexpr int kTileVectors = tile_vectors(kTarget);
-// The same for columns, where a vector is one class of several rows.
+// The same for columns, where a vector holds one class of ColumnPlan::width rows. kSpread: is_spread(TargetKind).
 template <bool kSpread>
 constexpr int kColumnTileVectors = kSpread ? 4 : 8;
-constexpr int kRegisterVectors = 8;  // vectors of a row that a lane keeps in registers, in forward_rows_in_registers
+constexpr int kRegisterVectors = 8;  // maximum vectors per lane in forward_rows_in_registers
 
 // Shared memory for each vector of logits that is kept. Probabilities are kept beside the logits.
 inline int64_t kept_bytes_of_vector(const CrossEntropyOptions& o) {

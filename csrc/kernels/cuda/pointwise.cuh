@@ -118,7 +118,8 @@ __device__ __forceinline__ auto losses_of(const Values<F, A, kWidth>& values,
 }
 
 // Adds the losses to sum, or stores them. The additions are not fused with the formula's last operation, so that the
-// sum is bitwise identical with and without gradients.
+// sum is bitwise identical with and without gradients. This cannot prevent nvcc from fusing operations within a formula
+// differently in the two kernels, which an H200 showed for WeightedBCEWithLogitsLoss in float64.
 template <typename T, int kWidth, typename Loss>
 __device__ __forceinline__ void take_losses(const PointwiseOptions& o, int64_t i, const Loss (&losses)[kWidth],
                                             AccumulateType<T>& sum) {

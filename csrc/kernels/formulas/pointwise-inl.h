@@ -2,7 +2,8 @@
 // formula is written once for the CPU and the GPU, on dual numbers, which also give its derivatives. `loss` takes first
 // the operands, which are tensors, and then the parameters, each of which is one number for a whole call.
 //
-// To add a loss, add a struct here, its name to the list at the end, and its function and module to fusedloss/.
+// To add a loss, follow the list in CONTRIBUTING.md, which begins with a struct here and its name in the list at the
+// end.
 #if defined(FUSEDLOSS_POINTWISE_INL) == defined(FUSEDLOSS_ISA_TOGGLE)
 #ifdef FUSEDLOSS_POINTWISE_INL
 #undef FUSEDLOSS_POINTWISE_INL
