@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulator import build, planted_bugs
+from cuda_emulator.bug_problems import problems_for_bugs
 from cuda_emulator.emulator import (
     DTYPES,
     POINTER,
@@ -26,11 +27,12 @@ from cuda_emulator.emulator import (
 from cuda_emulator.pointwise_problems import FORMULAS, Pointwise
 from cuda_emulator.problems import (
     LAYOUTS,
+    TARGETS,
     TUNINGS,
     CrossEntropy,
     NegativeLogLikelihood,
     Placement,
-    Problem,
+    slice_of_padded,
     statistic,
 )
 
@@ -44,12 +46,6 @@ BUGS = planted_bugs.all_bugs(CSRC)
 # Threads that share a row: one alone (up to 16 classes), some lanes of a warp (a few thousand), a block. Sizes that
 # vectors divide, and others.
 CLASSES = [1, 2, 7, 16, 17, 33, 100, 1000, 1031, 8195]
-TARGETS = [
-    (target, weighted, smoothing)
-    for target in ("index", "probabilities")
-    for weighted in (False, True)
-    for smoothing in (0.0, 0.1, 1.0)
-]
 # One, and around a vector; more than one block (1024 vectors), and what does not fill it.
 SIZES = [0, 1, 3, 8, 9, 31, 257, 1000, 4099, 20011]
 
@@ -158,19 +154,6 @@ def test_every_kernel(dtype, tuning, emulator, rng):
             problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), layout=layout, rows=rows)
             problem.tuning, problem.schedules = tuning, problem.schedules[:1]
             problem.check(emulator)
-
-
-def slice_of_padded(rng: random.Random, dtype: torch.dtype, classes: int, tuning: str, rows: int) -> CrossEntropy:
-    """Rows of logits that all begin at a 16-byte boundary; those of the gradient begin anywhere."""
-    problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), rng.choice(["mean", "sum"]), "contiguous", rows)
-    padded = Placement("contiguous", problem.shape, rng)
-    stride = classes + -classes % 16
-    padded.strides, padded.span = (stride, 1, stride), rows * stride
-    problem.place_logits = problem.place_target = padded
-    problem.place_grad = Placement("contiguous", problem.shape, rng)
-    problem.tuning, problem.grad_in_forward, problem.in_place = tuning, True, False
-    problem.schedules = problem.schedules[:1]
-    return problem
 
 
 @pytest.mark.parametrize("tuning", ["default", "warps", "clusters that keep", "split", "loops"])
@@ -419,57 +402,13 @@ def test_no_rows(dtype, reduction, classes, inner, emulator):
 # ---- Planted bugs: is what should be seen, seen?
 
 
-def problems_for_bugs(rng: random.Random, file: str) -> list[Problem]:
-    """Some of every kind; a bug must show in one of them at least."""
-    dtype = rng.choice(list(DTYPES))
-    problems: list[Problem] = []
-    if not file.startswith(("pointwise", "cross_entropy")):
-        # The last one's classes are cut into tiles.
-        shapes = [(5, 3, 1), (3, 257, 1), (2500, 4, 1), (2, 40, 300), (3, 9001, 1)]
-        problems += [NegativeLogLikelihood(rng, dtype, shape, "mean") for shape in shapes]
-    if not file.startswith(("pointwise", "nll_loss")):
-        for layout in ("contiguous", "padded", "padded each", "inner"):
-            for classes in (33, 257, 1031):
-                target = rng.choice(TARGETS)
-                problems.append(CrossEntropy(rng, dtype, classes, *target, rng.choice(["mean", "none"]), layout, 3))
-        for tuning in TUNINGS:
-            shapes = [("contiguous", 257, 6, 1), ("contiguous", 4099, 3, 1), ("inner", 40, 100, 3)]
-            # Columns that a thread takes side by side, if their places are aligned, and many of one block.
-            shapes += [("inner", 300, 12, 16), ("inner", 21, 3, 200)]
-            if file.startswith("cross_entropy_few"):  # more than the blocks take at once, and the last one is not full
-                shapes = [("contiguous", 10, 270, 1), ("contiguous", 15, 259, 1), ("contiguous", 16, 67, 1)]
-            if file.startswith(("cross_entropy_column", "cross_entropy_plan_columns")) and tuning == "loops":
-                shapes += [("inner", 2100, 3, 32)] * 2  # blocks take them in several turns
-            for layout, classes, rows, inner in shapes:
-                problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), "mean", layout, rows, inner)
-                problem.tuning, problem.grad_in_forward = tuning, not problem.in_place
-                problems.append(problem)
-    if file.startswith("cross_entropy_shifted"):
-        problems = [slice_of_padded(rng, dtype, classes, "warps", rows=5) for classes in (1543, 1551, 4101)]
-    if file.startswith(("cross_entropy_column", "cross_entropy_plan_columns")):
-        for _ in range(3):  # kept, if the rows are aligned
-            # Of the fewer classes, a thread has all. Of 65 to 68, eight threads have eight or nine each, which fit.
-            for classes in (68, 9):
-                problem = CrossEntropy(rng, dtype, classes, reduction="mean", layout="inner", rows=3, inner=104)
-                problem.tuning, problem.grad_in_forward = "columns that keep", not problem.in_place
-                problems.append(problem)
-    if not file.startswith(("cross_entropy", "nll_loss")):
-        # One of many operands, any of which may repeat itself, and others.
-        names = ["weighted_binary_cross_entropy_with_logits"] * 3 + rng.choices(list(FORMULAS), k=3)
-        sizes = (130, 257, 1031, 9, 257, 20011)
-        problems += [Pointwise(rng, name, dtype, numel, "mean") for name, numel in zip(names, sizes, strict=True)]
-    return problems
-
-
 @pytest.mark.parametrize("number", range(1, len(BUGS) + 1), ids=lambda number: BUGS[number - 1].what)
 def test_planted_bug_is_caught(number, emulator, rng):
     bug = BUGS[number - 1]
     bad_target = "targets" in bug.what
     sign = "OUT OF BOUNDS" if bad_target else ""  # a bad target stops the clean kernel too, but by an assert
     for _ in range(20):  # some bugs show in every other round only
-        problems = problems_for_bugs(rng, bug.file)
-        rng.shuffle(problems)
-        for problem in problems:
+        for problem in problems_for_bugs(rng, bug.file):
             if bad_target and not problem.target.is_floating_point():
                 problem.target.view(-1)[0] = 10**6  # beyond the whole input
             problem.schedules = problem.schedules[:1]

@@ -84,8 +84,8 @@ def test_an_instruction_set_that_the_processor_lacks_is_refused():
 
 BEST = ["portable", "avx2", "avx512"]
 
-# All tests of numerical results, except the comparisons with 80 bits, which take as long as all the others, and those of
-# torch's compiler and transforms, which call the same kernels.
+# All tests of numerical results, except the comparisons with 80 bits, which take as long as all the others, and the
+# tests of torch's compiler and transforms, which call the same kernels.
 LEFT_OUT = "is_as_exact_as_torchs and float64 or compiled or functorch"
 KERNEL_TESTS = [
     f"tests/test_{name}.py"

@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom in a new kernel, beside sources that are not compiled yet."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -67,19 +68,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def quick_compiler(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A compiler that does not optimise, which takes two thirds of the time."""
     script = tmp_path_factory.mktemp("compiler") / "c++"
     script.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
     script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
-    return script
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", str(script))
+        yield
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # warnings of the kernel client itself
-def test_notebook_runs_with_nothing_prebuilt(path: Path, tmp_path: Path, cache: Path, quick_compiler: Path) -> None:
+def test_notebook_runs_with_nothing_prebuilt(path: Path, tmp_path: Path, cache: Path, quick_compiler: None) -> None:
     notebook = read(path)
     notebook.cells.append(nbformat.v4.new_code_cell("print('fusedloss from', fusedloss.__file__)"))
     execute(notebook, tmp_path, cache)  # raises if a cell does

@@ -42,6 +42,15 @@ TUNINGS = {
 }
 
 
+# Kind of target, whether classes have weights, label smoothing.
+TARGETS = [
+    (target, weighted, smoothing)
+    for target in ("index", "probabilities")
+    for weighted in (False, True)
+    for smoothing in (0.0, 0.1, 1.0)
+]
+
+
 def statistic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -394,3 +403,16 @@ class NegativeLogLikelihood(Problem):
         terms = self.input.double().abs().max().item() * (self.rows if self.reduction == "sum" else 1)
         assert_exact(results["loss"], loss.detach().reshape(-1), terms, f"{self}: loss")
         assert_exact(results["grad_input"], x.grad, what=f"{self}: gradient")
+
+
+def slice_of_padded(rng: random.Random, dtype: torch.dtype, classes: int, tuning: str, rows: int) -> CrossEntropy:
+    """Rows of logits that all begin at a 16-byte boundary; those of the gradient begin anywhere."""
+    problem = CrossEntropy(rng, dtype, classes, *rng.choice(TARGETS), rng.choice(["mean", "sum"]), "contiguous", rows)
+    padded = Placement("contiguous", problem.shape, rng)
+    stride = classes + -classes % 16
+    padded.strides, padded.span = (stride, 1, stride), rows * stride
+    problem.place_logits = problem.place_target = padded
+    problem.place_grad = Placement("contiguous", problem.shape, rng)
+    problem.tuning, problem.grad_in_forward, problem.in_place = tuning, True, False
+    problem.schedules = problem.schedules[:1]
+    return problem
