@@ -62,13 +62,14 @@ gpu:
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+	@echo "$(VENV)/bin/clang-format --dry-run -Werror (all C++ and CUDA files)"
+	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(PY) -m mypy
 
 format: $(VENV)/installed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+	@$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 wheel: $(VENV)/torch
 	rm -rf dist

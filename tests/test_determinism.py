@@ -84,13 +84,13 @@ def test_an_instruction_set_that_the_processor_lacks_is_refused():
 
 BEST = ["portable", "avx2", "avx512"]
 
-# All tests of numerical results, except the comparisons with 80 bits, which take as long as all the others, and the
-# tests of torch's compiler and transforms, which call the same kernels.
+# The tests of numerical results, except the comparisons with 80 bits, which take as long as all the others. The tests
+# of options (test_semantics.py), of torch's compiler and of transforms call the same kernels.
 LEFT_OUT = "is_as_exact_as_torchs and float64 or compiled or functorch"
 KERNEL_TESTS = [
     f"tests/test_{name}.py"
     for name in (
-        *("cross_entropy", "mse_loss", "nll_loss", "semantics", "accuracy"),
+        *("cross_entropy", "mse_loss", "nll_loss", "accuracy"),
         *("grad_in_forward", "inplace_backward", "bounds"),
     )
 ] + [
