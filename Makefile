@@ -15,9 +15,10 @@ PIP_CUDA := $(VENV_CUDA)/bin/python -m pip --quiet --disable-pip-version-check
 # Fast tests of what the kernels compute on the CPU and of what the registered ops tell torch. They need no checkout.
 FAST_TESTS := $(addprefix tests/test_,$(addsuffix .py,cross_entropy nll_loss mse_loss semantics autograd bad_input \
 	bounds fake_tensors opcheck grad_in_forward inplace_backward modules))
-# Two files at a time: what they compile and compute keeps more cores busy than that.
+# Two processes, each with a file at a time, in the order of tests/conftest.py. What the tests compile and compute keeps
+# more cores busy than that.
 TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
-CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py fusedloss/_build.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
 .PHONY: help demo check test cuda-build bench gpu lint format build wheel clean

@@ -162,7 +162,7 @@ main() {
     nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.memory \
         --format=csv,noheader 2>/dev/null
     echo "steps:$chosen seed: $FUSEDLOSS_TEST_SEED"
-    # Without a GPU every test would be skipped, and the run would pass.
+    # Without a GPU, the tests that need one are deselected, and none of them would run.
     "$python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)
 raise SystemExit(sys.argv[1] == "cuda" and not torch.cuda.is_available())' "$device" ||
         { echo "gpu.sh: torch sees no GPU"; return 1; }

@@ -132,13 +132,13 @@ def ready(cuda: bool | None) -> ModuleType | None:
     """
     if os.environ.get("FUSEDLOSS_JIT") == "1":
         return None
-    if _module is not None and cuda in (None, _module.with_cuda):
-        return _module
-    try:
-        module = prebuilt()
-    except ImportError:
-        return None
-    return module if module is not None and cuda in (None, module.with_cuda) else None
+    places: tuple[Callable[[], ModuleType | None], ...] = (lambda: _module, prebuilt)
+    for find in places:
+        with contextlib.suppress(ImportError):
+            module = find()
+            if module is not None and cuda in (None, module.with_cuda):
+                return module
+    return None
 
 
 def _find() -> ModuleType:

@@ -11,6 +11,7 @@ import importlib.metadata
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -42,10 +43,9 @@ KERNELS = {
 HOPPER = 90  # the only architecture that the sources compare theirs with, as a test asserts
 
 
-def compile_kernels(source: Path, folder: Path, *flags: str, architectures=None, native=False) -> str:
+def compile_kernels(source: Path, folder: Path, *flags: str, architectures: Sequence[int], native: bool = False) -> str:
     """Returns what nvcc and ptxas print. The cubins are left in the folder."""
     warnings = ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v"]
-    architectures = architectures or _build.ARCHITECTURES
     ptx: dict[int, list[str]] = {}
     for number in architectures:
         ptx.setdefault(number if native else min(number, HOPPER), []).append(f"sm_{number}")

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from helpers.draws import REDUCTIONS
-from helpers.modes import CLASSES, KINDS, assert_step, functions, given, is_fused, send_one, step, target_for
+from helpers.graphs import CLASSES, KINDS, given, target_for
+from helpers.modes import assert_step, functions, is_fused, send_one, step
 from helpers.oracle import assert_exact
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.draws import DTYPES
-from helpers.modes import CLASSES, KINDS, functions, given, step
+from helpers.graphs import CLASSES, KINDS, given
+from helpers.modes import functions, step
 from helpers.oracle import assert_exact
 from torch import Tensor, nn
 
@@ -75,7 +76,7 @@ def test_autocast_may_be_switched_off_within(kind, device):
 def test_a_scaled_float16_backward_pass(kind, device):
     """As with a gradient scaler: the scale is float32, and small float16 gradients do not underflow."""
     ours, _, expected = functions(kind)
-    input, target, options = given(kind, device, rows=300, dtype=torch.float16)
+    input, target, options = given(kind, device, 300, CLASSES, dtype=torch.float16)
     scale = torch.tensor(2.0**12, device=device)
     with torch.autocast(device, dtype=torch.float16):
         loss, grad, _ = step(ours, input, target, scale, **options)

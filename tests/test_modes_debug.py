@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.modes import CLASSES, assert_step, given, run_python
+from helpers.graphs import CLASSES, given
+from helpers.modes import assert_step, run_python
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

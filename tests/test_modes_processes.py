@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers.modes import KINDS, assert_step, functions, given, is_fused, run_python, send_one, step
+from helpers.graphs import CLASSES, KINDS, given
+from helpers.modes import assert_step, functions, is_fused, run_python, send_one, step
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -49,7 +50,7 @@ def use_data_loader_workers() -> None:
                 assert torch.equal(found[i], expected)
             seen.append(seed)
         workers.update(pids.tolist())
-        logits, target, _ = given("indices", "cpu", rows=9)
+        logits, target, _ = given("indices", "cpu", 9, CLASSES)
         assert_step("indices", fused.cross_entropy, logits, target)  # this process computes too, between batches
     assert sorted(seen) == list(range(12)) and len(workers) == 2 and os.getpid() not in workers
     assert all(map(torch.equal, before, results(0, 2048, 512)))
@@ -118,7 +119,7 @@ def test_threads_of_python():
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_for_several_threads(kind, device):
     ours, _, _ = functions(kind)
-    input, target, options = given(kind, device, rows=200)
+    input, target, options = given(kind, device, 200, CLASSES)
     send_one()
     expected = step(ours, input, target, torch.ones((), device=device), **options)[1]
     leaf = input.requires_grad_()

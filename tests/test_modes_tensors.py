@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.modes import CLASSES, KINDS, TORCHS, assert_step, functions, given, is_fused, step
+from helpers.graphs import CLASSES, KINDS, given
+from helpers.modes import TORCHS, assert_step, functions, is_fused, step
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor

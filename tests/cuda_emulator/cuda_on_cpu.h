@@ -53,8 +53,9 @@ struct SourceLine {
   int line;
 };
 // As a default argument, it holds the line of the call.
-#define EMULATOR_CALLER \
-  SourceLine { __builtin_FILE(), __builtin_LINE() }
+// clang-format off
+#define EMULATOR_CALLER SourceLine{__builtin_FILE(), __builtin_LINE()}
+// clang-format on
 
 extern "C" {
 // Constant during the life of a CUDA thread and therefore declared const, so that the compiler may keep them in

@@ -1,4 +1,6 @@
-"""What the tests of modes at run time share: arguments, a step of a loss, and how its results are judged.
+"""What the tests of modes at run time share: a step of a loss, and how its results are judged.
+
+The arguments of the losses come from graphs.py.
 
 Values are compared with the float64 reference or torch's own loss. They are compared bitwise with the plain call where
 the same kernel runs.
@@ -16,41 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedloss.functional as fused
-from fusedloss import reference
+from helpers import graphs
 from helpers.oracle import assert_exact
 
 ROOT = Path(__file__).parent.parent.parent
-CLASSES = 7
-KINDS = ["indices", "smoothed", "probabilities", "mse"]
 TORCHS = {"cross_entropy": F.cross_entropy, "mse_loss": F.mse_loss}  # torch's own, also while F is patched
 
 
 def functions(kind: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
     """The fused loss, torch's and the reference."""
-    name = "mse_loss" if kind == "mse" else "cross_entropy"
-    return getattr(fused, name), TORCHS[name], getattr(reference, name)
-
-
-def given(kind: str, device: str, rows: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, dict]:
-    """An input, a target and options."""
-    input = torch.randn(rows, CLASSES, dtype=dtype, device=device)
-    return input, *target_for(kind, input)
-
-
-def target_for(kind: str, input: Tensor) -> tuple[Tensor, dict]:
-    class_dim = min(1, input.dim() - 1)
-    if kind == "mse":
-        return torch.randn_like(input), {}
-    if kind == "probabilities":
-        return torch.randn_like(input).softmax(class_dim), {"label_smoothing": 0.2}
-    rows = input.shape[:class_dim] + input.shape[class_dim + 1 :]
-    target = torch.randint(0, CLASSES, rows, device=input.device)
-    if kind == "indices":
-        return target, {}
-    target.view(-1)[-1] = 1  # ignored
-    target.view(-1)[0] = 0  # not ignored
-    weight = torch.rand(CLASSES, dtype=input.dtype, device=input.device) + 0.1
-    return target, {"weight": weight, "ignore_index": 1, "label_smoothing": 0.1}
+    ours, expected = graphs.functions(kind)
+    return ours, TORCHS[ours.__name__], expected
 
 
 def step(loss: Callable[..., Tensor], input: Tensor, target: Tensor, upstream: Tensor | None = None, **options):

@@ -48,8 +48,9 @@ __global__ void __launch_bounds__(kThreads, 1) gather(const TypedNLLLossOptions<
     for (int k = 0; k < kRowsAtOnce; ++k) {
       if (y[k] < 0) continue;
       const int64_t row = first + k * step, outer = row / o.inner, inner = row % o.inner;
-      x[k] = static_cast<const T*>(
-          o.input)[outer * o.input_strides.outer + y[k] * o.input_strides.classes + inner * o.input_strides.inner];
+      const T* input = static_cast<const T*>(o.input);
+      const Strides& strides = o.input_strides;
+      x[k] = input[outer * strides.outer + y[k] * strides.classes + inner * strides.inner];
     }
 #pragma unroll
     for (int k = 0; k < kRowsAtOnce; ++k) {
