@@ -6,6 +6,7 @@
 // another is then a comparison of counts, in whatever order the threads were run.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -17,6 +18,10 @@ thread_local uint4 dynamic_shared_memory[emulator::kMaxDynamicShared / sizeof(ui
 
 namespace emulator {
 constexpr size_t kGranule = 2;  // bytes that share a shadow; neighbouring 1-byte writes would look like a race
+constexpr size_t kPage = 256;   // bytes of shared memory that are copied and cleared together
+
+bool kernels_are_checked = false;
+void kernels_call_hooks() { kernels_are_checked = true; }
 
 bool same_thread(Moment a, Moment b) { return a.block == b.block && a.thread == b.thread; }
 
@@ -45,6 +50,58 @@ struct Region {
   size_t granules() const { return size_t(end - begin) / kGranule + 1; }
   size_t shadow_bytes() const { return granules() * sizeof(Shadow); }
   void forget_accesses() { madvise(shadow, shadow_bytes(), MADV_DONTNEED); }
+};
+
+// A block's shared memory while another block runs, and its shadow at any time. The variables of all kernels have a
+// place in it, and one kernel uses few of them. So only the pages that the block has used are copied and cleared. The
+// emulator learns of their use when it checks accesses. If it checks none, all pages count as used.
+struct SharedMemory : Region {
+  std::vector<size_t> used;  // pages, by their numbers
+  std::vector<uint8_t> is_used;
+
+  explicit SharedMemory(size_t size) : SharedMemory(new char[size], size) {}
+  ~SharedMemory() { delete[] begin; }
+
+  size_t size() const { return size_t(end - begin); }
+
+  void use(size_t offset, size_t bytes) {
+    for (size_t page = offset / kPage; page <= (offset + bytes - 1) / kPage; ++page)
+      if (!is_used[page]) {
+        is_used[page] = true;
+        used.push_back(page);
+      }
+  }
+
+  // Copies the pages that this block has used from one image of shared memory to another.
+  void copy_used(char* to, const char* from) const {
+    for (const size_t page : used) {
+      const size_t offset = page * kPage;
+      std::memcpy(to + offset, from + offset, std::min(kPage, size() - offset));
+    }
+  }
+
+  // Fills memory with NaN, which shows if a kernel reads it before it is written.
+  void clear() {
+    for (const size_t page : used) {
+      const size_t offset = page * kPage, bytes = std::min(kPage, size() - offset);
+      const size_t granule = offset / kGranule, count = (bytes + 1) / kGranule;
+      std::memset(begin + offset, 0xff, bytes);
+      std::fill_n(shadow + granule, count, Shadow{});
+      std::fill_n(written.begin() + ptrdiff_t(granule), count, 0);
+    }
+  }
+
+  void forget_use() {
+    for (const size_t page : used) is_used[page] = false;
+    used.clear();
+  }
+
+ private:
+  SharedMemory(char* begin, size_t size)
+      : Region(begin, begin + size, false, false, "shared memory"), is_used(size / kPage + 1) {
+    std::memset(begin, 0xff, size);
+    if (!kernels_are_checked) use(0, size);
+  }
 };
 
 namespace {
@@ -99,12 +156,6 @@ void check_granule(Region& region, size_t i, Access access, Moment me, const voi
 
 const char* dynamic_begin() { return reinterpret_cast<const char*>(fusedloss::cuda::dynamic_shared_memory); }
 
-// Translates an address in shared memory into the running block's copy, for which the shadow is kept.
-const char* in_own_copy(const char* p) {
-  const Module& m = this_module();
-  return p >= m.shared_begin && p < m.shared_end ? running->block->shared->begin + (p - m.shared_begin) : p;
-}
-
 Region* region_of(const char* p) {
   for (const Block& block : cluster)
     if (p >= block.shared->begin && p < block.shared->end) return block.shared.get();
@@ -139,7 +190,7 @@ void check_dynamic_shared_memory(const char* p, size_t size, const void* pc) {
   }
 }
 
-// p: the address for which the shadow is kept; for shared memory, in the block's copy.
+// p: the address for which the shadow is kept; for shared memory, in the block's SharedMemory.
 void check_shadowed(const char* p, size_t size, Access access, bool must_be_aligned, Moment me, const void* pc) {
   if (must_be_aligned && reinterpret_cast<uintptr_t>(p) % size != 0) {
     complain("MISALIGNED", std::to_string(size) + "-byte access", pc);
@@ -157,6 +208,12 @@ void check_shadowed(const char* p, size_t size, Access access, bool must_be_alig
   }
   const size_t last = size_t(p + size - 1 - region->begin) / kGranule;
   for (size_t i = size_t(p - region->begin) / kGranule; i <= last; ++i) check_granule(*region, i, access, me, pc);
+}
+
+void check_shared(const Block& block, size_t offset, size_t size, Access access, bool must_be_aligned, Moment me,
+                  const void* pc) {
+  check_shadowed(block.shared->begin + offset, size, access, must_be_aligned, me, pc);
+  block.shared->use(offset, size);
 }
 
 }  // namespace
@@ -181,12 +238,17 @@ void check_access(const void* address, size_t size, Access access, bool must_be_
   const char* p = static_cast<const char*>(address);
   if (running == nullptr || is_own_stack(p)) return;
   check_dynamic_shared_memory(p, size, pc);
-  check_shadowed(in_own_copy(p), size, access, must_be_aligned, now(access), pc);
+  const Module& m = this_module();
+  if (p >= m.shared_begin && p < m.shared_end) {
+    check_shared(*running->block, size_t(p - m.shared_begin), size, access, must_be_aligned, now(access), pc);
+  } else {
+    check_shadowed(p, size, access, must_be_aligned, now(access), pc);
+  }
 }
 
 void check_sent(const void* place, const Block& to, Moment m, const void* pc) {
   check_dynamic_shared_memory(static_cast<const char*>(place), sizeof(uint4), pc);
-  check_shadowed(to.shared->begin + place_in_shared_memory(place), sizeof(uint4), Access::kWrite, true, m, pc);
+  check_shared(to, size_t(place_in_shared_memory(place)), sizeof(uint4), Access::kWrite, true, m, pc);
 }
 
 void begin_launch(const void* arguments, size_t size, size_t shared_bytes) {
@@ -201,26 +263,27 @@ void begin_launch(const void* arguments, size_t size, size_t shared_bytes) {
 
 void begin_block(Block& block) {
   const Module& m = this_module();
-  const size_t size = size_t(m.shared_end - m.shared_begin);
-  if (block.shared == nullptr) {
-    char* copy = new char[size];
-    block.shared = {new Region(copy, copy + size, false, false, "shared memory"), [](Region* region) {
-                      delete[] region->begin;
-                      delete region;
-                    }};
+  if (block.shared == nullptr) block.shared = std::make_shared<SharedMemory>(size_t(m.shared_end - m.shared_begin));
+  if (!kernels_are_checked) {  // then the memory need not be NaN, but messages between blocks leave a shadow
+    block.shared->forget_accesses();
+    return;
   }
-  std::memset(block.shared->begin, 0xff, size);  // NaN, which shows if a kernel reads it before it is written
-  block.shared->forget_accesses();
-  std::fill(block.shared->written.begin(), block.shared->written.end(), 0);
-  if (shown == &block) shown = nullptr;
+  block.shared->clear();
+  if (shown == &block) block.shared->copy_used(m.shared_begin, block.shared->begin);
+  block.shared->forget_use();
 }
 
 void show_shared_memory(const Block& block) {
   if (shown == &block) return;
   const Module& m = this_module();
-  const size_t size = size_t(m.shared_end - m.shared_begin);
-  if (shown != nullptr) std::memcpy(shown->shared->begin, m.shared_begin, size);
-  std::memcpy(m.shared_begin, block.shared->begin, size);
+  const SharedMemory& next = *block.shared;
+  if (shown == nullptr) {
+    std::memcpy(m.shared_begin, next.begin, next.size());
+  } else {
+    shown->shared->copy_used(shown->shared->begin, m.shared_begin);
+    shown->shared->copy_used(m.shared_begin, next.begin);
+    next.copy_used(m.shared_begin, next.begin);
+  }
   shown = &block;
 }
 

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -56,6 +57,7 @@ struct ArrivalBarrier {
 struct Block;
 
 enum class State : uint8_t { kReady, kAtBarrier, kAtClusterBarrier, kAtWarpOp, kAtArrivals, kDone };
+constexpr size_t kStates = size_t(State::kDone) + 1;
 
 // A CUDA thread.
 struct Thread {
@@ -69,8 +71,7 @@ struct Thread {
   bool fenced;          // has it called __threadfence?
   SourceLine waits_at;  // while at a barrier or warp operation
   int predicate;        // at a barrier
-  WarpOp op;            // at a warp operation; with its arguments and its result
-  unsigned mask;
+  WarpOp op;            // at a warp operation; with its other arguments and its result
   int source_lane;
   uint64_t value, result;
   // The asynchronous copies that it has started, each with the number of its group.
@@ -85,15 +86,23 @@ struct Thread {
   Known known;  // to this thread alone, until its block's next barrier
 };
 
-struct Region;  // memory.cpp
+struct Warp {
+  unsigned alive = 0;                   // the lanes that have not returned
+  unsigned waiting = 0;                 // the lanes that wait at a warp operation
+  std::array<unsigned, 32> masks = {};  // by lane: the mask of the operation
+};
+
+struct SharedMemory;  // memory.cpp
 
 // The blocks of a cluster run side by side, clusters one after another. A block without a cluster is a cluster of one.
 struct Block {
   uint3 idx;
-  uint32_t number;                 // within the grid
-  uint32_t barriers;               // how many __syncthreads and cluster barriers it has passed
-  std::shared_ptr<Region> shared;  // its shared memory while another block runs, and its shadow at any time
+  uint32_t number;    // within the grid
+  uint32_t barriers;  // how many __syncthreads and cluster barriers it has passed
+  std::shared_ptr<SharedMemory> shared;
   std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::array<uint32_t, kStates> in_state;        // how many of the threads are in each state
   Known known;                                   // to all of its threads
   std::map<ptrdiff_t, ArrivalBarrier> arrivals;  // by their place in shared memory
 };
@@ -124,6 +133,7 @@ void check_access(const void* p, size_t size, Access access, bool must_be_aligne
 // Checks 16 bytes that the running thread sends to `place` in block `to`'s shared memory, where they arrive at moment
 // m.
 void check_sent(const void* place, const Block& to, Moment m, const void* pc);
+void kernels_call_hooks();  // the kernels are compiled so that their accesses are checked
 // Start the bookkeeping of a launch or of a block. A kernel may read its own arguments.
 void begin_launch(const void* arguments, size_t size, size_t shared_bytes);
 void begin_block(Block& block);

@@ -62,7 +62,21 @@ void back_to_host() { emulator_switch(&running->stack_pointer, host_stack_pointe
 
 unsigned thread_count() { return emulator_block_dim.x * emulator_block_dim.y * emulator_block_dim.z; }
 
-bool same_place(SourceLine a, SourceLine b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+bool same_place(SourceLine a, SourceLine b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+
+// The only way to change a state, so that the counts and masks that depend on it are right.
+void set_state(Thread& t, State state) {
+  Block& block = *t.block;
+  --block.in_state[size_t(t.state)];
+  ++block.in_state[size_t(state)];
+  t.state = state;
+  Warp& warp = block.warps[t.number / warpSize];
+  const unsigned lane = 1u << t.number % warpSize;
+  warp.waiting = state == State::kAtWarpOp ? warp.waiting | lane : warp.waiting & ~lane;
+  if (state == State::kDone) warp.alive &= ~lane;
+}
 
 // ---- Barriers
 
@@ -77,6 +91,9 @@ void pass_barrier(Block& block) {
 
 // If all threads that have not returned wait at one barrier of this kind: how many of them have a true predicate.
 std::optional<int> all_wait(const Block* blocks, size_t count, State at_barrier) {
+  for (const Block* block = blocks; block < blocks + count; ++block)
+    if (block->in_state[size_t(at_barrier)] + block->in_state[size_t(State::kDone)] < block->threads.size())
+      return std::nullopt;
   const Thread* first = nullptr;
   int with_predicate = 0;
   bool some_returned = false;
@@ -86,7 +103,6 @@ std::optional<int> all_wait(const Block* blocks, size_t count, State at_barrier)
         some_returned = true;
         continue;
       }
-      if (t.state != at_barrier) return std::nullopt;
       if (first == nullptr) first = &t;
       if (!same_place(t.waits_at, first->waits_at))
         complain("DIVERGENT BARRIER", place(first->waits_at) + " and " + place(t.waits_at));
@@ -121,61 +137,46 @@ void try_cluster_barrier() {
 
 // ---- Warp operations
 
-struct Warp {
-  Thread* lanes;
-  int size;
-
-  // The mask of the lanes that satisfy the predicate.
-  template <typename Predicate>
-  unsigned which(Predicate predicate) const {
-    unsigned mask = 0;
-    for (int i = 0; i < size; ++i) mask |= unsigned(predicate(lanes[i])) << i;
-    return mask;
-  }
-};
-
-Warp warp_of(Block& block, uint32_t thread) {
-  const uint32_t first = thread / warpSize * warpSize;
-  return {&block.threads[first], int(std::min<uint32_t>(warpSize, uint32_t(block.threads.size()) - first))};
-}
-
 bool agree(const Thread& a, const Thread& b) {
-  return a.op == b.op && a.mask == b.mask && same_place(a.waits_at, b.waits_at);
+  const Warp& warp = a.block->warps[a.number / warpSize];
+  const bool same_mask = warp.masks[a.number % warpSize] == warp.masks[b.number % warpSize];
+  return a.op == b.op && same_mask && same_place(a.waits_at, b.waits_at);
 }
 
-void complete(const Warp& warp, unsigned participants, bool whole_warp) {
-  const unsigned ballot = warp.which([](const Thread& t) { return t.value != 0; }) & participants;
-  for (int i = 0; i < warp.size; ++i) {
-    Thread& t = warp.lanes[i];
-    if (!(participants >> i & 1)) continue;
+// lanes: the threads of the warp.
+void complete(Thread* lanes, unsigned participants, bool whole_warp) {
+  unsigned ballot = 0;
+  for (unsigned rest = participants; rest != 0; rest &= rest - 1) {
+    const int i = __builtin_ctz(rest);
+    ballot |= unsigned(lanes[i].value != 0) << i;
+  }
+  for (unsigned rest = participants; rest != 0; rest &= rest - 1) {
+    Thread& t = lanes[__builtin_ctz(rest)];
     if (t.op == kSyncWarp && whole_warp) ++t.warp_syncs;
     if (t.op == kBallot) t.result = ballot;
     if (t.op != kShuffle) continue;
     const bool there = participants >> t.source_lane & 1;
     if (!there) complain("SHUFFLE FROM INACTIVE LANE", place(t.waits_at));
-    t.result = there ? warp.lanes[t.source_lane].value : ~uint64_t(0);
+    t.result = there ? lanes[t.source_lane].value : ~uint64_t(0);
   }
-  for (int i = 0; i < warp.size; ++i)
-    if (participants >> i & 1) wake(warp.lanes[i]);
+  for (unsigned rest = participants; rest != 0; rest &= rest - 1) wake(lanes[__builtin_ctz(rest)]);
 }
 
 // Completes a warp operation once all lanes of its mask that have not returned wait at it.
 void try_warp_op(Block& block, uint32_t thread) {
-  const Warp warp = warp_of(block, thread);
-  const unsigned alive = warp.which([](const Thread& t) { return t.state != State::kDone; });
-  for (int i = 0; i < warp.size; ++i) {
-    const Thread& first = warp.lanes[i];
-    if (first.state != State::kAtWarpOp) continue;
-    const unsigned participants = first.mask & alive;
-    const unsigned waiting = warp.which([](const Thread& t) { return t.state == State::kAtWarpOp; });
-    if (participants & ~waiting) continue;
-    const unsigned agreeing = warp.which([&](const Thread& t) { return agree(t, first); });
-    if (participants & ~agreeing) {
-      complain("DIVERGENT WARP OPERATION", place(first.waits_at));
-      stopped = true;
-      return;
-    }
-    complete(warp, participants, participants == alive);
+  const Warp& warp = block.warps[thread / warpSize];
+  Thread* lanes = &block.threads[thread / warpSize * warpSize];
+  for (int i = 0; i < warpSize; ++i) {
+    const unsigned participants = warp.masks[i] & warp.alive;
+    if (!(warp.waiting >> i & 1) || (participants & ~warp.waiting) != 0) continue;
+    const Thread& first = lanes[i];
+    for (unsigned rest = participants; rest != 0; rest &= rest - 1)
+      if (!agree(lanes[__builtin_ctz(rest)], first)) {
+        complain("DIVERGENT WARP OPERATION", place(first.waits_at));
+        stopped = true;
+        return;
+      }
+    complete(lanes, participants, participants == warp.alive);
   }
 }
 
@@ -185,7 +186,7 @@ void thread_main() {
   kernel_thread(kernel_arguments);
   if (running->copies_done != running->copies.size())
     complain("ASYNCHRONOUS COPY", "not waited for before its thread ended");
-  running->state = State::kDone;
+  set_state(*running, State::kDone);
   try_warp_op(*running->block, running->number);
   try_barrier(*running->block);
   try_cluster_barrier();
@@ -220,7 +221,7 @@ void start_thread(Block& block, uint32_t number) {
   top -= 6;
   std::memset(top, 0, 6 * sizeof(void*));
   t.stack_pointer = top;
-  wake(t);
+  ready.push_back(&t);
 }
 
 void run(Thread* thread) {
@@ -251,6 +252,9 @@ void start(Block& block, uint32_t number) {
   block.barriers = 0;
   block.known.clear();
   block.arrivals.clear();
+  block.in_state = {thread_count()};  // all are ready
+  block.warps.assign((thread_count() + warpSize - 1) / warpSize, Warp{~0u});
+  if (const uint32_t rest = thread_count() % warpSize) block.warps.back().alive = (1u << rest) - 1;
   begin_block(block);
   for (uint32_t t = 0; t < thread_count(); ++t) start_thread(block, t);
 }
@@ -293,12 +297,12 @@ bool launchable(dim3 grid, dim3 block, unsigned cluster_size, size_t shared_byte
 }  // namespace
 
 void wake(Thread& thread) {
-  thread.state = State::kReady;
+  set_state(thread, State::kReady);
   ready.push_back(&thread);
 }
 
 void wait_as(State state, SourceLine caller) {
-  running->state = state;
+  set_state(*running, state);
   running->waits_at = caller;
   back_to_host();
 }
@@ -337,7 +341,7 @@ extern "C" size_t emulator_next_copy(size_t groups, void** to, const void** from
 }
 
 extern "C" int emulator_block_barrier(int predicate, SourceLine caller) {
-  running->state = State::kAtBarrier;
+  set_state(*running, State::kAtBarrier);
   running->predicate = predicate;
   running->waits_at = caller;
   try_barrier(*running->block);
@@ -346,7 +350,7 @@ extern "C" int emulator_block_barrier(int predicate, SourceLine caller) {
 }
 
 extern "C" void emulator_cluster_barrier(SourceLine caller) {
-  running->state = State::kAtClusterBarrier;
+  set_state(*running, State::kAtClusterBarrier);
   running->waits_at = caller;
   try_cluster_barrier();
   back_to_host();
@@ -358,9 +362,9 @@ extern "C" uint64_t emulator_warp_op(WarpOp op, unsigned mask, uint64_t value, i
     complain("LANE NOT IN ITS OWN MASK", place(caller));
     stop();
   }
-  t.state = State::kAtWarpOp;
+  set_state(t, State::kAtWarpOp);
   t.op = op;
-  t.mask = mask;
+  t.block->warps[t.number / warpSize].masks[t.number % warpSize] = mask;
   t.value = value;
   t.source_lane = source_lane;
   t.waits_at = caller;
