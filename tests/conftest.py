@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedloss import _backend
+from fusedloss import _backend, _build
 
 pytest.register_assert_rewrite("helpers")
 pytest_plugins = ["helpers.custom"]  # has the fixture custom_loss_folder
@@ -72,3 +72,14 @@ def emulator_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
     """The folder in which tests/cuda_emulator keeps what it compiles, under a hash of the sources."""
     cache = getattr(request.config, "cache", None)
     return cache.mkdir("cuda_emulator") if cache else tmp_path_factory.mktemp("cuda_emulator")
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels(emulator_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of the emulated kernels, with every bug of planted_bugs.py in it, inactive. All tests share it."""
+    from cuda_emulator import build, planted_bugs
+
+    csrc = _build.csrc_directory()
+    copy = tmp_path_factory.mktemp("planted") / "csrc"
+    planted_bugs.plant(csrc, copy, planted_bugs.all_bugs(csrc))
+    return build.build(copy, emulator_folder)

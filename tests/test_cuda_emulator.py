@@ -51,11 +51,8 @@ SIZES = [0, 1, 3, 8, 9, 31, 257, 1000, 4099, 20011]
 
 
 @pytest.fixture(scope="session")
-def emulator(emulator_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    """The kernels, each of the BUGS planted but inactive unless a test activates it. One compile serves all tests."""
-    copy = tmp_path_factory.mktemp("planted") / "csrc"
-    planted_bugs.plant(CSRC, copy, BUGS)
-    return Emulator(build.build(copy, emulator_folder, self_test=True))
+def emulator(emulated_kernels: Path) -> Emulator:
+    return Emulator(emulated_kernels)
 
 
 @pytest.fixture

@@ -40,8 +40,8 @@ PROCESSES = [[name for name in FILES if name not in DEBUG], list(DEBUG)]
 
 
 @pytest.fixture(scope="module")
-def extension(emulator_folder: Path) -> Path:
-    return build.build_extension(_build.csrc_directory(), emulator_folder)
+def extension(emulated_kernels: Path, emulator_folder: Path) -> Path:
+    return build.build_extension(emulated_kernels, _build.csrc_directory(), emulator_folder)
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from fusedloss import _build
 HERE = Path(__file__).resolve().parent
 # -fsanitize only makes g++ insert calls of functions in hooks.cpp: no sanitizer's library is linked. Symbols are hidden
 # so that several of these libraries and a real CUDA runtime in one process do not use each other's functions.
-FLAGS = ["-std=c++17", "-g1", "-fPIC", "-fno-strict-aliasing", "-fno-extern-tls-init", "-fvisibility=hidden"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fno-extern-tls-init", "-fvisibility=hidden"]
 FLAGS += ["-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Werror"]
 FLAGS += ["-fno-ipa-icf"]  # merging equal functions on two types would look like accesses out of bounds
 UNDEFINED = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"  # the rest doubles the compile time
-CHECKED = ["-O1", f"-fsanitize=thread,{UNDEFINED}", "--param=tsan-instrument-func-entry-exit=0"]
+CHECKS = [f"-fsanitize=thread,{UNDEFINED}", "--param=tsan-instrument-func-entry-exit=0"]
 
 
 def missing() -> str:
@@ -35,21 +35,18 @@ def missing() -> str:
     return ""
 
 
-def build(csrc: Path, folder: Path, self_test: bool = False, checked: bool = True) -> Path:
+def build(csrc: Path, folder: Path) -> Path:
     """-> the library of the kernels in `csrc`. Files in `folder` that were built from the same contents are reused."""
-    kernels = sorted(csrc.glob("kernels/cuda/*.cu")) + ([HERE / "self_test.cu"] if self_test else [])
-    sources = [*kernels, *sorted(HERE.glob("*.cpp"))]
+    sources = [*sorted(csrc.glob("kernels/cuda/*.cu")), HERE / "self_test.cu", *sorted(HERE.glob("*.cpp"))]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(lambda source: _compile(source, csrc, folder, checked), sources))
+        objects = list(pool.map(lambda source: _compile(source, csrc, folder), sources))
     library = folder / f"libkernels-{_digest(*(path.name for path in objects))}.so"
     return _make(library, ["g++", "-shared", "-Wl,-z,defs", *objects])
 
 
-def build_extension(csrc: Path, folder: Path) -> Path:
-    """-> fusedloss's extension with the emulated kernels in place of the GPU's, for CPU tensors. Memory accesses are
-    not checked, because the emulator does not know the memory that torch allocates."""
-    # The kernels are in a library of their own, all of whose thread-local memory counts as their shared memory.
-    kernels = build(csrc, folder, checked=False)
+def build_extension(kernels: Path, csrc: Path, folder: Path) -> Path:
+    """-> fusedloss's extension with the emulated kernels, of the library `kernels`, in place of the GPU's, for CPU
+    tensors. Accesses of global memory are not checked, because the emulator does not know what torch allocates."""
     target = folder / f"extension-{kernels.stem}"
     target.mkdir(exist_ok=True)
     (target / "lock").unlink(missing_ok=True)  # a killed run may have left it; torch would wait forever
@@ -61,21 +58,20 @@ def build_extension(csrc: Path, folder: Path) -> Path:
             name="fusedloss_emulated",
             sources=[str(path) for path in plan.sources],
             extra_cflags=[*plan.cxx_flags, "-O0", *macros, "-isystem", str(_build.find_toolkit().home / "include")],
-            extra_ldflags=[*plan.link_flags, str(kernels), f"-Wl,-rpath,{folder}"],
+            extra_ldflags=[*plan.link_flags, str(kernels), f"-Wl,-rpath,{kernels.parent}"],
             extra_include_paths=[str(csrc)],
             build_directory=str(target),
         )
     return Path(module.__file__)
 
 
-def _compile(source: Path, csrc: Path, folder: Path, checked: bool) -> Path:
+def _compile(source: Path, csrc: Path, folder: Path) -> Path:
     home = _build.find_toolkit().home
     # The toolkit's headers are included as system headers, which cause no warnings.
     includes = [f"-I{HERE}", f"-I{csrc}", "-isystem", home / "include", "-isystem", home / "include" / "cccl"]
-    is_kernel = source.suffix == ".cu"
-    flags = [*FLAGS, *(CHECKED if is_kernel and checked else ["-O1"])]
-    if is_kernel:
-        flags += ["-include", "cuda_on_cpu.h", "-x", "c++"]
+    flags = FLAGS
+    if source.suffix == ".cu":
+        flags = [*FLAGS, *CHECKS, "-include", "cuda_on_cpu.h", "-x", "c++"]
     # Two copies of csrc/ that differ in one formula share the objects of all sources that do not include it.
     preprocessed = _run(["g++", *flags, *includes, "-E", source]).replace(str(csrc), "csrc")
     target = folder / f"{source.stem}-{_digest(str(shutil.which('g++')), *flags, preprocessed)}.o"

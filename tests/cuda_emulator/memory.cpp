@@ -20,9 +20,6 @@ namespace emulator {
 constexpr size_t kGranule = 2;  // bytes that share a shadow; neighbouring 1-byte writes would look like a race
 constexpr size_t kPage = 256;   // bytes of shared memory that are copied and cleared together
 
-bool kernels_are_checked = false;
-void kernels_call_hooks() { kernels_are_checked = true; }
-
 bool same_thread(Moment a, Moment b) { return a.block == b.block && a.thread == b.thread; }
 
 struct Shadow {
@@ -53,8 +50,7 @@ struct Region {
 };
 
 // A block's shared memory while another block runs, and its shadow at any time. The variables of all kernels have a
-// place in it, and one kernel uses few of them. So only the pages that the block has used are copied and cleared. The
-// emulator learns of their use when it checks accesses. If it checks none, all pages count as used.
+// place in it, and one kernel uses few of them. So only the pages that the block has used are copied and cleared.
 struct SharedMemory : Region {
   std::vector<size_t> used;  // pages, by their numbers
   std::vector<uint8_t> is_used;
@@ -100,7 +96,6 @@ struct SharedMemory : Region {
   SharedMemory(char* begin, size_t size)
       : Region(begin, begin + size, false, false, "shared memory"), is_used(size / kPage + 1) {
     std::memset(begin, 0xff, size);
-    if (!kernels_are_checked) use(0, size);
   }
 };
 
@@ -237,9 +232,11 @@ bool happened_before_now(Moment m) {
 void check_access(const void* address, size_t size, Access access, bool must_be_aligned, const void* pc) {
   const char* p = static_cast<const char*>(address);
   if (running == nullptr || is_own_stack(p)) return;
-  check_dynamic_shared_memory(p, size, pc);
   const Module& m = this_module();
-  if (p >= m.shared_begin && p < m.shared_end) {
+  const bool is_shared = p >= m.shared_begin && p < m.shared_end;
+  if (!is_shared && buffers.empty()) return;  // global memory is torch's, which is not known here
+  check_dynamic_shared_memory(p, size, pc);
+  if (is_shared) {
     check_shared(*running->block, size_t(p - m.shared_begin), size, access, must_be_aligned, now(access), pc);
   } else {
     check_shadowed(p, size, access, must_be_aligned, now(access), pc);
@@ -264,10 +261,6 @@ void begin_launch(const void* arguments, size_t size, size_t shared_bytes) {
 void begin_block(Block& block) {
   const Module& m = this_module();
   if (block.shared == nullptr) block.shared = std::make_shared<SharedMemory>(size_t(m.shared_end - m.shared_begin));
-  if (!kernels_are_checked) {  // then the memory need not be NaN, but messages between blocks leave a shadow
-    block.shared->forget_accesses();
-    return;
-  }
   block.shared->clear();
   if (shown == &block) block.shared->copy_used(m.shared_begin, block.shared->begin);
   block.shared->forget_use();

@@ -133,7 +133,6 @@ void check_access(const void* p, size_t size, Access access, bool must_be_aligne
 // Checks 16 bytes that the running thread sends to `place` in block `to`'s shared memory, where they arrive at moment
 // m.
 void check_sent(const void* place, const Block& to, Moment m, const void* pc);
-void kernels_call_hooks();  // the kernels are compiled so that their accesses are checked
 // Start the bookkeeping of a launch or of a block. A kernel may read its own arguments.
 void begin_launch(const void* arguments, size_t size, size_t shared_bytes);
 void begin_block(Block& block);
