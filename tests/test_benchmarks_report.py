@@ -156,6 +156,8 @@ def test_a_suite_is_printed_written_and_drawn(
 ) -> None:
     cases = getattr(suites, suite)()
     assert len(set(cases)) == len(cases)
+    if suite == "cpu":  # a process for each case is slow
+        cases = [case for case in cases if case.dtype == "float32" or case.loss == "mse"]
 
     def small(case: Case) -> Case:
         return replace(case, rows=min(case.rows, 3), classes=min(case.classes, 40), inner=tuple(2 for _ in case.inner))

@@ -86,7 +86,8 @@ BEST = ["portable", "avx2", "avx512"]
 
 # The tests of numerical results, except comparisons with 80 bits or of 50,000 classes, which take as long as all the
 # others. The tests of options (test_semantics.py), of torch's compiler and of transforms call the same kernels.
-LEFT_OUT = "is_as_exact_as_torchs and (float64 or 50000 or 100001) or compiled or functorch"
+LEFT_OUT = "is_as_exact_as_torchs and (float64 or torch.float16 or 50000 or 100001)"
+LEFT_OUT += " or compile or functorch or fake or any_call"
 KERNEL_TESTS = [
     f"tests/test_{name}.py"
     for name in (
