@@ -77,7 +77,7 @@ def emulator_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
 @pytest.fixture(scope="session")
 def emulated_kernels(emulator_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library of the emulated kernels, with every bug of planted_bugs.py in it, inactive. All tests share it."""
-    from cuda_emulator import build, planted_bugs
+    from cuda_emulator import build, planted_bugs  # not on the path where another process imports tests.conftest
 
     csrc = _build.csrc_directory()
     copy = tmp_path_factory.mktemp("planted") / "csrc"

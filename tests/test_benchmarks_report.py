@@ -156,7 +156,7 @@ def test_a_suite_is_printed_written_and_drawn(
 ) -> None:
     cases = getattr(suites, suite)()
     assert len(set(cases)) == len(cases)
-    if suite == "cpu":  # a process for each case is slow
+    if suite == "cpu":  # Each case starts a process, so the 16-bit cases of cross entropy are left out.
         cases = [case for case in cases if case.dtype == "float32" or case.loss == "mse"]
 
     def small(case: Case) -> Case:

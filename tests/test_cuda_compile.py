@@ -1,4 +1,4 @@
-"""The CUDA sources compile without a warning for every architecture that a build may be made for. The machine code
+"""The CUDA sources compile without a warning for the architectures that a build may be made for. The machine code
 keeps a thread's values in registers and accesses memory 16 bytes at a time. No GPU is needed for these tests.
 
 nvcc compiles a source to PTX, and ptxas compiles PTX to machine code. The first step takes most of the time, and its
@@ -132,8 +132,11 @@ def compiled(request, tmp_path_factory) -> tuple[str, Path, str]:
 
 
 def architectures_of(name: str) -> tuple[int, ...]:
-    """All architectures for bfloat16 and NLL; for float32 and the pointwise losses, one of each PTX. float16 has
-    bfloat16's kernels, with other conversions, and float64 has float32's, with fewer threads a block: Hopper only."""
+    """bfloat16 and NLL are compiled for all architectures, float32 and the pointwise losses for one of each PTX.
+
+    float16 has bfloat16's kernels, with other conversions, and float64 has float32's, with fewer threads a block. These
+    two are compiled for Hopper only.
+    """
     if name.endswith(("_float16", "_float64")):
         return (HOPPER,)
     if name in ("cross_entropy_float32", "pointwise_cuda"):

@@ -19,8 +19,8 @@ from fusedloss import _build
 MISSING = build.missing()
 pytestmark = pytest.mark.skipif(MISSING != "", reason=MISSING or "not skipped")
 
-# Test files, and which of their tests run. The dtypes that are left out are tested by test_cuda_emulator.py.
 FLOAT32 = "not float64 and not bfloat16 and not float16"
+# Test files, and which of their tests run. The dtypes that are left out are tested by test_cuda_emulator.py.
 FILES = {
     "cross_entropy": f"{FLOAT32} and not does_not_exist",
     "semantics": "bfloat16",
@@ -41,8 +41,8 @@ PROCESSES = [[name for name in FILES if name not in DEBUG], list(DEBUG)]
 
 
 @pytest.fixture(scope="module")
-def extension(emulated_kernels: Path, emulator_folder: Path) -> Path:
-    return build.build_extension(emulated_kernels, _build.csrc_directory(), emulator_folder)
+def extension(emulated_kernels: Path) -> Path:
+    return build.build_extension(_build.csrc_directory(), emulated_kernels)
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ FORMULAS = {f"custom_{i}": formula_of(name) for i, name in enumerate(CASES)}
 @pytest.fixture(scope="session")
 def emulator(emulator_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     copy = tmp_path_factory.mktemp("custom") / "csrc"
-    planted_bugs.plant(CSRC, copy, planted_bugs.all_bugs(CSRC))  # as in test_cuda_emulator.py, whose objects are used
+    planted_bugs.plant(CSRC, copy, planted_bugs.all_bugs(CSRC))  # as in emulated_kernels, whose objects are used
     texts = [f"namespace {name} {{\n{formula.cpp()}}}" for name, formula in FORMULAS.items()]
     names = " ".join(f"X({name}, {name}::CustomLoss)" for name in FORMULAS)
     listed = f"#undef FUSEDLOSS_POINTWISE_LOSSES\n#define FUSEDLOSS_POINTWISE_LOSSES(X) {names}\n"

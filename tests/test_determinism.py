@@ -84,8 +84,9 @@ def test_an_instruction_set_that_the_processor_lacks_is_refused():
 
 BEST = ["portable", "avx2", "avx512"]
 
-# The tests of numerical results, except comparisons with 80 bits or of 50,000 classes, which take as long as all the
-# others. The tests of options (test_semantics.py), of torch's compiler and of transforms call the same kernels.
+# The tests of numerical results. The slowest comparisons of accuracy, which take as long as all the others, are left
+# out. So are float16's, and tests of options (test_semantics.py), of torch's compiler, of fake tensors and of
+# transforms, which call the same kernels.
 LEFT_OUT = "is_as_exact_as_torchs and (float64 or torch.float16 or 50000 or 100001)"
 LEFT_OUT += " or compile or functorch or fake or any_call"
 KERNEL_TESTS = [

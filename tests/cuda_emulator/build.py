@@ -44,10 +44,13 @@ def build(csrc: Path, folder: Path) -> Path:
     return _make(library, ["g++", "-shared", "-Wl,-z,defs", *objects])
 
 
-def build_extension(kernels: Path, csrc: Path, folder: Path) -> Path:
-    """-> fusedloss's extension with the emulated kernels, of the library `kernels`, in place of the GPU's, for CPU
-    tensors. Accesses of global memory are not checked, because the emulator does not know what torch allocates."""
-    target = folder / f"extension-{kernels.stem}"
+def build_extension(csrc: Path, kernels: Path) -> Path:
+    """-> fusedloss's extension for CPU tensors, which calls the library of emulated kernels in place of the GPU's.
+
+    It is built beside that library. Accesses of global memory are not checked, because the emulator does not know what
+    torch allocates.
+    """
+    target = kernels.parent / f"extension-{kernels.stem}"
     target.mkdir(exist_ok=True)
     (target / "lock").unlink(missing_ok=True)  # a killed run may have left it; torch would wait forever
     plan = _build.make_plan(csrc, cuda=False)

@@ -143,23 +143,29 @@ bool agree(const Thread& a, const Thread& b) {
   return a.op == b.op && same_mask && same_place(a.waits_at, b.waits_at);
 }
 
-// lanes: the threads of the warp.
+// The lanes of the mask that satisfy the predicate. `lanes` are the threads of the warp.
+template <typename Predicate>
+unsigned which(const Thread* lanes, unsigned mask, Predicate predicate) {
+  unsigned found = 0;
+  for (int i = 0; i < warpSize; ++i)
+    if (mask >> i & 1) found |= unsigned(predicate(lanes[i])) << i;
+  return found;
+}
+
 void complete(Thread* lanes, unsigned participants, bool whole_warp) {
-  unsigned ballot = 0;
-  for (unsigned rest = participants; rest != 0; rest &= rest - 1) {
-    const int i = __builtin_ctz(rest);
-    ballot |= unsigned(lanes[i].value != 0) << i;
-  }
-  for (unsigned rest = participants; rest != 0; rest &= rest - 1) {
-    Thread& t = lanes[__builtin_ctz(rest)];
+  const unsigned ballot = which(lanes, participants, [](const Thread& t) { return t.value != 0; });
+  for (int i = 0; i < warpSize; ++i) {
+    if (!(participants >> i & 1)) continue;
+    Thread& t = lanes[i];
     if (t.op == kSyncWarp && whole_warp) ++t.warp_syncs;
     if (t.op == kBallot) t.result = ballot;
-    if (t.op != kShuffle) continue;
-    const bool there = participants >> t.source_lane & 1;
-    if (!there) complain("SHUFFLE FROM INACTIVE LANE", place(t.waits_at));
-    t.result = there ? lanes[t.source_lane].value : ~uint64_t(0);
+    if (t.op == kShuffle) {
+      const bool there = participants >> t.source_lane & 1;
+      if (!there) complain("SHUFFLE FROM INACTIVE LANE", place(t.waits_at));
+      t.result = there ? lanes[t.source_lane].value : ~uint64_t(0);
+    }
+    wake(t);
   }
-  for (unsigned rest = participants; rest != 0; rest &= rest - 1) wake(lanes[__builtin_ctz(rest)]);
 }
 
 // Completes a warp operation once all lanes of its mask that have not returned wait at it.
@@ -170,12 +176,11 @@ void try_warp_op(Block& block, uint32_t thread) {
     const unsigned participants = warp.masks[i] & warp.alive;
     if (!(warp.waiting >> i & 1) || (participants & ~warp.waiting) != 0) continue;
     const Thread& first = lanes[i];
-    for (unsigned rest = participants; rest != 0; rest &= rest - 1)
-      if (!agree(lanes[__builtin_ctz(rest)], first)) {
-        complain("DIVERGENT WARP OPERATION", place(first.waits_at));
-        stopped = true;
-        return;
-      }
+    if (which(lanes, participants, [&](const Thread& t) { return !agree(t, first); }) != 0) {
+      complain("DIVERGENT WARP OPERATION", place(first.waits_at));
+      stopped = true;
+      return;
+    }
     complete(lanes, participants, participants == warp.alive);
   }
 }
@@ -252,7 +257,8 @@ void start(Block& block, uint32_t number) {
   block.barriers = 0;
   block.known.clear();
   block.arrivals.clear();
-  block.in_state = {thread_count()};  // all are ready
+  block.in_state = {};
+  block.in_state[size_t(State::kReady)] = thread_count();
   block.warps.assign((thread_count() + warpSize - 1) / warpSize, Warp{~0u});
   if (const uint32_t rest = thread_count() % warpSize) block.warps.back().alive = (1u << rest) - 1;
   begin_block(block);
